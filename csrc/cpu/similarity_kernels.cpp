@@ -1,0 +1,204 @@
+// The three loops over a tile: row statistics, column statistics, gradient. Compiled once per instruction set.
+//
+// Work is shared out by rows (or columns), each of which has one owner and a fixed order of addition, so the results
+// do not depend on the number of threads.
+#include "simd.h"
+#include "similarity.h"
+
+namespace robustft {
+namespace ROBUSTFT_ISA {
+namespace {
+
+// One vector's worth of a row of S: calls f(first column, lanes in use) for the whole row.
+template <class T, class F>
+inline void for_each_vector(int64_t cols, const F& f) {
+  int64_t j = 0;
+  for (; j + kLanes<T> <= cols; j += kLanes<T>) f(j, kLanes<T>);
+  if (j < cols) f(j, cols - j);
+}
+
+template <class V, class P>
+inline V load_lanes(const P* p, int64_t lanes, P fill) {
+  return lanes * int64_t(sizeof(P)) == ROBUSTFT_VECTOR_BYTES ? load<V>(p) : load_partial<V>(p, lanes, fill);
+}
+
+// Moves (sum, weighted) from the old maximum to the new one. Before the first tile there is no old maximum and
+// nothing to move; a difference would be inf - inf there.
+template <class V>
+inline void rebase(V keep, V shift, V* sum, V* weighted) {
+  *weighted = (*weighted + *sum * shift) * keep;
+  *sum *= keep;
+}
+
+template <class T>
+inline T row_max(const T* s, int64_t cols, T m) {
+  Vec<T> v = Vec<T>{} + m;
+  for_each_vector<T>(cols, [&](int64_t j, int64_t lanes) { v = max(load_lanes<Vec<T>>(s + j, lanes, m), v); });
+  return reduce_max<T>(v);
+}
+
+template <class T, bool kTeacher>
+void row_statistics(const Tile<T>& tile, const RunningStatistics<T>& state, int64_t begin, int64_t end) {
+  using V = Vec<T>;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t i = tile.row0 + r;
+    const T* s = tile.s + r * tile.ld;
+    const T* st = kTeacher ? tile.teacher + r * tile.ld : nullptr;
+    const T m = row_max(s, tile.cols, state.max[i]);
+    const T mt = kTeacher ? row_max(st, tile.cols, state.teacher_max[i]) : T(0);
+    const Label<T> label = tile.row_labels[i];
+    V sum{}, weighted{}, target{}, total{}, teacher_sum{}, teacher_weighted{};
+    for_each_vector<T>(tile.cols, [&](int64_t j, int64_t lanes) {
+      const V v = load_lanes<V>(s + j, lanes, T(0));
+      const Mask<T> labels = load_lanes<Mask<T>>(tile.col_labels + tile.col0 + j, lanes, Label<T>(-1));
+      const V gap = v - m;
+      V e = exp<T>(gap * tile.scale);
+      V et{};
+      if (kTeacher) et = exp<T>((load_lanes<V>(st + j, lanes, T(0)) - mt) * tile.teacher_scale);
+      if (lanes < kLanes<T>) {  // the lanes past the end hold S = 0, which only the exponentials do not ignore
+        e = load_partial<V>((const T*)&e, lanes, T(0));
+        if (kTeacher) et = load_partial<V>((const T*)&et, lanes, T(0));
+      }
+      sum += e;
+      weighted += e * gap;
+      target += labels == label ? v : V{};
+      total += v;
+      if (kTeacher) {
+        teacher_sum += et;
+        teacher_weighted += et * gap;
+      }
+    });
+    const T old_max = state.max[i];
+    const bool first = old_max == -__builtin_inf();
+    const T shift = first ? T(0) : old_max - m;
+    auto keep = [&](T old_of, T new_of, T scale) { return first ? T(0) : exp<T>(V{} + (old_of - new_of) * scale)[0]; };
+    rebase(keep(old_max, m, tile.scale), shift, &state.sum[i], &state.weighted[i]);
+    state.sum[i] += reduce_sum<T>(sum);
+    state.weighted[i] += reduce_sum<T>(weighted);
+    state.target[i] += reduce_sum<T>(target);
+    state.total[i] += reduce_sum<T>(total);
+    state.max[i] = m;
+    if (kTeacher) {
+      rebase(keep(state.teacher_max[i], mt, tile.teacher_scale), shift, &state.teacher_sum[i],
+             &state.teacher_weighted[i]);
+      state.teacher_sum[i] += reduce_sum<T>(teacher_sum);
+      state.teacher_weighted[i] += reduce_sum<T>(teacher_weighted);
+      state.teacher_max[i] = mt;
+    }
+  }
+}
+
+// One vector of columns at a time, all rows of the tile: the transposed loop without a transposed tile.
+template <class T, bool kTeacher>
+void column_vector(const Tile<T>& tile, const RunningStatistics<T>& state, int64_t c, int64_t lanes) {
+  using V = Vec<T>;
+  const int64_t j = tile.col0 + c;
+  const T lowest = -__builtin_inf();
+  auto s = [&](int64_t r) { return load_lanes<V>(tile.s + r * tile.ld + c, lanes, T(0)); };
+  auto st = [&](int64_t r) { return load_lanes<V>(tile.teacher + r * tile.ld + c, lanes, T(0)); };
+
+  const V old_max = load_lanes<V>(state.max + j, lanes, lowest);
+  const V old_teacher_max = kTeacher ? load_lanes<V>(state.teacher_max + j, lanes, lowest) : V{};
+  V m = old_max, mt = old_teacher_max;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    m = max(s(r), m);
+    if (kTeacher) mt = max(st(r), mt);
+  }
+  const Mask<T> labels = load_lanes<Mask<T>>(tile.col_labels + j, lanes, Label<T>(-1));
+  V sum{}, weighted{}, target{}, total{}, teacher_sum{}, teacher_weighted{};
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const V v = s(r);
+    const V gap = v - m;
+    const V e = exp<T>(gap * tile.scale);
+    sum += e;
+    weighted += e * gap;
+    target += labels == tile.row_labels[tile.row0 + r] ? v : V{};
+    total += v;
+    if (kTeacher) {
+      const V et = exp<T>((st(r) - mt) * tile.teacher_scale);
+      teacher_sum += et;
+      teacher_weighted += et * gap;
+    }
+  }
+  const Mask<T> first = old_max == lowest;
+  const V shift = first ? V{} : old_max - m;
+  auto update = [&](T* sum_of, T* weighted_of, V keep, V sum_here, V weighted_here) {
+    V running = load_lanes<V>(sum_of + j, lanes, T(0)), running_weighted = load_lanes<V>(weighted_of + j, lanes, T(0));
+    rebase(first ? V{} : keep, shift, &running, &running_weighted);
+    store_partial(sum_of + j, running + sum_here, lanes);
+    store_partial(weighted_of + j, running_weighted + weighted_here, lanes);
+  };
+  auto add = [&](T* p, V v) { store_partial(p + j, load_lanes<V>(p + j, lanes, T(0)) + v, lanes); };
+  update(state.sum, state.weighted, exp<T>((old_max - m) * tile.scale), sum, weighted);
+  add(state.target, target);
+  add(state.total, total);
+  store_partial(state.max + j, m, lanes);
+  if (kTeacher) {
+    update(state.teacher_sum, state.teacher_weighted, exp<T>((old_teacher_max - mt) * tile.teacher_scale), teacher_sum,
+           teacher_weighted);
+    store_partial(state.teacher_max + j, mt, lanes);
+  }
+}
+
+template <class T, bool kTeacher>
+void gradient(const Tile<T>& tile, const GradientCoefficients<T>& row, const GradientCoefficients<T>& col,
+              int64_t begin, int64_t end) {
+  using V = Vec<T>;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t i = tile.row0 + r;
+    T* s = tile.s + r * tile.ld;
+    for_each_vector<T>(tile.cols, [&](int64_t c, int64_t lanes) {
+      const int64_t j = tile.col0 + c;
+      auto of_column = [&](const T* p) { return load_lanes<V>(p + j, lanes, T(0)); };
+      const V v = load_lanes<V>(s + c, lanes, T(0));
+      const Mask<T> labels = load_lanes<Mask<T>>(tile.col_labels + j, lanes, Label<T>(-1));
+      V g = row.softmax[i] * exp<T>((v - row.max[i]) * tile.scale - row.log_sum[i]);
+      g += of_column(col.softmax) * exp<T>((v - of_column(col.max)) * tile.scale - of_column(col.log_sum));
+      g -= labels == tile.row_labels[i] ? row.target[i] + of_column(col.target) : V{};
+      g -= row.uniform[i] + of_column(col.uniform);
+      if (kTeacher) {
+        const V zt = load_lanes<V>(tile.teacher + r * tile.ld + c, lanes, T(0)) * tile.teacher_scale;
+        g -= row.teacher[i] * exp<T>(zt - row.teacher_lse[i]) +
+             of_column(col.teacher) * exp<T>(zt - of_column(col.teacher_lse));
+      }
+      store_partial(s + c, g * tile.scale, lanes);
+    });
+  }
+}
+
+}  // namespace
+
+template <class T>
+void row_statistics(const Tile<T>& tile, const RunningStatistics<T>& state, int64_t begin, int64_t end) {
+  tile.teacher ? row_statistics<T, true>(tile, state, begin, end) : row_statistics<T, false>(tile, state, begin, end);
+}
+
+template <class T>
+void column_statistics(const Tile<T>& tile, const RunningStatistics<T>& state, int64_t begin, int64_t end) {
+  for_each_vector<T>(end - begin, [&](int64_t c, int64_t lanes) {
+    tile.teacher ? column_vector<T, true>(tile, state, begin + c, lanes)
+                 : column_vector<T, false>(tile, state, begin + c, lanes);
+  });
+}
+
+template <class T>
+void gradient(const Tile<T>& tile, const GradientCoefficients<T>& row, const GradientCoefficients<T>& col,
+              int64_t begin, int64_t end) {
+  tile.teacher ? gradient<T, true>(tile, row, col, begin, end) : gradient<T, false>(tile, row, col, begin, end);
+}
+
+#define ROBUSTFT_INSTANTIATE(T)                                                                                      \
+  template void row_statistics<T>(const Tile<T>&, const RunningStatistics<T>&, int64_t, int64_t);                    \
+  template void column_statistics<T>(const Tile<T>&, const RunningStatistics<T>&, int64_t, int64_t);                 \
+  template void gradient<T>(const Tile<T>&, const GradientCoefficients<T>&, const GradientCoefficients<T>&, int64_t, \
+                            int64_t);                                                                                \
+  void exp_values(const T* x, T* y, int64_t n) {                                                                     \
+    for_each_vector<T>(n, [&](int64_t j, int64_t lanes) {                                                            \
+      store_partial(y + j, exp<T>(load_lanes<Vec<T>>(x + j, lanes, T(0))), lanes);                                   \
+    });                                                                                                              \
+  }
+ROBUSTFT_INSTANTIATE(float)
+ROBUSTFT_INSTANTIATE(double)
+
+}  // namespace ROBUSTFT_ISA
+}  // namespace robustft

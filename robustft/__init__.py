@@ -1,0 +1,52 @@
+"""robustft: robust fine-tuning of CLIP-like models.
+
+Fused losses in `robustft.functional` and `robustft.losses`; methods (`robustft.CaRot`, `robustft.FLYP`, ...) that fit
+any training loop; calibration, OOD detection and evaluation. Importing this loads torch and nothing heavier: the rest
+is imported on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from robustft import functional
+from robustft.ops.dispatch import backend, build_info
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    **dict.fromkeys(
+        ("FineTune", "FLYP", "CaRot", "WiSEFT", "OutputEnsemble", "zero_shot_classifier"), "robustft.methods"
+    ),
+    **dict.fromkeys(("ContrastiveLoss", "CaRotLoss"), "robustft.losses"),
+    **dict.fromkeys(("calibration_report", "fit_temperature"), "robustft.calibration"),
+    **dict.fromkeys(("ood_metrics",), "robustft.detection"),
+    "evaluate": "robustft.evaluate",
+    "fit": "robustft.train",
+}
+_MODULES = (
+    "calibration",
+    "clip",
+    "data",
+    "detection",
+    "features",
+    "losses",
+    "methods",
+    "prompts",
+    "report",
+    "train",
+)
+
+__all__ = ["backend", "build_info", "functional", *_LAZY, *_MODULES]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return import_module(f"robustft.{name}")
+    raise AttributeError(f"module 'robustft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,262 @@
+"""The mathematics of robust fine-tuning, as functions of features.
+
+Shapes: N samples, D dimensions. Features are used as they are (nothing is normalised here); `logit_scale` is the
+multiplied-out scale exp(log-scale), a float or a one-element tensor. Arguments are float64, float32, bfloat16 or
+float16, of any strides; losses come back as float32 (float64 for float64 features), because a bfloat16 loss is too
+coarse to average. Features of different dtypes are promoted to the wider one.
+
+The compiled operators never store an N x N matrix, forward or backward; the eager reference does. See
+`robustft.backend`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from robustft.ops import reference
+from robustft.ops.dispatch import use_native
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class ContrastiveTerms(NamedTuple):
+    """Un-weighted terms of `contrastive_distillation_loss`: add them with your own weights."""
+
+    contrastive: Tensor
+    distillation: Tensor
+
+
+class GroupRisk(NamedTuple):
+    """Mean risk of each group (G,), the largest of them (0-d), and the groups' sizes (G,)."""
+
+    mean: Tensor
+    worst: Tensor
+    counts: Tensor
+
+
+def contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:
+    """Symmetric image-text cross-entropy: the mean of both directions of CLIP's loss.
+
+    Args:
+        image_features, text_features: (N, D), row i of each belonging together.
+        logit_scale: multiplies the similarities; a float or a one-element tensor.
+        labels: (N,) integers. A sample's target then spreads evenly over the samples of its label instead of lying
+            on its own pair alone. With captions made from class names this keeps same-class captions from being
+            treated as negatives.
+        label_smoothing: in [0, 1): targets become `(1 - label_smoothing) target + label_smoothing / N`.
+        weight: (N,) per-sample weights, multiplied onto the per-sample losses before the reduction.
+        reduction: "mean" (sum over samples / N, weighted or not), "sum" or "none" (N,).
+        group: a process group over which the batch is spread. Features, labels and weights are then the local part
+            and must be equally many on every rank; "mean" is the mean over all samples and the same on every rank,
+            "sum" likewise, "none" the local losses. Gradients are those of that global value with respect to the
+            local features, so summing parameter gradients over ranks (not averaging: multiply the loss by the
+            world size under DistributedDataParallel) gives exactly the single-process gradient.
+
+    Gradients reach both features, `logit_scale` and `weight`.
+    Memory: O(N D) for the features' gradients and O(N); a tile of 1 MB. Time: 8 N^2 D flops forward and backward.
+    Source: Radford et al. 2021 (CLIP), figure 3; per-label targets as in UniCL (Yang et al. 2022), equation 3.
+    Raises: ValueError or TypeError naming the argument.
+    """
+    x, t, s = _features(image_features, text_features, logit_scale)
+    n = len(x)
+    y = _labels(labels, n, x.device)
+    _check_smoothing(label_smoothing)
+    _check_reduction(reduction)
+    _check_weight(weight, n, x.device)
+    if group is not None:
+        from robustft.ops.sharded import sharded_contrastive_loss
+
+        return sharded_contrastive_loss(x, t, s, labels, label_smoothing, weight, reduction, group)
+    if use_native("similarity_statistics", x.device):
+        losses = torch.ops.robustft.contrastive_loss(x, t, s, y, label_smoothing)[0]
+    else:
+        losses = reference.contrastive_loss(x, t, s, y, label_smoothing)
+    return _reduce(losses, weight, reduction)
+
+
+def contrastive_distillation_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    teacher_image_features: Tensor,
+    teacher_text_features: Tensor,
+    teacher_logit_scale: Tensor | float,
+    *,
+    labels: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
+) -> ContrastiveTerms:
+    """`contrastive_loss` together with the cross-entropy against a teacher's own similarities, in one pass.
+
+    The distillation term of a sample is `-sum_j P_ij log softmax(z)_ij` with P the teacher's softmax over texts, plus
+    the same over images: a sum of both directions, where the contrastive term is their mean. It is a cross-entropy,
+    not a divergence: its minimum is the teacher's entropy, its gradient the divergence's.
+
+    Args:
+        image_features, text_features, logit_scale, labels, weight, reduction, group: as in `contrastive_loss`.
+        teacher_image_features, teacher_text_features: (N, D'), D' of the teacher's own.
+        teacher_logit_scale: the teacher's scale.
+
+    Gradients reach the student's features, `logit_scale` and `weight`; nothing of the teacher gets one.
+    Memory: as `contrastive_loss`, with two tiles. Time: 12 N^2 D flops forward and backward.
+    Source: CaRot, Oh et al. 2024 (arXiv 2311.01723), self-distillation term as in the released objective.
+    Raises: ValueError or TypeError naming the argument.
+    """
+    x, t, s = _features(image_features, text_features, logit_scale)
+    xt, tt, st = _features(teacher_image_features, teacher_text_features, teacher_logit_scale, "teacher_")
+    xt, tt, st = xt.detach().to(x.dtype), tt.detach().to(x.dtype), st.detach()
+    n = len(x)
+    if len(xt) != n:
+        raise ValueError(f"teacher_image_features has {len(xt)} rows; expected {n}, as image_features")
+    if xt.device != x.device:
+        raise ValueError(f"teacher_image_features is on {xt.device}; expected {x.device}, as image_features")
+    y = _labels(labels, n, x.device)
+    _check_reduction(reduction)
+    _check_weight(weight, n, x.device)
+    if group is not None:
+        from robustft.ops.sharded import sharded_contrastive_distillation_loss
+
+        terms = sharded_contrastive_distillation_loss(x, t, s, xt, tt, st, labels, weight, reduction, group)
+        return ContrastiveTerms(*terms)
+    if use_native("similarity_statistics", x.device):
+        terms = torch.ops.robustft.contrastive_distillation_loss(x, t, s, xt, tt, st, y)[:2]
+    else:
+        terms = reference.contrastive_distillation_loss(x, t, s, xt, tt, st, y)
+    return ContrastiveTerms(*(_reduce(term, weight, reduction) for term in terms))
+
+
+def orthogonality_penalty(projection: Tensor, *, squared: bool = False) -> Tensor:
+    """`||W^T W - I||_F` of a projection W (P, D) applied as `h @ W`: how far its columns are from orthonormal.
+
+    Args:
+        projection: (P, D), for example a ViT's `visual.proj`. With P < D it cannot reach zero.
+        squared: the squared norm. Default False, as in CaRot's released objective; the paper writes the square.
+
+    Gradient reaches `projection`; at an exactly orthonormal W the unsquared norm gets a zero gradient, not NaN.
+    Memory: D^2. Half precision is computed in float32, and the result is float32 (float64 for float64).
+    Source: CaRot, Oh et al. 2024 (arXiv 2311.01723), orthogonality constraint.
+    """
+    if projection.dim() != 2 or projection.dtype not in _FLOATS:
+        raise ValueError(
+            f"projection is {tuple(projection.shape)} {projection.dtype}; expected a floating (P, D) matrix"
+        )
+    w = reference.widen(projection)
+    residual = w.T @ w - torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
+    return residual.square().sum() if squared else torch.linalg.vector_norm(residual)
+
+
+def group_risk(losses: Tensor, groups: Tensor, num_groups: int) -> GroupRisk:
+    """Mean loss of each group, and the worst group's.
+
+    Args:
+        losses: (N,) per-sample losses.
+        groups: (N,) integers in [0, num_groups), for example domains.
+        num_groups: how many groups there are. An empty group has risk 0 and is never the worst.
+
+    Gradients reach `losses`, through `mean` and through `worst` (the first of equal maxima).
+    Source: Sagawa et al. 2020 (arXiv 1911.08731), the group risks of section 2.
+    """
+    if losses.dim() != 1 or losses.dtype not in _FLOATS:
+        raise ValueError(f"losses is {tuple(losses.shape)} {losses.dtype}; expected floating (N,)")
+    if groups.shape != losses.shape or groups.dtype.is_floating_point or groups.device != losses.device:
+        raise ValueError(
+            f"groups is {tuple(groups.shape)} {groups.dtype} on {groups.device}; expected integers "
+            f"{tuple(losses.shape)} on {losses.device}, as losses"
+        )
+    if num_groups < 1:
+        raise ValueError(f"num_groups is {num_groups}; expected at least 1")
+    if groups.device.type == "cpu" and len(groups) and (groups.min() < 0 or groups.max() >= num_groups):
+        raise ValueError(f"groups holds {groups.min()}..{groups.max()}; expected values in [0, {num_groups})")
+    groups = groups.long()
+    sums_of = torch.ops.robustft.group_sums if use_native("group_sums", losses.device) else reference.group_sums
+    sums, counts = sums_of(losses, groups, num_groups)
+    mean = sums / counts.clamp(min=1)
+    worst = mean.masked_fill(counts == 0, -torch.inf)
+    return GroupRisk(mean, worst[worst.argmax()], counts)
+
+
+def _features(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, prefix: str = ""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked, in one dtype, the scale as a tensor beside them."""
+    names = f"{prefix}image_features", f"{prefix}text_features", f"{prefix}logit_scale"
+    for name, features in zip(names, (image_features, text_features), strict=False):
+        if not isinstance(features, Tensor):
+            raise TypeError(f"{name} is {type(features).__name__}; expected a tensor")
+        if features.dim() != 2:
+            raise ValueError(f"{name} has shape {tuple(features.shape)}; expected (N, D)")
+        if features.dtype not in _FLOATS:
+            raise TypeError(f"{name} is {features.dtype}; expected float64, float32, bfloat16 or float16")
+        if len(features) == 0:
+            raise ValueError(f"{name} has no rows; expected a batch of at least one")
+    if image_features.shape != text_features.shape:
+        raise ValueError(
+            f"{names[1]} has shape {tuple(text_features.shape)}; expected {tuple(image_features.shape)}, as {names[0]}"
+        )
+    if image_features.device != text_features.device:
+        raise ValueError(f"{names[1]} is on {text_features.device}; expected {image_features.device}, as {names[0]}")
+    if image_features.dtype != text_features.dtype:
+        wider = torch.promote_types(image_features.dtype, text_features.dtype)
+        image_features, text_features = image_features.to(wider), text_features.to(wider)
+    if not isinstance(logit_scale, Tensor):
+        # float64: a Python float is not to be rounded to bfloat16 on its way
+        logit_scale = torch.tensor(float(logit_scale), dtype=torch.float64, device=image_features.device)
+    if logit_scale.numel() != 1:
+        raise ValueError(f"{names[2]} has shape {tuple(logit_scale.shape)}; expected one element")
+    if logit_scale.device != image_features.device:
+        raise ValueError(f"{names[2]} is on {logit_scale.device}; expected {image_features.device}, as {names[0]}")
+    return image_features, text_features, logit_scale.reshape(())
+
+
+def _labels(labels: Tensor | None, n: int, device: torch.device) -> Tensor:
+    """The labels, or a label of its own for each pair."""
+    if labels is None:
+        return torch.arange(n, device=device)
+    if labels.shape != (n,):
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; expected ({n},), one per sample")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"labels is {labels.dtype}; expected integers")
+    if labels.device != device:
+        raise ValueError(f"labels is on {labels.device}; expected {device}, as image_features")
+    return labels
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}; expected a number in [0, 1)")
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
+
+
+def _check_weight(weight: Tensor | None, n: int, device: torch.device) -> None:
+    if weight is not None and (weight.shape != (n,) or weight.device != device):
+        raise ValueError(f"weight is {tuple(weight.shape)} on {weight.device}; expected ({n},) on {device}")
+
+
+def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    if weight is not None:
+        losses = losses * weight
+    match reduction:
+        case "mean":
+            return losses.mean()
+        case "sum":
+            return losses.sum()
+        case _:
+            return losses

@@ -1,0 +1,1 @@
+"""How `robustft.functional` is computed: `reference` (eager PyTorch), `native` (compiled operators), `dispatch`."""

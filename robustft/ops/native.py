@@ -1,0 +1,250 @@
+"""Differentiable operators over the compiled reductions.
+
+The compiled code knows two things of S = x t^T: softmax statistics of its rows and columns, and the gradient that
+coefficients of those statistics lead to (csrc/cpu/similarity.cpp). A loss is a few lines of N-vector algebra between
+the two, and these are those lines. With q the targets and, per row i, the statistics max, log_sum,
+gap = E_p[S] - max and gap_t = E_teacher[S] - max (primes: the same by columns)
+
+    contrastive_i   = 1/2 [log_sum + s (max - (q S)_i)  +  log_sum' + s (max' - (q S^T)_i)]
+    distillation_i  = log_sum - s gap_t  +  log_sum' - s gap_t'
+    d/ds            = the same with log_sum replaced by gap and s by 1
+
+and with per-sample gradients g (contrastive) and h (distillation)
+
+    G_ij = (g_i/2 + h_i) p_ij + (g_j/2 + h_j) p'_ij - (g_i + g_j)/2 q_ij - h_i pt_ij - h_j pt'_ij,   dx = s G t.
+
+Everything is computed from one sweep in the forward and one in the backward. The scale's gradient is known in the
+forward, free of the cancellation that sum(G * S) suffers. The gradients themselves cannot be differentiated again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+KERNELS = ("similarity_statistics", "similarity_gradient", "vector_exp", "group_sums")
+"""The operators with an implementation a device."""
+
+_libraries: list[torch.library.Library] = []  # what a Library defines goes when it does
+
+
+def _acc(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def label_counts(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Labels renumbered from 0 (the kernels compare 32-bit integers) and how often each sample's label occurs."""
+    _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    return index, counts[index].to(dtype)
+
+
+def contrastive_terms(
+    row: Tensor, col: Tensor, s: Tensor, counts: Tensor, entries: int, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Per-sample contrastive losses and their derivatives by the scale; `entries` is the length of a row of S."""
+
+    def target_gap(highest: Tensor, target: Tensor, total: Tensor) -> Tensor:  # max - (q S), exactly 0 for constant S
+        gap = highest - target / counts
+        return gap if label_smoothing == 0 else torch.lerp(gap, highest - total / entries, label_smoothing)
+
+    row_gap, col_gap = target_gap(row[0], row[3], row[4]), target_gap(col[0], col[3], col[4])
+    loss = 0.5 * ((row[1] + s * row_gap) + (col[1] + s * col_gap))
+    return loss, 0.5 * ((row[2] + row_gap) + (col[2] + col_gap))
+
+
+def distillation_terms(row: Tensor, col: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-sample distillation losses and their derivatives by the scale."""
+    loss = (row[1] - s * row[6]) + (col[1] - s * col[6])
+    return loss, (row[2] - row[6]) + (col[2] - col[6])
+
+
+def coefficients(
+    kept: Tensor, g: Tensor, counts: Tensor, entries: int, label_smoothing: float, h: Tensor | None = None
+) -> Tensor:
+    """What `similarity_gradient` needs of one side, from the statistics kept for the backward (`kept_statistics`)."""
+    half = 0.5 * g.to(kept.dtype)
+    target, uniform = (1 - label_smoothing) * half / counts, label_smoothing * half / entries
+    if h is None:
+        return torch.stack((kept[0], kept[1], half, target, uniform))
+    h = h.to(kept.dtype)
+    return torch.stack((kept[0], kept[1], half + h, target, uniform, kept[2], h))
+
+
+def kept_statistics(statistics: Tensor) -> Tensor:
+    """max, log_sum and, with a teacher, its lse: (2 or 3, n), a copy that lets the rest go."""
+    return statistics[:2].clone() if len(statistics) == 5 else torch.cat((statistics[:2], statistics[5:6]))
+
+
+def _contrastive_loss(
+    x: Tensor, t: Tensor, scale: Tensor, labels: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    index, counts = label_counts(labels, _acc(x.dtype))
+    row, col = torch.ops.robustft.similarity_statistics(x, t, scale, index, index, None, None, None)
+    terms = contrastive_terms(row, col, scale.to(row.dtype), counts, len(t), label_smoothing)
+    return *terms, kept_statistics(row), kept_statistics(col)
+
+
+def _contrastive_gradient(
+    grad: Tensor,
+    x: Tensor,
+    t: Tensor,
+    scale: Tensor,
+    labels: Tensor,
+    label_smoothing: float,
+    row: Tensor,
+    col: Tensor,
+) -> tuple[Tensor, Tensor]:
+    index, counts = label_counts(labels, row.dtype)
+    row_c, col_c = (coefficients(side, grad, counts, len(t), label_smoothing) for side in (row, col))
+    return torch.ops.robustft.similarity_gradient(x, t, scale, index, index, None, None, None, row_c, col_c)
+
+
+def _contrastive_distillation_loss(
+    x: Tensor, t: Tensor, scale: Tensor, xt: Tensor, tt: Tensor, st: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    index, counts = label_counts(labels, _acc(x.dtype))
+    row, col = torch.ops.robustft.similarity_statistics(x, t, scale, index, index, xt, tt, st)
+    s = scale.to(row.dtype)
+    contrastive, by_scale = contrastive_terms(row, col, s, counts, len(t), 0.0)
+    distillation, distillation_by_scale = distillation_terms(row, col, s)
+    scale_gradients = torch.stack((by_scale, distillation_by_scale))
+    return contrastive, distillation, scale_gradients, kept_statistics(row), kept_statistics(col)
+
+
+def _contrastive_distillation_gradient(
+    g: Tensor, h: Tensor, x: Tensor, t: Tensor, scale: Tensor, xt: Tensor, tt: Tensor, st: Tensor, labels: Tensor,
+    row: Tensor, col: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    index, counts = label_counts(labels, row.dtype)
+    row_c, col_c = (coefficients(side, g, counts, len(t), 0.0, h) for side in (row, col))
+    return torch.ops.robustft.similarity_gradient(x, t, scale, index, index, xt, tt, st, row_c, col_c)
+
+
+def _fake_contrastive_loss(x, t, scale, labels, label_smoothing):
+    vector = x.new_empty(x.shape[0], dtype=_acc(x.dtype))
+    return vector, torch.empty_like(vector), vector.new_empty(2, len(x)), vector.new_empty(2, len(x))
+
+
+def _fake_contrastive_distillation_loss(x, t, scale, xt, tt, st, labels):
+    vector = x.new_empty(x.shape[0], dtype=_acc(x.dtype))
+    new = vector.new_empty
+    return vector, torch.empty_like(vector), new(2, len(x)), new(3, len(x)), new(3, len(x))
+
+
+def _fake_gradient(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    contiguous = torch.contiguous_format
+    return torch.empty_like(x, memory_format=contiguous), torch.empty_like(t, memory_format=contiguous)
+
+
+def _setup_contrastive(ctx, inputs, output):
+    x, t, scale, labels, ctx.label_smoothing = inputs
+    _, scale_gradient, row, col = output
+    ctx.save_for_backward(x, t, scale, labels, scale_gradient, row, col)
+    ctx.mark_non_differentiable(scale_gradient, row, col)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_contrastive(ctx, grad, *_):
+    x, t, scale, labels, scale_gradient, row, col = ctx.saved_tensors
+    if grad is None:
+        return None, None, None, None, None
+    dx = dt = ds = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        dx, dt = torch.ops.robustft.contrastive_loss_backward(grad, x, t, scale, labels, ctx.label_smoothing, row, col)
+    if ctx.needs_input_grad[2]:
+        ds = (grad * scale_gradient).sum().to(scale.dtype).reshape(scale.shape)
+    return dx, dt, ds, None, None
+
+
+def _setup_distillation(ctx, inputs, output):
+    _, _, scale_gradients, row, col = output
+    ctx.save_for_backward(*inputs, scale_gradients, row, col)
+    ctx.mark_non_differentiable(scale_gradients, row, col)
+
+
+def _backward_distillation(ctx, g, h, *_):
+    x, t, scale, xt, tt, st, labels, scale_gradients, row, col = ctx.saved_tensors
+    dx = dt = ds = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        dx, dt = torch.ops.robustft.contrastive_distillation_loss_backward(
+            g, h, x, t, scale, xt, tt, st, labels, row, col
+        )
+    if ctx.needs_input_grad[2]:
+        ds = (torch.stack((g, h)) * scale_gradients).sum().to(scale.dtype).reshape(scale.shape)
+    return dx, dt, ds, None, None, None, None
+
+
+def _setup_group_sums(ctx, inputs, output):
+    values, groups, _ = inputs
+    ctx.dtype = values.dtype
+    ctx.save_for_backward(groups)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_group_sums(ctx, grad, _):
+    (groups,) = ctx.saved_tensors
+    return grad[groups].to(ctx.dtype), None, None
+
+
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError(
+        "robustft: the gradient of a fused loss cannot be differentiated again; robustft.backend('reference') can"
+    )
+
+
+def _fake_statistics(x, t, scale, x_labels, t_labels, x_teacher, t_teacher, teacher_scale):
+    kinds = 5 if x_teacher is None else 7
+    dtype = _acc(x.dtype)
+    return x.new_empty(kinds, x.shape[0], dtype=dtype), x.new_empty(kinds, t.shape[0], dtype=dtype)
+
+
+def _fake_group_sums(values, groups, num_groups):
+    return values.new_empty(num_groups, dtype=_acc(values.dtype)), groups.new_empty(num_groups, dtype=torch.int64)
+
+
+def register() -> None:
+    """Gives the operators that csrc/ops.cpp declares their Python parts. Called once, by `dispatch`."""
+    library = torch.library.Library("robustft", "FRAGMENT")
+    _libraries.append(library)
+
+    def fake(name, function):
+        torch.library.register_fake(f"robustft::{name}", function, lib=library)
+
+    def composed(name, body, fake_body, backward, setup=None):
+        library.impl(name, body, "CompositeExplicitAutograd")
+        fake(name, fake_body)
+        torch.library.register_autograd(f"robustft::{name}", backward, setup_context=setup, lib=library)
+
+    fake("similarity_statistics", _fake_statistics)
+    fake("similarity_gradient", lambda x, t, *_: _fake_gradient(x, t))
+    fake("vector_exp", lambda x: torch.empty_like(x, memory_format=torch.contiguous_format))
+    fake("group_sums", _fake_group_sums)
+    torch.library.register_autograd(
+        "robustft::group_sums", _backward_group_sums, setup_context=_setup_group_sums, lib=library
+    )
+    composed(
+        "contrastive_loss",
+        _contrastive_loss,
+        _fake_contrastive_loss,
+        _backward_contrastive,
+        _setup_contrastive,
+    )
+    composed(
+        "contrastive_loss_backward",
+        _contrastive_gradient,
+        lambda grad, x, t, *_: _fake_gradient(x, t),
+        _no_second_derivative,
+    )
+    composed(
+        "contrastive_distillation_loss",
+        _contrastive_distillation_loss,
+        _fake_contrastive_distillation_loss,
+        _backward_distillation,
+        _setup_distillation,
+    )
+    composed(
+        "contrastive_distillation_loss_backward",
+        _contrastive_distillation_gradient,
+        lambda g, h, x, t, *_: _fake_gradient(x, t),
+        _no_second_derivative,
+    )

@@ -1,0 +1,111 @@
+"""Contrastive losses of a batch spread over a process group: the exact global loss, one-sided.
+
+Each rank multiplies its own n images with all M = W n texts. Row statistics are then complete; column statistics are
+partial and a few M-vectors of them are exchanged. In the backward each rank has its images' gradient complete and a
+part of every text's, which a reduce-scatter adds up. Images are never gathered, and each rank does 1/W of the work,
+half of what gathering both sides costs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from robustft.ops import reference
+from robustft.ops.dispatch import use_native
+from robustft.ops.native import (
+    coefficients,
+    contrastive_terms,
+    distillation_terms,
+    kept_statistics,
+    label_counts,
+)
+
+
+def _gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(n, ...) of every rank, joined in rank order: (W n, ...)."""
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def _merge_columns(parts: Tensor, s: Tensor) -> Tensor:
+    """(5 or 7, M) over all rows from (W, 5 or 7, M), each over the rows of one rank."""
+    highest = parts[:, 0].amax(0)
+    shift = parts[:, 0] - highest
+    log_sums = parts[:, 1] + s * shift
+    log_sum = log_sums.logsumexp(0)
+    merged = [highest, log_sum, ((log_sums - log_sum).exp() * (parts[:, 2] + shift)).sum(0)]
+    merged += [parts[:, 3].sum(0), parts[:, 4].sum(0)]
+    if parts.shape[1] == 7:
+        lse = parts[:, 5].logsumexp(0)
+        merged += [lse, ((parts[:, 5] - lse).exp() * (parts[:, 6] + shift)).sum(0)]
+    return torch.stack(merged)
+
+
+class _ShardedTerms(torch.autograd.Function):
+    """Local per-sample losses (n,) of the global matrix: contrastive and, with a teacher, distillation."""
+
+    @staticmethod
+    def forward(ctx, x, t, scale, labels, label_smoothing, xt, tt, st, group):
+        n, rank, world = len(x), dist.get_rank(group), dist.get_world_size(group)
+        mine = slice(rank * n, (rank + 1) * n)
+        texts, teacher_texts = _gather(t, group), None if tt is None else _gather(tt, group)
+        if labels is None:
+            labels = torch.arange(world * n, device=x.device)
+        else:
+            labels = _gather(labels, group)
+        native = use_native("similarity_statistics", x.device)
+        ops = torch.ops.robustft if native else reference
+        index, counts = label_counts(labels, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        matrices = (x, texts, scale, index[mine], index, xt, teacher_texts, st)
+        row, col = ops.similarity_statistics(*matrices)
+        s = scale.to(row.dtype)
+        col = _merge_columns(_gather(col[None], group), s)
+        terms = [contrastive_terms(row, col[:, mine], s, counts[mine], world * n, label_smoothing)]
+        if xt is not None:
+            terms.append(distillation_terms(row, col[:, mine], s))
+        ctx.save_for_backward(*matrices, counts, kept_statistics(row), kept_statistics(col), *(d for _, d in terms))
+        ctx.label_smoothing, ctx.group, ctx.ops, ctx.mine = label_smoothing, group, ops, mine
+        losses = tuple(loss for loss, _ in terms)
+        return losses if xt is not None else losses[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        *matrices, counts, row, col = ctx.saved_tensors[:11]
+        by_scale = ctx.saved_tensors[11:]
+        scale, smoothing, entries = matrices[2], ctx.label_smoothing, len(counts)
+        gathered = [_gather(g, ctx.group) for g in grads]
+        local = [g[ctx.mine] for g in gathered]
+        row_c = coefficients(row, local[0], counts[ctx.mine], entries, smoothing, *local[1:])
+        col_c = coefficients(col, gathered[0], counts, entries, smoothing, *gathered[1:])
+        dx, dt = ctx.ops.similarity_gradient(*matrices, row_c, col_c)
+        dt_local = dt.new_empty(len(matrices[0]), dt.shape[1], dtype=row.dtype)
+        dist.reduce_scatter_tensor(dt_local, dt.to(row.dtype), group=ctx.group)
+        ds = sum((g * d).sum() for g, d in zip(grads, by_scale, strict=True))
+        return dx, dt_local.to(dt.dtype), ds.to(scale.dtype).reshape(scale.shape), *[None] * 6
+
+
+def _reduce(losses: Tensor, weight: Tensor | None, reduction: str, group: dist.ProcessGroup) -> Tensor:
+    if weight is not None:
+        losses = losses * weight
+    if reduction == "none":
+        return losses
+    local = losses.sum()
+    if reduction == "mean":
+        local = local / (len(losses) * dist.get_world_size(group))
+    total = local.detach().clone()
+    dist.all_reduce(total, group=group)
+    return local + (total - local.detach())  # the global value, the local part's gradient
+
+
+def sharded_contrastive_loss(x, t, s, labels, label_smoothing, weight, reduction, group) -> Tensor:
+    losses = _ShardedTerms.apply(x, t, s, labels, label_smoothing, None, None, None, group)
+    return _reduce(losses, weight, reduction, group)
+
+
+def sharded_contrastive_distillation_loss(x, t, s, xt, tt, st, labels, weight, reduction, group) -> tuple[Tensor, ...]:
+    terms = _ShardedTerms.apply(x, t, s, labels, 0.0, xt, tt, st, group)
+    return tuple(_reduce(term, weight, reduction, group) for term in terms)

@@ -1,0 +1,112 @@
+"""Builds robustft. torch is never imported here: only its headers are needed, and those are looked for by path.
+
+Environment: ROBUSTFT_NO_NATIVE=1 installs without compiled code, ROBUSTFT_NO_CUDA=1 without the CUDA library,
+ROBUSTFT_TORCH_DIR names the torch package whose headers to use, ROBUSTFT_CMAKE_ARGS adds options, MAX_JOBS limits
+parallel compilation.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+TORCH_FLOOR = "2.11"
+
+
+def torch_dir() -> Path | None:
+    """The torch package of the environment being installed into, or of the build environment; headers suffice."""
+    candidates = []
+    if named := os.environ.get("ROBUSTFT_TORCH_DIR"):
+        candidates.append(Path(named))
+    spec = importlib.util.find_spec("torch")
+    if spec and spec.submodule_search_locations:
+        candidates.append(Path(list(spec.submodule_search_locations)[0]))
+    candidates += [Path(sysconfig.get_paths()[key]) / "torch" for key in ("purelib", "platlib")]
+    for candidate in candidates:
+        header = candidate / "include/torch/csrc/stable/library.h"
+        if header.exists() and version_of(candidate) >= tuple(map(int, TORCH_FLOOR.split("."))):
+            return candidate
+    return None
+
+
+def version_of(torch: Path) -> tuple[int, ...]:
+    found = re.search(r"__version__ = '(\d+)\.(\d+)", (torch / "version.py").read_text())
+    return tuple(map(int, found.groups())) if found else (0,)
+
+
+def say(message: str) -> None:
+    print(f"robustft: {message}", file=sys.stderr, flush=True)
+
+
+def jobs() -> str:
+    """As many compilers as cores, but no more than one for 2 GB of memory."""
+    if limit := os.environ.get("MAX_JOBS"):
+        return limit
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return str(max(1, min(os.cpu_count() or 1, memory // 2**31)))
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake. Without a compiler the package installs all the same and runs on its eager reference; a compiler
+    that fails is an error, because a silently slow package would be worse."""
+
+    def run(self) -> None:
+        prefix = HERE if self.inplace else Path(self.build_lib).resolve()
+        if os.environ.get("ROBUSTFT_NO_NATIVE") == "1":
+            say("ROBUSTFT_NO_NATIVE=1: installing without compiled code; robustft will use its eager reference")
+            return
+        torch = torch_dir()
+        if torch is None:
+            raise SystemExit(
+                f"robustft: no torch >= {TORCH_FLOOR} headers found; install torch or set ROBUSTFT_TORCH_DIR"
+            )
+        if not any(shutil.which(c) for c in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if c):
+            say("no C++ compiler found: installing without compiled code; robustft will use its eager reference")
+            return
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        import pybind11
+
+        options = {
+            "ROBUSTFT_TORCH_DIR": torch,
+            "ROBUSTFT_TORCH_VERSION": ".".join(map(str, version_of(torch))),
+            "ROBUSTFT_PYTHON_INCLUDE": sysconfig.get_paths()["include"],
+            "ROBUSTFT_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+            "ROBUSTFT_PYBIND11_INCLUDE": pybind11.get_include(),
+            "ROBUSTFT_CUDA": "OFF" if os.environ.get("ROBUSTFT_NO_CUDA") == "1" else "ON",
+        }
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        defines = [f"-D{key}={value}" for key, value in options.items()]
+        extra = os.environ.get("ROBUSTFT_CMAKE_ARGS", "").split()
+        # --fresh: an earlier build's cache names tools of a build environment that is gone.
+        subprocess.check_call(["cmake", "--fresh", "-S", str(HERE), "-B", str(build), *generator, *defines, *extra])
+        subprocess.check_call(["cmake", "--build", str(build), "--parallel", jobs()])
+        subprocess.check_call(["cmake", "--install", str(build), "--prefix", str(prefix)])
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_source_files(self) -> list[str]:
+        return []
+
+
+# torch as a build requirement would be downloaded and unpacked a second time: asked for only where there is none.
+build_requires = ["cmake>=3.24", "ninja", "pybind11>=2.12"]
+if os.environ.get("ROBUSTFT_NO_NATIVE") != "1" and torch_dir() is None:
+    build_requires.append(f"torch>={TORCH_FLOOR}")
+
+setup(
+    setup_requires=build_requires,
+    ext_modules=[Extension("robustft._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,260 @@
+"""The operators as torch sees them: schema, fake kernels, autograd, compile; and the compiled code's own promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import features
+import pytest
+import torch
+
+import robustft
+from robustft import functional as rf
+from robustft.ops import dispatch
+
+pytestmark = pytest.mark.skipif(
+    dispatch.LIBRARIES["cpu"] != "loaded", reason="installed without compiled code (no compiler)"
+)
+
+PACKAGE = Path(robustft.__file__).parent
+
+
+def operator_inputs(n: int = 9, d: int = 5, requires_grad: bool = True):
+    x, t = (f.requires_grad_(requires_grad) for f in features.pairs(n, d))
+    s = torch.tensor(7.0, dtype=torch.float64, requires_grad=requires_grad)
+    teacher = (*features.pairs(n, d + 1, seed=1), torch.tensor(5.0, dtype=torch.float64))
+    return x, t, s, teacher, torch.arange(n) // 2
+
+
+def test_contrastive_loss_passes_opcheck():
+    x, t, s, _, labels = operator_inputs()
+    torch.library.opcheck(torch.ops.robustft.contrastive_loss.default, (x, t, s, labels, 0.1))
+
+
+def test_contrastive_distillation_loss_passes_opcheck():
+    x, t, s, teacher, labels = operator_inputs()
+    torch.library.opcheck(torch.ops.robustft.contrastive_distillation_loss.default, (x, t, s, *teacher, labels))
+
+
+def test_kernels_pass_opcheck():
+    x, t, s, teacher, labels = operator_inputs(requires_grad=False)
+    kernels, n = torch.ops.robustft, len(x)
+    torch.library.opcheck(kernels.similarity_statistics.default, (x, t, s, labels, labels, *teacher))
+    coefficients = torch.rand(2, 7, n, dtype=torch.float64)
+    torch.library.opcheck(kernels.similarity_gradient.default, (x, t, s, labels, labels, *teacher, *coefficients))
+    torch.library.opcheck(kernels.vector_exp.default, (x,))
+    torch.library.opcheck(kernels.group_sums.default, (x[:, 0].contiguous(), labels, 6))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_contrastive_loss_passes_gradcheck(smoothing, with_labels):
+    x, t, s, _, labels = operator_inputs()
+    weight = torch.rand(9, dtype=torch.float64, requires_grad=True)
+    labels = labels if with_labels else None
+
+    def loss(x, t, s, weight):
+        return rf.contrastive_loss(x, t, s, labels=labels, label_smoothing=smoothing, weight=weight, reduction="none")
+
+    assert torch.autograd.gradcheck(loss, (x, t, s, weight))
+
+
+def test_contrastive_distillation_loss_passes_gradcheck():
+    x, t, s, teacher, labels = operator_inputs()
+    weight = torch.rand(9, dtype=torch.float64, requires_grad=True)
+
+    def loss(x, t, s, weight):
+        return tuple(
+            rf.contrastive_distillation_loss(x, t, s, *teacher, labels=labels, weight=weight, reduction="none")
+        )
+
+    assert torch.autograd.gradcheck(loss, (x, t, s, weight))
+
+
+def test_group_risk_passes_gradcheck():
+    losses = torch.rand(9, dtype=torch.float64, requires_grad=True)
+    groups = torch.arange(9) % 4
+    assert torch.autograd.gradcheck(lambda losses: tuple(rf.group_risk(losses, groups, 5)[:2]), losses)
+
+
+def test_second_derivative_is_refused_not_wrong():
+    x, t, s, _, _ = operator_inputs()
+    (dx,) = torch.autograd.grad(rf.contrastive_loss(x, t, s), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_losses_compile_without_a_graph_break(dynamic):
+    def objective(x, t, s, xt, tt):
+        terms = rf.contrastive_distillation_loss(x, t, s.exp(), xt, tt, 5.0)
+        return terms.contrastive + 1.5 * terms.distillation + rf.contrastive_loss(x, t, s.exp())
+
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (9, 12):
+        x, t, s, teacher, _ = operator_inputs(n)
+        s = s.log().detach().requires_grad_()
+        expected = torch.autograd.grad(objective(x, t, s, *teacher[:2]), (x, t, s))
+        actual = torch.autograd.grad(compiled(x, t, s, *teacher[:2]), (x, t, s))
+        torch.testing.assert_close(actual, expected)
+
+
+def test_fake_tensors_give_the_real_shapes_and_dtypes():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(6, 8, dtype=torch.bfloat16, requires_grad=True)
+        loss = rf.contrastive_loss(x, torch.empty(6, 8, dtype=torch.bfloat16), 10.0, reduction="none")
+        assert loss.shape == (6,) and loss.dtype == torch.float32
+        loss.sum().backward()
+        assert x.grad.shape == (6, 8) and x.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_vector_exp_is_within_two_units_in_the_last_place(dtype):
+    low, high = (-87.3, 88.7) if dtype == torch.float32 else (-708.3, 709.7)
+    x = torch.cat((torch.linspace(low, high, 1_000_003, dtype=dtype), torch.linspace(-1, 1, 1001, dtype=dtype)))
+    exact = x.double().exp()
+    ours = torch.ops.robustft.vector_exp(x)
+    if dtype == torch.float64:
+        spacing = torch.nextafter(exact, torch.full_like(exact, torch.inf)) - exact
+    else:
+        rounded = exact.float()
+        spacing = (torch.nextafter(rounded, torch.full_like(rounded, torch.inf)) - rounded).double()
+    assert ((ours.double() - exact).abs() / spacing).max() <= 2
+
+
+def test_vector_exp_at_the_ends():
+    x = torch.tensor([-torch.inf, -200.0, 0.0, 200.0, torch.inf, torch.nan])
+    y = torch.ops.robustft.vector_exp(x)
+    assert y[:5].tolist() == [0.0, 0.0, 1.0, torch.inf, torch.inf] and y[5].isnan()
+
+
+PEAK = """
+import json, sys, torch
+from robustft import functional as rf
+n, d, teacher = int(sys.argv[1]), 64, sys.argv[2] == "teacher"
+x, t = (torch.nn.functional.normalize(torch.randn(n, d), dim=1).requires_grad_() for _ in range(2))
+s = torch.tensor(50.0, requires_grad=True)
+def run(x, t):
+    if teacher:
+        return sum(rf.contrastive_distillation_loss(x, t, s, x.detach(), t.detach(), 40.0))
+    return rf.contrastive_loss(x, t, s)
+run(x[:600], t[:600]).backward()  # what is allocated once: threads, workspaces
+def status(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak
+before = status("VmRSS")
+run(x, t).backward()
+print(json.dumps(status("VmHWM") - before))
+"""
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_no_matrix_of_n_squared_is_ever_held(kind):
+    peaks = []
+    for n in (2048, 8192):
+        run = subprocess.run([sys.executable, "-c", PEAK, str(n), kind], capture_output=True, text=True, check=True)
+        peaks.append(json.loads(run.stdout))
+    # 4 times the samples: gradients and vectors grow by 4 n (2 d + ~40) bytes, an n x n matrix of floats by 250 MB.
+    assert peaks[1] - peaks[0] < 3 * 2048 * 4 * (4 * 64 + 80) + 4e6, peaks
+    assert peaks[1] < 30e6, peaks
+
+
+VARIANT = """
+import sys, torch, robustft
+sys.path.insert(0, sys.argv[1])
+import features
+from robustft import functional as rf
+assert robustft.build_info()["active_isa"] == sys.argv[2]
+torch.set_num_threads(int(sys.argv[3]))
+out = []
+for dtype in (torch.float32, torch.float64):
+    x, t = (f.to(dtype).requires_grad_() for f in features.pairs(523, 37))
+    xt, tt = (f.to(dtype) for f in features.pairs(523, 20, seed=1))
+    s = torch.tensor(60.0, dtype=dtype, requires_grad=True)
+    labels = torch.arange(523) // 3
+    terms = rf.contrastive_distillation_loss(x, t, s, xt, tt, 30.0, labels=labels)
+    loss = terms.contrastive + 1.5 * terms.distillation + rf.contrastive_loss(x, t, s, label_smoothing=0.1)
+    out += [loss, *torch.autograd.grad(loss, (x, t, s))]
+torch.save([o.detach() for o in out], sys.argv[4])
+"""
+
+
+def run_variant(tmp_path: Path, isa: str, threads: int) -> list[torch.Tensor]:
+    path = tmp_path / f"{isa}-{threads}.pt"
+    environment = {**os.environ, "ROBUSTFT_CPU_ISA": isa}
+    arguments = [str(Path(__file__).parent.parent), isa, str(threads), str(path)]
+    subprocess.run([sys.executable, "-c", VARIANT, *arguments], check=True, env=environment)
+    return torch.load(path, weights_only=True)
+
+
+def test_every_instruction_set_and_thread_count_agrees(tmp_path):
+    best = robustft.build_info()["detected_isa"]
+    names = dispatch.ISA_NAMES[: dispatch.ISA_NAMES.index(best) + 1]
+    expected = run_variant(tmp_path, best, 1)
+    for isa in names:
+        for threads in (1, 2):
+            for a, b in zip(run_variant(tmp_path, isa, threads), expected, strict=True):
+                tolerance = 1e-12 if b.dtype == torch.float64 else 3e-6
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_unknown_instruction_set_is_refused():
+    run = subprocess.run(
+        [sys.executable, "-c", "import robustft; robustft.build_info()"],
+        env={**os.environ, "ROBUSTFT_CPU_ISA": "avx3"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0 and "ROBUSTFT_CPU_ISA is 'avx3'" in run.stderr
+
+
+def test_libraries_import_no_cplusplus_symbol_of_torch():
+    libraries = sorted(PACKAGE.glob("_ops_*.so"))
+    assert libraries
+    for library in libraries:
+        symbols = subprocess.run(
+            ["nm", "-D", "--undefined-only", "-C", str(library)], capture_output=True, text=True, check=True
+        ).stdout
+        assert "aoti_torch" in symbols  # nm did read the library
+        assert not [line for line in symbols.splitlines() if "at::" in line or "c10::" in line]
+
+
+def test_without_compiled_code_the_reference_runs_and_says_so_once(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "robustft", ignore=shutil.ignore_patterns("*.so", "assets"))
+    code = (
+        "import warnings, torch\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import robustft\n"
+        "    x = torch.eye(3)\n"
+        "    values = [robustft.functional.contrastive_loss(x, x, 5.0).item() for _ in range(3)]\n"
+        "    robustft.functional.group_risk(torch.ones(3), torch.zeros(3, dtype=torch.int64), 1)\n"
+        "print(len(caught), caught[0].message, values[0])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    count, *message, value = run.stdout.split()
+    assert int(count) == 1 and "not built; using the eager reference" in " ".join(message)
+    x = torch.eye(3)
+    assert float(value) == pytest.approx(rf.contrastive_loss(x, x, 5.0).item(), rel=1e-6)
+
+
+def test_importing_robustft_loads_no_heavy_library():
+    heavy = ("open_clip", "torchvision", "matplotlib", "sklearn", "PIL")
+    code = f"import sys, robustft; print([m for m in {heavy} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
