@@ -21,7 +21,6 @@ _LAZY = {
     **dict.fromkeys(("ContrastiveLoss", "CaRotLoss"), "robustft.losses"),
     **dict.fromkeys(("calibration_report", "fit_temperature"), "robustft.calibration"),
     **dict.fromkeys(("ood_metrics",), "robustft.detection"),
-    "evaluate": "robustft.evaluate",
     "fit": "robustft.train",
 }
 _MODULES = (
@@ -29,6 +28,7 @@ _MODULES = (
     "clip",
     "data",
     "detection",
+    "evaluate",
     "features",
     "losses",
     "methods",

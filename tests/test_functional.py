@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-import features
+import planted
 import pytest
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def test_contrastive_loss_is_as_accurate_as_eager(shape, scale, dtype, variant):
     def loss(x, t, s, w):
         return rf.contrastive_loss(x, t, s, labels=labels, label_smoothing=smoothing, weight=w)
 
-    inputs = (*features.pairs(n, d), torch.tensor(scale), torch.rand(n))
+    inputs = (*planted.pairs(n, d), torch.tensor(scale), torch.rand(n))
     assert_as_accurate_as_eager(loss, *inputs, dtype=dtype, scale=scale)
 
 
@@ -76,18 +76,18 @@ def test_contrastive_loss_is_as_accurate_as_eager(shape, scale, dtype, variant):
 def test_distillation_loss_is_as_accurate_as_eager(shape, scale, dtype):
     n, d = shape
     labels = torch.randint(0, max(1, n // 2), (n,))
-    xt, tt = (f.to(dtype) for f in features.pairs(n, d + 3, seed=1))
+    xt, tt = (f.to(dtype) for f in planted.pairs(n, d + 3, seed=1))
 
     def loss(x, t, s, w):
         teacher = (xt.to(x.dtype), tt.to(x.dtype), 0.7 * scale)
         return rf.contrastive_distillation_loss(x, t, s, *teacher, labels=labels, weight=w)
 
-    inputs = (*features.pairs(n, d), torch.tensor(scale), torch.rand(n))
+    inputs = (*planted.pairs(n, d), torch.tensor(scale), torch.rand(n))
     assert_as_accurate_as_eager(loss, *inputs, dtype=dtype, scale=scale)
 
 
 def test_loss_equals_clips_cross_entropies(backend):
-    x, t = features.pairs(50, 16)
+    x, t = planted.pairs(50, 16)
     z = 14.3 * x @ t.T
     target = torch.arange(50)
     expected = (torch.nn.functional.cross_entropy(z, target) + torch.nn.functional.cross_entropy(z.T, target)) / 2
@@ -95,7 +95,7 @@ def test_loss_equals_clips_cross_entropies(backend):
 
 
 def test_reductions_agree(backend):
-    x, t = features.pairs(33, 16)
+    x, t = planted.pairs(33, 16)
     weight = torch.rand(33, dtype=torch.float64)
     each = rf.contrastive_loss(x, t, 10.0, weight=weight, reduction="none")
     assert each.shape == (33,)
@@ -104,18 +104,18 @@ def test_reductions_agree(backend):
 
 
 def test_distinct_labels_change_nothing(backend):
-    x, t = features.pairs(40, 16)
+    x, t = planted.pairs(40, 16)
     labels = torch.randperm(40) * 10**12 - 7  # any integers, negative and beyond 32 bits too
     assert rf.contrastive_loss(x, t, 14.3, labels=labels) == rf.contrastive_loss(x, t, 14.3)
 
 
 def test_loss_is_symmetric_in_images_and_texts(backend):
-    x, t = features.pairs(300, 16)
+    x, t = planted.pairs(300, 16)
     torch.testing.assert_close(rf.contrastive_loss(x, t, 50.0), rf.contrastive_loss(t, x, 50.0), rtol=1e-13, atol=0)
 
 
 def test_permuting_samples_permutes_losses(backend):
-    x, t = features.pairs(300, 16)
+    x, t = planted.pairs(300, 16)
     order = torch.randperm(300)
     each = rf.contrastive_loss(x, t, 50.0, reduction="none")
     torch.testing.assert_close(rf.contrastive_loss(x[order], t[order], 50.0, reduction="none"), each[order])
@@ -123,14 +123,14 @@ def test_permuting_samples_permutes_losses(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hard_label_loss_is_never_negative(dtype, backend):
-    x, t = features.pairs(512, 64, noise=0.01)
+    x, t = planted.pairs(512, 64, noise=0.01)
     each = rf.contrastive_loss(x.to(dtype), t.to(dtype), 100.0, reduction="none")
     assert (each >= 0).all()
 
 
 @pytest.mark.parametrize("case", ["identical rows", "opposite pairs", "huge scale"])
 def test_extreme_features_stay_finite(case, backend):
-    x, t = (f.float() for f in features.pairs(300, 32))
+    x, t = (f.float() for f in planted.pairs(300, 32))
     scale = 100.0
     if case == "identical rows":
         x, t = x[:1].expand(300, 32), t[:1].expand(300, 32)
@@ -145,7 +145,7 @@ def test_extreme_features_stay_finite(case, backend):
 
 
 def test_distillation_from_itself_is_the_entropy_and_has_no_gradient(backend):
-    x, t = features.pairs(60, 16)
+    x, t = planted.pairs(60, 16)
     z = 14.3 * x @ t.T
     entropy = -(z.softmax(1) * z.log_softmax(1)).sum(1) - (z.softmax(0) * z.log_softmax(0)).sum(0)
 
@@ -158,22 +158,22 @@ def test_distillation_from_itself_is_the_entropy_and_has_no_gradient(backend):
 
 
 def test_distillation_survives_underflowing_student_probabilities(backend):
-    x, t = (f.float() for f in features.pairs(64, 32))
-    xt, tt = (f.float() for f in features.pairs(64, 32, seed=5))
+    x, t = (f.float() for f in planted.pairs(64, 32))
+    xt, tt = (f.float() for f in planted.pairs(64, 32, seed=5))
     terms = rf.contrastive_distillation_loss(x, t, 1000.0, xt, tt, 1.0)
     assert terms.distillation.isfinite() and terms.distillation > 0
 
 
 def test_teacher_gets_no_gradient(backend):
-    x, t = (f.requires_grad_() for f in features.pairs(8, 16))
-    xt, tt = (f.requires_grad_() for f in features.pairs(8, 16, seed=1))
+    x, t = (f.requires_grad_() for f in planted.pairs(8, 16))
+    xt, tt = (f.requires_grad_() for f in planted.pairs(8, 16, seed=1))
     sum(rf.contrastive_distillation_loss(x, t, 10.0, xt, tt, 10.0)).backward()
     assert x.grad is not None and xt.grad is None and tt.grad is None
 
 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "misaligned"])
 def test_any_strides_give_the_same_result(layout):
-    x, t = (f.float() for f in features.pairs(70, 24))
+    x, t = (f.float() for f in planted.pairs(70, 24))
     match layout:
         case "transposed":
             other = x.T.contiguous().T
@@ -188,19 +188,19 @@ def test_any_strides_give_the_same_result(layout):
 
 
 def test_repeating_a_computation_repeats_its_bits():
-    x, t = (f.float() for f in features.pairs(700, 64))
+    x, t = (f.float() for f in planted.pairs(700, 64))
     first, second = (gradients(lambda x, t: rf.contrastive_loss(x, t, 50.0), x, t) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_nan_in_a_feature_reaches_the_loss(backend):
-    x, t = (f.float() for f in features.pairs(300, 16))
+    x, t = (f.float() for f in planted.pairs(300, 16))
     x[270, 3] = torch.nan
     assert rf.contrastive_loss(x, t, 10.0).isnan()
 
 
 def test_scale_gradient_matches_finite_differences():
-    x, t = features.pairs(300, 16)
+    x, t = planted.pairs(300, 16)
     s = torch.tensor(30.0, dtype=torch.float64, requires_grad=True)
     rf.contrastive_loss(x, t, s).backward()
     with torch.no_grad():
@@ -236,7 +236,7 @@ def test_group_risk_of_known_losses(backend):
     assert losses.grad.tolist() == [0.0, 0.0, 1.0, 0.0]
 
 
-X, T = (f.float() for f in features.pairs(4, 8))
+X, T = (f.float() for f in planted.pairs(4, 8))
 
 
 @pytest.mark.parametrize(
@@ -285,8 +285,8 @@ def test_reference_statistics_are_the_kernels(backend):
     else:
         rf.contrastive_loss(X, T, 1.0)
         ops = torch.ops.robustft
-    x, t = features.pairs(9, 5)
-    xt, tt = features.pairs(9, 6, seed=2)
+    x, t = planted.pairs(9, 5)
+    xt, tt = planted.pairs(9, 6, seed=2)
     labels = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 4])
     inputs = (x, t[:7], torch.tensor(9.0), labels, labels[:7], xt, tt[:7], torch.tensor(4.0))
     row, col = ops.similarity_statistics(*inputs)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import features
+import planted
 import pytest
 import torch
 
 from robustft import functional as rf
 from robustft.losses import CaRotLoss, ContrastiveLoss
 
-X, T = features.pairs(12, 8)
-XT, TT = features.pairs(12, 8, seed=1)
+X, T = planted.pairs(12, 8)
+XT, TT = planted.pairs(12, 8, seed=1)
 
 
 def test_contrastive_loss_is_open_clips_clip_loss():

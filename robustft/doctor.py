@@ -1,0 +1,170 @@
+"""`robustft doctor`: what is installed and built, and each operator run against its reference on a tiny input.
+
+A check is a name, whether it passed, what was found, and, when it did not pass, the command that mends it. Nothing is
+imported before its own check, so that one broken library does not hide the others.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+REINSTALL = (
+    "pip install --force-reinstall --no-deps robustft   (in a source tree: pip install --force-reinstall --no-deps .)"
+)
+
+
+class Check(NamedTuple):
+    """One finding. `passed` is None for a fact that is neither right nor wrong."""
+
+    name: str
+    passed: bool | None
+    found: str
+    cure: str = ""
+
+
+def run(log: Callable[[str], None] = print) -> int:
+    """Prints every check and what to do about the failed ones; returns the exit code, 1 if any failed."""
+    failed = []
+    for check in checks():
+        mark = {True: "ok  ", False: "FAIL", None: "    "}[check.passed]
+        log(f"{mark} {check.name:<28} {check.found}")
+        if check.passed is False:
+            failed.append(check)
+    log("")
+    for check in failed:
+        log(f"{check.name}: {check.cure}")
+    log(f"{len(failed)} problems" if failed else "everything works")
+    return 1 if failed else 0
+
+
+def checks() -> Iterator[Check]:
+    """All checks, lazily, in the order in which one depends on another."""
+    yield Check("python", sys.version_info >= (3, 10), platform.python_version(), "install Python 3.10 or newer")
+    torch_check = _library("torch", (2, 11), "pip install 'torch>=2.11'")
+    yield torch_check
+    if not torch_check.passed:
+        return
+    yield from _build()
+    yield from _operators()
+    yield from _clip_libraries()
+    for name, floor in (
+        ("safetensors", (0, 4)),
+        ("sklearn", (1,)),
+        ("matplotlib", (3, 8)),
+        ("yaml", (5,)),
+        ("tqdm", (4,)),
+    ):
+        package = {"sklearn": "scikit-learn", "yaml": "pyyaml"}.get(name, name)
+        yield _library(name, floor, f"pip install '{package}'")
+    yield _bundled_model()
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    yield Check("temporary space", free > 2**28, f"{free / 2**30:.1f} GB free", "free some space or set TMPDIR")
+
+
+def _library(name: str, floor: tuple[int, ...], cure: str) -> Check:
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # whatever an import raises is this check's finding
+        return Check(name, False, f"{type(error).__name__}: {error}", cure)
+    version = getattr(module, "__version__", "unknown")
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+    wanted = ".".join(map(str, floor))
+    return Check(name, numbers >= floor, f"{version}" + ("" if numbers >= floor else f" (needs {wanted})"), cure)
+
+
+def _build() -> Iterator[Check]:
+    import torch
+
+    import robustft
+
+    info = robustft.build_info()
+    libraries = info["libraries"]
+    if libraries["cpu"] == "loaded":
+        built = f"{info.get('compiler', '?')}, {info.get('cpu_variants', '?')}; running {info.get('active_isa', '?')}"
+        yield Check("compiled CPU operators", True, built)
+    else:
+        cure = f"install a C++ compiler (Debian: apt install g++), then {REINSTALL}"
+        yield Check("compiled CPU operators", False, str(libraries["cpu"]), cure)
+    if libraries["cuda"] == "loaded":
+        found = f"{info.get('cuda_compiler', '?')} for {info.get('cuda_architectures', '?')}"
+        yield Check("compiled CUDA operators", True, found)
+    else:
+        needed = torch.cuda.is_available()
+        cure = f"install a CUDA compiler (nvcc), then {REINSTALL}"
+        yield Check("compiled CUDA operators", False if needed else None, str(libraries["cuda"]), cure)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    yield Check("GPU", None, gpu)
+    yield Check("threads", None, f"{torch.get_num_threads()} (set OMP_NUM_THREADS to change)")
+
+
+def _operators() -> Iterator[Check]:
+    import torch
+
+    import robustft
+    from robustft import functional as rf
+
+    def unit(n: int, d: int, device: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(n + d)
+        return torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1).to(device)
+
+    def outcomes(device: str) -> dict[str, list[torch.Tensor]]:
+        x, t, xt, tt = (unit(33, d, device).requires_grad_() for d in (19, 19, 20, 20))
+        s = torch.tensor(20.0, device=device, requires_grad=True)
+        labels = torch.arange(33, device=device) // 3
+        losses = {
+            "contrastive_loss": rf.contrastive_loss(x, t, s, labels=labels, label_smoothing=0.1),
+            "contrastive_distillation_loss": sum(rf.contrastive_distillation_loss(x, t, s, xt, tt, 9.0)),
+        }
+        values = {name: [loss, *torch.autograd.grad(loss, (x, t, s))] for name, loss in losses.items()}
+        values["group_risk"] = [*rf.group_risk(x[:, 0], labels, 12)]
+        values["orthogonality_penalty"] = [rf.orthogonality_penalty(x)]
+        return values
+
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        try:
+            actual = outcomes(device)
+            with robustft.backend("reference"):
+                expected = outcomes(device)
+        except Exception as error:  # a kernel that does not run is this check's finding
+            yield Check(f"operators on {device}", False, f"{type(error).__name__}: {error}", REINSTALL)
+            continue
+        for name in expected:
+            pairs = zip(actual[name], expected[name], strict=True)
+            worst = max((a.double() - b.double()).abs().max().item() for a, b in pairs)
+            yield Check(
+                f"{name} ({device})", worst < 1e-4, f"largest difference from the reference {worst:.1e}", REINSTALL
+            )
+
+
+def _clip_libraries() -> Iterator[Check]:
+    cure = "pip install --force-reinstall torchvision open_clip_torch   (torchvision must match this torch)"
+    try:
+        from robustft import clip
+
+        open_clip = clip.import_open_clip()
+        import torchvision
+
+        yield Check("torchvision", True, torchvision.__version__)
+        yield Check("open_clip", True, open_clip.__version__)
+    except Exception as error:  # as above
+        yield Check("open_clip", False, f"{type(error).__name__}: {error}", cure)
+
+
+def _bundled_model() -> Check:
+    try:
+        from robustft.data import glyphworld
+
+        bundle = glyphworld.load_clip()
+        digits = len(glyphworld.digits("test"))
+        parameters = sum(p.numel() for p in bundle.model.visual.parameters())
+        return Check(
+            "bundled model and data", True, f"{parameters / 1e6:.2f} M visual parameters, {digits} test digits"
+        )
+    except Exception as error:  # as above
+        return Check("bundled model and data", False, f"{type(error).__name__}: {error}", REINSTALL)

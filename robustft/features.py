@@ -1,0 +1,267 @@
+"""Encode once, keep, reuse: the features of a data set under one model, on disk under a key that says what
+they are.
+
+    key = sha256(weights, transform, data set, dtype)    ->    <cache>/<key>.safetensors holding u (N, D) and
+    labels (N,)
+
+Zero-shot heads, ensembles, temperatures, OOD scores and linear probes all run from the same features. The key
+holds whatever the features depend on, so a second checkpoint never meets the first one's features. A file is
+written under another name and then renamed; one that turns out to be cut off is written anew.
+
+A data set is any of
+    (images, labels)                     tensors (N, C, H, W), already normalised for the model, and (N,)
+    object with .tensors(mean, std)      the same tensors, normalised by the given statistics map-style data
+    set                   items (image, label), torchvision's convention; `transform` makes an image a tensor
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustft import clip
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Unit image features (N, D) in float32 with their labels (N,) int64 and, where a classifier was at hand,
+    logits (N, K)."""
+
+    image_features: Tensor
+    labels: Tensor
+    logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@torch.no_grad()
+def encode(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    transform: Callable[[Any], Tensor] | None = None,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    cache: str | Path | None = None,
+    progress: bool = False,
+) -> Features:
+    """Unit image features of a data set, on the CPU in float32, in the data set's order; no gradient.
+
+    The model is moved to `device` (default: where it is), runs in evaluation mode and gets its modes back.
+    `dtype` float32 runs it as it is, bfloat16 or float16 under autocast. `cache` is a folder; a file found
+    there is used instead of the model. It needs a data set that can be told from others: tensors,
+    `.fingerprint`, `.samples` (files, told by path, size and time of change) or `.data` and `.targets`. A
+    damaged file is replaced with a warning. ValueError for NaN or infinite features, an empty data set, or
+    one that cannot be fingerprinted when `cache` is given. Memory: N (D + 2) floats.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    path = None
+    if cache is not None:
+        statistics = image_statistics(model) if _is_fast(dataset, transform) else None
+        parts = clip.fingerprint(model), repr(transform), fingerprint(dataset), repr(statistics), str(dtype)
+        path = Path(cache) / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.safetensors"
+        if path.exists() and (stored := _read(path)) is not None:
+            return stored
+
+    device = torch.device(device) if device is not None else _device(model)
+    model.to(device)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    features, labels = [], []
+    try:
+        for images, target in _progress(batches(dataset, model, transform, batch_size), progress, dataset, batch_size):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                encoded = clip.encode_images(model, images.to(device))
+            features.append(encoded.float().cpu())
+            labels.append(target)
+    finally:
+        for module in training:
+            module.training = True
+    result = Features(torch.cat(features), torch.cat(labels))
+    bad = int((~result.image_features.isfinite()).any(1).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {len(result)} image features hold NaN or infinity: check the weights "
+            f"and, if the images are fine, encode with another dtype than {dtype}"
+        )
+    if path is not None:
+        from safetensors.torch import save
+
+        tensors = {"image_features": result.image_features, "labels": result.labels}
+        write_file(path, save(tensors, metadata={"format": "pt"}))
+    return result
+
+
+def batches(
+    dataset: Any,
+    model: Any = None,
+    transform: Callable[[Any], Tensor] | None = None,
+    batch_size: int = 256,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A whole data set in order as batches of images (n, C, H, W), floating point, and labels (n,) int64.
+
+    `model` gives the image statistics for data sets with `.tensors(mean, std)`; `transform` turns an item's
+    image into a tensor, and is preferred to the statistics where given. TypeError for what is no data set and
+    for images that are no tensors after `transform`; ValueError when empty.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    pair = _pair(dataset.tensors(*image_statistics(model)) if _is_fast(dataset, transform) else dataset)
+    if pair is not None and transform is not None:
+        raise ValueError("transform must be None for images that are tensors already: they are taken as they are")
+    if pair is None and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise TypeError(
+            "dataset must be (images, labels) tensors, have .tensors(mean, std), or be a map-style data set "
+            f"of (image, label) items, got {type(dataset).__name__}"
+        )
+    count = len(dataset) if pair is None else len(pair[0])
+    if count == 0:
+        raise ValueError("dataset is empty")
+    return _batches(dataset, pair, transform, count, batch_size)
+
+
+def image_statistics(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel that an open_clip model, or one inside a classifier, was built with; OpenAI's
+    by default."""
+    for owner in (model, getattr(model, "model", None)):
+        for module in owner.modules() if isinstance(owner, nn.Module) else ():
+            visual = getattr(module, "visual", None)
+            stated = getattr(visual, "preprocess_cfg", None) or {}
+            mean = stated.get("mean", getattr(visual, "image_mean", None))
+            std = stated.get("std", getattr(visual, "image_std", None))
+            if mean is not None and std is not None:
+                return tuple(map(float, mean)), tuple(map(float, std))
+    return OPENAI_MEAN, OPENAI_STD
+
+
+def fingerprint(dataset: Any) -> str:
+    """SHA-256, in hexadecimal, of what tells a data set from others, its own `transform` included.
+
+    ValueError where nothing does: give the data set a `fingerprint` attribute.
+    """
+    digest = hashlib.sha256(repr(getattr(dataset, "transform", None)).encode())
+    own = getattr(dataset, "fingerprint", None)
+    tensors = _pair(dataset)
+    if own is not None:
+        digest.update(str(own() if callable(own) else own).encode())
+    elif tensors is not None:
+        for tensor in tensors:
+            _hash_array(digest, tensor.detach().cpu().contiguous())
+    elif hasattr(dataset, "samples"):
+        for file, label in dataset.samples:
+            status = os.stat(file)
+            digest.update(f"{file}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    elif hasattr(dataset, "data") and hasattr(dataset, "targets"):
+        for array in (dataset.data, dataset.targets):
+            _hash_array(digest, torch.as_tensor(np.asarray(array)))
+    else:
+        raise ValueError(
+            f"a {type(dataset).__name__} cannot be told from other data sets: give it a `fingerprint` "
+            "attribute (a string that changes with its images), or encode without cache"
+        )
+    return digest.hexdigest()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file under another name in its folder, made if need be, and renames it: it is whole or as it
+    was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are the owner's alone
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _batches(
+    dataset: Any, pair: tuple[Tensor, Tensor] | None, transform: Any, count: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, count, batch_size):
+        stop = min(start + batch_size, count)
+        if pair is not None:
+            yield pair[0][start:stop], pair[1][start:stop].long()
+            continue
+        items = [dataset[i] for i in range(start, stop)]
+        images = [item[0] if transform is None else transform(item[0]) for item in items]
+        if not isinstance(images[0], Tensor) or not images[0].is_floating_point():
+            got = images[0].dtype if isinstance(images[0], Tensor) else type(images[0]).__name__
+            raise TypeError(f"images must be floating point tensors, got {got}: pass the model's transform")
+        yield torch.stack(images), torch.tensor([int(item[1]) for item in items])
+
+
+def _pair(dataset: Any) -> tuple[Tensor, Tensor] | None:
+    """Images and labels of a pair of tensors or of a TensorDataset."""
+    if isinstance(dataset, torch.utils.data.TensorDataset):
+        dataset = dataset.tensors
+    if not (isinstance(dataset, (tuple, list)) and len(dataset) == 2 and isinstance(dataset[0], Tensor)):
+        return None
+    images, labels = dataset[0], torch.as_tensor(dataset[1])
+    if not images.is_floating_point() or images.ndim != 4 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            "dataset must be images (N, C, H, W), floating point, and labels (N,), got "
+            f"{tuple(images.shape)} {images.dtype} and {tuple(labels.shape)}"
+        )
+    return images, labels
+
+
+def _is_fast(dataset: Any, transform: Any) -> bool:
+    # A TensorDataset's `tensors` is a tuple; a transform that was asked for must be run.
+    return transform is None and callable(getattr(dataset, "tensors", None))
+
+
+def _progress(iterator: Iterator[Any], wanted: bool, dataset: Any, batch_size: int) -> Any:
+    if not wanted:
+        return iterator
+    from tqdm.auto import tqdm
+
+    pair = _pair(dataset)
+    total = -(-len(dataset if pair is None else pair[0]) // batch_size)
+    return tqdm(iterator, total=total, desc="encode", unit="batch", disable=None)
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _hash_array(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tuple(tensor.shape)}:{tensor.dtype}".encode())
+    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _read(path: Path) -> Features | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        stored = load_file(path)
+        return Features(stored["image_features"], stored["labels"])
+    except (SafetensorError, KeyError) as error:
+        warnings.warn(f"{path} is damaged ({error}); encoding again", RuntimeWarning, stacklevel=3)
+        return None
