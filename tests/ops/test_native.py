@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import features
+import planted
 import pytest
 import torch
 
@@ -25,9 +25,9 @@ PACKAGE = Path(robustft.__file__).parent
 
 
 def operator_inputs(n: int = 9, d: int = 5, requires_grad: bool = True):
-    x, t = (f.requires_grad_(requires_grad) for f in features.pairs(n, d))
+    x, t = (f.requires_grad_(requires_grad) for f in planted.pairs(n, d))
     s = torch.tensor(7.0, dtype=torch.float64, requires_grad=requires_grad)
-    teacher = (*features.pairs(n, d + 1, seed=1), torch.tensor(5.0, dtype=torch.float64))
+    teacher = (*planted.pairs(n, d + 1, seed=1), torch.tensor(5.0, dtype=torch.float64))
     return x, t, s, teacher, torch.arange(n) // 2
 
 
@@ -169,14 +169,14 @@ def test_no_matrix_of_n_squared_is_ever_held(kind):
 VARIANT = """
 import sys, torch, robustft
 sys.path.insert(0, sys.argv[1])
-import features
+import planted
 from robustft import functional as rf
 assert robustft.build_info()["active_isa"] == sys.argv[2]
 torch.set_num_threads(int(sys.argv[3]))
 out = []
 for dtype in (torch.float32, torch.float64):
-    x, t = (f.to(dtype).requires_grad_() for f in features.pairs(523, 37))
-    xt, tt = (f.to(dtype) for f in features.pairs(523, 20, seed=1))
+    x, t = (f.to(dtype).requires_grad_() for f in planted.pairs(523, 37))
+    xt, tt = (f.to(dtype) for f in planted.pairs(523, 20, seed=1))
     s = torch.tensor(60.0, dtype=dtype, requires_grad=True)
     labels = torch.arange(523) // 3
     terms = rf.contrastive_distillation_loss(x, t, s, xt, tt, 30.0, labels=labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import features
+import planted
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,8 +17,8 @@ N, D, WORLD = 14, 8, 2
 def inputs(rank: int | None = None):
     """All samples, or one rank's half."""
     mine = slice(None) if rank is None else slice(rank * N // WORLD, (rank + 1) * N // WORLD)
-    x, t = (f[mine].clone().requires_grad_() for f in features.pairs(N, D))
-    teacher = [f[mine] for f in features.pairs(N, D + 1, seed=1)]
+    x, t = (f[mine].clone().requires_grad_() for f in planted.pairs(N, D))
+    teacher = [f[mine] for f in planted.pairs(N, D + 1, seed=1)]
     s = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
     weight = torch.linspace(0.5, 2, N, dtype=torch.float64)[mine]
     return x, t, s, teacher, weight, (torch.arange(N) // 3)[mine]
