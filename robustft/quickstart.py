@@ -38,7 +38,7 @@ class Recipe:
 
     method: str
     lr: float
-    epochs: int = 20
+    epochs: int = 30
     batch_size: int = 128
     weight_decay: float = 0.1
     warmup: float = 0.1
@@ -46,9 +46,9 @@ class Recipe:
 
 
 RECIPES = {
-    "FT": Recipe("FineTune", lr=1e-3),
-    "FLYP": Recipe("FLYP", lr=1e-3),
-    "CaRot": Recipe("CaRot", lr=1e-3, options={"ema_interval_fraction": 0.02}),
+    "FT": Recipe("FineTune", lr=3e-3),
+    "FLYP": Recipe("FLYP", lr=3e-3),
+    "CaRot": Recipe("CaRot", lr=3e-3, options={"ema_interval_fraction": 0.02}),
 }
 QUICK_EPOCHS = 6
 FRONTIER_ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

@@ -1,0 +1,121 @@
+"""FLYP: fine-tune like you pretrain (Goyal et al., CVPR 2023, arXiv 2212.00638).
+
+    u (N, D)   image features
+    t (N, D)   features of captions template(class), a template drawn for each image
+    L = 1/2 [CE(s u t^T, targets) + CE(s t u^T, targets)]
+
+Both towers and the scale are trained with the loss they were pre-trained with; the head is built from the
+fine-tuned text tower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustft import clip
+from robustft.functional import contrastive_loss
+from robustft.methods.base import Classifier, Method, Step, stateless_generator
+from robustft.methods.zero_shot import zero_shot_classifier
+from robustft.prompts import PromptTable
+
+
+class Pairs(NamedTuple):
+    """Images (N, C, H, W), tokens (U, L), each image's row of these (N,) or None for 0 .. N - 1, labels (N,)."""
+
+    images: Tensor
+    tokens: Tensor
+    index: Tensor | None
+    labels: Tensor | None
+
+
+class FLYP(Method):
+    """Contrastive fine-tuning with captions `template(class)`, drawn per image on the fly.
+
+    The released code materialises every (image, template) pair as a row of a CSV file; drawing a template per
+    image is the same distribution. Distinct captions are encoded once and gathered, so the text tower costs
+    at most K x templates captions a step however large the batch is.
+
+    Args:
+        model, tokenizer, class_names, templates, total_steps, seed: as for `Method`.
+        targets: "diagonal", each image's own caption is its one positive (as released), or "label", captions
+            of the same class share the target.
+        label_smoothing: e mixes the targets as (1 - e) target + e / N.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Any,
+        class_names: Sequence[str],
+        templates: Sequence[Any],
+        total_steps: int | None = None,
+        seed: int = 0,
+        targets: Literal["diagonal", "label"] = "diagonal",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        if targets not in ("diagonal", "label"):
+            raise ValueError(f'targets must be "diagonal" or "label", got {targets!r}')
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        super().__init__(
+            model,
+            tokenizer=tokenizer,
+            class_names=class_names,
+            templates=templates,
+            total_steps=total_steps,
+            seed=seed,
+        )
+        self.targets = targets
+        self.label_smoothing = label_smoothing
+        self.prompts = PromptTable(tokenizer, class_names, templates)
+        self.config |= {
+            "targets": targets,
+            "label_smoothing": label_smoothing,
+            "prompts": _digest(self.prompts),
+        }
+
+    def step(self, batch: Any) -> Step:
+        pairs = self.pairs(batch)
+        u, t = self.features(self.model, pairs)
+        loss = contrastive_loss(
+            u, t, clip.logit_scale(self.model), labels=pairs.labels, label_smoothing=self.label_smoothing
+        )
+        return Step(loss, {"contrastive": loss.detach()})
+
+    def classifier(self) -> Classifier:
+        """The fine-tuned image tower, and the prompts' class embeddings under the fine-tuned text tower."""
+        return zero_shot_classifier(
+            self.model, tokenizer=self.tokenizer, class_names=self.class_names, templates=self.templates
+        )
+
+    def pairs(self, batch: Any) -> Pairs:
+        """The batch as image-caption pairs: its own captions if it has some, else captions of its labels."""
+        images, labels, texts = self.checked(batch)
+        if self.targets == "label" and labels is None:
+            raise ValueError('targets="label" needs labels in the batch, which has texts only')
+        if texts is None:
+            tokens, index = self.prompts.sample(labels, stateless_generator(self.seed, "captions", int(self.steps)))
+            index = index.to(images.device)
+        else:
+            tokens, index = texts if isinstance(texts, Tensor) else self.tokenizer(list(texts)), None
+        return Pairs(images, tokens.to(images.device), index, labels if self.targets == "label" else None)
+
+    @staticmethod
+    def features(model: nn.Module, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Unit features of images and captions, (N, D) each."""
+        t = clip.encode_texts(model, pairs.tokens)
+        # F.embedding, because the gradient of t[index] adds up in no fixed order on several threads.
+        return clip.encode_images(model, pairs.images), t if pairs.index is None else F.embedding(pairs.index, t)
+
+
+def _digest(prompts: PromptTable) -> str:
+    digest = hashlib.sha256()
+    for table in (prompts.captions, prompts.rows):
+        digest.update(table.cpu().long().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,152 @@
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from robustft.methods import FLYP, CaRot
+
+
+def features(model, images, tokens):
+    return F.normalize(model.encode_image(images), dim=-1), F.normalize(model.encode_text(tokens), dim=-1)
+
+
+def restated(student, teacher, images, tokens, step, squared):
+    """CaRot's four terms from N x N matrices, straight from the formulas."""
+    u, t = features(student, images, tokens)
+    z = student.logit_scale.exp() * u @ t.T
+    diagonal = torch.arange(len(z))
+    terms = {"contrastive": (F.cross_entropy(z, diagonal) + F.cross_entropy(z.T, diagonal)) / 2}
+    if step > 0:
+        with torch.no_grad():
+            tu, tt = features(teacher, images, tokens)
+            tz = teacher.logit_scale.exp() * tu @ tt.T
+        towards_text = -(tz.softmax(1) * z.log_softmax(1)).sum(1)
+        towards_image = -(tz.T.softmax(1) * z.T.log_softmax(1)).sum(1)
+        terms["distillation"] = (towards_text + towards_image).mean()
+    wv, wt = student.visual.proj, student.text_projection
+    square = ((wv.T @ wv - torch.eye(wv.shape[1], dtype=wv.dtype)) ** 2).sum()
+    terms["orthogonality"] = square if squared else square.sqrt()
+    terms["cross"] = ((wv @ wt.T) ** 2).sum().sqrt()
+    return terms
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_carot_equals_its_plain_restatement_at_every_step(clip_model, prompts, batches, squared):
+    weights = {"contrastive": 1.0, "distillation": 1.5, "orthogonality": 0.2, "cross": 0.05}
+    total, interval = len(batches), 3
+    method = CaRot(clip_model, total_steps=total, ema_interval=interval, squared=squared, **prompts)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.05)
+    student, teacher = copy.deepcopy(clip_model), copy.deepcopy(clip_model).requires_grad_(False)
+    plain = torch.optim.SGD(student.parameters(), lr=0.05)
+    for step, (images, labels) in enumerate(batches):
+        texts = [f"{prompts['class_names'][label]} number {i}" for i, label in enumerate(labels.tolist())]
+        out = method.step((images, texts))
+        terms = restated(student, teacher, images, prompts["tokenizer"](texts), step, squared)
+        loss = sum(weights[name] * value for name, value in terms.items())
+        assert out.terms.keys() == terms.keys()
+        for name, value in terms.items():
+            torch.testing.assert_close(out.terms[name], value.detach(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(out.loss, loss, rtol=1e-9, atol=1e-12)
+        for chosen, value in ((optimizer, out.loss), (plain, loss)):
+            chosen.zero_grad()
+            value.backward()
+            chosen.step()
+        method.after_step()
+        if step % interval == 0:
+            m = 0.05 + 0.85 * step / (0.2 * total) if step < 0.2 * total else 0.9
+            with torch.no_grad():
+                for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
+                    old.copy_(m * old + (1 - m) * new)
+        for ours, theirs in ((method.model, student), (method.teacher, teacher)):
+            for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_momentum_has_the_published_values(clip_model, prompts):
+    method = CaRot(clip_model, total_steps=25_030, **prompts)
+    published = {0: "0.05", 500: "0.135", 1000: "0.22", 2000: "0.39", 3000: "0.56", 4000: "0.73", 5000: "0.90"}
+    for step, printed in published.items():
+        decimals = len(printed) - 2
+        assert f"{method.momentum(step):.{decimals}f}" == printed
+    assert method.momentum(25_029) == 0.9
+
+
+def test_teacher_moves_after_every_interval_only_and_gets_no_gradient(clip_model, prompts, batches):
+    method = CaRot(clip_model, total_steps=9, ema_interval_fraction=1 / 3, **prompts)
+    assert method.ema_interval == 3
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.05)
+    moved = []
+    for batch in batches:
+        before = method.teacher.visual.proj.clone()
+        optimizer.zero_grad()
+        method.step(batch).loss.backward()
+        optimizer.step()
+        assert torch.equal(method.teacher.visual.proj, before)
+        method.after_step()
+        moved.append(not torch.equal(method.teacher.visual.proj, before))
+    assert moved == [True, False, False] * 3
+    assert all(p.grad is None and not p.requires_grad for p in method.teacher.parameters())
+
+
+def test_carot_of_weights_zero_is_flyp(clip_model, prompts, batches):
+    zero = {"cross_weight": 0.0, "orthogonality_weight": 0.0, "distillation_weight": 0.0}
+    carot, flyp = CaRot(clip_model, total_steps=9, seed=4, **zero, **prompts), FLYP(clip_model, seed=4, **prompts)
+    for batch in batches[:3]:
+        a, b = carot.step(batch), flyp.step(batch)
+        assert torch.equal(a.loss, b.loss) and a.terms.keys() == b.terms.keys() == {"contrastive"}
+        carot.after_step()
+        flyp.after_step()
+
+
+def test_buffers_of_the_teacher_stay_pretrained_and_it_stays_in_evaluation_mode(clip_model, prompts, batches):
+    clip_model.visual.register_buffer("running", torch.zeros(2))
+    method = CaRot(clip_model, total_steps=9, ema_interval=1, **prompts).train()
+    method.model.visual.running += 1
+    method.step(batches[0]).loss.backward()
+    method.after_step()
+    assert torch.equal(method.teacher.visual.running, torch.zeros(2))
+    assert method.model.training and not method.teacher.training
+
+
+def test_student_and_teacher_each_have_their_classifier(clip_model, prompts, batches):
+    method = CaRot(clip_model, total_steps=9, ema_interval=3, **prompts)
+    with torch.no_grad():
+        method.model.visual.proj.mul_(2).add_(0.1)
+    images = batches[0][0]
+    assert not torch.equal(method.classifier().logits(images), method.classifier(teacher=True).logits(images))
+    torch.testing.assert_close(
+        method.classifier(teacher=True).outputs(images).features, F.normalize(clip_model.encode_image(images), dim=-1)
+    )
+
+
+def test_interval_longer_than_the_run_is_warned_of(clip_model, prompts):
+    with pytest.warns(UserWarning, match="ema_interval_fraction"):
+        CaRot(clip_model, total_steps=300, **prompts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CaRot(clip_model, total_steps=300, ema_interval_fraction=0.02, **prompts)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"distillation_weight": -1.0}, "distillation_weight must be finite and not negative, got -1.0"),
+        ({"ema_start": 1.5}, r"ema_start must lie in \[0, 1\], got 1.5"),
+        ({"ema_interval": 0}, "ema_interval must be at least 1, got 0"),
+        ({"total_steps": None}, "total_steps is needed"),
+        ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
+        ({"targets": "row"}, "targets must be"),
+    ],
+)
+def test_bad_arguments_are_named(clip_model, prompts, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CaRot(clip_model, **({"total_steps": 9, "ema_interval": 3} | arguments), **prompts)
+
+
+def test_tower_without_a_projection_is_refused_unless_its_penalties_are_off(clip_model, prompts):
+    clip_model.visual.proj = None
+    with pytest.raises(ValueError, match="projection"):
+        CaRot(clip_model, total_steps=9, ema_interval=3, **prompts)
+    CaRot(clip_model, total_steps=9, ema_interval=3, cross_weight=0.0, orthogonality_weight=0.0, **prompts)

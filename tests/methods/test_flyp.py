@@ -1,0 +1,112 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from robustft.methods import FLYP
+
+
+def train(method, batches):
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.05)
+    outs = []
+    for batch in batches:
+        outs.append(method.step(batch))
+        optimizer.zero_grad()
+        outs[-1].loss.backward()
+        optimizer.step()
+        method.after_step()
+    return outs
+
+
+@pytest.mark.parametrize("targets, smoothing", [("diagonal", 0.0), ("diagonal", 0.1), ("label", 0.0), ("label", 0.2)])
+def test_flyp_equals_its_plain_restatement_at_every_step(clip_model, prompts, batches, targets, smoothing):
+    single = prompts | {"templates": ("a {}",)}
+    method = FLYP(clip_model, targets=targets, label_smoothing=smoothing, **single)
+    outs = train(method, batches)
+    student = copy.deepcopy(clip_model)
+    plain = torch.optim.SGD(student.parameters(), lr=0.05)
+    for out, (images, labels) in zip(outs, batches, strict=True):
+        tokens = single["tokenizer"]([f"a {single['class_names'][label]}" for label in labels.tolist()])
+        u, t = F.normalize(student.encode_image(images), dim=-1), F.normalize(student.encode_text(tokens), dim=-1)
+        z = student.logit_scale.exp() * u @ t.T
+        positive = torch.eye(6) if targets == "diagonal" else labels[:, None] == labels[None]
+        target = positive.double() / positive.sum(1, keepdim=True)
+        target = (1 - smoothing) * target + smoothing / 6
+        rows, columns = -(target * z.log_softmax(1)).sum(1), -(target * z.T.log_softmax(1)).sum(1)
+        loss = (rows + columns).mean() / 2
+        torch.testing.assert_close(out.loss, loss, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(out.terms["contrastive"], loss.detach(), rtol=1e-9, atol=1e-12)
+        plain.zero_grad()
+        loss.backward()
+        plain.step()
+    for (name, p), q in zip(method.model.named_parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_captions_are_of_the_labels_and_use_every_template(clip_model, prompts):
+    method = FLYP(clip_model, **prompts)
+    labels = torch.arange(3).repeat(100)
+    images = torch.zeros(300, 3, 8, 8, dtype=torch.float64)
+    pairs = method.pairs((images, labels))
+    of_class = [
+        {tuple(row) for row in prompts["tokenizer"]([t.format(name) for t in prompts["templates"]]).tolist()}
+        for name in prompts["class_names"]
+    ]
+    drawn = [tuple(row) for row in pairs.tokens[pairs.index].tolist()]
+    assert len(pairs.tokens) == 9
+    assert all(row in of_class[label] for row, label in zip(drawn, labels.tolist(), strict=True))
+    assert all(100 > drawn.count(row) > 10 for row in set(drawn))
+
+
+def test_captions_are_a_function_of_seed_and_step(clip_model, prompts, batches):
+    def captions(seed, step):
+        method = FLYP(clip_model, seed=seed, **prompts)
+        method.steps.fill_(step)
+        pairs = method.pairs((batches[0][0].repeat(10, 1, 1, 1), batches[0][1].repeat(10)))
+        return pairs.tokens[pairs.index]
+
+    torch.manual_seed(0)
+    first = captions(0, 5)
+    torch.manual_seed(1)
+    assert torch.equal(captions(0, 5), first)
+    assert not torch.equal(captions(0, 6), first)
+    assert not torch.equal(captions(1, 5), first)
+    assert not torch.equal(captions(2**32, 5), first), "seeds that agree in their lower 32 bits differ too"
+
+
+def test_every_form_of_a_batch_gives_the_same_loss(clip_model, prompts, batches):
+    single = prompts | {"templates": ("a {}",)}
+    images, labels = batches[0]
+    texts = [f"a {single['class_names'][label]}" for label in labels.tolist()]
+    method = FLYP(clip_model, **single)
+    losses = [
+        method.step(batch).loss
+        for batch in (
+            (images, labels),
+            [images, labels.int()],
+            (images, texts),
+            (images, tuple(texts)),
+            (images, single["tokenizer"](texts)),
+            {"image": images, "label": labels},
+            {"image": images, "text": texts},
+            {"image": images, "text": texts, "label": labels, "path": ["x"] * 6},
+        )
+    ]
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], rtol=1e-12, atol=0)
+
+
+def test_targets_by_label_need_labels(clip_model, prompts, batches):
+    with pytest.raises(ValueError, match='targets="label" needs labels'):
+        FLYP(clip_model, targets="label", **prompts).step((batches[0][0], ["a"] * 6))
+
+
+def test_the_model_that_was_passed_stays_zero_shot_and_frozen_weights_stay_frozen(clip_model, prompts, batches):
+    clip_model.token_embedding.weight.requires_grad_(False)
+    before = copy.deepcopy(clip_model.state_dict())
+    method = FLYP(clip_model, **prompts)
+    train(method, batches[:2])
+    assert all(torch.equal(value, before[name]) for name, value in clip_model.state_dict().items())
+    assert torch.equal(method.model.token_embedding.weight, before["token_embedding.weight"])
+    assert not torch.equal(method.model.visual.proj, before["visual.proj"])
