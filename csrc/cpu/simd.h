@@ -76,64 +76,60 @@ inline T reduce_sum(Vec<T> v) {
   return s;
 }
 
-// exp by x = n ln2 + r, |r| <= ln2/2, a Taylor polynomial in r and n added to the exponent. Within 2 units in the last
-// place for results that are normal numbers; smaller results are 0, larger ones +inf, NaN stays NaN.
 template <class T>
-inline Vec<T> exp(Vec<T> x);
+struct ExpConstants;
 
 template <>
-inline Vec<float> exp<float>(Vec<float> x) {
-  using V = Vec<float>;
-  using M = Mask<float>;
-  const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer that sits in the low mantissa bits
-  const M small = x < -87.33654f, large = x > 88.72283f;
-  V y = small ? V{} : (large ? V{} : x);
-  const V t = y * 1.44269504088896341f + shifter;
-  const V n = t - shifter;
-  const V r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
-  V p = V{} + 1.98412698e-4f;
-  p = p * r + 1.38888889e-3f;
-  p = p * r + 8.33333333e-3f;
-  p = p * r + 4.16666667e-2f;
-  p = p * r + 1.66666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+struct ExpConstants<float> {
+  static constexpr float low = -87.33654f, high = 88.72283f;  // results leave the normal numbers here
+  static constexpr float shifter = 12582912.0f;               // 1.5 * 2^23: x + shifter holds round(x) in its low bits
+  static constexpr int32_t shifter_bits = 0x4B400000, bias = 127, mantissa = 23;
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // n * ln2_high is exact
+  static constexpr float taylor[] = {1.98412698e-4f, 1.38888889e-3f, 8.33333333e-3f, 4.16666667e-2f,
+                                     1.66666667e-1f, 0.5f,           1.0f,           1.0f};
+};
+
+template <>
+struct ExpConstants<double> {
+  static constexpr double low = -708.3964185322641, high = 709.782712893384;
+  static constexpr double shifter = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr int64_t shifter_bits = 0x4338000000000000, bias = 1023, mantissa = 52;
+  static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double taylor[] = {1.6059043836821613e-10,
+                                      2.08767569878681e-09,
+                                      2.505210838544172e-08,
+                                      2.755731922398589e-07,
+                                      2.7557319223985893e-06,
+                                      2.48015873015873e-05,
+                                      1.984126984126984e-04,
+                                      1.388888888888889e-03,
+                                      8.333333333333333e-03,
+                                      4.1666666666666664e-02,
+                                      1.6666666666666666e-01,
+                                      0.5,
+                                      1.0,
+                                      1.0};
+};
+
+// exp by x = n ln2 + r, |r| <= ln2 / 2: a Taylor polynomial in r (1 / 7! ... for float, 1 / 13! ... for double), and n
+// added to the exponent. Within 2 units in the last place for results that are normal numbers; smaller results are 0,
+// larger ones inf, NaN stays NaN.
+template <class T>
+inline Vec<T> exp(Vec<T> x) {
+  using V = Vec<T>;
+  using C = ExpConstants<T>;
+  const Mask<T> small = x<C::low, large = x> C::high;
+  const V y = (small | large) ? V{} : x;
+  const V t = y * T(1.4426950408889634) + C::shifter;
+  const V n = t - C::shifter;
+  const V r = (y - n * C::ln2_high) - n * C::ln2_low;
+  V p{};
+  for (T coefficient : C::taylor) p = p * r + coefficient;
   // Two factors, so that 2^128 * 0.7 does not overflow on its way to a finite result.
-  const M k = (M)t - 0x4B400000;
-  const M half = k >> 1;
-  const V scaled = p * (V)((half + 127) << 23) * (V)((k - half + 127) << 23);
-  return small ? V{} : (large ? V{} + __builtin_inff() : scaled);
-}
-
-template <>
-inline Vec<double> exp<double>(Vec<double> x) {
-  using V = Vec<double>;
-  using M = Mask<double>;
-  const double shifter = 6755399441055744.0;  // 1.5 * 2^52
-  const M small = x < -708.3964185322641, large = x > 709.782712893384;
-  V y = small ? V{} : (large ? V{} : x);
-  const V t = y * 1.4426950408889634 + shifter;
-  const V n = t - shifter;
-  const V r = (y - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
-  V p = V{} + 1.6059043836821613e-10;
-  p = p * r + 2.08767569878681e-09;
-  p = p * r + 2.505210838544172e-08;
-  p = p * r + 2.755731922398589e-07;
-  p = p * r + 2.7557319223985893e-06;
-  p = p * r + 2.48015873015873e-05;
-  p = p * r + 1.984126984126984e-04;
-  p = p * r + 1.388888888888889e-03;
-  p = p * r + 8.333333333333333e-03;
-  p = p * r + 4.1666666666666664e-02;
-  p = p * r + 1.6666666666666666e-01;
-  p = p * r + 0.5;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
-  const M k = (M)t - 0x4338000000000000;
-  const M half = k >> 1;
-  const V scaled = p * (V)((half + 1023) << 52) * (V)((k - half + 1023) << 52);
-  return small ? V{} : (large ? V{} + __builtin_inf() : scaled);
+  const Mask<T> k = (Mask<T>)t - C::shifter_bits;
+  const Mask<T> half = k >> 1;
+  const V scaled = p * (V)((half + C::bias) << C::mantissa) * (V)((k - half + C::bias) << C::mantissa);
+  return small ? V{} : (large ? V{} + T(__builtin_inf()) : scaled);
 }
 
 }  // namespace ROBUSTFT_ISA
