@@ -10,6 +10,13 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "similarity_gradient(Tensor x, Tensor t, Tensor scale, Tensor x_labels, Tensor t_labels, "
       "Tensor? x_teacher, Tensor? t_teacher, Tensor? teacher_scale, Tensor row, Tensor col) -> (Tensor dx, Tensor dt)");
   m.def("vector_exp(Tensor x) -> Tensor");
+  // cpu/classes.cpp
+  m.def(
+      "class_statistics(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, Tensor? targets, bool keep) "
+      "-> (Tensor statistics, Tensor similarity)");
+  m.def(
+      "class_gradient(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, Tensor? targets, "
+      "Tensor similarity, Tensor coefficients, bool top1) -> (Tensor dx, Tensor dw, Tensor db)");
   // cpu/group_risk.cpp, cuda/group_risk.cu
   m.def("group_sums(Tensor values, Tensor groups, int num_groups) -> (Tensor sums, Tensor counts)");
 
@@ -24,6 +31,21 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "contrastive_distillation_loss(Tensor x, Tensor t, Tensor scale, Tensor x_teacher, Tensor t_teacher, "
       "Tensor teacher_scale, Tensor labels) "
       "-> (Tensor contrastive, Tensor distillation, Tensor scale_gradients, Tensor row, Tensor col)");
+  m.def(
+      "classification_loss(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, str variant, bool top1, "
+      "float label_smoothing, bool keep) "
+      "-> (Tensor cross_entropy, Tensor misalignment, Tensor by_gap, Tensor scale_gradients, Tensor kept, "
+      "Tensor similarity)");
+  m.def(
+      "classification_loss_backward(Tensor g, Tensor h, Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, "
+      "bool top1, float label_smoothing, Tensor by_gap, Tensor kept, Tensor similarity) "
+      "-> (Tensor dx, Tensor dw, Tensor db)");
+  m.def(
+      "soft_classification_loss(Tensor x, Tensor w, Tensor scale, Tensor targets, bool keep) "
+      "-> (Tensor loss, Tensor scale_gradient, Tensor kept, Tensor similarity)");
+  m.def(
+      "soft_classification_loss_backward(Tensor g, Tensor x, Tensor w, Tensor scale, Tensor targets, Tensor kept, "
+      "Tensor similarity) -> (Tensor dx, Tensor dw, Tensor db)");
   m.def(
       "contrastive_distillation_loss_backward(Tensor g, Tensor h, Tensor x, Tensor t, Tensor scale, Tensor x_teacher, "
       "Tensor t_teacher, Tensor teacher_scale, Tensor labels, Tensor row, Tensor col) -> (Tensor dx, Tensor dt)");

@@ -19,6 +19,12 @@ from torch import Tensor
 from robustft.ops import reference
 from robustft.ops.dispatch import use_native
 
+VARIANTS = ("neg_log_ratio", "neg_ratio", "softplus", "ratio")
+"""Forms of the misalignment penalty."""
+
+KEEP_BYTES = 64 * 2**20
+"""Class similarities up to this size are kept for the backward; larger ones are multiplied again."""
+
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -27,6 +33,20 @@ class ContrastiveTerms(NamedTuple):
 
     contrastive: Tensor
     distillation: Tensor
+
+
+class ClassificationTerms(NamedTuple):
+    """Un-weighted terms of `classification_loss`."""
+
+    cross_entropy: Tensor
+    misalignment: Tensor
+
+
+class DualRiskTerms(NamedTuple):
+    """Un-weighted terms of `dual_risk`."""
+
+    empirical: Tensor
+    worst_case: Tensor
 
 
 class GroupRisk(NamedTuple):
@@ -139,6 +159,170 @@ def contrastive_distillation_loss(
     return ContrastiveTerms(*(_reduce(term, weight, reduction) for term in terms))
 
 
+def classification_loss(
+    features: Tensor,
+    class_embeddings: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    bias: Tensor | None = None,
+    variant: str = "neg_log_ratio",
+    top1: bool = False,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> ClassificationTerms:
+    """Cross-entropy of class logits `z = s x w^T + b`, and the confidence misalignment penalty, in one pass.
+
+    The penalty looks at H, the classes whose logit is strictly above the true one (ties are not misranked; duplicate
+    class names tie exactly), with R = p_true / sum_H p, and is 0 where H is empty:
+    "neg_log_ratio" -log R = logsumexp_H z - z_true, "neg_ratio" 1 - R, "softplus" log(1 + 1/R), "ratio" R.
+    H itself carries no gradient. "ratio" is the released code's form, for replication only: minimising it *lowers*
+    the true logit, and with weight 1 two classes are stable at p_true = 0.38. "neg_log_ratio" has the sign that the
+    paper intends, and is the default.
+
+    Args:
+        features: (N, D). class_embeddings: (K, D), any norms. labels: (N,) integers in [0, K).
+        logit_scale: multiplied out. bias: (K,), added after the scale.
+        variant: of the penalty. top1: H is the highest class only.
+        label_smoothing: of the cross-entropy, over K. weight, reduction: as in `contrastive_loss`, on both terms.
+
+    Gradients reach features, class_embeddings, logit_scale, bias and weight.
+    Memory: the gradients, a panel of 1 MB, and N K similarities while they fit `KEEP_BYTES`.
+    Source: CMP, arXiv 2501.17595; the default is the negative logarithm of its ratio (appendix B).
+    Raises: ValueError or TypeError naming the argument.
+    """
+    x, w, s = _class_inputs(features, class_embeddings, logit_scale)
+    n, k = len(x), len(w)
+    y = _class_labels(labels, n, k, x.device)
+    if bias is not None and (bias.shape != (k,) or bias.device != x.device or bias.dtype not in _FLOATS):
+        raise ValueError(
+            f"bias is {tuple(bias.shape)} {bias.dtype} on {bias.device}; expected floating ({k},) on {x.device}"
+        )
+    _check_variant(variant)
+    _check_smoothing(label_smoothing)
+    _check_reduction(reduction)
+    _check_weight(weight, n, x.device)
+    if use_native("class_statistics", x.device):
+        keep = _keeps_similarities(x, w)
+        terms = torch.ops.robustft.classification_loss(x, w, s, bias, y, variant, top1, label_smoothing, keep)[:2]
+    else:
+        z = reference.class_logits(x, w, s, bias)
+        terms = reference.class_cross_entropy(z, y, label_smoothing), reference.misalignment(z, y, variant, top1)
+    return ClassificationTerms(*(_reduce(term, weight, reduction) for term in terms))
+
+
+def misalignment_penalty(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    variant: str = "neg_log_ratio",
+    top1: bool = False,
+    average: str = "batch",
+    reduction: str = "mean",
+) -> Tensor:
+    """The confidence misalignment penalty of `classification_loss` on logits that exist already.
+
+    Args:
+        logits: (N, K). labels: (N,) integers in [0, K). variant, top1: as in `classification_loss`.
+        average: what "mean" divides by: "batch", all samples (as released), or "errors", those with a misranked
+            class (0 when there is none).
+        reduction: "mean", "sum" or "none".
+
+    Gradient reaches logits. Memory: a few N x K temporaries; `classification_loss` has none.
+    Source: CMP, arXiv 2501.17595.
+    """
+    if logits.dim() != 2 or logits.dtype not in _FLOATS or logits.numel() == 0:
+        raise ValueError(f"logits is {tuple(logits.shape)} {logits.dtype}; expected floating (N, K), not empty")
+    labels = _class_labels(labels, *logits.shape, logits.device)
+    _check_variant(variant)
+    _check_reduction(reduction)
+    if average not in ("batch", "errors"):
+        raise ValueError(f"average is {average!r}; expected 'batch' or 'errors'")
+    z = reference.widen(logits)
+    penalty = reference.misalignment(z, labels, variant, top1)
+    if reduction == "mean" and average == "errors":
+        errors = (z > z.gather(1, labels[:, None])).any(1).sum()
+        return penalty.sum() / errors.clamp(min=1)
+    return _reduce(penalty, None, reduction)
+
+
+def dual_risk(
+    features: Tensor,
+    class_embeddings: Tensor,
+    core_embeddings: Tensor,
+    labels: Tensor,
+    core_labels: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> DualRiskTerms:
+    """Empirical risk under the default prompts and worst-case risk under concept descriptions, for dual risk minimisation.
+
+        empirical_i  = -log softmax(s x w^T)_{i, y_i}
+        worst_case_i = -sum_k q_ik log softmax(s x v^T)_ik
+
+    Args:
+        features: (N, D). class_embeddings w, core_embeddings v: (K, D) of the two kinds of prompts.
+        labels: (N,) integers in [0, K).
+        core_labels: (N, K) soft labels q, rows need not sum to one, or (N,) confidences of the true class, which
+            weigh it alone.
+        logit_scale, weight, reduction: as in `contrastive_loss`.
+
+    Gradients reach features, both embeddings, logit_scale and weight, not core_labels.
+    Memory: as `classification_loss`, for two heads.
+    Source: DRM, Wang et al. 2024 (arXiv 2411.19757), equations of the two risks.
+    Raises: ValueError or TypeError naming the argument.
+    """
+    x, w, s = _class_inputs(features, class_embeddings, logit_scale)
+    _, v, _ = _class_inputs(features, core_embeddings, logit_scale, "core_embeddings")
+    v = v.to(x.dtype)
+    n, k = len(x), len(w)
+    if len(v) != k:
+        raise ValueError(f"core_embeddings has {len(v)} rows; expected {k}, as class_embeddings")
+    y = _class_labels(labels, n, k, x.device)
+    if core_labels.shape not in ((n,), (n, k)) or core_labels.dtype not in _FLOATS or core_labels.device != x.device:
+        raise ValueError(
+            f"core_labels is {tuple(core_labels.shape)} {core_labels.dtype} on {core_labels.device}; expected floating "
+            f"({n}, {k}) or ({n},) on {x.device}"
+        )
+    _check_reduction(reduction)
+    _check_weight(weight, n, x.device)
+    core_labels = core_labels.detach()
+    if core_labels.dim() == 1:
+        empirical, worst_case = (_cross_entropy(x, head, s, y) for head in (w, v))
+        worst_case = worst_case * core_labels
+    elif use_native("class_statistics", x.device):
+        empirical = _cross_entropy(x, w, s, y)
+        keep = _keeps_similarities(x, v)
+        worst_case = torch.ops.robustft.soft_classification_loss(x, v, s, core_labels, keep)[0]
+    else:
+        empirical = _cross_entropy(x, w, s, y)
+        worst_case = reference.soft_cross_entropy(reference.class_logits(x, v, s, None), core_labels)
+    return DualRiskTerms(*(_reduce(term, weight, reduction) for term in (empirical, worst_case)))
+
+
+def cvar(losses: Tensor, alpha: float) -> Tensor:
+    """Conditional value at risk: the mean of the worst fraction `alpha` of the losses, 0-d.
+
+    With alpha N not whole, the next loss counts with the remainder: CVaR is continuous in alpha, alpha = 1 is the
+    mean, alpha <= 1/N the maximum. Among equal losses the earlier come first.
+
+    Args:
+        losses: (N,) per-sample losses. alpha: in (0, 1].
+
+    Gradient reaches the losses that count.
+    Source: Rockafellar and Uryasev 2000; as a training objective, Levy et al. 2020 (arXiv 2010.05893), section 2.
+    """
+    if losses.dim() != 1 or losses.dtype not in _FLOATS or len(losses) == 0:
+        raise ValueError(f"losses is {tuple(losses.shape)} {losses.dtype}; expected floating (N,), not empty")
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; expected a fraction in (0, 1]")
+    wide = reference.widen(losses)
+    return (reference.cvar_weights(wide.detach(), alpha) * wide).sum()
+
+
 def orthogonality_penalty(projection: Tensor, *, squared: bool = False) -> Tensor:
     """`||W^T W - I||_F` of a projection W (P, D) applied as `h @ W`: how far its columns are from orthonormal.
 
@@ -212,14 +396,64 @@ def _features(
     if image_features.dtype != text_features.dtype:
         wider = torch.promote_types(image_features.dtype, text_features.dtype)
         image_features, text_features = image_features.to(wider), text_features.to(wider)
+    return image_features, text_features, _scale(logit_scale, image_features.device, names[2])
+
+
+def _class_inputs(
+    features: Tensor, embeddings: Tensor, logit_scale: Tensor | float, name: str = "class_embeddings"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked, in one dtype, the scale as a tensor beside them."""
+    for argument, value in (("features", features), (name, embeddings)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{argument} is {type(value).__name__}; expected a tensor")
+        if value.dim() != 2 or len(value) == 0:
+            raise ValueError(f"{argument} has shape {tuple(value.shape)}; expected two dimensions, not empty")
+        if value.dtype not in _FLOATS:
+            raise TypeError(f"{argument} is {value.dtype}; expected float64, float32, bfloat16 or float16")
+    if features.shape[1] != embeddings.shape[1]:
+        raise ValueError(f"{name} has {embeddings.shape[1]} dimensions; expected {features.shape[1]}, as features")
+    if features.device != embeddings.device:
+        raise ValueError(f"{name} is on {embeddings.device}; expected {features.device}, as features")
+    if features.dtype != embeddings.dtype:
+        wider = torch.promote_types(features.dtype, embeddings.dtype)
+        features, embeddings = features.to(wider), embeddings.to(wider)
+    return features, embeddings, _scale(logit_scale, features.device)
+
+
+def _class_labels(labels: Tensor, n: int, k: int, device: torch.device) -> Tensor:
+    labels = _labels(labels, n, device)
+    # On a GPU the check would wait for it.
+    if device.type == "cpu" and not torch.compiler.is_compiling() and (labels.min() < 0 or labels.max() >= k):
+        raise ValueError(f"labels holds {labels.min()}..{labels.max()}; expected values in [0, {k}), K = {k} classes")
+    return labels.long()
+
+
+def _keeps_similarities(x: Tensor, w: Tensor) -> bool:
+    size = 8 if x.dtype == torch.float64 else 4
+    return torch.is_grad_enabled() and len(x) * len(w) * size <= KEEP_BYTES
+
+
+def _cross_entropy(x: Tensor, w: Tensor, s: Tensor, labels: Tensor) -> Tensor:
+    if not use_native("class_statistics", x.device):
+        return reference.class_cross_entropy(reference.class_logits(x, w, s, None), labels, 0.0)
+    keep = _keeps_similarities(x, w)
+    return torch.ops.robustft.classification_loss(x, w, s, None, labels, "neg_log_ratio", False, 0.0, keep)[0]
+
+
+def _check_variant(variant: str) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
+
+
+def _scale(logit_scale: Tensor | float, device: torch.device, name: str = "logit_scale") -> Tensor:
     if not isinstance(logit_scale, Tensor):
         # float64: a Python float is not to be rounded to bfloat16 on its way
-        logit_scale = torch.tensor(float(logit_scale), dtype=torch.float64, device=image_features.device)
+        logit_scale = torch.tensor(float(logit_scale), dtype=torch.float64, device=device)
     if logit_scale.numel() != 1:
-        raise ValueError(f"{names[2]} has shape {tuple(logit_scale.shape)}; expected one element")
-    if logit_scale.device != image_features.device:
-        raise ValueError(f"{names[2]} is on {logit_scale.device}; expected {image_features.device}, as {names[0]}")
-    return image_features, text_features, logit_scale.reshape(())
+        raise ValueError(f"{name} has shape {tuple(logit_scale.shape)}; expected one element")
+    if logit_scale.device != device:
+        raise ValueError(f"{name} is on {logit_scale.device}; expected {device}, as the features")
+    return logit_scale.reshape(())
 
 
 def _labels(labels: Tensor | None, n: int, device: torch.device) -> Tensor:

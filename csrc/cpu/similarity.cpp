@@ -25,7 +25,7 @@
 #include <tuple>
 #include <vector>
 
-#include "isa.h"
+#include "dispatch.h"
 #include "torch_api.h"
 
 namespace robustft {
@@ -36,22 +36,6 @@ constexpr int64_t kTileBytes = 1 << 20;
 
 template <class T>
 constexpr int64_t kTileCols = kTileBytes / (kTileRows * sizeof(T));
-
-#if defined(__x86_64__)
-#define ROBUSTFT_CALL(function, ...)                            \
-  switch (active_isa()) {                                       \
-    case Isa::avx512: avx512::function(__VA_ARGS__); break;     \
-    case Isa::avx2: avx2::function(__VA_ARGS__); break;         \
-    case Isa::portable: portable::function(__VA_ARGS__); break; \
-  }
-#else
-#define ROBUSTFT_CALL(function, ...) portable::function(__VA_ARGS__)
-#endif
-
-Isa active_isa() {
-  static const Isa isa = select_isa();
-  return isa;
-}
 
 // One of the two matrices S (student, teacher): its factors and the tile of it in memory.
 struct Factors {

@@ -2,25 +2,12 @@
 //
 // Work is shared out by rows (or columns), each of which has one owner and a fixed order of addition, so the results
 // do not depend on the number of threads.
-#include "simd.h"
+#include "lanes.h"
 #include "similarity.h"
 
 namespace robustft {
 namespace ROBUSTFT_ISA {
 namespace {
-
-// One vector's worth of a row of S: calls f(first column, lanes in use) for the whole row.
-template <class T, class F>
-inline void for_each_vector(int64_t cols, const F& f) {
-  int64_t j = 0;
-  for (; j + kLanes<T> <= cols; j += kLanes<T>) f(j, kLanes<T>);
-  if (j < cols) f(j, cols - j);
-}
-
-template <class V, class P>
-inline V load_lanes(const P* p, int64_t lanes, P fill) {
-  return lanes * int64_t(sizeof(P)) == ROBUSTFT_VECTOR_BYTES ? load<V>(p) : load_partial<V>(p, lanes, fill);
-}
 
 // Moves (sum, weighted) from the old maximum to the new one. Before the first tile there is no old maximum and
 // nothing to move; a difference would be inf - inf there.
@@ -28,13 +15,6 @@ template <class V>
 inline void rebase(V keep, V shift, V* sum, V* weighted) {
   *weighted = (*weighted + *sum * shift) * keep;
   *sum *= keep;
-}
-
-template <class T>
-inline T row_max(const T* s, int64_t cols, T m) {
-  Vec<T> v = Vec<T>{} + m;
-  for_each_vector<T>(cols, [&](int64_t j, int64_t lanes) { v = max(load_lanes<Vec<T>>(s + j, lanes, m), v); });
-  return reduce_max<T>(v);
 }
 
 template <class T, bool kTeacher>
@@ -125,18 +105,18 @@ void column_vector(const Tile<T>& tile, const RunningStatistics<T>& state, int64
   auto update = [&](T* sum_of, T* weighted_of, V keep, V sum_here, V weighted_here) {
     V running = load_lanes<V>(sum_of + j, lanes, T(0)), running_weighted = load_lanes<V>(weighted_of + j, lanes, T(0));
     rebase(first ? V{} : keep, shift, &running, &running_weighted);
-    store_partial(sum_of + j, running + sum_here, lanes);
-    store_partial(weighted_of + j, running_weighted + weighted_here, lanes);
+    store_lanes(sum_of + j, running + sum_here, lanes);
+    store_lanes(weighted_of + j, running_weighted + weighted_here, lanes);
   };
-  auto add = [&](T* p, V v) { store_partial(p + j, load_lanes<V>(p + j, lanes, T(0)) + v, lanes); };
+  auto add = [&](T* p, V v) { store_lanes(p + j, load_lanes<V>(p + j, lanes, T(0)) + v, lanes); };
   update(state.sum, state.weighted, exp<T>((old_max - m) * tile.scale), sum, weighted);
   add(state.target, target);
   add(state.total, total);
-  store_partial(state.max + j, m, lanes);
+  store_lanes(state.max + j, m, lanes);
   if (kTeacher) {
     update(state.teacher_sum, state.teacher_weighted, exp<T>((old_teacher_max - mt) * tile.teacher_scale), teacher_sum,
            teacher_weighted);
-    store_partial(state.teacher_max + j, mt, lanes);
+    store_lanes(state.teacher_max + j, mt, lanes);
   }
 }
 
@@ -161,7 +141,7 @@ void gradient(const Tile<T>& tile, const GradientCoefficients<T>& row, const Gra
         g -= row.teacher[i] * exp<T>(zt - row.teacher_lse[i]) +
              of_column(col.teacher) * exp<T>(zt - of_column(col.teacher_lse));
       }
-      store_partial(s + c, g * tile.scale, lanes);
+      store_lanes(s + c, g * tile.scale, lanes);
     });
   }
 }
@@ -194,7 +174,7 @@ void gradient(const Tile<T>& tile, const GradientCoefficients<T>& row, const Gra
                             int64_t);                                                                                \
   void exp_values(const T* x, T* y, int64_t n) {                                                                     \
     for_each_vector<T>(n, [&](int64_t j, int64_t lanes) {                                                            \
-      store_partial(y + j, exp<T>(load_lanes<Vec<T>>(x + j, lanes, T(0))), lanes);                                   \
+      store_lanes(y + j, exp<T>(load_lanes<Vec<T>>(x + j, lanes, T(0))), lanes);                                     \
     });                                                                                                              \
   }
 ROBUSTFT_INSTANTIATE(float)

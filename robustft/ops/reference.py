@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy, log_softmax, softplus
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -86,3 +86,58 @@ def similarity_gradient(
     if xt is not None:
         g = g - sum(c[6] * (logits(xt, tt, st) - c[5]).exp() for c in (row, col))
     return (scale * g @ widen(t)).to(x.dtype), (scale * g.T @ widen(x)).to(t.dtype)
+
+
+def class_logits(x: Tensor, w: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
+    """(N, K): `s x w^T + b`."""
+    z = logits(x, w, s)
+    return z if bias is None else z + bias.to(z.dtype)
+
+
+def class_cross_entropy(z: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """(N,): cross-entropy with targets (1 - smoothing) one-hot + smoothing / K."""
+    return cross_entropy(z, labels, reduction="none", label_smoothing=label_smoothing)
+
+
+def soft_cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
+    """(N,): `-sum_k q_k log softmax(z)_k`; rows of q need not sum to one."""
+    return -(targets.to(z.dtype) * log_softmax(z, 1)).sum(1)
+
+
+def misalignment(z: Tensor, labels: Tensor, variant: str, top1: bool) -> Tensor:
+    """(N,): the penalty on the classes that rank strictly above the label, 0 where none does.
+
+    With L = logsumexp over those classes - z_y and R = exp(-L): "neg_log_ratio" L, "neg_ratio" 1 - R, "softplus"
+    log(1 + 1/R), "ratio" R.
+    """
+    z_label = z.gather(1, labels[:, None])
+    above = z > z_label
+    if top1:
+        above &= torch.zeros_like(above).scatter(1, z.argmax(1, keepdim=True), True)
+    wrong = above.any(1)
+    # Rows without a misranked class get a stand-in of 0, so that neither value nor gradient meets log 0.
+    masked = torch.where(above, z, torch.where(wrong[:, None], -torch.inf, 0.0).to(z.dtype))
+    gap = torch.where(wrong, masked.logsumexp(1) - z_label[:, 0], 0.0)
+    return torch.where(wrong, misalignment_of_gap(gap, variant), 0.0)
+
+
+def misalignment_of_gap(gap: Tensor, variant: str) -> Tensor:
+    """The penalty as a function of L, elementwise."""
+    match variant:
+        case "neg_log_ratio":
+            return gap
+        case "neg_ratio":
+            return -torch.expm1(-gap)
+        case "softplus":
+            return softplus(gap)
+        case _:
+            return torch.exp(-gap)
+
+
+def cvar_weights(losses: Tensor, alpha: float) -> Tensor:
+    """(N,): 1/(alpha N) on the worst alpha N losses, the fractional remainder on the next, 0 below; sums to 1."""
+    n = len(losses)
+    budget = alpha * n
+    order = losses.sort(descending=True, stable=True).indices
+    share = (budget - torch.arange(n, dtype=losses.dtype, device=losses.device)).clamp(0, 1) / budget
+    return torch.empty_like(losses).scatter(0, order, share)

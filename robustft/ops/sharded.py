@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robustft.ops import reference
 from robustft.ops.dispatch import use_native
-from robustft.ops.native import (
+from robustft.ops.native.contrastive import (
     coefficients,
     contrastive_terms,
     distillation_terms,

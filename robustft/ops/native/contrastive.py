@@ -1,4 +1,4 @@
-"""Differentiable operators over the compiled reductions.
+"""Contrastive losses over the compiled similarity kernels.
 
 The compiled code knows two things of S = x t^T: softmax statistics of its rows and columns, and the gradient that
 coefficients of those statistics lead to (csrc/cpu/similarity.cpp). A loss is a few lines of N-vector algebra between
@@ -22,14 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-KERNELS = ("similarity_statistics", "similarity_gradient", "vector_exp", "group_sums")
-"""The operators with an implementation a device."""
-
-_libraries: list[torch.library.Library] = []  # what a Library defines goes when it does
-
-
-def _acc(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from robustft.ops.native.registration import accumulation_dtype, differentiable, fake
 
 
 def label_counts(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -78,7 +71,7 @@ def kept_statistics(statistics: Tensor) -> Tensor:
 def _contrastive_loss(
     x: Tensor, t: Tensor, scale: Tensor, labels: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    index, counts = label_counts(labels, _acc(x.dtype))
+    index, counts = label_counts(labels, accumulation_dtype(x.dtype))
     row, col = torch.ops.robustft.similarity_statistics(x, t, scale, index, index, None, None, None)
     terms = contrastive_terms(row, col, scale.to(row.dtype), counts, len(t), label_smoothing)
     return *terms, kept_statistics(row), kept_statistics(col)
@@ -102,7 +95,7 @@ def _contrastive_gradient(
 def _contrastive_distillation_loss(
     x: Tensor, t: Tensor, scale: Tensor, xt: Tensor, tt: Tensor, st: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    index, counts = label_counts(labels, _acc(x.dtype))
+    index, counts = label_counts(labels, accumulation_dtype(x.dtype))
     row, col = torch.ops.robustft.similarity_statistics(x, t, scale, index, index, xt, tt, st)
     s = scale.to(row.dtype)
     contrastive, by_scale = contrastive_terms(row, col, s, counts, len(t), 0.0)
@@ -121,12 +114,12 @@ def _contrastive_distillation_gradient(
 
 
 def _fake_contrastive_loss(x, t, scale, labels, label_smoothing):
-    vector = x.new_empty(x.shape[0], dtype=_acc(x.dtype))
+    vector = x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
     return vector, torch.empty_like(vector), vector.new_empty(2, len(x)), vector.new_empty(2, len(x))
 
 
 def _fake_contrastive_distillation_loss(x, t, scale, xt, tt, st, labels):
-    vector = x.new_empty(x.shape[0], dtype=_acc(x.dtype))
+    vector = x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
     new = vector.new_empty
     return vector, torch.empty_like(vector), new(2, len(x)), new(3, len(x)), new(3, len(x))
 
@@ -174,77 +167,24 @@ def _backward_distillation(ctx, g, h, *_):
     return dx, dt, ds, None, None, None, None
 
 
-def _setup_group_sums(ctx, inputs, output):
-    values, groups, _ = inputs
-    ctx.dtype = values.dtype
-    ctx.save_for_backward(groups)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward_group_sums(ctx, grad, _):
-    (groups,) = ctx.saved_tensors
-    return grad[groups].to(ctx.dtype), None, None
-
-
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError(
-        "robustft: the gradient of a fused loss cannot be differentiated again; robustft.backend('reference') can"
-    )
-
-
 def _fake_statistics(x, t, scale, x_labels, t_labels, x_teacher, t_teacher, teacher_scale):
     kinds = 5 if x_teacher is None else 7
-    dtype = _acc(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     return x.new_empty(kinds, x.shape[0], dtype=dtype), x.new_empty(kinds, t.shape[0], dtype=dtype)
 
 
-def _fake_group_sums(values, groups, num_groups):
-    return values.new_empty(num_groups, dtype=_acc(values.dtype)), groups.new_empty(num_groups, dtype=torch.int64)
-
-
 def register() -> None:
-    """Gives the operators that csrc/ops.cpp declares their Python parts. Called once, by `dispatch`."""
-    library = torch.library.Library("robustft", "FRAGMENT")
-    _libraries.append(library)
-
-    def fake(name, function):
-        torch.library.register_fake(f"robustft::{name}", function, lib=library)
-
-    def composed(name, body, fake_body, backward, setup=None):
-        library.impl(name, body, "CompositeExplicitAutograd")
-        fake(name, fake_body)
-        torch.library.register_autograd(f"robustft::{name}", backward, setup_context=setup, lib=library)
-
     fake("similarity_statistics", _fake_statistics)
     fake("similarity_gradient", lambda x, t, *_: _fake_gradient(x, t))
-    fake("vector_exp", lambda x: torch.empty_like(x, memory_format=torch.contiguous_format))
-    fake("group_sums", _fake_group_sums)
-    torch.library.register_autograd(
-        "robustft::group_sums", _backward_group_sums, setup_context=_setup_group_sums, lib=library
-    )
-    composed(
+    differentiable(
         "contrastive_loss",
-        _contrastive_loss,
-        _fake_contrastive_loss,
-        _backward_contrastive,
-        _setup_contrastive,
+        (_contrastive_loss, _fake_contrastive_loss),
+        (_setup_contrastive, _backward_contrastive),
+        (_contrastive_gradient, lambda grad, x, t, *_: _fake_gradient(x, t)),
     )
-    composed(
-        "contrastive_loss_backward",
-        _contrastive_gradient,
-        lambda grad, x, t, *_: _fake_gradient(x, t),
-        _no_second_derivative,
-    )
-    composed(
+    differentiable(
         "contrastive_distillation_loss",
-        _contrastive_distillation_loss,
-        _fake_contrastive_distillation_loss,
-        _backward_distillation,
-        _setup_distillation,
-    )
-    composed(
-        "contrastive_distillation_loss_backward",
-        _contrastive_distillation_gradient,
-        lambda g, h, x, t, *_: _fake_gradient(x, t),
-        _no_second_derivative,
+        (_contrastive_distillation_loss, _fake_contrastive_distillation_loss),
+        (_setup_distillation, _backward_distillation),
+        (_contrastive_distillation_gradient, lambda g, h, x, t, *_: _fake_gradient(x, t)),
     )

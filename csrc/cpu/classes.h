@@ -1,0 +1,56 @@
+// A row of class logits: what it is reduced to, and its gradient. See classes.cpp for the mathematics.
+#pragma once
+#include <cstdint>
+
+namespace robustft {
+
+// Rows [row0, row0 + rows) of S = x w^T (n, k), all classes of a row side by side.
+template <class T>
+struct ClassPanel {
+  T* s;  // (rows, k); the gradient is written over it
+  int64_t row0, rows, n, k;
+  T scale;
+  const T* bias;          // (k) or null
+  const int64_t* labels;  // (n)
+  const T* targets;       // (n, k) soft targets or null
+};
+
+// The rows of the statistics (kCount, n); those from kTargetSum on only with soft targets.
+namespace class_statistic {
+enum : int64_t {
+  kMax,          // max z
+  kLogSum,       // log sum exp(z - max)
+  kMean,         // sum p S, p = softmax z
+  kLabelGap,     // max - z_y
+  kLabel,        // S_y
+  kAboveLogSum,  // log sum over {z > z_y} of exp(z - max), -inf when nothing ranks above the label
+  kAboveMean,    // mean S under the softmax over {z > z_y}
+  kMeanGap,      // max - mean z
+  kRowMean,      // mean S
+  kMaxS,         // S at the first maximum of z
+  kHardCount,
+  kTargetSum = kHardCount,  // sum q
+  kTargetGap,               // sum q (max - z)
+  kTarget,                  // sum q S
+  kSoftCount
+};
+}
+
+// The rows of the coefficients of G = a p - b 1_y - u - v q + c (above - 1_y), p and above as in the statistics.
+namespace class_coefficient {
+enum : int64_t { kMax, kLogSum, kAboveLogSum, kSoftmax, kLabel, kUniform, kTargets, kAbove, kCount };
+}
+
+#define ROBUSTFT_DECLARE_CLASSES(isa)                                                                      \
+  namespace isa {                                                                                          \
+  template <class T>                                                                                       \
+  void class_statistics(const ClassPanel<T>&, T* statistics, T* scratch, int64_t begin, int64_t end);      \
+  template <class T>                                                                                       \
+  void class_gradient(const ClassPanel<T>&, const T* coefficients, bool top1, int64_t begin, int64_t end); \
+  }
+ROBUSTFT_DECLARE_CLASSES(portable)
+ROBUSTFT_DECLARE_CLASSES(avx2)
+ROBUSTFT_DECLARE_CLASSES(avx512)
+#undef ROBUSTFT_DECLARE_CLASSES
+
+}  // namespace robustft

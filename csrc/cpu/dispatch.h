@@ -1,0 +1,23 @@
+// Calls the variant of a kernel that suits this processor: ROBUSTFT_CALL(function<T>, arguments...).
+#pragma once
+#include "isa.h"
+
+namespace robustft {
+
+inline Isa active_isa() {
+  static const Isa isa = select_isa();
+  return isa;
+}
+
+}  // namespace robustft
+
+#if defined(__x86_64__)
+#define ROBUSTFT_CALL(function, ...)                                        \
+  switch (::robustft::active_isa()) {                                       \
+    case ::robustft::Isa::avx512: avx512::function(__VA_ARGS__); break;     \
+    case ::robustft::Isa::avx2: avx2::function(__VA_ARGS__); break;         \
+    case ::robustft::Isa::portable: portable::function(__VA_ARGS__); break; \
+  }
+#else
+#define ROBUSTFT_CALL(function, ...) portable::function(__VA_ARGS__)
+#endif

@@ -1,0 +1,24 @@
+"""Differentiable operators over the compiled kernels, one family a file: their Python halves.
+
+csrc/ops.cpp declares all of them. The kernels know tensors and numbers; what of these makes a loss, and what a loss
+needs of them for its gradient, is N-vector algebra and stands here, once for every device.
+"""
+
+from robustft.ops.native import classification, contrastive, risks
+
+KERNELS = (
+    "similarity_statistics",
+    "similarity_gradient",
+    "class_statistics",
+    "class_gradient",
+    "vector_exp",
+    "group_sums",
+)
+"""The operators with an implementation a device."""
+
+
+def register() -> None:
+    """Gives the declared operators their Python halves. Called once, by `robustft.ops.dispatch`."""
+    contrastive.register()
+    classification.register()
+    risks.register()

@@ -1,0 +1,46 @@
+"""How an operator that csrc/ops.cpp declares gets a body, a fake kernel and an autograd formula in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_library = torch.library.Library("robustft", "FRAGMENT")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fake(name: str, function: Callable) -> None:
+    """Shapes and dtypes of an operator's results, for tracing."""
+    torch.library.register_fake(f"robustft::{name}", function, lib=_library)
+
+
+def autograd(name: str, setup: Callable, backward: Callable) -> None:
+    torch.library.register_autograd(f"robustft::{name}", backward, setup_context=setup, lib=_library)
+
+
+def differentiable(
+    name: str,
+    forward: tuple[Callable, Callable],
+    autograd_formula: tuple[Callable, Callable],
+    gradient: tuple[Callable, Callable],
+) -> None:
+    """`name` and `name`_backward: (body, fake) of each, and (setup, backward) of the first one's autograd.
+
+    The gradient is an operator of its own, so that torch.compile sees it; it refuses to be differentiated.
+    """
+    for operator, (body, fake_body) in ((name, forward), (f"{name}_backward", gradient)):
+        _library.impl(operator, body, "CompositeExplicitAutograd")
+        fake(operator, fake_body)
+    autograd(name, *autograd_formula)
+    autograd(f"{name}_backward", lambda ctx, inputs, output: None, _no_second_derivative)
+
+
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError(
+        "robustft: the gradient of a fused loss cannot be differentiated again; robustft.backend('reference') can"
+    )
