@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "-> (Tensor loss, Tensor scale_gradient, Tensor row, Tensor col)");
   m.def(
       "contrastive_loss_backward(Tensor grad, Tensor x, Tensor t, Tensor scale, Tensor labels, float label_smoothing, "
-      "Tensor row, Tensor col) -> (Tensor dx, Tensor dt)");
+      "Tensor scale_gradient, Tensor row, Tensor col) -> (Tensor dx, Tensor dt, Tensor ds)");
   m.def(
       "contrastive_distillation_loss(Tensor x, Tensor t, Tensor scale, Tensor x_teacher, Tensor t_teacher, "
       "Tensor teacher_scale, Tensor labels) "
@@ -38,15 +38,16 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "Tensor similarity)");
   m.def(
       "classification_loss_backward(Tensor g, Tensor h, Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, "
-      "bool top1, float label_smoothing, Tensor by_gap, Tensor kept, Tensor similarity) "
-      "-> (Tensor dx, Tensor dw, Tensor db)");
+      "bool top1, float label_smoothing, Tensor by_gap, Tensor scale_gradients, Tensor kept, Tensor similarity) "
+      "-> (Tensor dx, Tensor dw, Tensor db, Tensor ds)");
   m.def(
       "soft_classification_loss(Tensor x, Tensor w, Tensor scale, Tensor targets, bool keep) "
       "-> (Tensor loss, Tensor scale_gradient, Tensor kept, Tensor similarity)");
   m.def(
-      "soft_classification_loss_backward(Tensor g, Tensor x, Tensor w, Tensor scale, Tensor targets, Tensor kept, "
-      "Tensor similarity) -> (Tensor dx, Tensor dw, Tensor db)");
+      "soft_classification_loss_backward(Tensor g, Tensor x, Tensor w, Tensor scale, Tensor targets, "
+      "Tensor scale_gradient, Tensor kept, Tensor similarity) -> (Tensor dx, Tensor dw, Tensor ds)");
   m.def(
       "contrastive_distillation_loss_backward(Tensor g, Tensor h, Tensor x, Tensor t, Tensor scale, Tensor x_teacher, "
-      "Tensor t_teacher, Tensor teacher_scale, Tensor labels, Tensor row, Tensor col) -> (Tensor dx, Tensor dt)");
+      "Tensor t_teacher, Tensor teacher_scale, Tensor labels, Tensor scale_gradients, Tensor row, Tensor col) "
+      "-> (Tensor dx, Tensor dt, Tensor ds)");
 }

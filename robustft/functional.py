@@ -16,16 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robustft.ops import reference
+from robustft.ops import arguments, reference
 from robustft.ops.dispatch import use_native
-
-VARIANTS = ("neg_log_ratio", "neg_ratio", "softplus", "ratio")
-"""Forms of the misalignment penalty."""
 
 KEEP_BYTES = 64 * 2**20
 """Class similarities up to this size are kept for the backward; larger ones are multiplied again."""
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class ContrastiveTerms(NamedTuple):
@@ -57,6 +52,7 @@ class GroupRisk(NamedTuple):
     counts: Tensor
 
 
+@arguments.own_precision
 def contrastive_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -90,12 +86,12 @@ def contrastive_loss(
     Source: Radford et al. 2021 (CLIP), figure 3; per-label targets as in UniCL (Yang et al. 2022), equation 3.
     Raises: ValueError or TypeError naming the argument.
     """
-    x, t, s = _features(image_features, text_features, logit_scale)
+    x, t, s = arguments.feature_pair(image_features, text_features, logit_scale)
     n = len(x)
-    y = _labels(labels, n, x.device)
-    _check_smoothing(label_smoothing)
-    _check_reduction(reduction)
-    _check_weight(weight, n, x.device)
+    y = arguments.sample_labels(labels, n, x.device)
+    arguments.check_smoothing(label_smoothing)
+    arguments.check_reduction(reduction)
+    arguments.check_weight(weight, n, x.device)
     if group is not None:
         from robustft.ops.sharded import sharded_contrastive_loss
 
@@ -107,6 +103,7 @@ def contrastive_loss(
     return _reduce(losses, weight, reduction)
 
 
+@arguments.own_precision
 def contrastive_distillation_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -136,17 +133,19 @@ def contrastive_distillation_loss(
     Source: CaRot, Oh et al. 2024 (arXiv 2311.01723), self-distillation term as in the released objective.
     Raises: ValueError or TypeError naming the argument.
     """
-    x, t, s = _features(image_features, text_features, logit_scale)
-    xt, tt, st = _features(teacher_image_features, teacher_text_features, teacher_logit_scale, "teacher_")
-    xt, tt, st = xt.detach().to(x.dtype), tt.detach().to(x.dtype), st.detach()
+    x, t, s = arguments.feature_pair(image_features, text_features, logit_scale)
+    xt, tt, st = arguments.feature_pair(teacher_image_features, teacher_text_features, teacher_logit_scale, "teacher_")
+    # Everything in the widest dtype: narrowing a float32 teacher to the student's bfloat16 would lose what it knows.
+    wider = torch.promote_types(x.dtype, xt.dtype)
+    x, t, xt, tt, st = x.to(wider), t.to(wider), xt.detach().to(wider), tt.detach().to(wider), st.detach()
     n = len(x)
     if len(xt) != n:
         raise ValueError(f"teacher_image_features has {len(xt)} rows; expected {n}, as image_features")
     if xt.device != x.device:
         raise ValueError(f"teacher_image_features is on {xt.device}; expected {x.device}, as image_features")
-    y = _labels(labels, n, x.device)
-    _check_reduction(reduction)
-    _check_weight(weight, n, x.device)
+    y = arguments.sample_labels(labels, n, x.device)
+    arguments.check_reduction(reduction)
+    arguments.check_weight(weight, n, x.device)
     if group is not None:
         from robustft.ops.sharded import sharded_contrastive_distillation_loss
 
@@ -159,6 +158,7 @@ def contrastive_distillation_loss(
     return ContrastiveTerms(*(_reduce(term, weight, reduction) for term in terms))
 
 
+@arguments.own_precision
 def classification_loss(
     features: Tensor,
     class_embeddings: Tensor,
@@ -192,17 +192,17 @@ def classification_loss(
     Source: CMP, arXiv 2501.17595; the default is the negative logarithm of its ratio (appendix B).
     Raises: ValueError or TypeError naming the argument.
     """
-    x, w, s = _class_inputs(features, class_embeddings, logit_scale)
+    x, w, s = arguments.class_inputs(features, class_embeddings, logit_scale)
     n, k = len(x), len(w)
-    y = _class_labels(labels, n, k, x.device)
-    if bias is not None and (bias.shape != (k,) or bias.device != x.device or bias.dtype not in _FLOATS):
+    y = arguments.class_labels(labels, n, k, x.device)
+    if bias is not None and (bias.shape != (k,) or bias.device != x.device or bias.dtype not in arguments.FLOATS):
         raise ValueError(
             f"bias is {tuple(bias.shape)} {bias.dtype} on {bias.device}; expected floating ({k},) on {x.device}"
         )
-    _check_variant(variant)
-    _check_smoothing(label_smoothing)
-    _check_reduction(reduction)
-    _check_weight(weight, n, x.device)
+    arguments.check_variant(variant)
+    arguments.check_smoothing(label_smoothing)
+    arguments.check_reduction(reduction)
+    arguments.check_weight(weight, n, x.device)
     if use_native("class_statistics", x.device):
         keep = _keeps_similarities(x, w)
         terms = torch.ops.robustft.classification_loss(x, w, s, bias, y, variant, top1, label_smoothing, keep)[:2]
@@ -212,6 +212,7 @@ def classification_loss(
     return ClassificationTerms(*(_reduce(term, weight, reduction) for term in terms))
 
 
+@arguments.own_precision
 def misalignment_penalty(
     logits: Tensor,
     labels: Tensor,
@@ -232,11 +233,11 @@ def misalignment_penalty(
     Gradient reaches logits. Memory: a few N x K temporaries; `classification_loss` has none.
     Source: CMP, arXiv 2501.17595.
     """
-    if logits.dim() != 2 or logits.dtype not in _FLOATS or logits.numel() == 0:
+    if logits.dim() != 2 or logits.dtype not in arguments.FLOATS or logits.numel() == 0:
         raise ValueError(f"logits is {tuple(logits.shape)} {logits.dtype}; expected floating (N, K), not empty")
-    labels = _class_labels(labels, *logits.shape, logits.device)
-    _check_variant(variant)
-    _check_reduction(reduction)
+    labels = arguments.class_labels(labels, *logits.shape, logits.device)
+    arguments.check_variant(variant)
+    arguments.check_reduction(reduction)
     if average not in ("batch", "errors"):
         raise ValueError(f"average is {average!r}; expected 'batch' or 'errors'")
     z = reference.widen(logits)
@@ -247,6 +248,7 @@ def misalignment_penalty(
     return _reduce(penalty, None, reduction)
 
 
+@arguments.own_precision
 def dual_risk(
     features: Tensor,
     class_embeddings: Tensor,
@@ -258,7 +260,7 @@ def dual_risk(
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> DualRiskTerms:
-    """Empirical risk under the default prompts and worst-case risk under concept descriptions, for dual risk minimisation.
+    """Empirical risk under default prompts and worst-case risk under concept descriptions: dual risk minimisation.
 
         empirical_i  = -log softmax(s x w^T)_{i, y_i}
         worst_case_i = -sum_k q_ik log softmax(s x v^T)_ik
@@ -275,20 +277,24 @@ def dual_risk(
     Source: DRM, Wang et al. 2024 (arXiv 2411.19757), equations of the two risks.
     Raises: ValueError or TypeError naming the argument.
     """
-    x, w, s = _class_inputs(features, class_embeddings, logit_scale)
-    _, v, _ = _class_inputs(features, core_embeddings, logit_scale, "core_embeddings")
+    x, w, s = arguments.class_inputs(features, class_embeddings, logit_scale)
+    _, v, _ = arguments.class_inputs(features, core_embeddings, logit_scale, "core_embeddings")
     v = v.to(x.dtype)
     n, k = len(x), len(w)
     if len(v) != k:
         raise ValueError(f"core_embeddings has {len(v)} rows; expected {k}, as class_embeddings")
-    y = _class_labels(labels, n, k, x.device)
-    if core_labels.shape not in ((n,), (n, k)) or core_labels.dtype not in _FLOATS or core_labels.device != x.device:
+    y = arguments.class_labels(labels, n, k, x.device)
+    if (
+        core_labels.shape not in ((n,), (n, k))
+        or core_labels.dtype not in arguments.FLOATS
+        or core_labels.device != x.device
+    ):
         raise ValueError(
             f"core_labels is {tuple(core_labels.shape)} {core_labels.dtype} on {core_labels.device}; expected floating "
             f"({n}, {k}) or ({n},) on {x.device}"
         )
-    _check_reduction(reduction)
-    _check_weight(weight, n, x.device)
+    arguments.check_reduction(reduction)
+    arguments.check_weight(weight, n, x.device)
     core_labels = core_labels.detach()
     if core_labels.dim() == 1:
         empirical, worst_case = (_cross_entropy(x, head, s, y) for head in (w, v))
@@ -303,6 +309,7 @@ def dual_risk(
     return DualRiskTerms(*(_reduce(term, weight, reduction) for term in (empirical, worst_case)))
 
 
+@arguments.own_precision
 def cvar(losses: Tensor, alpha: float) -> Tensor:
     """Conditional value at risk: the mean of the worst fraction `alpha` of the losses, 0-d.
 
@@ -315,7 +322,7 @@ def cvar(losses: Tensor, alpha: float) -> Tensor:
     Gradient reaches the losses that count.
     Source: Rockafellar and Uryasev 2000; as a training objective, Levy et al. 2020 (arXiv 2010.05893), section 2.
     """
-    if losses.dim() != 1 or losses.dtype not in _FLOATS or len(losses) == 0:
+    if losses.dim() != 1 or losses.dtype not in arguments.FLOATS or len(losses) == 0:
         raise ValueError(f"losses is {tuple(losses.shape)} {losses.dtype}; expected floating (N,), not empty")
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a fraction in (0, 1]")
@@ -323,6 +330,7 @@ def cvar(losses: Tensor, alpha: float) -> Tensor:
     return (reference.cvar_weights(wide.detach(), alpha) * wide).sum()
 
 
+@arguments.own_precision
 def orthogonality_penalty(projection: Tensor, *, squared: bool = False) -> Tensor:
     """`||W^T W - I||_F` of a projection W (P, D) applied as `h @ W`: how far its columns are from orthonormal.
 
@@ -334,7 +342,7 @@ def orthogonality_penalty(projection: Tensor, *, squared: bool = False) -> Tenso
     Memory: D^2. Half precision is computed in float32, and the result is float32 (float64 for float64).
     Source: CaRot, Oh et al. 2024 (arXiv 2311.01723), orthogonality constraint.
     """
-    if projection.dim() != 2 or projection.dtype not in _FLOATS:
+    if projection.dim() != 2 or projection.dtype not in arguments.FLOATS:
         raise ValueError(
             f"projection is {tuple(projection.shape)} {projection.dtype}; expected a floating (P, D) matrix"
         )
@@ -343,6 +351,7 @@ def orthogonality_penalty(projection: Tensor, *, squared: bool = False) -> Tenso
     return residual.square().sum() if squared else torch.linalg.vector_norm(residual)
 
 
+@arguments.own_precision
 def group_risk(losses: Tensor, groups: Tensor, num_groups: int) -> GroupRisk:
     """Mean loss of each group, and the worst group's.
 
@@ -354,8 +363,8 @@ def group_risk(losses: Tensor, groups: Tensor, num_groups: int) -> GroupRisk:
     Gradients reach `losses`, through `mean` and through `worst` (the first of equal maxima).
     Source: Sagawa et al. 2020 (arXiv 1911.08731), the group risks of section 2.
     """
-    if losses.dim() != 1 or losses.dtype not in _FLOATS:
-        raise ValueError(f"losses is {tuple(losses.shape)} {losses.dtype}; expected floating (N,)")
+    if losses.dim() != 1 or losses.dtype not in arguments.FLOATS or len(losses) == 0:
+        raise ValueError(f"losses is {tuple(losses.shape)} {losses.dtype}; expected floating (N,), not empty")
     if groups.shape != losses.shape or groups.dtype.is_floating_point or groups.device != losses.device:
         raise ValueError(
             f"groups is {tuple(groups.shape)} {groups.dtype} on {groups.device}; expected integers "
@@ -373,61 +382,6 @@ def group_risk(losses: Tensor, groups: Tensor, num_groups: int) -> GroupRisk:
     return GroupRisk(mean, worst[worst.argmax()], counts)
 
 
-def _features(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, prefix: str = ""
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked, in one dtype, the scale as a tensor beside them."""
-    names = f"{prefix}image_features", f"{prefix}text_features", f"{prefix}logit_scale"
-    for name, features in zip(names, (image_features, text_features), strict=False):
-        if not isinstance(features, Tensor):
-            raise TypeError(f"{name} is {type(features).__name__}; expected a tensor")
-        if features.dim() != 2:
-            raise ValueError(f"{name} has shape {tuple(features.shape)}; expected (N, D)")
-        if features.dtype not in _FLOATS:
-            raise TypeError(f"{name} is {features.dtype}; expected float64, float32, bfloat16 or float16")
-        if len(features) == 0:
-            raise ValueError(f"{name} has no rows; expected a batch of at least one")
-    if image_features.shape != text_features.shape:
-        raise ValueError(
-            f"{names[1]} has shape {tuple(text_features.shape)}; expected {tuple(image_features.shape)}, as {names[0]}"
-        )
-    if image_features.device != text_features.device:
-        raise ValueError(f"{names[1]} is on {text_features.device}; expected {image_features.device}, as {names[0]}")
-    if image_features.dtype != text_features.dtype:
-        wider = torch.promote_types(image_features.dtype, text_features.dtype)
-        image_features, text_features = image_features.to(wider), text_features.to(wider)
-    return image_features, text_features, _scale(logit_scale, image_features.device, names[2])
-
-
-def _class_inputs(
-    features: Tensor, embeddings: Tensor, logit_scale: Tensor | float, name: str = "class_embeddings"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked, in one dtype, the scale as a tensor beside them."""
-    for argument, value in (("features", features), (name, embeddings)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{argument} is {type(value).__name__}; expected a tensor")
-        if value.dim() != 2 or len(value) == 0:
-            raise ValueError(f"{argument} has shape {tuple(value.shape)}; expected two dimensions, not empty")
-        if value.dtype not in _FLOATS:
-            raise TypeError(f"{argument} is {value.dtype}; expected float64, float32, bfloat16 or float16")
-    if features.shape[1] != embeddings.shape[1]:
-        raise ValueError(f"{name} has {embeddings.shape[1]} dimensions; expected {features.shape[1]}, as features")
-    if features.device != embeddings.device:
-        raise ValueError(f"{name} is on {embeddings.device}; expected {features.device}, as features")
-    if features.dtype != embeddings.dtype:
-        wider = torch.promote_types(features.dtype, embeddings.dtype)
-        features, embeddings = features.to(wider), embeddings.to(wider)
-    return features, embeddings, _scale(logit_scale, features.device)
-
-
-def _class_labels(labels: Tensor, n: int, k: int, device: torch.device) -> Tensor:
-    labels = _labels(labels, n, device)
-    # On a GPU the check would wait for it.
-    if device.type == "cpu" and not torch.compiler.is_compiling() and (labels.min() < 0 or labels.max() >= k):
-        raise ValueError(f"labels holds {labels.min()}..{labels.max()}; expected values in [0, {k}), K = {k} classes")
-    return labels.long()
-
-
 def _keeps_similarities(x: Tensor, w: Tensor) -> bool:
     size = 8 if x.dtype == torch.float64 else 4
     return torch.is_grad_enabled() and len(x) * len(w) * size <= KEEP_BYTES
@@ -438,50 +392,6 @@ def _cross_entropy(x: Tensor, w: Tensor, s: Tensor, labels: Tensor) -> Tensor:
         return reference.class_cross_entropy(reference.class_logits(x, w, s, None), labels, 0.0)
     keep = _keeps_similarities(x, w)
     return torch.ops.robustft.classification_loss(x, w, s, None, labels, "neg_log_ratio", False, 0.0, keep)[0]
-
-
-def _check_variant(variant: str) -> None:
-    if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
-
-
-def _scale(logit_scale: Tensor | float, device: torch.device, name: str = "logit_scale") -> Tensor:
-    if not isinstance(logit_scale, Tensor):
-        # float64: a Python float is not to be rounded to bfloat16 on its way
-        logit_scale = torch.tensor(float(logit_scale), dtype=torch.float64, device=device)
-    if logit_scale.numel() != 1:
-        raise ValueError(f"{name} has shape {tuple(logit_scale.shape)}; expected one element")
-    if logit_scale.device != device:
-        raise ValueError(f"{name} is on {logit_scale.device}; expected {device}, as the features")
-    return logit_scale.reshape(())
-
-
-def _labels(labels: Tensor | None, n: int, device: torch.device) -> Tensor:
-    """The labels, or a label of its own for each pair."""
-    if labels is None:
-        return torch.arange(n, device=device)
-    if labels.shape != (n,):
-        raise ValueError(f"labels has shape {tuple(labels.shape)}; expected ({n},), one per sample")
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"labels is {labels.dtype}; expected integers")
-    if labels.device != device:
-        raise ValueError(f"labels is on {labels.device}; expected {device}, as image_features")
-    return labels
-
-
-def _check_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing is {label_smoothing}; expected a number in [0, 1)")
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
-
-
-def _check_weight(weight: Tensor | None, n: int, device: torch.device) -> None:
-    if weight is not None and (weight.shape != (n,) or weight.device != device):
-        raise ValueError(f"weight is {tuple(weight.shape)} on {weight.device}; expected ({n},) on {device}")
 
 
 def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

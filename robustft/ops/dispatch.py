@@ -87,9 +87,13 @@ def use_native(op: str, device: torch.device) -> bool:
     """Whether `op` runs compiled on this device; warns once where a compiled form was to be expected."""
     if _choice == "reference":
         return False
-    if _KERNELS.get((op, device.type), False):
+    # "native" is the compiled body of any device; "triton" and "cuda" name a GPU's.
+    suits = _choice in ("auto", "native") or (_choice == "cuda" and device.type == "cuda")
+    if suits and _KERNELS.get((op, device.type), False):
         return True
     if _choice == "auto":
+        if torch.compiler.is_compiling():  # a warning would break the graph
+            return False
         why = LIBRARIES.get(device.type, "does not exist for this device type")
         reason = f"has no kernel of {op}" if why == "loaded" else why
         _warn_once(

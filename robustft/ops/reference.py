@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax, softplus
+from torch.nn.functional import cross_entropy, log_softmax
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def misalignment_of_gap(gap: Tensor, variant: str) -> Tensor:
         case "neg_ratio":
             return -torch.expm1(-gap)
         case "softplus":
-            return softplus(gap)
+            return torch.logaddexp(gap, torch.zeros_like(gap))  # F.softplus is linear from 20 on, 2e-9 off
         case _:
             return torch.exp(-gap)
 

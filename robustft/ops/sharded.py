@@ -30,6 +30,21 @@ def _gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.cat(parts)
 
 
+def _check_ranks(x: Tensor, labels: Tensor | None, group: dist.ProcessGroup) -> None:
+    """Every rank must bring the same shapes, or the exchange itself fails, and ends the process. On a GPU the check
+    would have to wait for the device, and is left out."""
+    if x.device.type != "cpu":
+        return
+    mine = torch.tensor([*x.shape, x.element_size(), labels is not None])
+    ranks = _gather(mine[None], group)
+    if not (ranks == ranks[0]).all():
+        described = "; ".join(
+            f"rank {r}: {n} samples of {d} dimensions, {size} bytes each, {'with' if y else 'without'} labels"
+            for r, (n, d, size, y) in enumerate(ranks.tolist())
+        )
+        raise ValueError(f"group: every rank must bring as many samples of one kind, got {described}")
+
+
 def _merge_columns(parts: Tensor, s: Tensor) -> Tensor:
     """(5 or 7, M) over all rows from (W, 5 or 7, M), each over the rows of one rank."""
     highest = parts[:, 0].amax(0)
@@ -102,10 +117,12 @@ def _reduce(losses: Tensor, weight: Tensor | None, reduction: str, group: dist.P
 
 
 def sharded_contrastive_loss(x, t, s, labels, label_smoothing, weight, reduction, group) -> Tensor:
+    _check_ranks(x, labels, group)
     losses = _ShardedTerms.apply(x, t, s, labels, label_smoothing, None, None, None, group)
     return _reduce(losses, weight, reduction, group)
 
 
 def sharded_contrastive_distillation_loss(x, t, s, xt, tt, st, labels, weight, reduction, group) -> tuple[Tensor, ...]:
+    _check_ranks(x, labels, group)
     terms = _ShardedTerms.apply(x, t, s, labels, 0.0, xt, tt, st, group)
     return tuple(_reduce(term, weight, reduction, group) for term in terms)

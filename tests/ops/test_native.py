@@ -41,6 +41,17 @@ def test_contrastive_distillation_loss_passes_opcheck():
     torch.library.opcheck(torch.ops.robustft.contrastive_distillation_loss.default, (x, t, s, *teacher, labels))
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_class_losses_pass_opcheck(keep):
+    x, _, s, _, labels = operator_inputs()
+    w, bias = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.randn(6, dtype=torch.float64)
+    losses = torch.ops.robustft
+    arguments = (x, w, s, bias.requires_grad_(), labels, "softplus", False, 0.1, keep)
+    torch.library.opcheck(losses.classification_loss.default, arguments)
+    targets = torch.rand(9, 6, dtype=torch.float64)
+    torch.library.opcheck(losses.soft_classification_loss.default, (x, w, s, targets, keep))
+
+
 def test_kernels_pass_opcheck():
     x, t, s, teacher, labels = operator_inputs(requires_grad=False)
     kernels, n = torch.ops.robustft, len(x)
@@ -84,16 +95,18 @@ def test_group_risk_passes_gradcheck():
 
 def test_second_derivative_is_refused_not_wrong():
     x, t, s, _, _ = operator_inputs()
-    (dx,) = torch.autograd.grad(rf.contrastive_loss(x, t, s), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        dx.sum().backward()
+    for leaf in (x, s):
+        (first,) = torch.autograd.grad(rf.contrastive_loss(x, t, s), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            torch.autograd.grad(first.sum(), leaf, allow_unused=True)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_losses_compile_without_a_graph_break(dynamic):
     def objective(x, t, s, xt, tt):
         terms = rf.contrastive_distillation_loss(x, t, s.exp(), xt, tt, 5.0)
-        return terms.contrastive + 1.5 * terms.distillation + rf.contrastive_loss(x, t, s.exp())
+        classes = rf.classification_loss(x, t[:4], torch.arange(len(x)) % 4, s.exp(), variant="neg_ratio")
+        return terms.contrastive + 1.5 * terms.distillation + rf.contrastive_loss(x, t, s.exp()) + sum(classes)
 
     compiled = torch.compile(objective, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for n in (9, 12):
@@ -181,6 +194,7 @@ for dtype in (torch.float32, torch.float64):
     labels = torch.arange(523) // 3
     terms = rf.contrastive_distillation_loss(x, t, s, xt, tt, 30.0, labels=labels)
     loss = terms.contrastive + 1.5 * terms.distillation + rf.contrastive_loss(x, t, s, label_smoothing=0.1)
+    loss = loss + sum(rf.classification_loss(x, t[:101], labels % 101, s, bias=t[:101, 0]))
     out += [loss, *torch.autograd.grad(loss, (x, t, s))]
 torch.save([o.detach() for o in out], sys.argv[4])
 """

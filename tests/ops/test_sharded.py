@@ -68,3 +68,20 @@ def test_two_processes_equal_one(backend, reduction):
     torch.testing.assert_close(torch.cat(dx), expected[0])
     torch.testing.assert_close(torch.cat(dt), expected[1])
     torch.testing.assert_close(sum(ds), expected[2])
+
+
+def uneven_worker(rank: int, port: int, queue) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    x, t = (f.float() for f in planted.pairs(6 + 2 * rank, 4))
+    try:
+        rf.contrastive_loss(x, t, 10.0, group=dist.group.WORLD)
+    except ValueError as error:
+        queue.put(str(error))
+    dist.destroy_process_group()
+
+
+def test_uneven_batches_are_refused_on_every_rank():
+    queue = mp.get_context("spawn").Queue()
+    mp.start_processes(uneven_worker, (free_port(), queue), WORLD, start_method="spawn")
+    for _ in range(WORLD):
+        assert "rank 0: 6 samples of 4 dimensions" in queue.get(timeout=30)

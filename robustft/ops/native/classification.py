@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from robustft.ops import reference
-from robustft.ops.native.registration import accumulation_dtype, differentiable, fake
+from robustft.ops.native.registration import accumulation_dtype, differentiable, fake, scale_gradient
 
 # Rows of the kernels' statistics and coefficients: class_statistic and class_coefficient in csrc/cpu/classes.h.
 _HARD_STATISTICS, _SOFT_STATISTICS = 10, 13
@@ -55,11 +55,15 @@ def _classification_loss(x, w, scale, bias, labels, variant, top1, label_smoothi
     return cross_entropy, misalignment, by_gap, scale_gradients, kept, similarity
 
 
-def _classification_gradient(g, h, x, w, scale, bias, labels, top1, label_smoothing, by_gap, kept, similarity):
+def _classification_gradient(
+    g, h, x, w, scale, bias, labels, top1, label_smoothing, by_gap, by_scale, kept, similarity
+):
+    ds = scale_gradient(scale, (g, by_scale[0]), (h, by_scale[1]))
     g, c = g.to(kept.dtype), h.to(kept.dtype) * by_gap
     uniform = g * (label_smoothing / len(w))
     coefficients = torch.stack((*kept, g, (1 - label_smoothing) * g, uniform, torch.zeros_like(g), c))
-    return torch.ops.robustft.class_gradient(x, w, scale, bias, labels, None, similarity, coefficients, top1)
+    gradients = torch.ops.robustft.class_gradient(x, w, scale, bias, labels, None, similarity, coefficients, top1)
+    return *gradients, ds
 
 
 def _soft_classification_loss(x, w, scale, targets, keep):
@@ -71,12 +75,14 @@ def _soft_classification_loss(x, w, scale, targets, keep):
     return loss, scale_gradient, torch.stack((statistics[0], statistics[1], q_sum)), similarity
 
 
-def _soft_classification_gradient(g, x, w, scale, targets, kept, similarity):
+def _soft_classification_gradient(g, x, w, scale, targets, by_scale, kept, similarity):
+    ds = scale_gradient(scale, (g, by_scale))
     g = g.to(kept.dtype)
     zero = torch.zeros_like(g)
     coefficients = torch.stack((kept[0], kept[1], zero, g * kept[2], zero, zero, g, zero))
     labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    return torch.ops.robustft.class_gradient(x, w, scale, None, labels, targets, similarity, coefficients, False)
+    gradients = torch.ops.robustft.class_gradient(x, w, scale, None, labels, targets, similarity, coefficients, False)
+    return *gradients[:2], ds
 
 
 def _fake_statistics(x, w, scale, bias, labels, targets, keep):
@@ -107,41 +113,29 @@ def _fake_soft_loss(x, w, scale, targets, keep):
 
 
 def _setup(ctx, inputs, output):
-    x, w, scale, bias, labels, _, ctx.top1, ctx.label_smoothing, _ = inputs
-    _, _, by_gap, scale_gradients, kept, similarity = output
-    ctx.save_for_backward(x, w, scale, bias, labels, by_gap, scale_gradients, kept, similarity)
-    ctx.mark_non_differentiable(by_gap, scale_gradients, kept, similarity)
+    *tensors, _, ctx.top1, ctx.label_smoothing, _ = inputs
+    _, _, *kept = output
+    ctx.save_for_backward(*tensors, *kept)
+    ctx.mark_non_differentiable(*kept)
 
 
 def _backward(ctx, g, h, *_):
-    x, w, scale, bias, labels, by_gap, scale_gradients, kept, similarity = ctx.saved_tensors
-    needed = ctx.needs_input_grad
-    dx = dw = ds = db = None
-    if needed[0] or needed[1] or needed[3]:
-        dx, dw, db = torch.ops.robustft.classification_loss_backward(
-            g, h, x, w, scale, bias, labels, ctx.top1, ctx.label_smoothing, by_gap, kept, similarity
-        )
-        db = None if bias is None else db.to(bias.dtype)
-    if needed[2]:
-        ds = (torch.stack((g, h)) * scale_gradients).sum().to(scale.dtype).reshape(scale.shape)
-    return dx, dw, ds, db, None, None, None, None, None
+    x, w, scale, bias, labels, *kept = ctx.saved_tensors
+    dx, dw, db, ds = torch.ops.robustft.classification_loss_backward(
+        g, h, x, w, scale, bias, labels, ctx.top1, ctx.label_smoothing, *kept
+    )
+    return dx, dw, ds, None if bias is None else db.to(bias.dtype), None, None, None, None, None
 
 
 def _setup_soft(ctx, inputs, output):
-    x, w, scale, targets, _ = inputs
-    _, scale_gradient, kept, similarity = output
-    ctx.save_for_backward(x, w, scale, targets, scale_gradient, kept, similarity)
-    ctx.mark_non_differentiable(scale_gradient, kept, similarity)
+    *tensors, _ = inputs
+    _, *kept = output
+    ctx.save_for_backward(*tensors, *kept)
+    ctx.mark_non_differentiable(*kept)
 
 
 def _backward_soft(ctx, g, *_):
-    x, w, scale, targets, scale_gradient, kept, similarity = ctx.saved_tensors
-    dx = dw = ds = None
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        dx, dw, _ = torch.ops.robustft.soft_classification_loss_backward(g, x, w, scale, targets, kept, similarity)
-    if ctx.needs_input_grad[2]:
-        ds = (g * scale_gradient).sum().to(scale.dtype).reshape(scale.shape)
-    return dx, dw, ds, None, None
+    return *torch.ops.robustft.soft_classification_loss_backward(g, *ctx.saved_tensors), None, None
 
 
 def register() -> None:
@@ -151,11 +145,14 @@ def register() -> None:
         "classification_loss",
         (_classification_loss, _fake_loss),
         (_setup, _backward),
-        (_classification_gradient, lambda g, h, x, w, *_: _fake_gradient(x, w)),
+        (_classification_gradient, lambda g, h, x, w, scale, *_: (*_fake_gradient(x, w), torch.empty_like(scale))),
     )
     differentiable(
         "soft_classification_loss",
         (_soft_classification_loss, _fake_soft_loss),
         (_setup_soft, _backward_soft),
-        (_soft_classification_gradient, lambda g, x, w, *_: _fake_gradient(x, w)),
+        (
+            _soft_classification_gradient,
+            lambda g, x, w, scale, *_: (*_fake_gradient(x, w)[:2], torch.empty_like(scale)),
+        ),
     )

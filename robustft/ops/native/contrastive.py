@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustft.ops.native.registration import accumulation_dtype, differentiable, fake
+from robustft.ops.native.registration import accumulation_dtype, differentiable, fake, scale_gradient
 
 
 def label_counts(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,9 @@ def coefficients(
 ) -> Tensor:
     """What `similarity_gradient` needs of one side, from the statistics kept for the backward (`kept_statistics`)."""
     half = 0.5 * g.to(kept.dtype)
-    target, uniform = (1 - label_smoothing) * half / counts, label_smoothing * half / entries
+    target = (1 - label_smoothing) * half / counts
+    # What target leaves of half, rather than label_smoothing * half: where p equals q the gradient is then exactly 0.
+    uniform = (half - target * counts) / entries if label_smoothing else torch.zeros_like(half)
     if h is None:
         return torch.stack((kept[0], kept[1], half, target, uniform))
     h = h.to(kept.dtype)
@@ -77,19 +79,11 @@ def _contrastive_loss(
     return *terms, kept_statistics(row), kept_statistics(col)
 
 
-def _contrastive_gradient(
-    grad: Tensor,
-    x: Tensor,
-    t: Tensor,
-    scale: Tensor,
-    labels: Tensor,
-    label_smoothing: float,
-    row: Tensor,
-    col: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _contrastive_gradient(grad, x, t, scale, labels, label_smoothing, by_scale, row, col):
     index, counts = label_counts(labels, row.dtype)
     row_c, col_c = (coefficients(side, grad, counts, len(t), label_smoothing) for side in (row, col))
-    return torch.ops.robustft.similarity_gradient(x, t, scale, index, index, None, None, None, row_c, col_c)
+    dx, dt = torch.ops.robustft.similarity_gradient(x, t, scale, index, index, None, None, None, row_c, col_c)
+    return dx, dt, scale_gradient(scale, (grad, by_scale))
 
 
 def _contrastive_distillation_loss(
@@ -104,13 +98,11 @@ def _contrastive_distillation_loss(
     return contrastive, distillation, scale_gradients, kept_statistics(row), kept_statistics(col)
 
 
-def _contrastive_distillation_gradient(
-    g: Tensor, h: Tensor, x: Tensor, t: Tensor, scale: Tensor, xt: Tensor, tt: Tensor, st: Tensor, labels: Tensor,
-    row: Tensor, col: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _contrastive_distillation_gradient(g, h, x, t, scale, xt, tt, st, labels, by_scale, row, col):
     index, counts = label_counts(labels, row.dtype)
     row_c, col_c = (coefficients(side, g, counts, len(t), 0.0, h) for side in (row, col))
-    return torch.ops.robustft.similarity_gradient(x, t, scale, index, index, xt, tt, st, row_c, col_c)
+    dx, dt = torch.ops.robustft.similarity_gradient(x, t, scale, index, index, xt, tt, st, row_c, col_c)
+    return dx, dt, scale_gradient(scale, (g, by_scale[0]), (h, by_scale[1]))
 
 
 def _fake_contrastive_loss(x, t, scale, labels, label_smoothing):
@@ -131,40 +123,26 @@ def _fake_gradient(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 def _setup_contrastive(ctx, inputs, output):
     x, t, scale, labels, ctx.label_smoothing = inputs
-    _, scale_gradient, row, col = output
-    ctx.save_for_backward(x, t, scale, labels, scale_gradient, row, col)
-    ctx.mark_non_differentiable(scale_gradient, row, col)
-    ctx.set_materialize_grads(False)
+    _, *kept = output
+    ctx.save_for_backward(x, t, scale, labels, *kept)
+    ctx.mark_non_differentiable(*kept)
 
 
 def _backward_contrastive(ctx, grad, *_):
-    x, t, scale, labels, scale_gradient, row, col = ctx.saved_tensors
-    if grad is None:
-        return None, None, None, None, None
-    dx = dt = ds = None
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        dx, dt = torch.ops.robustft.contrastive_loss_backward(grad, x, t, scale, labels, ctx.label_smoothing, row, col)
-    if ctx.needs_input_grad[2]:
-        ds = (grad * scale_gradient).sum().to(scale.dtype).reshape(scale.shape)
-    return dx, dt, ds, None, None
+    x, t, scale, labels, *kept = ctx.saved_tensors
+    gradients = torch.ops.robustft.contrastive_loss_backward(grad, x, t, scale, labels, ctx.label_smoothing, *kept)
+    return *gradients, None, None
 
 
 def _setup_distillation(ctx, inputs, output):
-    _, _, scale_gradients, row, col = output
-    ctx.save_for_backward(*inputs, scale_gradients, row, col)
-    ctx.mark_non_differentiable(scale_gradients, row, col)
+    _, _, *kept = output
+    ctx.save_for_backward(*inputs, *kept)
+    ctx.mark_non_differentiable(*kept)
 
 
 def _backward_distillation(ctx, g, h, *_):
-    x, t, scale, xt, tt, st, labels, scale_gradients, row, col = ctx.saved_tensors
-    dx = dt = ds = None
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        dx, dt = torch.ops.robustft.contrastive_distillation_loss_backward(
-            g, h, x, t, scale, xt, tt, st, labels, row, col
-        )
-    if ctx.needs_input_grad[2]:
-        ds = (torch.stack((g, h)) * scale_gradients).sum().to(scale.dtype).reshape(scale.shape)
-    return dx, dt, ds, None, None, None, None
+    gradients = torch.ops.robustft.contrastive_distillation_loss_backward(g, h, *ctx.saved_tensors)
+    return *gradients, None, None, None, None
 
 
 def _fake_statistics(x, t, scale, x_labels, t_labels, x_teacher, t_teacher, teacher_scale):
@@ -180,11 +158,14 @@ def register() -> None:
         "contrastive_loss",
         (_contrastive_loss, _fake_contrastive_loss),
         (_setup_contrastive, _backward_contrastive),
-        (_contrastive_gradient, lambda grad, x, t, *_: _fake_gradient(x, t)),
+        (_contrastive_gradient, lambda grad, x, t, scale, *_: (*_fake_gradient(x, t), torch.empty_like(scale))),
     )
     differentiable(
         "contrastive_distillation_loss",
         (_contrastive_distillation_loss, _fake_contrastive_distillation_loss),
         (_setup_distillation, _backward_distillation),
-        (_contrastive_distillation_gradient, lambda g, h, x, t, *_: _fake_gradient(x, t)),
+        (
+            _contrastive_distillation_gradient,
+            lambda g, h, x, t, scale, *_: (*_fake_gradient(x, t), torch.empty_like(scale)),
+        ),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 _library = torch.library.Library("robustft", "FRAGMENT")
 
@@ -12,6 +13,11 @@ _library = torch.library.Library("robustft", "FRAGMENT")
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scale_gradient(scale: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """ds of the scale's shape and dtype, from pairs of per-sample gradients and derivatives by the scale."""
+    return sum((g * by_scale).sum() for g, by_scale in pairs).to(scale.dtype).reshape(scale.shape)
 
 
 def fake(name: str, function: Callable) -> None:

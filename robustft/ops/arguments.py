@@ -1,0 +1,135 @@
+"""Checks of `robustft.functional`'s arguments: an error names the argument, what it was and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+VARIANTS = ("neg_log_ratio", "neg_ratio", "softplus", "ratio")
+"""Forms of the misalignment penalty."""
+
+
+def own_precision(function: Callable) -> Callable:
+    """The function outside autocast: it takes features in the dtype they come in and widens them where it must.
+
+    This is the operators' autocast rule. Under autocast the eager forms would be rounded to half precision.
+    """
+
+    @wraps(function)
+    def wrapper(*args, **kwargs):
+        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if first is None or not torch.is_autocast_enabled(first.device.type):
+            return function(*args, **kwargs)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def feature_pair(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, prefix: str = ""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked, in one dtype, the scale as a tensor beside them."""
+    names = f"{prefix}image_features", f"{prefix}text_features", f"{prefix}logit_scale"
+    for name, features in zip(names, (image_features, text_features), strict=False):
+        if not isinstance(features, Tensor):
+            raise TypeError(f"{name} is {type(features).__name__}; expected a tensor")
+        if features.dim() != 2:
+            raise ValueError(f"{name} has shape {tuple(features.shape)}; expected (N, D)")
+        if features.dtype not in FLOATS:
+            raise TypeError(f"{name} is {features.dtype}; expected float64, float32, bfloat16 or float16")
+        if len(features) == 0:
+            raise ValueError(f"{name} has no rows; expected a batch of at least one")
+    if image_features.shape != text_features.shape:
+        raise ValueError(
+            f"{names[1]} has shape {tuple(text_features.shape)}; expected {tuple(image_features.shape)}, as {names[0]}"
+        )
+    if image_features.device != text_features.device:
+        raise ValueError(f"{names[1]} is on {text_features.device}; expected {image_features.device}, as {names[0]}")
+    if image_features.dtype != text_features.dtype:
+        wider = torch.promote_types(image_features.dtype, text_features.dtype)
+        image_features, text_features = image_features.to(wider), text_features.to(wider)
+    return image_features, text_features, scale_tensor(logit_scale, image_features.device, names[2])
+
+
+def class_inputs(
+    features: Tensor, embeddings: Tensor, logit_scale: Tensor | float, name: str = "class_embeddings"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked, in one dtype, the scale as a tensor beside them."""
+    for argument, value in (("features", features), (name, embeddings)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{argument} is {type(value).__name__}; expected a tensor")
+        if value.dim() != 2 or len(value) == 0:
+            raise ValueError(f"{argument} has shape {tuple(value.shape)}; expected two dimensions, not empty")
+        if value.dtype not in FLOATS:
+            raise TypeError(f"{argument} is {value.dtype}; expected float64, float32, bfloat16 or float16")
+    if features.shape[1] != embeddings.shape[1]:
+        raise ValueError(f"{name} has {embeddings.shape[1]} dimensions; expected {features.shape[1]}, as features")
+    if features.device != embeddings.device:
+        raise ValueError(f"{name} is on {embeddings.device}; expected {features.device}, as features")
+    if features.dtype != embeddings.dtype:
+        wider = torch.promote_types(features.dtype, embeddings.dtype)
+        features, embeddings = features.to(wider), embeddings.to(wider)
+    return features, embeddings, scale_tensor(logit_scale, features.device)
+
+
+def class_labels(labels: Tensor, n: int, k: int, device: torch.device) -> Tensor:
+    labels = sample_labels(labels, n, device)
+    # On a GPU the check would wait for it.
+    if device.type == "cpu" and not torch.compiler.is_compiling() and (labels.min() < 0 or labels.max() >= k):
+        raise ValueError(f"labels holds {labels.min()}..{labels.max()}; expected values in [0, {k}), K = {k} classes")
+    return labels.long()
+
+
+def check_variant(variant: str) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
+
+
+def scale_tensor(logit_scale: Tensor | float, device: torch.device, name: str = "logit_scale") -> Tensor:
+    if not isinstance(logit_scale, Tensor):
+        if not logit_scale >= 0:
+            raise ValueError(f"{name} is {logit_scale}; expected the multiplied-out scale exp(...), not negative")
+        # float64: a Python float is not to be rounded to bfloat16 on its way
+        logit_scale = torch.tensor(float(logit_scale), dtype=torch.float64, device=device)
+    if logit_scale.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(logit_scale.shape)}; expected one element")
+    if logit_scale.device != device:
+        raise ValueError(f"{name} is on {logit_scale.device}; expected {device}, as the features")
+    return logit_scale.reshape(())
+
+
+def sample_labels(labels: Tensor | None, n: int, device: torch.device) -> Tensor:
+    """The labels, or a label of its own for each pair."""
+    if labels is None:
+        return torch.arange(n, device=device)
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels is {type(labels).__name__}; expected a tensor of integers ({n},)")
+    if labels.shape != (n,):
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; expected ({n},), one per sample")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"labels is {labels.dtype}; expected integers")
+    if labels.device != device:
+        raise ValueError(f"labels is on {labels.device}; expected {device}, as image_features")
+    return labels
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}; expected a number in [0, 1)")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
+
+
+def check_weight(weight: Tensor | None, n: int, device: torch.device) -> None:
+    if weight is not None and not isinstance(weight, Tensor):
+        raise TypeError(f"weight is {type(weight).__name__}; expected a tensor ({n},)")
+    if weight is not None and (weight.shape != (n,) or weight.device != device):
+        raise ValueError(f"weight is {tuple(weight.shape)} on {weight.device}; expected ({n},) on {device}")

@@ -1,0 +1,208 @@
+"""Losses on class logits and the misalignment penalty: exact values, signs, and the float64 reference."""
+
+from __future__ import annotations
+
+import math
+
+import planted
+import pytest
+import torch
+from test_functional import DTYPES, assert_as_accurate_as_eager, gradients
+
+import robustft
+from robustft import functional as rf
+from robustft.ops.arguments import VARIANTS
+
+SHAPES = [(1, 1, 4), (1, 2, 37), (7, 10, 128), (300, 1, 16), (300, 17, 16), (257, 1000, 37)]
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request):
+    with robustft.backend(request.param):
+        yield request.param
+
+
+def classes(n: int, k: int, d: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features near their class's embedding, so that most samples are right and some wrong."""
+    w, _ = planted.pairs(k, d)
+    labels = torch.arange(n) % k
+    x = torch.nn.functional.normalize(w[labels] + 1.5 * planted.pairs(n, d, seed=3)[0], dim=1)
+    return x, w, labels
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_classification_loss_is_as_accurate_as_eager(shape, scale, dtype, variant):
+    x, w, labels = classes(*shape)
+    top1 = shape[1] == 17
+
+    def loss(x, w, s, bias, weight):
+        return rf.classification_loss(
+            x, w, labels, s, bias=bias, variant=variant, top1=top1, label_smoothing=0.1, weight=weight
+        )
+
+    inputs = (x, w, torch.tensor(scale), 0.1 * torch.randn(shape[1]), torch.rand(shape[0]))
+    assert_as_accurate_as_eager(loss, *inputs, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dual_risk_is_as_accurate_as_eager(shape, soft, dtype):
+    x, w, labels = classes(*shape)
+    n, k, d = shape
+    core = torch.rand(n, k) if soft else torch.rand(n)
+
+    def risks(x, w, v, s, weight):
+        return rf.dual_risk(x, w, v, labels, core.to(x.dtype), s, weight=weight)
+
+    inputs = (x, w, planted.pairs(k, d, seed=9)[0], torch.tensor(20.0), torch.rand(n))
+    assert_as_accurate_as_eager(risks, *inputs, dtype=dtype)
+
+
+def test_recomputing_equals_keeping(monkeypatch):
+    x, w, labels = classes(300, 40, 16)
+
+    def loss(x, w, s):
+        return rf.classification_loss(x, w, labels, s)
+
+    inputs = (x, w, torch.tensor(30.0, dtype=torch.float64))
+    kept = gradients(loss, *inputs)
+    monkeypatch.setattr(rf, "KEEP_BYTES", 0)
+    assert all(torch.equal(a, b) for a, b in zip(kept, gradients(loss, *inputs), strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_pass_gradcheck(variant):
+    x, w, labels = classes(9, 5, 4)
+    leaves = [a.requires_grad_() for a in (x, w, torch.tensor(8.0).double(), torch.randn(5).double())]
+
+    def loss(x, w, s, bias):
+        terms = rf.classification_loss(x, w, labels, s, bias=bias, variant=variant, reduction="none")
+        return *terms, *rf.dual_risk(x, w, w.flip(0), labels, torch.ones(9, 5).double() / 3, s, reduction="none")
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+def test_released_ratio_is_stable_at_a_wrong_answer(backend):
+    # Two classes, weight 1: p_true = (3 - sqrt 5) / 2 is where CE + R is stationary (methods.md, section 5).
+    p = (3 - math.sqrt(5)) / 2
+    z = torch.tensor([[math.log(p), math.log(1 - p)]], dtype=torch.float64, requires_grad=True)
+    identity = torch.eye(2, dtype=torch.float64)
+    terms = rf.classification_loss(z, identity, torch.tensor([0]), 1.0, variant="ratio")
+    sum(terms).backward()
+    assert p == pytest.approx(0.381966, abs=1e-6) and z.grad.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("variant", "sign"), [("neg_log_ratio", -1), ("neg_ratio", -1), ("softplus", -1), ("ratio", 1)]
+)
+@pytest.mark.parametrize("top1", [False, True])
+def test_sign_of_the_gradient_on_the_true_logit(variant, sign, top1, backend):
+    z = torch.tensor([[1.0, 2.0, 3.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    value = rf.classification_loss(z, torch.eye(4).double(), torch.tensor([0]), 1.0, variant=variant, top1=top1)
+    (grad,) = torch.autograd.grad(value.misalignment, z)
+    assert grad[0, 0].sign() == sign and grad.sum().abs() < 1e-12
+    assert grad[0, 3] == 0  # below the label: not in H
+    assert (grad[0, 1] == 0) == top1
+
+
+def test_default_penalty_by_hand(backend):
+    z = torch.tensor([[1.0, 2.0, 3.0, 0.0]], dtype=torch.float64)
+    expected = math.log(math.exp(2) + math.exp(3)) - 1
+    labels = torch.tensor([0])
+    assert rf.misalignment_penalty(z, labels).item() == pytest.approx(expected)
+    fused = rf.classification_loss(z, torch.eye(4).double(), labels, 1.0)
+    assert fused.misalignment.item() == pytest.approx(expected)
+    assert rf.misalignment_penalty(z, labels, top1=True).item() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_correct_rows_have_no_penalty_and_no_gradient(variant, backend):
+    x, w, _ = classes(30, 10, 32)
+    x.requires_grad_()
+    labels = (x @ w.T).argmax(1)
+    penalty = rf.classification_loss(x, w, labels, 100.0, variant=variant, reduction="none").misalignment
+    assert torch.equal(penalty, torch.zeros(30, dtype=torch.float64))
+    assert torch.equal(torch.autograd.grad(penalty.sum(), x)[0], torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [7, 40, 1000])
+def test_duplicate_class_names_are_ties_not_errors(dtype, k, backend):
+    x, w, _ = (a.to(dtype) if a.is_floating_point() else a for a in classes(200, k, 64))
+    twice = torch.cat((w, w))
+    labels = (x.float() @ w.float().T).argmax(1)
+    for label in (labels, labels + k):
+        penalty = rf.classification_loss(x, twice, label, 100.0, reduction="none").misalignment
+        assert torch.equal(penalty, torch.zeros(200))
+
+
+def test_penalty_averages_over_the_batch_or_the_errors():
+    z = torch.tensor([[1.0, 2.0], [5.0, 0.0], [0.0, 3.0]])
+    labels = torch.zeros(3, dtype=torch.int64)
+    assert rf.misalignment_penalty(z, labels).item() == pytest.approx(4 / 3)
+    assert rf.misalignment_penalty(z, labels, average="errors").item() == pytest.approx(2.0)
+    assert rf.misalignment_penalty(z[1:2], labels[:1], average="errors") == 0
+
+
+def test_one_class_has_no_loss(backend):
+    terms = rf.classification_loss(torch.randn(5, 3), torch.randn(1, 3), torch.zeros(5, dtype=torch.int64), 10.0)
+    assert terms.cross_entropy == 0 and terms.misalignment == 0
+
+
+def test_soft_labels_that_are_one_hot_are_the_labels(backend):
+    x, w, labels = classes(50, 6, 8)
+    one_hot = torch.nn.functional.one_hot(labels, 6).double()
+    risks = rf.dual_risk(x, w, w, labels, one_hot, 20.0)
+    confident = rf.dual_risk(x, w, w, labels, torch.ones(50).double(), 20.0)
+    for risk in (risks.worst_case, confident.worst_case):
+        torch.testing.assert_close(risk, risks.empirical)
+
+
+def test_cvar_of_known_losses():
+    losses = torch.tensor([1.0, 4.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    assert rf.cvar(losses, 1.0).item() == pytest.approx(2.5)
+    assert rf.cvar(losses, 0.5).item() == pytest.approx(3.5)
+    assert rf.cvar(losses, 1e-6).item() == pytest.approx(4.0)
+    value = rf.cvar(losses, 0.375)  # 1.5 samples: 4 and half of 3
+    assert value.item() == pytest.approx(5.5 / 1.5)
+    value.backward()
+    torch.testing.assert_close(losses.grad, torch.tensor([0.0, 1 / 1.5, 0.0, 0.5 / 1.5], dtype=torch.float64))
+
+
+def test_cvar_passes_gradcheck():
+    assert torch.autograd.gradcheck(lambda losses: rf.cvar(losses, 0.3), torch.rand(11).double().requires_grad_())
+
+
+X, W = torch.randn(4, 3), torch.randn(5, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"class_embeddings": W[:, :2]}, ValueError, "class_embeddings has 2 dimensions; expected 3"),
+        ({"labels": torch.tensor([0, 1, 2, 5])}, ValueError, r"labels holds 0..5; expected values in \[0, 5\)"),
+        ({"labels": torch.tensor([0, 1, -1, 2])}, ValueError, "labels holds -1..2"),
+        ({"labels": torch.rand(4)}, TypeError, "labels is torch.float32"),
+        ({"bias": torch.ones(4)}, ValueError, r"bias is \(4,\)"),
+        ({"variant": "log"}, ValueError, "variant is 'log'; expected one of neg_log_ratio"),
+        ({"features": X[:0], "labels": torch.ones(0).long()}, ValueError, r"features has shape \(0, 3\)"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    arguments = {"features": X, "class_embeddings": W, "labels": torch.tensor([0, 1, 2, 3]), "logit_scale": 10.0}
+    with pytest.raises(error, match=message):
+        rf.classification_loss(**(arguments | change))
+
+
+def test_bad_core_labels_and_alpha_are_named():
+    labels = torch.tensor([0, 1, 2, 3])
+    with pytest.raises(ValueError, match=r"core_labels is \(4, 4\)"):
+        rf.dual_risk(X, W, W, labels, torch.rand(4, 4), 10.0)
+    with pytest.raises(ValueError, match="core_embeddings has 2 rows; expected 5"):
+        rf.dual_risk(X, W, W[:2], labels, torch.rand(4), 10.0)
+    with pytest.raises(ValueError, match="alpha is 0"):
+        rf.cvar(torch.ones(3), 0)
