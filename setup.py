@@ -62,9 +62,18 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         prefix = HERE if self.inplace else Path(self.build_lib).resolve()
+        build = self.compile()
+        # What an earlier build with other options left there would be packed, or loaded, as this one's.
+        for stale in (prefix / "robustft").glob("*.so"):
+            stale.unlink()
+        if build is not None:
+            subprocess.check_call(["cmake", "--install", str(build), "--prefix", str(prefix)])
+
+    def compile(self) -> Path | None:
+        """The folder of the finished build, None if there is to be no compiled code."""
         if os.environ.get("ROBUSTFT_NO_NATIVE") == "1":
             say("ROBUSTFT_NO_NATIVE=1: installing without compiled code; robustft will use its eager reference")
-            return
+            return None
         torch = torch_dir()
         if torch is None:
             raise SystemExit(
@@ -72,7 +81,7 @@ class CMakeBuild(build_ext):
             )
         if not any(shutil.which(c) for c in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if c):
             say("no C++ compiler found: installing without compiled code; robustft will use its eager reference")
-            return
+            return None
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         import pybind11
@@ -91,7 +100,7 @@ class CMakeBuild(build_ext):
         # --fresh: an earlier build's cache names tools of a build environment that is gone.
         subprocess.check_call(["cmake", "--fresh", "-S", str(HERE), "-B", str(build), *generator, *defines, *extra])
         subprocess.check_call(["cmake", "--build", str(build), "--parallel", jobs()])
-        subprocess.check_call(["cmake", "--install", str(build), "--prefix", str(prefix)])
+        return build
 
     def get_outputs(self) -> list[str]:
         return []
@@ -100,10 +109,12 @@ class CMakeBuild(build_ext):
         return []
 
 
-# torch as a build requirement would be downloaded and unpacked a second time: asked for only where there is none.
-build_requires = ["cmake>=3.24", "ninja", "pybind11>=2.12"]
-if os.environ.get("ROBUSTFT_NO_NATIVE") != "1" and torch_dir() is None:
-    build_requires.append(f"torch>={TORCH_FLOOR}")
+build_requires = []
+if os.environ.get("ROBUSTFT_NO_NATIVE") != "1":
+    build_requires += ["cmake>=3.24", "ninja", "pybind11>=2.12"]
+    # torch as a build requirement would be downloaded and unpacked a second time: only where there is none.
+    if torch_dir() is None:
+        build_requires.append(f"torch>={TORCH_FLOOR}")
 
 setup(
     setup_requires=build_requires,

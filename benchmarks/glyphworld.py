@@ -13,7 +13,7 @@ import argparse
 import re
 import statistics
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks import machine
@@ -62,9 +62,12 @@ def select(seeds: list[int]) -> None:
 def table(seeds: list[int]) -> None:
     summaries: dict[str, list[dict[str, float]]] = {}
     shifts: dict[str, dict[str, list[float]]] = {}
+    frontiers: dict[str, list[dict[str, object]]] = {}
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             result = quickstart.quickstart(Path(folder) / "run", seed=seed, progress=False)
+        for frontier in result.frontiers:
+            frontiers.setdefault(frontier.name, []).append(asdict(frontier))
         for entry in result.evaluation.to_dict()["models"]:
             model = result.evaluation.models[entry["model"]]
             of_shift = {name: s.calibration.accuracy for name, s in model.shifts.items()}
@@ -80,7 +83,7 @@ def table(seeds: list[int]) -> None:
     seeds_text = ", ".join(map(str, seeds))
     text = "\n".join(lines) + f"\n\nMean ± standard deviation over fine-tuning seeds {seeds_text}. {conventions}\n"
     command = f"python -m benchmarks.glyphworld --seeds {' '.join(map(str, seeds))}"
-    results = {"seeds": seeds, "summaries": summaries, "shift_accuracies": shifts}
+    results = {"seeds": seeds, "summaries": summaries, "shift_accuracies": shifts, "frontiers": frontiers}
     print(machine.write("glyphworld", command, results))
     (machine.RESULTS / "glyphworld.md").write_text(text)
     begin, end = f"<!-- table: {'python -m benchmarks.glyphworld'} -->\n", "<!-- end of table -->"

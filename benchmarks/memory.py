@@ -3,16 +3,21 @@
 Each measurement is a process of its own: the peak resident set over a run, less the resident set before it. The time
 is that of the same single run, after a small one that starts the threads; take it as an order of magnitude.
 
-    python -m benchmarks.memory                 # writes results/memory.json
+    python -m benchmarks.memory                 # writes results/memory.json and the README's table
+    python -m benchmarks.memory --table         # the README's table alone, from results/memory.json
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import normalize
@@ -21,6 +26,7 @@ from benchmarks import machine
 
 SIZES = (2048, 4096, 8192, 16384)
 IMPLEMENTATIONS = ("robustft", "open_clip", "robustft with teacher", "eager with teacher")
+README = Path(__file__).parent.parent / "README.md"
 
 
 def objective(implementation: str):
@@ -60,6 +66,7 @@ def measure(implementation: str, n: int, d: int) -> dict[str, float]:
     loss = objective(implementation)
     loss(x[:512], t[:512], s).backward()
     x.grad = t.grad = s.grad = None
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would be used again, and not be counted
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the peak
     before, start = status("VmRSS"), time.perf_counter()
@@ -67,14 +74,7 @@ def measure(implementation: str, n: int, d: int) -> dict[str, float]:
     return {"bytes": status("VmHWM") - before, "seconds": time.perf_counter() - start}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--one", nargs=3, metavar=("NAME", "N", "D"), help="measure one in this process, print JSON")
-    options = parser.parse_args()
-    if options.one:
-        name, n, d = options.one
-        print(json.dumps(measure(name, int(n), int(d))))
-        return
+def measure_all() -> list[dict[str, Any]]:
     rows = []
     for n in SIZES:
         for name in IMPLEMENTATIONS:
@@ -85,7 +85,44 @@ def main() -> None:
             rows.append(row)
             taken = f"{row['bytes'] / 1e6:8.0f} MB {row['seconds']:7.2f} s" if "bytes" in row else "failed"
             print(f"{name:24} N={n:6} {taken}", flush=True)
-    print(machine.write("memory", "python -m benchmarks.memory", rows))
+    return rows
+
+
+def table(measured: dict[str, Any]) -> str:
+    """results/memory.json as a Markdown table of peak MB, and the machine."""
+    cells = {(row["n"], row["implementation"]): row for row in measured["results"]}
+    lines = ["| N | " + " | ".join(IMPLEMENTATIONS) + " |", "|---:|" + "---:|" * len(IMPLEMENTATIONS)]
+    for n in sorted({n for n, _ in cells}):
+        rows = [cells.get((n, name), {}) for name in IMPLEMENTATIONS]
+        taken = [f"{row['bytes'] / 1e6:,.0f} MB" if "bytes" in row else "failed" for row in rows]
+        lines.append(f"| {n:,} | " + " | ".join(taken) + " |")
+    where = measured["machine"]
+    threads = f"{where['threads']} thread" + ("s" if where["threads"] > 1 else "")
+    return "\n".join([*lines, "", f"{where['cpu']} ({where['isa']}), {threads}, torch {where['torch']}.", ""])
+
+
+def write_table() -> None:
+    """Puts the table of results/memory.json between the README's two memory comments."""
+    text = table(json.loads((machine.RESULTS / "memory.json").read_text()))
+    pattern = r"(<!-- memory -->\n).*?(<!-- end of memory -->)"
+    readme, count = re.subn(pattern, lambda m: m[1] + text + m[2], README.read_text(), flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"{README} has {count} places between <!-- memory --> and <!-- end of memory -->; expected 1")
+    README.write_text(readme)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--one", nargs=3, metavar=("NAME", "N", "D"), help="measure one in this process, print JSON")
+    parser.add_argument("--table", action="store_true", help="only write the README's table, from the stored results")
+    options = parser.parse_args()
+    if options.one:
+        name, n, d = options.one
+        print(json.dumps(measure(name, int(n), int(d))))
+        return
+    if not options.table:
+        print(machine.write("memory", "python -m benchmarks.memory", measure_all()))
+    write_table()
 
 
 if __name__ == "__main__":

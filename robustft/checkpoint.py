@@ -68,11 +68,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"{path} is a pickled checkpoint: loading one runs whatever code it holds, so it is refused")
     state = path / "state.safetensors"
     with state.open("rb") as file:
-        if file.read(4).startswith(PICKLE_MAGIC):
+        head = file.read(9)
+        # safetensors opens with its header's length, any 8 bytes, and the header's brace.
+        if head.startswith(PICKLE_MAGIC) and head[8:] != b"{":
             raise ValueError(
                 f"{state} is a pickle under another name: loading one runs code it holds, so it is refused"
             )
-    meta = json.loads((path / "state.json").read_text())
+    meta = _read_meta(path / "state.json")
     return Checkpoint(path, meta["step"], load_file(state), meta)
 
 
@@ -82,7 +84,7 @@ def latest_checkpoint(folder: Path) -> Checkpoint:
     for path in _steps(folder):
         try:
             checkpoint = load_checkpoint(path)
-        except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        except (OSError, SafetensorError) as error:
             damaged.append(f"{path.name}: {error}")
             continue
         if damaged:
@@ -94,6 +96,16 @@ def latest_checkpoint(folder: Path) -> Checkpoint:
     if pickled:
         raise ValueError(f"{folder} holds pickled checkpoints only ({', '.join(pickled[:3])}): these are refused")
     raise FileNotFoundError(f"there is no checkpoint in {folder} to resume from")
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or brackets without end
+        raise OSError(f"{path} is damaged: {error}") from error
+    if not isinstance(meta, dict) or type(meta.get("step")) is not int:
+        raise OSError(f"{path} is damaged: expected an object with a step, got {meta!r:.80}")
+    return meta
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--quick", action="store_true", help="fewer epochs and test images")
     quickstart.add_argument("--resume", action="store_true", help="continue the run that the folder holds")
     quickstart.add_argument("--from-scratch", action="store_true", help="pre-train a model first")
+    quickstart.add_argument("--pretrain-pairs", type=int, metavar="N", help="how long, in image-caption pairs")
     quickstart.add_argument("--limit-batches", type=int, metavar="N", help="at most N batches an epoch")
     quickstart.add_argument("--dry-run", action="store_true", help="one batch through everything, write nothing")
 
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
+    # AssertionError is what a torch without CUDA raises when asked for it.
+    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, AssertionError) as error:
         if os.environ.get("ROBUSTFT_TRACEBACK") == "1":
             raise
         print(f"robustft {command}: {error}", file=sys.stderr)

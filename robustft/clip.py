@@ -40,6 +40,7 @@ from robustft.prompts import Template, Tokenizer, captions, check_captions
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 CARD_FILE = "README.md"
+CLASSIFIER_FILE = "classifier.safetensors"  # the head of a `methods.Classifier`; open_clip does not look at it
 
 
 class Bundle(NamedTuple):
@@ -183,7 +184,8 @@ def _weights_in(folder: Path) -> Path:
     def rank(path: Path) -> tuple[bool, bool, str]:
         return path.suffix != ".safetensors", "open_clip" not in path.name, path.name
 
-    found = [path for path in folder.iterdir() if path.suffix in {".safetensors", ".bin", ".pt", ".pth"}]
+    suffixes = {".safetensors", ".bin", ".pt", ".pth"}
+    found = [path for path in folder.iterdir() if path.suffix in suffixes and path.name != CLASSIFIER_FILE]
     if not found:
         raise FileNotFoundError(f"{folder}: no weights; expected {WEIGHTS_FILE}")
     return min(found, key=rank)
@@ -410,12 +412,13 @@ def export(
     *,
     tokenizer: Tokenizer | None = None,
     card: str | None = None,
+    classifier: bytes | None = None,
 ) -> Path:
     """Writes a directory that `open_clip.create_model_and_transforms("local-dir:...")` loads bit for bit.
 
     config: a `Bundle`'s, describing this model. tokenizer: needed only where it is a Hugging Face one (the
     configuration names it), whose files are then written too. card: text of README.md; None writes a short
-    one.
+    one. classifier: content of classifier.safetensors, as `methods.Classifier.save` gives it; None writes none.
 
     The directory is built beside its place and then renamed, so that it is whole or not there. An earlier
     export is replaced. Raises FileExistsError when `directory` holds anything else, ValueError when `config`
@@ -433,9 +436,11 @@ def export(
         fresh.mkdir()
         (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (fresh / CARD_FILE).write_text(_card(directory.name, model) if card is None else card, encoding="utf-8")
+        if classifier is not None:
+            (fresh / CLASSIFIER_FILE).write_bytes(classifier)
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(fresh)
-        _check_replaceable(directory, {path.name for path in fresh.iterdir()} | {WEIGHTS_FILE})
+        _check_replaceable(directory, {path.name for path in fresh.iterdir()} | {WEIGHTS_FILE, CLASSIFIER_FILE})
         # Copies, because safetensors refuses tensors that share memory.
         state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
         save_file(state, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -491,19 +496,28 @@ tokenizer = open_clip.get_tokenizer("local-dir:path/to/{name}")
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256, in hexadecimal, of the names, shapes, dtypes and bytes of a model's state and module types.
+    """SHA-256, in hexadecimal, of a model's state (names, shapes, dtypes, bytes), module types and settings.
 
-    Equal for models that compute the same features, whatever their device; the types tell apart models of
-    equal weights and different activations. Memory: one tensor at a time on the CPU.
+    Equal for copies of a model, whatever their device and mode. Types and settings (public attributes that are plain
+    numbers, strings or sequences of them: the number of heads, a stride, an epsilon) tell apart models of equal weights
+    that compute different features. Memory: one tensor at a time on the CPU.
     """
     model = unwrap(model)
     digest = hashlib.sha256()
     for name, module in model.named_modules():
-        digest.update(f"{name}:{type(module).__name__}\n".encode())
+        settings = [(key, value) for key, value in sorted(vars(module).items()) if _is_setting(key, value)]
+        digest.update(f"{name}:{type(module).__name__}:{settings}\n".encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name}:{tuple(value.shape)}:{value.dtype}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    values = value if isinstance(value, (tuple, list)) else [value]
+    plain = all(isinstance(v, (bool, int, float, str)) for v in values)
+    # The images' statistics, which open_clip leaves on the tower, tell how to prepare images, not what is computed.
+    return plain and name not in {"training", "image_mean", "image_std"} and not name.startswith("_")
 
 
 def _few(names: Sequence[str], what: str, limit: int = 3) -> str:

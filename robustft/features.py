@@ -1,8 +1,7 @@
 """Encode once, keep, reuse: the features of a data set under one model, on disk under a key that says what
 they are.
 
-    key = sha256(weights, transform, data set, dtype)    ->    <cache>/<key>.safetensors holding u (N, D) and
-    labels (N,)
+    key = sha256(model, data set, transforms, dtype)    ->    <cache>/<key>.safetensors holding u (N, D), labels (N,)
 
 Zero-shot heads, ensembles, temperatures, OOD scores and linear probes all run from the same features. The key
 holds whatever the features depend on, so a second checkpoint never meets the first one's features. A file is
@@ -10,8 +9,9 @@ written under another name and then renamed; one that turns out to be cut off is
 
 A data set is any of
     (images, labels)                     tensors (N, C, H, W), already normalised for the model, and (N,)
-    object with .tensors(mean, std)      the same tensors, normalised by the given statistics map-style data
-    set                   items (image, label), torchvision's convention; `transform` makes an image a tensor
+    object with .tensors(mean, std)      the same tensors, normalised by the given statistics
+    map-style data set                   items (image, label), torchvision's convention; `transform` makes an image a
+                                         tensor
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,12 @@ from robustft import clip
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+# The parts of open_clip's evaluation transforms: deterministic, and told wholly by their attributes.
+STANDARD_TRANSFORMS = frozenset(
+    {f"torchvision.transforms.transforms.{name}" for name in ("CenterCrop", "Normalize", "Resize", "ToTensor")}
+    | {f"open_clip.transform.{name}" for name in ("CenterCropOrPad", "MaybeConvertMode", "MaybeToTensor")}
+    | {f"open_clip.transform.{name}" for name in ("ResizeKeepRatio", "_convert_to_rgb")}
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ def encode(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     cache: str | Path | None = None,
+    transform_key: str | None = None,
     progress: bool = False,
 ) -> Features:
     """Unit image features of a data set, on the CPU in float32, in the data set's order; no gradient.
@@ -65,16 +73,23 @@ def encode(
     The model is moved to `device` (default: where it is), runs in evaluation mode and gets its modes back.
     `dtype` float32 runs it as it is, bfloat16 or float16 under autocast. `cache` is a folder; a file found
     there is used instead of the model. It needs a data set that can be told from others: tensors,
-    `.fingerprint`, `.samples` (files, told by path, size and time of change) or `.data` and `.targets`. A
-    damaged file is replaced with a warning. ValueError for NaN or infinite features, an empty data set, or
-    one that cannot be fingerprinted when `cache` is given. Memory: N (D + 2) floats.
+    `.fingerprint`, `.samples` (files, told by path, size and time of change) or `.data` and `.targets`.
+
+    `transform_key` names what the transforms do, and has to change with them. It is needed with `cache` when
+    `transform`, or the data set's own `transform`, `target_transform` or `transforms`, is anything but None or
+    torchvision's Compose of `STANDARD_TRANSFORMS`, which is what open_clip's evaluation transforms are: a function,
+    a Lambda or a random crop cannot be told from others.
+
+    A damaged file is replaced with a warning. ValueError for NaN or infinite features, an empty data set, and, when
+    `cache` is given, a data set or transform that cannot be told from others. Memory: N (D + 2) floats.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     path = None
     if cache is not None:
         statistics = image_statistics(model) if _is_fast(dataset, transform) else None
-        parts = clip.fingerprint(model), repr(transform), fingerprint(dataset), repr(statistics), str(dtype)
+        transforms = _transforms(dataset, transform, transform_key)
+        parts = clip.fingerprint(model), fingerprint(dataset), transforms, repr(statistics), str(dtype)
         path = Path(cache) / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.safetensors"
         if path.exists() and (stored := _read(path)) is not None:
             return stored
@@ -151,11 +166,11 @@ def image_statistics(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def fingerprint(dataset: Any) -> str:
-    """SHA-256, in hexadecimal, of what tells a data set from others, its own `transform` included.
+    """SHA-256, in hexadecimal, of what tells a data set from others, its transforms left aside.
 
     ValueError where nothing does: give the data set a `fingerprint` attribute.
     """
-    digest = hashlib.sha256(repr(getattr(dataset, "transform", None)).encode())
+    digest = hashlib.sha256()
     own = getattr(dataset, "fingerprint", None)
     tensors = _pair(dataset)
     if own is not None:
@@ -233,6 +248,44 @@ def _pair(dataset: Any) -> tuple[Tensor, Tensor] | None:
 def _is_fast(dataset: Any, transform: Any) -> bool:
     # A TensorDataset's `tensors` is a tuple; a transform that was asked for must be run.
     return transform is None and callable(getattr(dataset, "tensors", None))
+
+
+def _transforms(dataset: Any, transform: Any, transform_key: str | None) -> str:
+    """All transforms between a data set's files and the model, in words."""
+    own = ("transform", "target_transform", "transforms")
+    found = {"transform": transform, **{f"dataset.{name}": getattr(dataset, name, None) for name in own}}
+    words = {name: _describe(value) for name, value in found.items()}
+    unclear = [f"{name} ({type(found[name]).__name__})" for name, told in words.items() if told is None]
+    if unclear and transform_key is None:
+        raise ValueError(
+            f"{' and '.join(unclear)} cannot be told from other transforms: pass transform_key, a string that changes "
+            "with what it does, or encode without cache"
+        )
+    return repr((words, transform_key))
+
+
+def _describe(transform: Any) -> str | None:
+    """What a transform does, in words; None if its type and attributes do not tell."""
+    named = transform if hasattr(transform, "__qualname__") else type(transform)
+    name = f"{named.__module__}.{named.__qualname__}"
+    match name:
+        case "builtins.NoneType":
+            return "None"
+        case "torchvision.transforms.transforms.Compose":
+            parts = [_describe(part) for part in transform.transforms]
+        case "torchvision.datasets.vision.StandardTransform":
+            parts = [_describe(part) for part in (transform.transform, transform.target_transform)]
+        case _ if name in STANDARD_TRANSFORMS:
+            settings = sorted((key, value) for key, value in vars(transform).items() if not key.startswith("_"))
+            parts = [f"{key}={value}" if _is_plain(value) else None for key, value in settings]
+        case _:
+            return None
+    return None if None in parts else f"{name}({', '.join(parts)})"
+
+
+def _is_plain(value: Any) -> bool:
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return all(v is None or isinstance(v, (bool, int, float, str, Enum)) for v in values)
 
 
 def _progress(iterator: Iterator[Any], wanted: bool, dataset: Any, batch_size: int) -> Any:

@@ -24,7 +24,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +36,7 @@ from torch import Tensor
 from robustft.checkpoint import latest_checkpoint, save_checkpoint
 from robustft.features import image_statistics
 from robustft.methods.base import Method, Step, stateless_generator, stateless_seed
-from robustft.methods.batch import unpack
+from robustft.methods.batch import check_labels, unpack
 
 Record = dict[str, float | None]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -125,7 +125,7 @@ def fit(
             written.
     """
     started = time.monotonic()
-    _check_arguments(
+    check_arguments(
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
@@ -143,7 +143,7 @@ def fit(
     where = method.steps.device
     if callable(getattr(data, "tensors", None)):
         data = data.tensors(*image_statistics(method.model))
-    samples, described = _describe(data)
+    samples, described = _describe(data, len(method.class_names))
     if dry_run:
         epochs, limit_batches = 1, 1
     per_epoch = steps_per_epoch(samples, batch_size, limit_batches)
@@ -179,7 +179,6 @@ def fit(
         fused=where.type in ("cpu", "cuda"),
     )
     scaler = torch.amp.GradScaler(where.type, enabled=precision == "fp16")
-    before = copy.deepcopy(method.state_dict()) if dry_run else None
     run, step, records = None, 0, []
     if output is not None:
         _open_output(Path(output), resume)
@@ -193,7 +192,8 @@ def fit(
     report = _Progress(type(method).__name__, total, step, progress, log)
     skipped = 0
     method.train()
-    with _own_generators(where), _deferred_interrupt() as interrupted, report:
+    unchanged = _restored(method) if dry_run else nullcontext()
+    with unchanged, _own_generators(where), _deferred_interrupt() as interrupted, report:
         for epoch in range(step // per_epoch, epochs):
             order = torch.randperm(samples, generator=stateless_generator(seed, "order", epoch))
             chunks = order[: per_epoch * batch_size].split(batch_size)[step % per_epoch :]
@@ -234,9 +234,12 @@ def fit(
             if interrupted:
                 saved = "nothing was saved: no output" if run is None else f"resume from {run.checkpoint}"
                 raise KeyboardInterrupt(f"stopped after step {step} of {total}; {saved}")
-    if dry_run:
-        method.load_state_dict(before)
     return History(records, step, time.monotonic() - started)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is something of a run in `folder`: not what a kill during its very first save leaves."""
+    return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("step_*"))
 
 
 def learning_rate(step: int, total: int, lr: float, warmup: float) -> float:
@@ -272,7 +275,7 @@ class _Run:
     def resume(self) -> tuple[int, list[Record]]:
         """Put everything back as at the latest checkpoint; returns its step and the records until then."""
         path, step, tensors, meta = latest_checkpoint(self.checkpoints)
-        differing = _differences(meta["config"], self.config)
+        differing = _differences(meta.get("config"), self.config)
         if differing:
             raise ValueError(f"cannot resume {path} under another configuration: {'; '.join(differing)}")
         self.method.load_state_dict(_with_prefix(tensors, "method."))
@@ -399,7 +402,7 @@ def _to(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _describe(data: Any) -> tuple[int, dict[str, Any]]:
+def _describe(data: Any, classes: int) -> tuple[int, dict[str, Any]]:
     """How many samples, and what a resumed run must find the same."""
     if not _is_tensors(data):
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
@@ -410,6 +413,7 @@ def _describe(data: Any) -> tuple[int, dict[str, Any]]:
     images, labels, _ = unpack(data)
     if labels is None:
         raise ValueError("data of two tensors must be (images, labels): labels (n,) of class indices")
+    check_labels(labels, classes)
     finite = images.flatten(1).isfinite().all(1)
     if not finite.all():
         raise ValueError(f"images must be finite: image {int(finite.logical_not().nonzero()[0])} is not")
@@ -417,21 +421,22 @@ def _describe(data: Any) -> tuple[int, dict[str, Any]]:
     return len(images), {"samples": len(images), "image_shape": list(images.shape[1:]), "labels": digest}
 
 
-def _check_arguments(**arguments: Any) -> None:
+def check_arguments(**arguments: Any) -> None:
+    """ValueError if one of `fit`'s arguments, of those that are given, is out of range."""
     for name in ("epochs", "batch_size", "log_every", "limit_batches"):
-        value = arguments[name]
+        value = arguments.get(name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     for name in ("lr", "clip"):
-        value = arguments[name]
+        value = arguments.get(name)
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
-    if not arguments["weight_decay"] >= 0:
-        raise ValueError(f"weight_decay must not be negative, got {arguments['weight_decay']}")
-    if not 0 <= arguments["warmup"] < 1:
-        raise ValueError(f"warmup is a fraction of all steps and must lie in [0, 1), got {arguments['warmup']}")
-    if arguments["precision"] not in DTYPES:
-        raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {arguments['precision']!r}")
+    if not (weight_decay := arguments.get("weight_decay", 0.0)) >= 0:
+        raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+    if not 0 <= (warmup := arguments.get("warmup", 0.0)) < 1:
+        raise ValueError(f"warmup is a fraction of all steps and must lie in [0, 1), got {warmup}")
+    if (precision := arguments.get("precision", "fp32")) not in DTYPES:
+        raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}")
 
 
 def _open_output(folder: Path, resume: bool) -> None:
@@ -442,11 +447,9 @@ def _open_output(folder: Path, resume: bool) -> None:
             pass
     except OSError as error:
         raise OSError(error.errno, f"output folder {folder} cannot be written: {error.strerror}") from error
-    held = [name for name in ("metrics.jsonl", "checkpoints") if (folder / name).exists()]
-    if held and not resume:
+    if holds_run(folder) and not resume:
         raise FileExistsError(
-            f"output folder {folder} already holds a run ({', '.join(held)}): pass resume=True to continue "
-            "it, or choose another folder"
+            f"output folder {folder} already holds a run: pass resume=True to continue it, or choose another folder"
         )
 
 
@@ -501,6 +504,17 @@ def _deferred_interrupt() -> Iterator[list[bool]]:
         yield seen
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _restored(method: Method) -> Iterator[None]:
+    """Whatever happens inside, the method leaves with the state it came with, and without gradients."""
+    before = copy.deepcopy(method.state_dict())
+    try:
+        yield
+    finally:
+        method.load_state_dict(before)
+        method.zero_grad()
 
 
 @contextmanager

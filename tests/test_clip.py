@@ -373,6 +373,19 @@ def test_export_replaces_an_earlier_export_and_nothing_else(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"model", "project", "file"}
 
 
+def test_an_export_with_a_classifier_is_an_export_to_open_clip_and_to_a_later_one(tmp_path):
+    target = clip.export(build(seed=0), tmp_path / "model", config_of("vit"), classifier=b"a head")
+    (target / clip.WEIGHTS_FILE).rename(target / "weights.safetensors")  # sorts after the classifier's
+    assert equal_states(clip.load(f"local-dir:{target}").model, build(seed=0))
+    (target / "weights.safetensors").rename(target / clip.WEIGHTS_FILE)
+    assert equal_states(open_clip.create_model_and_transforms(f"local-dir:{target}")[0], build(seed=0))
+    for classifier in (b"another", None):
+        clip.export(build(seed=1), target, config_of("vit"), classifier=classifier)
+        held = target / clip.CLASSIFIER_FILE
+        assert (held.read_bytes() if held.exists() else None) == classifier
+    assert equal_states(clip.load(f"local-dir:{target}").model, build(seed=1))
+
+
 def test_a_failing_export_leaves_the_earlier_one(tmp_path, monkeypatch):
     target = clip.export(build(seed=0), tmp_path / "model", config_of("vit"))
 
@@ -567,6 +580,17 @@ def test_fingerprint_is_stable_and_sees_every_bit_name_dtype_and_activation():
         model.logit_scale.copy_(torch.nextafter(model.logit_scale, torch.tensor(100.0)))
     seen.add(clip.fingerprint(model))
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    "module, setting, value",
+    [("transformer.resblocks.0.attn", "num_heads", 1), ("conv1", "stride", (14, 14)), ("ln_post", "eps", 0.1)],
+)
+def test_fingerprint_sees_settings_that_leave_no_trace_in_the_weights(module, setting, value):
+    model, other = build(), build()
+    assert getattr(other.visual.get_submodule(module), setting) != value
+    setattr(other.visual.get_submodule(module), setting, value)
+    assert equal_states(model, other) and clip.fingerprint(model) != clip.fingerprint(other)
 
 
 def test_clip_imports_without_open_clip_and_says_what_to_install_when_it_is_needed():

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import copy
 import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from torchvision import transforms
 
 from robustft.features import (
     OPENAI_MEAN,
@@ -28,10 +31,14 @@ class Tower(nn.Module):
         self.visual.proj = nn.Parameter(torch.randn(3, 5, generator=torch.Generator().manual_seed(seed)))
         self.visual.preprocess_cfg = {"mean": mean, "std": std}
         self.dropout = nn.Dropout(0.5)
-        self.calls = 0
+        self._calls = 0  # private, because public attributes are the model's settings
+
+    @property
+    def calls(self) -> int:
+        return self._calls
 
     def encode_image(self, images):
-        self.calls += 1
+        self._calls += 1
         return self.dropout(images.mean((2, 3)) @ self.visual.proj)
 
 
@@ -110,6 +117,9 @@ def test_whatever_features_depend_on_is_in_the_key(data, tmp_path):
     def half(x):
         return x / 2
 
+    def normalize(mean):
+        return transforms.Compose([transforms.Normalize([mean] * 3, [1.0] * 3)])
+
     fast, other = Fast(*data), Fast(*data)
     other.fingerprint = "fast-2"
     assert run() == 1 and run() == 0
@@ -118,11 +128,48 @@ def test_whatever_features_depend_on_is_in_the_key(data, tmp_path):
     assert run(dataset=(data[0], data[1] + 1)) == 1
     assert run(dtype=torch.bfloat16) == 1
     assert run(dataset=fast) == 1 and run(dataset=fast) == 0 and run(dataset=other) == 1
-    assert run(dataset=fast, transform=half) == 1 and run(dataset=fast, transform=abs) == 1
+    for transform, key in ((half, "half"), (half, "half-2"), (normalize(0.1), None), (normalize(0.2), None)):
+        assert run(dataset=fast, transform=transform, transform_key=key) == 1
+        assert run(dataset=fast, transform=transform, transform_key=key) == 0
     assert run(Tower(mean=(0.0, 0.0, 0.0)), dataset=fast) == 1
-    fast.transform = "centre crop"
-    assert run(dataset=fast) == 1
-    assert len(list(tmp_path.iterdir())) == 11
+    for name in ("transform", "target_transform", "transforms"):
+        setattr(fast, name, normalize(0.1))
+        assert run(dataset=fast) == 1
+    assert len(list(tmp_path.iterdir())) == 15
+
+
+def test_transforms_that_cannot_be_told_apart_are_cached_under_a_key_only(data, tmp_path):
+    def shifted(by):  # torchvision prints both as Compose(Lambda())
+        return transforms.Compose([transforms.Lambda(lambda x: x + by)])
+
+    images = Items(*data)
+    unclear = (shifted(0.0), shifted(1.0), lambda x: x, transforms.RandomErasing())
+    unclear += (transforms.Normalize(torch.zeros(3), torch.ones(3)),)  # prints four digits of its tensors
+    for transform in unclear:
+        with pytest.raises(ValueError, match=r"transform \(\w+\) cannot be told .* pass transform_key"):
+            encode(Tower(), images, transform=transform, cache=tmp_path)
+    for name in ("transform", "target_transform", "transforms"):
+        labelled = Fast(*data)
+        setattr(labelled, name, lambda x: x)
+        with pytest.raises(ValueError, match=rf"dataset.{name} \(function\) cannot be told"):
+            encode(Tower(), labelled, cache=tmp_path)
+    images.fingerprint = "items"
+    a, b = (encode(Tower(), images, transform=shifted(i), transform_key=f"{i}", cache=tmp_path) for i in (0, 1))
+    assert not torch.equal(a.image_features, b.image_features)
+
+
+def test_open_clips_evaluation_transforms_need_no_key(tmp_path):
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    pictures = Items([Image.new("RGB", (40, 30), colour) for colour in ("red", "green")], torch.arange(2))
+    pictures.fingerprint = "pictures"
+    for size, mode in ((8, "shortest"), (8, "longest"), (8, "squash"), ((8, 6), "shortest")):
+        transform = image_transform_v2(PreprocessCfg(size=size, resize_mode=mode), is_train=False)
+        encode(Tower(), pictures, transform=transform, cache=tmp_path)
+        model = Tower()
+        encode(model, pictures, transform=copy.deepcopy(transform), cache=tmp_path)
+        assert model.calls == 0
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:7]])

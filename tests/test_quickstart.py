@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from robustft import clip, doctor, methods, quickstart
+from robustft import cli, clip, doctor, methods, quickstart
 from robustft.data import glyphworld
+from robustft.data.pretrain import pretrain
 from robustft.evaluate import Evaluation, predict
 
 README = Path(__file__).parent.parent / "README.md"
@@ -34,7 +36,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
     done = robustft("quickstart", "--quick", "--limit-batches", "1", "--output", "out", cwd=folder)
     assert done.returncode == 0, done.stderr
-    return folder / "out", done.stdout
+    return folder / "out", done.stdout + done.stderr
 
 
 def test_it_prints_one_table_of_all_models(run):
@@ -42,6 +44,11 @@ def test_it_prints_one_table_of_all_models(run):
     for name in ("zero-shot", "FT", "FLYP", "CaRot", "WiSE FT", "OSE FT", "WiSE FLYP", "OSE CaRot"):
         assert re.search(rf"^{name} +\d", printed, re.MULTILINE), name
     assert "ECE: 15 equal-width bins, full set" in printed and "FPR95: ID positive" in printed
+
+
+def test_its_schedules_know_of_the_limit_on_batches(run):
+    _, printed = run
+    assert "was made for total_steps" not in printed
 
 
 def test_it_leaves_everything_it_promises(run):
@@ -116,6 +123,73 @@ def test_a_killed_run_resumes_to_the_same_numbers(run, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     results = [json.loads((f / "metrics.json").read_text()) for f in (folder, tmp_path / "out")]
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"device": "cuda:99"},
+        {"limit_batches": 0},
+        {"precision": "fp8"},
+        {"from_scratch": True, "pretrain_pairs": 10},
+        {"pretrain_pairs": 640},
+    ],
+)
+def test_a_start_that_fails_does_not_claim_the_folder(tmp_path, wrong):
+    with pytest.raises((ValueError, RuntimeError, AssertionError)):
+        quickstart.quickstart(tmp_path / "out", log=lambda _: None, **wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_torch_without_cuda_is_an_error_without_a_traceback(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(quickstart, "quickstart", fail)
+    assert cli.main(["quickstart", "--device", "cuda", "--output", str(tmp_path / "out")]) == 1
+    assert "robustft quickstart: Torch not compiled with CUDA" in capsys.readouterr().err
+
+
+def test_resume_does_not_claim_a_foreign_folder(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="no run to resume"):
+        quickstart.open_folder(tmp_path, {}, resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_kill_during_the_first_write_leaves_a_folder_that_can_be_used(tmp_path):
+    for resume in (False, True):
+        folder = tmp_path / str(resume)
+        folder.mkdir()
+        (folder / ".config.yaml.x1y2").write_text("se")
+        quickstart.open_folder(folder, {"seed": 0}, resume)
+        assert (folder / "config.yaml").exists()
+
+
+def test_half_pre_trained_model_is_finished_before_it_is_fine_tuned(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "pretrain", partial(pretrain, save_every=64))
+    monkeypatch.setattr(quickstart, "SECONDS_BETWEEN_LINES", 0.0)
+    arguments = {"from_scratch": True, "pretrain_pairs": 256, "quick": True, "limit_batches": 1, "method_names": ["FT"]}
+    lines: list[str] = []
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if "128 of 256 pairs" in line and len(lines) < 10:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        quickstart.quickstart(tmp_path / "out", log=log, **arguments)
+    # Neither a half pre-trained model nor a fine-tuning that was killed during its first save stands in the way.
+    (tmp_path / "out" / "FT" / "checkpoints" / ".step_00000000.tmp").mkdir(parents=True)
+    lines.clear()
+    quickstart.quickstart(tmp_path / "out", resume=True, log=lines.append, **arguments)
+    assert [line.split(",")[0] for line in lines if line.startswith("pre-training:")] == [
+        "pre-training: 192 of 256 pairs",
+        "pre-training: 256 of 256 pairs",
+    ]
+    whole = pretrain(tmp_path / "whole.safetensors", pairs=256)
+    assert (tmp_path / "out" / "pretrained.safetensors").read_bytes() == whole.read_bytes()
+    assert not list((tmp_path / "out").glob("pretraining*"))
 
 
 def test_dry_run_writes_nothing(tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import random
 import re
 import resource
@@ -17,9 +18,9 @@ import open_clip
 import pytest
 import torch
 
-from robustft.checkpoint import load_checkpoint
+from robustft.checkpoint import load_checkpoint, save_checkpoint
 from robustft.methods import FLYP, CaRot, FineTune, Method, Step
-from robustft.train import NonFiniteError, fit, learning_rate, steps_per_epoch
+from robustft.train import NonFiniteError, fit, holds_run, learning_rate, steps_per_epoch
 
 SAMPLES, BATCH, EPOCHS = 26, 8, 3  # three whole batches an epoch, nine steps
 TOTAL = 9
@@ -397,7 +398,9 @@ def test_missing_checkpoint_is_an_error(tmp_path):
         run(make(), resume=True)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "no json", "half a json"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "emptied", "no json", b'{"st', b"[]", b"null", b'{"step": "9"}', b"\xff\xfe", b"[" * 10**5]
+)
 def test_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_path, damage):
     reference, method = make(), make()
     run(reference, tmp_path)
@@ -409,8 +412,8 @@ def test_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_path
             os.truncate(newest / "state.safetensors", 0)
         case "no json":
             (newest / "state.json").unlink()
-        case "half a json":
-            os.truncate(newest / "state.json", 100)
+        case _:
+            (newest / "state.json").write_bytes(damage)
     with pytest.warns(UserWarning, match=f"resuming from .*step_00000006.*damaged.*{newest.name}"):
         run(method, tmp_path, resume=True)
     assert torch.equal(method.model.visual.proj, reference.model.visual.proj)
@@ -423,6 +426,31 @@ def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
         os.truncate(state, 100)
     with pytest.raises(FileNotFoundError, match="no checkpoint in .* is whole.*step_00000009.*step_00000006"):
         run(make(), tmp_path, resume=True)
+
+
+def test_checkpoint_without_a_configuration_is_not_resumed(tmp_path):
+    run(make(), tmp_path)
+    (tmp_path / "checkpoints" / f"step_{TOTAL:08d}" / "state.json").write_text(json.dumps({"step": TOTAL}))
+    with pytest.raises(ValueError, match="another configuration: .*was None"):
+        run(make(), tmp_path, resume=True)
+
+
+def test_header_whose_length_looks_like_a_pickle_is_read(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {"x": torch.arange(3)}, {})
+    state = path / "state.safetensors"
+    content = state.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    state.write_bytes((128).to_bytes(8, "little") + content[8:end].ljust(128) + content[end:])
+    assert state.read_bytes().startswith(b"\x80")
+    assert load_checkpoint(path).tensors["x"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_bare_pickles_are_refused(tmp_path, protocol):
+    path = save_checkpoint(tmp_path, 1, {"x": torch.arange(3)}, {})
+    (path / "state.safetensors").write_bytes(pickle.dumps({"x": [0, 1, 2]}, protocol))
+    with pytest.raises(ValueError, match="pickle.*refused"):
+        load_checkpoint(path)
 
 
 def test_pickled_checkpoints_are_refused(tmp_path):
@@ -447,6 +475,21 @@ def test_output_that_holds_a_run_is_not_overwritten(tmp_path):
         with pytest.raises(FileExistsError, match="already holds a run.*resume=True"):
             run(make(), tmp_path, **arguments)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == kept
+
+
+def test_kill_during_the_very_first_save_leaves_a_folder_that_can_be_used(tmp_path):
+    (tmp_path / "checkpoints" / ".step_00000000.tmp").mkdir(parents=True)
+    assert not holds_run(tmp_path)
+    assert run(make(), tmp_path).steps == TOTAL
+    assert holds_run(tmp_path)
+
+
+def test_labels_out_of_range_do_not_claim_the_output(tmp_path):
+    images, labels = data()
+    for wrong in (labels + 1, labels - 1):
+        with pytest.raises(ValueError, match="labels must lie in .*K = 3 classes"):
+            run(make(), tmp_path, data=(images, wrong))
+    assert run(make(), tmp_path, data=(images, labels)).steps == TOTAL
 
 
 def test_output_that_cannot_be_written_is_found_before_training(tmp_path):
@@ -481,7 +524,18 @@ def test_dry_run_goes_through_a_step_and_leaves_everything_as_it_was(tmp_path):
     history = run(method, tmp_path, dry_run=True)
     assert history.steps == 1 and history.records[0]["contrastive"] > 0
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+    assert all(p.grad is None for p in method.parameters())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_that_fails_leaves_the_method_as_it_was():
+    method = make()
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    method.after_step = stop  # after the weights have moved
+    with pytest.raises(Stop):
+        run(method, dry_run=True)
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+    assert all(p.grad is None for p in method.parameters())
 
 
 def test_length_other_than_the_methods_schedule_is_warned_of():

@@ -19,7 +19,7 @@ without more ado:
     wise = WiSEFT(zero_shot, method.classifier()).fit(validation).classifier()
 """
 
-from robustft.methods.base import Classifier, Method, Outputs, Predictor, Step
+from robustft.methods.base import Classifier, Method, Outputs, Predictor, Step, load_classifier
 from robustft.methods.carot import CaRot
 from robustft.methods.fine_tune import FineTune
 from robustft.methods.flyp import FLYP
@@ -39,5 +39,6 @@ __all__ = [
     "Predictor",
     "Step",
     "WiSEFT",
+    "load_classifier",
     "zero_shot_classifier",
 ]

@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -164,6 +167,42 @@ class Classifier(Predictor):
             logit_scale=self.logit_scale,
             bias=None if self.bias is None else self.bias[keep],
         )
+
+    def save(self, directory: str | os.PathLike[str], config: Mapping[str, Any], *, tokenizer: Any = None) -> Path:
+        """Writes the model as `clip.export` does, a directory that open_clip loads, with the head in it.
+
+        The head, class names, scale and bias go to classifier.safetensors; `load_classifier` gives the classifier
+        back. `config`, `tokenizer`, replacing and errors: as in `clip.export`.
+        """
+        from safetensors.torch import save
+
+        head = {name: value.cpu().contiguous() for name, value in self.named_buffers(recurse=False)}
+        content = save(head, metadata={"classes": json.dumps(self.classes)})
+        return clip.export(self.model, directory, config, tokenizer=tokenizer, classifier=content)
+
+
+def load_classifier(
+    directory: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Classifier:
+    """The classifier that `Classifier.save` wrote; `device` and `dtype` of its model as in `clip.load`.
+
+    The tokenizer, transforms and configuration come from `clip.load("local-dir:<directory>")`. FileNotFoundError for
+    a directory without a head, ValueError for a damaged one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(directory) / clip.CLASSIFIER_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a directory that Classifier.save wrote holds one")
+    try:
+        with safe_open(path, "pt") as file:
+            head = {name: file.get_tensor(name) for name in file.keys()}
+            classes = json.loads(file.metadata()["classes"])
+        embeddings, scale, bias = head["class_embeddings"], head["logit_scale"], head.get("bias")
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: truncated, or no head of a classifier: {error!r:.200}") from error
+    model = clip.load(f"local-dir:{directory}", device=device, dtype=dtype).model
+    return Classifier(model, embeddings, classes, logit_scale=scale, bias=bias).to(device)
 
 
 class Method(nn.Module):

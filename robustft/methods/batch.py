@@ -19,6 +19,14 @@ class Batch(NamedTuple):
     texts: Sequence[str] | Tensor | None
 
 
+def check_labels(labels: Tensor, classes: int) -> None:
+    """ValueError unless every label lies in [0, classes)."""
+    low, high = (int(bound) for bound in labels.aminmax())
+    if low < 0 or high >= classes:
+        bad = low if low < 0 else high
+        raise ValueError(f"labels must lie in [0, K) with K = {classes} classes, got {bad}")
+
+
 def unpack(batch: Any) -> Batch:
     """The parts of a batch, checked as far as they can be without a model."""
     if isinstance(batch, Mapping):

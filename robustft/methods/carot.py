@@ -29,6 +29,8 @@ from robustft.methods.base import Classifier, Step
 from robustft.methods.flyp import FLYP
 from robustft.methods.zero_shot import zero_shot_classifier
 
+FEW_STEPS = 10  # in a run this short even a teacher that moves at every step hardly matters
+
 
 class CaRot(FLYP):
     """FLYP, an orthogonal visual projection, and self-distillation from a slow teacher.
@@ -97,10 +99,12 @@ class CaRot(FLYP):
             ema_interval = max(1, round(ema_interval_fraction * total_steps))
         if ema_interval < 1:
             raise ValueError(f"ema_interval must be at least 1, got {ema_interval}")
-        if distillation_weight and ema_interval >= total_steps > 1:
+        never, always = ema_interval >= total_steps > 1, ema_interval == 1 and total_steps > FEW_STEPS
+        if distillation_weight and (never or always):
             warnings.warn(
                 f"CaRot's teacher moves every {ema_interval} steps and this run has {total_steps}: it will "
-                "follow step 0 only. Set ema_interval_fraction, say to 0.02.",
+                + ("follow step 0 only" if never else "collapse onto the student")
+                + f". Set ema_interval, say to {max(2, round(0.02 * total_steps))}.",
                 stacklevel=2,
             )
         super().__init__(

@@ -99,6 +99,12 @@ class FLYP(Method):
         images, labels, texts = self.checked(batch)
         if self.targets == "label" and labels is None:
             raise ValueError('targets="label" needs labels in the batch, which has texts only')
+        length = self.prompts.captions.shape[1]
+        if isinstance(texts, Tensor) and texts.shape[1] != length:
+            raise ValueError(
+                f"text tokens must be (N, {length}), as the tokenizer makes them, got {tuple(texts.shape)}; "
+                "labels would be (N,)"
+            )
         if texts is None:
             tokens, index = self.prompts.sample(labels, stateless_generator(self.seed, "captions", int(self.steps)))
             index = index.to(images.device)

@@ -3,8 +3,8 @@
     p(y | x) = (1 - a) softmax(z_zs / T_zs) + a softmax(z_ft / T_ft)
 
 T = 1, or each model's own temperature from held-out ID data: without it the more confident model, usually the
-fine-tuned one, has the louder voice. T is the temperature at which mean confidence equals accuracy (VRF's rule), not the
-one of lowest NLL: on validation data that a model gets all right the latter falls to zero, and with it the ensemble.
+fine-tuned one, has the louder voice. T is the temperature at which mean confidence equals accuracy (VRF's rule), not
+the one of lowest NLL: on validation data that a model gets all right that one falls to zero, and with it the ensemble.
 """
 
 from __future__ import annotations

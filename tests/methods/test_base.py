@@ -70,6 +70,12 @@ def test_state_dict_carries_a_method_over_exactly(clip_model, prompts, batches):
         (lambda x, y: (x, ["a"] * 5), ValueError, "one text for each of the 6 images, got 5"),
         (lambda x, y: (x, "a"), TypeError, "texts must be a list"),
         (lambda x, y: (x, torch.rand(6, 15)), TypeError, "text tokens must be integers"),
+        (
+            lambda x, y: (x, y[:, None]),
+            ValueError,
+            r"text tokens must be \(N, 15\).*got \(6, 1\); labels would be \(N,\)",
+        ),
+        (lambda x, y: {"image": x, "text": y[:, None]}, ValueError, r"text tokens must be \(N, 15\)"),
     ],
 )
 def test_bad_batches_are_refused_with_a_reason(clip_model, prompts, batches, spoil, error, message):

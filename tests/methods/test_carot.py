@@ -122,11 +122,21 @@ def test_student_and_teacher_each_have_their_classifier(clip_model, prompts, bat
 
 
 def test_interval_longer_than_the_run_is_warned_of(clip_model, prompts):
-    with pytest.warns(UserWarning, match="ema_interval_fraction"):
+    with pytest.warns(UserWarning, match="follow step 0 only. Set ema_interval, say to 6"):
         CaRot(clip_model, total_steps=300, **prompts)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         CaRot(clip_model, total_steps=300, ema_interval_fraction=0.02, **prompts)
+
+
+def test_teacher_that_moves_at_every_step_is_warned_of_unless_the_run_is_very_short(clip_model, prompts):
+    with pytest.warns(UserWarning, match="moves every 1 steps .* has 70: it will collapse .*ema_interval, say to 2"):
+        CaRot(clip_model, total_steps=70, ema_interval_fraction=0.02, **prompts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CaRot(clip_model, total_steps=70, ema_interval=2, **prompts)
+        CaRot(clip_model, total_steps=70, ema_interval=1, distillation_weight=0.0, **prompts)
+        CaRot(clip_model, total_steps=10, ema_interval=1, **prompts)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""Labelled images held in memory, in torchvision's convention: `dataset[i]` is (transformed image, label)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def normalized(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images (N, H, W, 3) uint8 as float32 (N, 3, H, W), bit for bit torchvision's ToTensor and Normalize."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(torch.float32).div_(255)
+    centre, scale = (torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) for values in (mean, std))
+    return pixels.sub_(centre).div_(scale)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """RGB images (N, H, W, 3) uint8 with labels (N,) int64 into `classes`.
+
+    `groups` (N,) int64 names an attribute that is no class, such as the colour of the background. Without a
+    `transform` items are PIL images. Raises ValueError for other shapes or types.
+    """
+
+    images: np.ndarray
+    labels: Tensor
+    classes: tuple[str, ...]
+    transform: Callable[[Any], Any] | None = None
+    groups: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
+            raise ValueError(f"images: expected uint8 (N, H, W, 3), got {self.images.dtype} {self.images.shape}")
+        for name, values in (("labels", self.labels), ("groups", self.groups)):
+            if values is not None and (values.dtype != torch.int64 or values.shape != (len(self.images),)):
+                raise ValueError(
+                    f"{name}: expected int64 ({len(self.images)},), got {values.dtype} {tuple(values.shape)}"
+                )
+        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
+            raise ValueError(
+                f"labels: expected values in [0, {len(self.classes)}), got "
+                f"[{int(self.labels.min())}, {int(self.labels.max())}]"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        image = Image.fromarray(self.images[index])
+        return image if self.transform is None else self.transform(image), int(self.labels[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
+        """The items of one batch, as torch's DataLoader asks for them."""
+        return [self[index] for index in indices]
+
+    def tensors(self, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """All images at once, float32 (N, 3, H, W) normalised, and the labels; equals ToTensor and Normalize."""
+        return normalized(self.images, mean, std), self.labels
+
+    def subset(self, indices: Sequence[int] | Tensor | np.ndarray) -> ImageDataset:
+        """The images at `indices`, in that order."""
+        rows = torch.as_tensor(indices, dtype=torch.int64)
+        groups = None if self.groups is None else self.groups[rows]
+        return replace(self, images=self.images[rows.numpy()], labels=self.labels[rows], groups=groups)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of images, labels, groups and class names, but not of the transform: a cache key."""
+        digest = hashlib.sha256(repr((self.images.shape, self.classes, self.groups is None)).encode())
+        for array in (
+            self.images,
+            self.labels.numpy(),
+            *([] if self.groups is None else [self.groups.numpy()]),
+        ):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
