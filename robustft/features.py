@@ -32,8 +32,6 @@ from torch import Tensor, nn
 
 from robustft import clip
 
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 # The parts of open_clip's evaluation transforms: deterministic, and told wholly by their attributes.
 STANDARD_TRANSFORMS = frozenset(
     {f"torchvision.transforms.transforms.{name}" for name in ("CenterCrop", "Normalize", "Resize", "ToTensor")}
@@ -152,8 +150,11 @@ def batches(
 
 
 def image_statistics(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) per channel that an open_clip model, or one inside a classifier, was built with; OpenAI's
-    by default."""
+    """(mean, std) per channel that an open_clip model, or one inside a classifier, was built with.
+
+    ValueError when the model does not say: images normalised in another way than in pre-training are no error that
+    anything would notice.
+    """
     for owner in (model, getattr(model, "model", None)):
         for module in owner.modules() if isinstance(owner, nn.Module) else ():
             visual = getattr(module, "visual", None)
@@ -162,7 +163,10 @@ def image_statistics(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
             std = stated.get("std", getattr(visual, "image_std", None))
             if mean is not None and std is not None:
                 return tuple(map(float, mean)), tuple(map(float, std))
-    return OPENAI_MEAN, OPENAI_STD
+    raise ValueError(
+        "the model carries no image statistics; open_clip's factories and robustft.clip.load set them "
+        "(open_clip.set_model_preprocess_cfg does for a model of one's own), or pass (images, labels) tensors"
+    )
 
 
 def fingerprint(dataset: Any) -> str:

@@ -12,8 +12,6 @@ from torch import nn
 from torchvision import transforms
 
 from robustft.features import (
-    OPENAI_MEAN,
-    OPENAI_STD,
     Features,
     batches,
     encode,
@@ -88,7 +86,9 @@ def test_the_fast_path_uses_the_models_own_statistics(data):
     a, b = encode(model, Fast(*data)), encode(model, (normalised, data[1]))
     torch.testing.assert_close(a.image_features, b.image_features)
     assert image_statistics(SimpleNamespace(model=model))[0] == mean
-    assert image_statistics(nn.Linear(1, 1)) == image_statistics(None) == (OPENAI_MEAN, OPENAI_STD)
+    for silent in (nn.Linear(1, 1), None):
+        with pytest.raises(ValueError, match="carries no image statistics"):
+            image_statistics(silent)
 
 
 def test_transform_makes_the_tensors(data):
