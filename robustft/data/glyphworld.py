@@ -205,7 +205,7 @@ def shift(name: str, *, seed: int = 0) -> ImageDataset:
     """One of SHIFTS: the images of `digits("test", seed=seed)` changed in one way, or 500 digits in a font.
 
     inverted: black on white. recoloured: two other colours. textured: two colours and a pattern. rotated: by
-    30 to 50 degrees either way. noisy: Gaussian noise of standard deviation 110 grey levels. font: Pillow's
+    35 to 55 degrees either way. noisy: Gaussian noise of standard deviation 140 grey levels. font: Pillow's
     built-in font, white on black.
     """
     _check("name", name, SHIFTS)
@@ -225,11 +225,11 @@ def shift(name: str, *, seed: int = 0) -> ImageDataset:
         case "textured":
             return _dataset(masks, labels, glyph=pairs[:, 0], ground=pairs[:, 1], kinds=kinds, rng=rng)
         case "rotated":
-            angles = rng.choice([-1, 1], len(masks)) * rng.uniform(30, 50, len(masks))
+            angles = rng.choice([-1, 1], len(masks)) * rng.uniform(35, 55, len(masks))
             turned = np.stack([rotate(mask, angle) for mask, angle in zip(masks, angles, strict=True)])
             return _dataset(turned, labels, glyph=_WHITE, ground=_BLACK)
         case _:
-            return _dataset(masks, labels, glyph=_WHITE, ground=_BLACK, noise=110.0, rng=rng)
+            return _dataset(masks, labels, glyph=_WHITE, ground=_BLACK, noise=140.0, rng=rng)
 
 
 def ood(name: str, *, seed: int = 0) -> ImageDataset:

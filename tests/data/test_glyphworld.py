@@ -88,7 +88,7 @@ def test_recoloured_grounds_are_plain_and_textured_ones_are_not():
     assert np.ptp(textured, axis=1).max(axis=1).min() > 20
 
 
-def test_rotated_turns_by_30_to_50_degrees_both_ways():
+def test_rotated_turns_by_35_to_55_degrees_both_ways():
     """The direction of a long stroke, the one of the digit 1, from second moments."""
     upright, turned = world.digits("test"), world.shift("rotated")
     angles = []
@@ -103,15 +103,15 @@ def test_rotated_turns_by_30_to_50_degrees_both_ways():
             xx, yy, xy = (weight * x * x).sum(), (weight * y * y).sum(), (weight * x * y).sum()
             axis.append(np.rad2deg(np.arctan2(2 * xy, xx - yy) / 2))
         angles.append((axis[0] - axis[1] + 90) % 180 - 90)
-    assert 28 < np.abs(angles).min() and np.abs(angles).max() < 52
+    assert 33 < np.abs(angles).min() and np.abs(angles).max() < 57
     assert min(angles) < 0 < max(angles)
 
 
 def test_noise_has_the_documented_deviation():
     noise = world.shift("noisy").images.astype(float) - world.digits("test").images
     middle = (world.digits("test").images > 118) & (world.digits("test").images < 138)
-    # Clipping to [0, 255] takes away from the 110 levels: compare with clipped noise of that deviation.
-    expected = np.clip(128 + np.random.default_rng(0).normal(0, 110, 100_000), 0, 255).std()
+    # Clipping to [0, 255] takes away from the 140 levels: compare with clipped noise of that deviation.
+    expected = np.clip(128 + np.random.default_rng(0).normal(0, 140, 100_000), 0, 255).std()
     assert abs(noise[middle].mean()) < 2 and abs(noise[middle].std() - expected) < 1.5
 
 
