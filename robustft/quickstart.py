@@ -197,7 +197,7 @@ def quickstart(
         output: folder for everything; it must not hold another run, unless `resume`.
         seed: of the fine-tuning. The data and the bundled checkpoint do not depend on it.
         method_names: which of "FT", "FLYP", "CaRot".
-        quick: fewer epochs and test images, about a quarter of the time.
+        quick: fewer epochs and test images, less than half of the time.
         device, precision, limit_batches: as in `robustft.train.fit`.
         from_scratch: pre-train a model first instead of using the bundled one.
         pretrain_pairs: how many image-caption pairs that sees; None for as many as the bundled one saw.
