@@ -168,11 +168,16 @@ print(json.dumps(status("VmHWM") - before))
 """
 
 
+# Processes of their own run elsewhere than in the source tree: there `import robustft` would find the sources, which
+# hold no compiled code, instead of the installed package.
+
+
 @pytest.mark.parametrize("kind", ["student", "teacher"])
-def test_no_matrix_of_n_squared_is_ever_held(kind):
+def test_no_matrix_of_n_squared_is_ever_held(kind, tmp_path):
     peaks = []
     for n in (2048, 8192):
-        run = subprocess.run([sys.executable, "-c", PEAK, str(n), kind], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", PEAK, str(n), kind]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
         peaks.append(json.loads(run.stdout))
     # 4 times the samples: gradients and vectors grow by 4 n (2 d + ~40) bytes, an n x n matrix of floats by 250 MB.
     assert peaks[1] - peaks[0] < 3 * 2048 * 4 * (4 * 64 + 80) + 4e6, peaks
@@ -204,7 +209,7 @@ def run_variant(tmp_path: Path, isa: str, threads: int) -> list[torch.Tensor]:
     path = tmp_path / f"{isa}-{threads}.pt"
     environment = {**os.environ, "ROBUSTFT_CPU_ISA": isa}
     arguments = [str(Path(__file__).parent.parent), isa, str(threads), str(path)]
-    subprocess.run([sys.executable, "-c", VARIANT, *arguments], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", VARIANT, *arguments], check=True, env=environment, cwd=tmp_path)
     return torch.load(path, weights_only=True)
 
 
@@ -219,10 +224,11 @@ def test_every_instruction_set_and_thread_count_agrees(tmp_path):
                 torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_unknown_instruction_set_is_refused():
+def test_unknown_instruction_set_is_refused(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", "import robustft; robustft.build_info()"],
         env={**os.environ, "ROBUSTFT_CPU_ISA": "avx3"},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
     )
@@ -267,8 +273,8 @@ def test_without_compiled_code_the_reference_runs_and_says_so_once(tmp_path):
     assert float(value) == pytest.approx(rf.contrastive_loss(x, x, 5.0).item(), rel=1e-6)
 
 
-def test_importing_robustft_loads_no_heavy_library():
+def test_importing_robustft_loads_no_heavy_library(tmp_path):
     heavy = ("open_clip", "torchvision", "matplotlib", "sklearn", "PIL")
     code = f"import sys, robustft; print([m for m in {heavy} if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stdout.strip() == "[]"
