@@ -352,6 +352,23 @@ def orthogonality_penalty(projection: Tensor, *, squared: bool = False) -> Tenso
 
 
 @arguments.own_precision
+def cross_penalty(visual_projection: Tensor, text_projection: Tensor) -> Tensor:
+    """`||Wv Wt^T||_F` of the visual and the text projection, (P, D) and (Q, D), 0-d: CaRot's cross term.
+
+    Gradients reach both, zero where the product is zero. Memory: P Q. Half precision is computed in float32.
+    Source: CaRot, Oh et al. 2024 (arXiv 2311.01723), the released objective (`cross_fnorm`).
+    Raises: ValueError naming the argument.
+    """
+    for name, w in (("visual_projection", visual_projection), ("text_projection", text_projection)):
+        if w.dim() != 2 or w.dtype not in arguments.FLOATS or w.shape[1] != visual_projection.shape[1]:
+            raise ValueError(
+                f"{name} is {tuple(w.shape)} {w.dtype}; expected a floating matrix with the columns of the visual one"
+            )
+    product = reference.widen(visual_projection) @ reference.widen(text_projection).T
+    return torch.linalg.vector_norm(product)
+
+
+@arguments.own_precision
 def group_risk(losses: Tensor, groups: Tensor, num_groups: int) -> GroupRisk:
     """Mean loss of each group, and the worst group's.
 

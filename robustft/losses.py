@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robustft.functional import contrastive_distillation_loss, contrastive_loss, orthogonality_penalty
+from robustft.functional import contrastive_distillation_loss, contrastive_loss, cross_penalty, orthogonality_penalty
 
 
 class ContrastiveLoss(nn.Module):
@@ -100,6 +100,5 @@ class CaRotLoss(nn.Module):
             penalty = orthogonality_penalty(visual_projection, squared=self.squared)
             losses["orthogonality_loss"] = self.orthogonality_weight * penalty
             if text_projection is not None:
-                cross = torch.linalg.matrix_norm(visual_projection @ text_projection.T)
-                losses["cross_loss"] = self.cross_weight * cross
+                losses["cross_loss"] = self.cross_weight * cross_penalty(visual_projection, text_projection)
         return losses if output_dict else torch.stack(list(losses.values())).sum()

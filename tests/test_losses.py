@@ -50,3 +50,19 @@ def test_carot_without_a_teacher_is_its_first_step():
 def test_half_a_teacher_is_refused():
     with pytest.raises(ValueError, match="go together"):
         CaRotLoss()(X, T, 20.0, teacher_image_features=XT)
+
+
+def test_carot_terms_keep_their_precision_under_autocast():
+    wv, wt = torch.randn(10, 8), torch.randn(6, 8)
+    arguments = (X.float(), T.float(), 20.0)
+    options = {"visual_projection": wv, "text_projection": wt, "output_dict": True}
+    expected = CaRotLoss()(*arguments, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = CaRotLoss()(*arguments, **options)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert expected["cross_loss"].item() == pytest.approx(0.05 * (wv @ wt.T).norm().item())
+
+
+def test_cross_penalty_names_a_projection_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"text_projection is \(6, 7\)"):
+        rf.cross_penalty(torch.randn(10, 8), torch.randn(6, 7))

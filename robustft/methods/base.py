@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.features import batches
-from robustft.methods.batch import Batch, unpack
+from robustft.methods.batch import Batch, check_labels, unpack
 
 
 class Step(NamedTuple):
@@ -268,10 +268,7 @@ class Method(nn.Module):
             raise ValueError(f"images are on {images.device}, the model is on {weight.device}")
         if labels is not None:
             labels = labels.to(weight.device, torch.int64)
-            low, high = (int(bound) for bound in labels.aminmax())
-            if low < 0 or high >= len(self.class_names):
-                bad = low if low < 0 else high
-                raise ValueError(f"labels must lie in [0, K) with K = {len(self.class_names)} classes, got {bad}")
+            check_labels(labels, len(self.class_names))
         return Batch(images, labels, texts)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.functional import contrastive_distillation_loss, contrastive_loss, orthogonality_penalty
+from robustft.functional import contrastive_distillation_loss, contrastive_loss, cross_penalty, orthogonality_penalty
 from robustft.methods.base import Classifier, Step
 from robustft.methods.flyp import FLYP
 from robustft.methods.zero_shot import zero_shot_classifier
@@ -157,7 +157,7 @@ class CaRot(FLYP):
             wv = clip.visual_projection(self.model)
             terms["orthogonality"] = orthogonality_penalty(wv, squared=self.squared)
         if self.weights["cross"]:
-            terms["cross"] = self._cross()
+            terms["cross"] = cross_penalty(clip.visual_projection(self.model), clip.text_projection(self.model))
         loss = sum(self.weights[name] * value for name, value in terms.items())
         return Step(loss, {name: value.detach() for name, value in terms.items()})
 
@@ -185,9 +185,3 @@ class CaRot(FLYP):
             class_names=self.class_names,
             templates=self.templates,
         )
-
-    def _cross(self) -> Tensor:
-        wv, wt = clip.visual_projection(self.model), clip.text_projection(self.model)
-        # A norm over a whole matrix of products: not in bfloat16.
-        with torch.autocast(wv.device.type, enabled=False):
-            return torch.linalg.matrix_norm(wv @ wt.T)
