@@ -10,6 +10,9 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "similarity_gradient(Tensor x, Tensor t, Tensor scale, Tensor x_labels, Tensor t_labels, "
       "Tensor? x_teacher, Tensor? t_teacher, Tensor? teacher_scale, Tensor row, Tensor col) -> (Tensor dx, Tensor dt)");
   m.def("vector_exp(Tensor x) -> Tensor");
+  // tile.h, for the tests of its products and for build_info(): whether the matrix unit is used
+  m.def("tile_products(Tensor x, Tensor t, Tensor g, str precision) -> (Tensor s, Tensor dx, Tensor dt)");
+  m.def("matrix_unit(Tensor x, str precision) -> Tensor");
   // cpu/classes.cpp
   m.def(
       "class_statistics(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, Tensor? targets, bool keep) "

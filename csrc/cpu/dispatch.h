@@ -4,8 +4,8 @@
 
 namespace robustft {
 
-inline Isa active_isa() {
-  static const Isa isa = select_isa();
+inline Isa vector_isa() {
+  static const Isa isa = select_vector_isa();
   return isa;
 }
 
@@ -13,7 +13,8 @@ inline Isa active_isa() {
 
 #if defined(__x86_64__)
 #define ROBUSTFT_CALL(function, ...)                                        \
-  switch (::robustft::active_isa()) {                                       \
+  switch (::robustft::vector_isa()) {                                       \
+    case ::robustft::Isa::amx:                                              \
     case ::robustft::Isa::avx512: avx512::function(__VA_ARGS__); break;     \
     case ::robustft::Isa::avx2: avx2::function(__VA_ARGS__); break;         \
     case ::robustft::Isa::portable: portable::function(__VA_ARGS__); break; \

@@ -18,7 +18,7 @@ import torch
 from robustft.ops import native
 
 BACKENDS = ("auto", "reference", "native", "triton", "cuda")
-ISA_NAMES = ("portable", "avx2", "avx512")
+ISA_NAMES = ("portable", "avx2", "avx512", "amx")
 
 
 def _checked(name: str) -> str:
