@@ -5,10 +5,12 @@ STABLE_TORCH_LIBRARY(robustft, m) {
   // Kernels, one implementation a device, no autograd: cpu/similarity.cpp
   m.def(
       "similarity_statistics(Tensor x, Tensor t, Tensor scale, Tensor x_labels, Tensor t_labels, "
-      "Tensor? x_teacher, Tensor? t_teacher, Tensor? teacher_scale) -> (Tensor row, Tensor col)");
+      "Tensor? x_teacher, Tensor? t_teacher, Tensor? teacher_scale, bool totals, bool keep, str precision) "
+      "-> (Tensor row, Tensor col, Tensor centers, Tensor kept)");
   m.def(
       "similarity_gradient(Tensor x, Tensor t, Tensor scale, Tensor x_labels, Tensor t_labels, "
-      "Tensor? x_teacher, Tensor? t_teacher, Tensor? teacher_scale, Tensor row, Tensor col) -> (Tensor dx, Tensor dt)");
+      "Tensor? x_teacher, Tensor? t_teacher, Tensor? teacher_scale, Tensor row, Tensor col, Tensor centers, "
+      "Tensor kept, bool totals, str precision) -> (Tensor dx, Tensor dt)");
   m.def("vector_exp(Tensor x) -> Tensor");
   // tile.h, for the tests of its products and for build_info(): whether the matrix unit is used
   m.def("tile_products(Tensor x, Tensor t, Tensor g, str precision) -> (Tensor s, Tensor dx, Tensor dt)");
@@ -25,15 +27,17 @@ STABLE_TORCH_LIBRARY(robustft, m) {
 
   // Losses, composed from the kernels for every device, with autograd: robustft/ops/native.py
   m.def(
-      "contrastive_loss(Tensor x, Tensor t, Tensor scale, Tensor labels, float label_smoothing) "
-      "-> (Tensor loss, Tensor scale_gradient, Tensor row, Tensor col)");
+      "contrastive_loss(Tensor x, Tensor t, Tensor scale, Tensor? labels, float label_smoothing, bool keep) "
+      "-> (Tensor loss, Tensor scale_gradient, Tensor row, Tensor col, Tensor centers, Tensor kept)");
   m.def(
-      "contrastive_loss_backward(Tensor grad, Tensor x, Tensor t, Tensor scale, Tensor labels, float label_smoothing, "
-      "Tensor scale_gradient, Tensor row, Tensor col) -> (Tensor dx, Tensor dt, Tensor ds)");
+      "contrastive_loss_backward(Tensor grad, Tensor x, Tensor t, Tensor scale, Tensor? labels, float label_smoothing, "
+      "Tensor scale_gradient, Tensor row, Tensor col, Tensor centers, Tensor kept) "
+      "-> (Tensor dx, Tensor dt, Tensor ds)");
   m.def(
       "contrastive_distillation_loss(Tensor x, Tensor t, Tensor scale, Tensor x_teacher, Tensor t_teacher, "
-      "Tensor teacher_scale, Tensor labels) "
-      "-> (Tensor contrastive, Tensor distillation, Tensor scale_gradients, Tensor row, Tensor col)");
+      "Tensor teacher_scale, Tensor? labels, bool keep) "
+      "-> (Tensor contrastive, Tensor distillation, Tensor scale_gradients, Tensor row, Tensor col, Tensor centers, "
+      "Tensor kept)");
   m.def(
       "classification_loss(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, str variant, bool top1, "
       "float label_smoothing, bool keep) "
@@ -51,6 +55,7 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "Tensor scale_gradient, Tensor kept, Tensor similarity) -> (Tensor dx, Tensor dw, Tensor ds)");
   m.def(
       "contrastive_distillation_loss_backward(Tensor g, Tensor h, Tensor x, Tensor t, Tensor scale, Tensor x_teacher, "
-      "Tensor t_teacher, Tensor teacher_scale, Tensor labels, Tensor scale_gradients, Tensor row, Tensor col) "
+      "Tensor t_teacher, Tensor teacher_scale, Tensor? labels, Tensor scale_gradients, Tensor row, Tensor col, "
+      "Tensor centers, Tensor kept) "
       "-> (Tensor dx, Tensor dt, Tensor ds)");
 }

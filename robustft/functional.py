@@ -5,8 +5,11 @@ multiplied-out scale exp(log-scale), a float or a one-element tensor. Arguments 
 float16, of any strides; losses come back as float32 (float64 for float64 features), because a bfloat16 loss is too
 coarse to average. Features of different dtypes are promoted to the wider one.
 
-The compiled operators never store an N x N matrix, forward or backward; the eager reference does. See
-`robustft.backend`.
+The compiled operators compute an N x N or N x K matrix a tile at a time. What they keep of it for the backward is
+bounded by their `memory`, and is nothing at `memory=0`; the eager reference stores several such matrices. See
+`robustft.backend`. Products of float32 features follow `torch.set_float32_matmul_precision`: "highest" is IEEE float32;
+on processors with a matrix unit (AMX) "high" splits each factor into two bfloat16 (cosines within 2e-6) and "medium"
+rounds them to bfloat16. Elsewhere all three are IEEE.
 """
 
 from __future__ import annotations
@@ -63,6 +66,7 @@ def contrastive_loss(
     weight: Tensor | None = None,
     reduction: str = "mean",
     group: torch.distributed.ProcessGroup | None = None,
+    memory: str | int = "auto",
 ) -> Tensor:
     """Symmetric image-text cross-entropy: the mean of both directions of CLIP's loss.
 
@@ -80,26 +84,31 @@ def contrastive_loss(
             "sum" likewise, "none" the local losses. Gradients are those of that global value with respect to the
             local features, so summing parameter gradients over ranks (not averaging: multiply the loss by the
             world size under DistributedDataParallel) gives exactly the single-process gradient.
+        memory: bytes that may be kept from the forward to the backward, or "auto", 512 MiB. If N^2 exponentials (4
+            bytes each, 8 for float64) fit, they are kept, and forward and backward take 6 N^2 D flops. If not, as
+            with 0, the similarities are computed again: 8 N^2 D flops, and nothing grows with N^2.
 
     Gradients reach both features, `logit_scale` and `weight`.
-    Memory: O(N D) for the features' gradients and O(N); a tile of 1 MB. Time: 8 N^2 D flops forward and backward.
+    Memory: what `memory` allows, the features' gradients, O(N), and a tile of 512 KB a thread; half-precision features
+    once more in float32.
     Source: Radford et al. 2021 (CLIP), figure 3; per-label targets as in UniCL (Yang et al. 2022), equation 3.
     Raises: ValueError or TypeError naming the argument.
     """
     x, t, s = arguments.feature_pair(image_features, text_features, logit_scale)
     n = len(x)
-    y = arguments.sample_labels(labels, n, x.device)
+    arguments.check_sample_labels(labels, n, x.device)
     arguments.check_smoothing(label_smoothing)
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
     if group is not None:
         from robustft.ops.sharded import sharded_contrastive_loss
 
-        return sharded_contrastive_loss(x, t, s, labels, label_smoothing, weight, reduction, group)
+        return sharded_contrastive_loss(x, t, s, labels, label_smoothing, weight, reduction, group, memory)
     if use_native("similarity_statistics", x.device):
-        losses = torch.ops.robustft.contrastive_loss(x, t, s, y, label_smoothing)[0]
+        keep = arguments.keeps(memory, n, n, x.dtype, 1) and torch.is_grad_enabled()
+        losses = torch.ops.robustft.contrastive_loss(x, t, s, labels, label_smoothing, keep)[0]
     else:
-        losses = reference.contrastive_loss(x, t, s, y, label_smoothing)
+        losses = reference.contrastive_loss(x, t, s, labels, label_smoothing)
     return _reduce(losses, weight, reduction)
 
 
@@ -116,6 +125,7 @@ def contrastive_distillation_loss(
     weight: Tensor | None = None,
     reduction: str = "mean",
     group: torch.distributed.ProcessGroup | None = None,
+    memory: str | int = "auto",
 ) -> ContrastiveTerms:
     """`contrastive_loss` together with the cross-entropy against a teacher's own similarities, in one pass.
 
@@ -124,12 +134,13 @@ def contrastive_distillation_loss(
     not a divergence: its minimum is the teacher's entropy, its gradient the divergence's.
 
     Args:
-        image_features, text_features, logit_scale, labels, weight, reduction, group: as in `contrastive_loss`.
+        image_features, text_features, logit_scale, labels, weight, reduction, group, memory: as in
+            `contrastive_loss`; with `memory` for 2 N^2 exponentials 8 N^2 D flops, else 12.
         teacher_image_features, teacher_text_features: (N, D'), D' of the teacher's own.
         teacher_logit_scale: the teacher's scale.
 
     Gradients reach the student's features, `logit_scale` and `weight`; nothing of the teacher gets one.
-    Memory: as `contrastive_loss`, with two tiles. Time: 12 N^2 D flops forward and backward.
+    Memory: as `contrastive_loss`, for two matrices.
     Source: CaRot, Oh et al. 2024 (arXiv 2311.01723), self-distillation term as in the released objective.
     Raises: ValueError or TypeError naming the argument.
     """
@@ -143,18 +154,21 @@ def contrastive_distillation_loss(
         raise ValueError(f"teacher_image_features has {len(xt)} rows; expected {n}, as image_features")
     if xt.device != x.device:
         raise ValueError(f"teacher_image_features is on {xt.device}; expected {x.device}, as image_features")
-    y = arguments.sample_labels(labels, n, x.device)
+    arguments.check_sample_labels(labels, n, x.device)
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
     if group is not None:
         from robustft.ops.sharded import sharded_contrastive_distillation_loss
 
-        terms = sharded_contrastive_distillation_loss(x, t, s, xt, tt, st, labels, weight, reduction, group)
-        return ContrastiveTerms(*terms)
+        matrices = x, t, s, xt, tt, st
+        return ContrastiveTerms(
+            *sharded_contrastive_distillation_loss(*matrices, labels, weight, reduction, group, memory)
+        )
     if use_native("similarity_statistics", x.device):
-        terms = torch.ops.robustft.contrastive_distillation_loss(x, t, s, xt, tt, st, y)[:2]
+        keep = arguments.keeps(memory, n, n, x.dtype, 2) and torch.is_grad_enabled()
+        terms = torch.ops.robustft.contrastive_distillation_loss(x, t, s, xt, tt, st, labels, keep)[:2]
     else:
-        terms = reference.contrastive_distillation_loss(x, t, s, xt, tt, st, y)
+        terms = reference.contrastive_distillation_loss(x, t, s, xt, tt, st, labels)
     return ContrastiveTerms(*(_reduce(term, weight, reduction) for term in terms))
 
 

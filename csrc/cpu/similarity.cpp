@@ -4,65 +4,71 @@
 //   statistics            per row i, and alike per column j:
 //                           max = max_j S_ij                  log_sum = log sum_j exp(s (S_ij - max))
 //                           gap = sum_j p_ij (S_ij - max),    p = softmax_j z
-//                           target = sum_{j: same label} S_ij     total = sum_j S_ij
-//                           lse_t = logsumexp_j zt_ij,        gap_t = sum_j p^t_ij (S_ij - max)
+//                           target = sum_{j: same label} S_ij     total = sum_j S_ij (only if asked for, else 0)
+//                           max_t, log_sum_t: the same of zt, gap_t = sum_j p^t_ij (S_ij - max)
 //   gradient              G_ij = a_i p_ij + a'_j p'_ij - [same label](b_i + b'_j) - (u_i + u'_j) - c_i pt_ij - c'_j
 //   pt'_ij
 //                         dx = s G t,  dt = s G^T x         p by rows, p' by columns, pt of the teacher
 //
-// Every loss on an image-text similarity matrix is a choice of these coefficients. S exists one tile at a time: memory
-// is the tile (kTileBytes, twice with a teacher), the outputs and O(n + m). Cost: n m d multiply-adds for statistics,
-// 3 n m d for the gradient (S is computed again), twice the S part with a teacher.
+// Every loss on an image-text similarity matrix is a choice of these coefficients. S exists one tile at a time; with
+// `keep` the forward leaves e = exp(s (S - centre of the tile)) behind, (n, m) in the dtype of the sums, and the
+// gradient is two products from it: 6 n m d flops in all, where multiplying again makes it 8. Kept in full precision:
+// half of it, in bfloat16, would save a few percent of the time and cost the gradient's accuracy where p is near 1.
 //
 // Maximum, softmax and target come from the same S, so log_sum + s (max - target) cannot go negative by rounding.
-// Half-precision features are widened once to float32: products, sums and outputs of the tiles are float32.
+// Half-precision features are widened once to float32: sums and outputs of the tiles are float32.
 #include "similarity.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "dispatch.h"
-#include "torch_api.h"
+#include "tile.h"
 
 namespace robustft {
 namespace {
 
-constexpr int64_t kTileRows = 256;
-constexpr int64_t kTileBytes = 1 << 20;
+// The grid on which `centers` is stored; tiles are whole multiples of it.
+constexpr int64_t kGridRows = 128, kGridCols = 256;
+constexpr int64_t kPanelsAtOnce = 16;
+
+struct TileShape {
+  int64_t rows, cols;
+
+  // Small matrices get small tiles, so that there are some for every thread.
+  TileShape(int64_t n, int64_t m)
+      : rows(n < 2048 ? kGridRows : 2 * kGridRows), cols(m < 2048 ? kGridCols : 2 * kGridCols) {}
+};
+
+// Calls f(panel, tile) for all of panels x tiles, sharing the calls out among threads so that at no time two of them
+// have the same panel or the same tile: each may add to what belongs to its rows and to its columns. Every panel meets
+// the tiles, and every tile the panels, in an order that does not depend on the number of threads. prepare(first, last)
+// is called before panels [first, last) are met.
+template <class P, class F>
+void tournament(int64_t panels, int64_t tiles, const P& prepare, const F& f) {
+  const int64_t at_once = std::min(kPanelsAtOnce, tiles);
+  for (int64_t first = 0; first < panels; first += at_once) {
+    const int64_t count = std::min(at_once, panels - first);
+    prepare(first, first + count);
+    for (int64_t step = 0; step < tiles; ++step)
+      torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p) f(first + p, (p + step) % tiles);
+      });
+  }
+}
 
 template <class T>
-constexpr int64_t kTileCols = kTileBytes / (kTileRows * sizeof(T));
-
-// One of the two matrices S (student, teacher): its factors and the tile of it in memory.
-struct Factors {
-  Tensor x, t, tile;
-  double scale;
-
-  template <class T>
-  static Factors of(const Tensor& x, const Tensor& t, const Tensor& scale) {
-    const ScalarType dtype = scalar_type<T>();
-    const double s = *contiguous_as(scale, ScalarType::Double).template const_data_ptr<double>();
-    STD_TORCH_CHECK(!(s < 0), "logit_scale is ", s,
-                    "; expected the multiplied-out scale exp(...), which is not negative");
-    Tensor tile =
-        torch::stable::new_empty(x, {std::min(kTileRows, x.size(0)), std::min(kTileCols<T>, t.size(0))}, dtype);
-    return {contiguous_as(x, dtype), contiguous_as(t, dtype), tile, s};
-  }
-
-  // Computes rows [i, i + rows) x columns [j, j + cols) and returns where they are; the leading dimension is
-  // tile.size(1).
-  template <class T>
-  T* compute(int64_t i, int64_t rows, int64_t j, int64_t cols) {
-    Tensor out = block(tile, 0, rows, 0, cols);
-    Tensor t_block = narrow_rows(t, j, cols);
-    mm_out(out, narrow_rows(x, i, rows), torch::stable::transpose(t_block, 0, 1));
-    return tile.mutable_data_ptr<T>();
-  }
-};
+T scale_of(const Tensor& scale) {
+  const double s = *contiguous_as(scale, ScalarType::Double).template const_data_ptr<double>();
+  STD_TORCH_CHECK(!(s < 0), "logit_scale is ", s,
+                  "; expected the multiplied-out scale exp(...), which is not negative");
+  return T(s);
+}
 
 template <class T>
 std::vector<Label<T>> labels_of(const Tensor& labels) {
@@ -71,25 +77,155 @@ std::vector<Label<T>> labels_of(const Tensor& labels) {
   return std::vector<Label<T>>(p, p + wide.numel());
 }
 
-// Calls f(tile) for every tile of S, row panel by row panel.
-template <class T, class F>
-void for_each_tile(Factors& student, std::optional<Factors>& teacher, const std::vector<Label<T>>& row_labels,
-                   const std::vector<Label<T>>& col_labels, const F& f) {
-  const int64_t n = student.x.size(0), m = student.t.size(0);
-  for (int64_t i = 0; i < n; i += kTileRows)
-    for (int64_t j = 0; j < m; j += kTileCols<T>) {
-      const int64_t rows = std::min(kTileRows, n - i), cols = std::min(kTileCols<T>, m - j);
-      Tile<T> tile{};
-      tile.s = student.compute<T>(i, rows, j, cols);
-      tile.teacher = teacher ? teacher->compute<T>(i, rows, j, cols) : nullptr;
-      tile.ld = student.tile.size(1);
-      tile.row0 = i, tile.col0 = j, tile.rows = rows, tile.cols = cols;
-      tile.scale = T(student.scale);
-      tile.teacher_scale = teacher ? T(teacher->scale) : T(0);
-      tile.row_labels = row_labels.data(), tile.col_labels = col_labels.data();
-      f(tile);
-    }
+// Lowest and highest label of every `step` samples.
+template <class T>
+std::vector<Range<Label<T>>> label_ranges(const std::vector<Label<T>>& labels, int64_t step) {
+  std::vector<Range<Label<T>>> ranges;
+  for (int64_t i = 0; i < int64_t(labels.size()); i += step) {
+    const auto begin = labels.begin() + i, end = labels.begin() + std::min<int64_t>(i + step, labels.size());
+    const auto [low, high] = std::minmax_element(begin, end);
+    ranges.push_back({*low, *high});
+  }
+  return ranges;
 }
+
+struct Inputs {
+  const Tensor &x, &t, &scale, &x_labels, &t_labels;
+  const std::optional<Tensor>&x_teacher, &t_teacher, &teacher_scale;
+  const std::string& precision;
+
+  int64_t n() const { return x.size(0); }
+  int64_t m() const { return t.size(0); }
+  int64_t heads() const { return x_teacher ? 2 : 1; }
+  int64_t kinds() const { return x_teacher ? 8 : 5; }
+
+  void check(const char* op) const {
+    STD_TORCH_CHECK(x.dim() == 2 && t.dim() == 2 && x.size(1) == t.size(1) && n() > 0 && m() > 0, op,
+                    ": x and t must be (n, d) and (m, d), n and m at least 1");
+    STD_TORCH_CHECK(x.scalar_type() == t.scalar_type(), op, ": x and t differ in dtype");
+    STD_TORCH_CHECK(scale.numel() == 1, op, ": scale must have one element");
+    STD_TORCH_CHECK(x_labels.numel() == n() && t_labels.numel() == m(), op, ": one label per row of x and t");
+    STD_TORCH_CHECK(
+        x_teacher.has_value() == t_teacher.has_value() && t_teacher.has_value() == teacher_scale.has_value(), op,
+        ": x_teacher, t_teacher and teacher_scale go together");
+    if (x_teacher)
+      STD_TORCH_CHECK(x_teacher->dim() == 2 && t_teacher->dim() == 2 && x_teacher->size(0) == n() &&
+                          t_teacher->size(0) == m() && x_teacher->size(1) == t_teacher->size(1),
+                      op, ": the teacher's features must match x and t in number");
+  }
+};
+
+// One of the two matrices S (student, teacher) by its factors, panel by panel.
+template <class T>
+struct Factors {
+  Tensor x, t;
+  Arithmetic arithmetic;
+  RightMatrix<T> columns;
+  std::vector<std::optional<LeftRows<T>>> panels;
+
+  Factors(const Tensor& features, const Tensor& texts, Arithmetic arithmetic, int64_t panels)
+      : x(contiguous_as(features, scalar_type<T>())),
+        t(contiguous_as(texts, scalar_type<T>())),
+        arithmetic(arithmetic),
+        columns(t, RightMatrix<T>::kColumns, arithmetic),
+        panels(panels) {}
+
+  void prepare(int64_t panel, int64_t rows_of_panel) {
+    const int64_t begin = panel * rows_of_panel;
+    panels[panel].emplace(x, begin, std::min(rows_of_panel, x.size(0) - begin), arithmetic);
+  }
+};
+
+// What both operators share: the tiles, their labels, and S of one of them.
+template <class T>
+struct Tiles {
+  const Inputs& in;
+  TileShape shape;
+  int64_t panels, tiles;
+  Arithmetic arithmetic;
+  Factors<T> student;
+  std::optional<Factors<T>> teacher;
+  T scale, teacher_scale = T(0);
+  std::vector<Label<T>> row_labels, col_labels;
+  std::vector<Range<Label<T>>> row_ranges, col_ranges;
+
+  explicit Tiles(const Inputs& in)
+      : in(in),
+        shape(in.n(), in.m()),
+        panels((in.n() + shape.rows - 1) / shape.rows),
+        tiles((in.m() + shape.cols - 1) / shape.cols),
+        arithmetic(arithmetic_of(in.x.scalar_type(), in.precision)),
+        student(in.x, in.t, arithmetic, panels),
+        scale(scale_of<T>(in.scale)),
+        row_labels(labels_of<T>(in.x_labels)),
+        col_labels(labels_of<T>(in.t_labels)),
+        row_ranges(label_ranges<T>(row_labels, shape.rows)),
+        col_ranges(label_ranges<T>(col_labels, shape.cols)) {
+    if (in.x_teacher) {
+      teacher.emplace(*in.x_teacher, *in.t_teacher, arithmetic, panels);
+      teacher_scale = scale_of<T>(*in.teacher_scale);
+    }
+  }
+
+  void prepare(int64_t first, int64_t last) {
+    torch::stable::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        student.prepare(p, shape.rows);
+        if (teacher) teacher->prepare(p, shape.rows);
+      }
+    });
+  }
+
+  void release(int64_t last) {
+    for (int64_t p = std::max<int64_t>(0, last - kPanelsAtOnce); p < last; ++p) {
+      student.panels[p].reset();
+      if (teacher) teacher->panels[p].reset();
+    }
+  }
+
+  // The tile of a panel and a column tile, over memory that is still to be filled.
+  Tile<T> at(int64_t p, int64_t q, T* s, T* teacher_s, int64_t ld) const {
+    Tile<T> tile{};
+    tile.s = s, tile.teacher = teacher_s, tile.ld = ld;
+    tile.row0 = p * shape.rows, tile.col0 = q * shape.cols;
+    tile.rows = std::min(shape.rows, in.n() - tile.row0), tile.cols = std::min(shape.cols, in.m() - tile.col0);
+    tile.scale = scale, tile.teacher_scale = teacher_scale;
+    tile.row_labels = row_labels.data(), tile.col_labels = col_labels.data();
+    tile.same = row_ranges[p].low <= col_ranges[q].high && col_ranges[q].low <= row_ranges[p].high;
+    return tile;
+  }
+
+  void compute(const Tile<T>& tile, int64_t p) const {
+    multiply(*student.panels[p], 0, tile.rows, student.columns, tile.col0, tile.cols, tile.s, tile.ld);
+    if (tile.teacher)
+      multiply(*teacher->panels[p], 0, tile.rows, teacher->columns, tile.col0, tile.cols, tile.teacher, tile.ld);
+  }
+
+  // Where the centre of a tile is stored.
+  int64_t center_index(const Tile<T>& tile, int64_t head) const {
+    const int64_t down = (in.n() + kGridRows - 1) / kGridRows, across = (in.m() + kGridCols - 1) / kGridCols;
+    return (head * down + tile.row0 / kGridRows) * across + tile.col0 / kGridCols;
+  }
+};
+
+// Memory of one thread: tiles and per-row and per-column vectors.
+template <class T>
+struct Workspace {
+  static constexpr int64_t kVectors = 7;
+  int64_t rows, cols;
+  Buffer<T> s, teacher, vectors;
+  Scratch scratch;
+
+  Workspace(const TileShape& shape, bool tiles, bool teacher)
+      : rows(shape.rows),
+        cols(shape.cols),
+        s(tiles ? rows * cols : 0),
+        teacher(tiles && teacher ? rows * cols : 0),
+        vectors(kVectors * (rows + cols)) {}
+
+  T* row(int64_t i) const { return vectors.get() + i * rows; }
+  T* col(int64_t i) const { return vectors.get() + kVectors * rows + i * cols; }
+};
 
 // The running statistics of n rows (or columns) in one buffer, and their final form.
 template <class T>
@@ -110,10 +246,10 @@ struct StatisticsBuffer {
     return v;
   }
 
-  // (5 or 7, n): max, log_sum, gap, target, total, and the teacher's lse, gap.
-  Tensor finish(const Tensor& like, const std::optional<Factors>& other) {
+  // (5 or 8, n): max, log_sum, gap, target, total, and the teacher's max, log_sum, gap.
+  Tensor finish(const Tensor& like) {
     const RunningStatistics<T> v = view();
-    Tensor out = torch::stable::new_empty(like, {teacher ? 7 : 5, n}, scalar_type<T>());
+    Tensor out = torch::stable::new_empty(like, {teacher ? 8 : 5, n}, scalar_type<T>());
     T* o = out.mutable_data_ptr<T>();
     for (int64_t i = 0; i < n; ++i) {
       o[i] = v.max[i];
@@ -122,96 +258,149 @@ struct StatisticsBuffer {
       o[3 * n + i] = v.target[i];
       o[4 * n + i] = v.total[i];
       if (teacher) {
-        o[5 * n + i] = T(other->scale) * v.teacher_max[i] + std::log(v.teacher_sum[i]);
-        o[6 * n + i] = v.teacher_weighted[i] / v.teacher_sum[i];
+        o[5 * n + i] = v.teacher_max[i];
+        o[6 * n + i] = std::log(v.teacher_sum[i]);
+        o[7 * n + i] = v.teacher_weighted[i] / v.teacher_sum[i];
       }
     }
     return out;
   }
 };
 
+// The centre of logits that one exponential can serve, else NaN.
 template <class T>
-GradientCoefficients<T> coefficients_of(const Tensor& c, bool teacher) {
+T center_of(const Range<T>& range, T scale) {
+  const T half = (range.high - range.low) / 2;
+  return scale * half <= kHalfSpan<T> ? range.low + half : std::numeric_limits<T>::quiet_NaN();
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Inputs& in, bool keep, bool totals) {
+  Tiles<T> all(in);
+  const bool teacher = in.heads() == 2;
+  const int64_t n = in.n(), m = in.m();
+  StatisticsBuffer<T> row(n, teacher), col(m, teacher);
+  const RunningStatistics<T> row_state = row.view(), col_state = col.view();
+  const int64_t down = (n + kGridRows - 1) / kGridRows, across = (m + kGridCols - 1) / kGridCols;
+  Tensor centers = torch::stable::new_zeros(in.x, {in.heads(), down, across}, scalar_type<T>());
+  Tensor kept = torch::stable::new_empty(in.x, {keep ? in.heads() * n : int64_t(0), m}, scalar_type<T>());
+  T* center_at = centers.mutable_data_ptr<T>();
+  T* keep_at = kept.mutable_data_ptr<T>();
+
+  Pool<Workspace<T>> pool;
+  auto prepare = [&](int64_t first, int64_t last) { all.release(first), all.prepare(first, last); };
+  tournament(all.panels, all.tiles, prepare, [&](int64_t p, int64_t q) {
+    auto work = pool.take([&] { return Workspace<T>(all.shape, !keep, teacher); });
+    T* const place = keep_at + p * all.shape.rows * m + q * all.shape.cols;
+    Tile<T> tile = keep ? all.at(p, q, place, teacher ? place + n * m : nullptr, m)
+                        : all.at(p, q, work->s.get(), teacher ? work->teacher.get() : nullptr, work->cols);
+    all.compute(tile, p);
+    const Workspace<T>& w = *work;
+    const TileStatistics<T> of_rows{w.row(0), w.row(1), w.row(2), w.row(3), w.row(4), w.row(5), w.row(6)};
+    const TileStatistics<T> of_cols{w.col(0), w.col(1), w.col(2), w.col(3), w.col(4), w.col(5), w.col(6)};
+    Range<T> range{}, teacher_range{};
+    ROBUSTFT_CALL(tile_range<T>, tile, of_rows, of_cols, &range, &teacher_range);
+    const T center = center_of(range, tile.scale);
+    const T teacher_center = teacher ? center_of(teacher_range, tile.teacher_scale) : T(0);
+    const bool narrow = !std::isnan(center + teacher_center);
+    if (totals) {
+      ROBUSTFT_CALL(tile_totals<T>, tile, row_state.total, col_state.total);
+    }
+    if (narrow) {
+      ROBUSTFT_CALL(tile_statistics<T>, tile, center, teacher_center, of_rows, of_cols, row_state, col_state);
+    } else {
+      ROBUSTFT_CALL(wide_statistics<T>, tile, row_state, col_state);
+    }
+    const T not_narrow = std::numeric_limits<T>::quiet_NaN();
+    center_at[all.center_index(tile, 0)] = narrow ? center : not_narrow;
+    if (teacher) center_at[all.center_index(tile, 1)] = narrow ? teacher_center : not_narrow;
+  });
+  return {row.finish(in.x), col.finish(in.x), centers, kept};
+}
+
+template <class T>
+GradientCoefficients<T> coefficients_of(const Tensor& c, bool teacher, bool totals) {
   const T* p = c.const_data_ptr<T>();
   const int64_t n = c.size(1);
-  return {p, p + n, p + 2 * n, p + 3 * n, p + 4 * n, teacher ? p + 5 * n : nullptr, teacher ? p + 6 * n : nullptr};
-}
-
-struct Inputs {
-  const Tensor &x, &t, &scale, &x_labels, &t_labels;
-  const std::optional<Tensor>&x_teacher, &t_teacher, &teacher_scale;
-
-  void check(const char* op) const {
-    STD_TORCH_CHECK(x.dim() == 2 && t.dim() == 2 && x.size(1) == t.size(1) && x.size(0) > 0 && t.size(0) > 0, op,
-                    ": x and t must be (n, d) and (m, d), n and m at least 1");
-    STD_TORCH_CHECK(x.scalar_type() == t.scalar_type(), op, ": x and t differ in dtype");
-    STD_TORCH_CHECK(scale.numel() == 1, op, ": scale must have one element");
-    STD_TORCH_CHECK(x_labels.numel() == x.size(0) && t_labels.numel() == t.size(0), op,
-                    ": one label per row of x and t");
-    STD_TORCH_CHECK(
-        x_teacher.has_value() == t_teacher.has_value() && t_teacher.has_value() == teacher_scale.has_value(), op,
-        ": x_teacher, t_teacher and teacher_scale go together");
-    if (x_teacher)
-      STD_TORCH_CHECK(x_teacher->dim() == 2 && t_teacher->dim() == 2 && x_teacher->size(0) == x.size(0) &&
-                          t_teacher->size(0) == t.size(0) && x_teacher->size(1) == t_teacher->size(1),
-                      op, ": the teacher's features must match x and t in number");
-  }
-
-  template <class T>
-  std::optional<Factors> teacher() const {
-    if (!x_teacher) return std::nullopt;
-    return Factors::of<T>(*x_teacher, *t_teacher, *teacher_scale);
-  }
-};
-
-template <class T>
-std::tuple<Tensor, Tensor> statistics(const Inputs& in) {
-  Factors student = Factors::of<T>(in.x, in.t, in.scale);
-  std::optional<Factors> teacher = in.teacher<T>();
-  StatisticsBuffer<T> row(in.x.size(0), teacher.has_value()), col(in.t.size(0), teacher.has_value());
-  const RunningStatistics<T> row_view = row.view(), col_view = col.view();
-  const auto row_labels = labels_of<T>(in.x_labels), col_labels = labels_of<T>(in.t_labels);
-  for_each_tile<T>(student, teacher, row_labels, col_labels, [&](const Tile<T>& tile) {
-    parallel_blocks(tile.rows, tile.cols,
-                    [&](int64_t begin, int64_t end) { ROBUSTFT_CALL(row_statistics<T>, tile, row_view, begin, end); });
-    parallel_blocks(tile.cols, tile.rows, [&](int64_t begin, int64_t end) {
-      ROBUSTFT_CALL(column_statistics<T>, tile, col_view, begin, end);
-    });
-  });
-  return {row.finish(in.x, teacher), col.finish(in.x, teacher)};
+  return {p,
+          p + n,
+          p + 2 * n,
+          p + 3 * n,
+          totals ? p + 4 * n : nullptr,
+          teacher ? p + 5 * n : nullptr,
+          teacher ? p + 6 * n : nullptr,
+          teacher ? p + 7 * n : nullptr};
 }
 
 template <class T>
-std::tuple<Tensor, Tensor> gradient(const Inputs& in, const Tensor& row, const Tensor& col) {
-  Factors student = Factors::of<T>(in.x, in.t, in.scale);
-  std::optional<Factors> teacher = in.teacher<T>();
+std::tuple<Tensor, Tensor> gradient(const Inputs& in, const Tensor& row, const Tensor& col, const Tensor& centers,
+                                    const Tensor& kept, bool totals) {
+  Tiles<T> all(in);
+  const bool teacher = in.heads() == 2, keep = kept.size(0) > 0;
+  const int64_t n = in.n(), m = in.m(), d = in.x.size(1);
   const Tensor row_c = contiguous_as(row, scalar_type<T>()), col_c = contiguous_as(col, scalar_type<T>());
-  const auto row_coefficients = coefficients_of<T>(row_c, teacher.has_value());
-  const auto col_coefficients = coefficients_of<T>(col_c, teacher.has_value());
-  const auto row_labels = labels_of<T>(in.x_labels), col_labels = labels_of<T>(in.t_labels);
-  Tensor dx = torch::stable::new_zeros(student.x, student.x.sizes());
-  Tensor dt = torch::stable::new_zeros(student.t, student.t.sizes());
-  for_each_tile<T>(student, teacher, row_labels, col_labels, [&](const Tile<T>& tile) {
-    parallel_blocks(tile.rows, tile.cols, [&](int64_t begin, int64_t end) {
-      ROBUSTFT_CALL(gradient<T>, tile, row_coefficients, col_coefficients, begin, end);
+  const auto row_coefficients = coefficients_of<T>(row_c, teacher, totals);
+  const auto col_coefficients = coefficients_of<T>(col_c, teacher, totals);
+  const RightMatrix<T> t_rows(all.student.t, RightMatrix<T>::kRows, all.arithmetic);
+  std::vector<std::optional<RightMatrix<T>>> x_rows(all.panels);
+  Tensor dx = torch::stable::new_zeros(all.student.x, all.student.x.sizes());
+  Tensor dt = torch::stable::new_zeros(all.student.t, all.student.t.sizes());
+  T *const dx_at = dx.mutable_data_ptr<T>(), *const dt_at = dt.mutable_data_ptr<T>();
+  const T *const center_at = centers.const_data_ptr<T>(), *const kept_at = kept.const_data_ptr<T>();
+
+  Pool<Workspace<T>> pool;
+  auto prepare = [&](int64_t first, int64_t last) {
+    all.release(first);
+    if (!keep) all.prepare(first, last);
+    for (auto& done : x_rows) done.reset();
+    torch::stable::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t row0 = p * all.shape.rows;
+        x_rows[p].emplace(all.student.x, row0, std::min(all.shape.rows, n - row0), RightMatrix<T>::kRows,
+                          all.arithmetic);
+      }
     });
-    Tensor g = block(student.tile, 0, tile.rows, 0, tile.cols);
-    Tensor dx_block = narrow_rows(dx, tile.row0, tile.rows), dt_block = narrow_rows(dt, tile.col0, tile.cols);
-    add_mm(dx_block, g, narrow_rows(student.t, tile.col0, tile.cols));
-    add_mm(dt_block, torch::stable::transpose(g, 0, 1), narrow_rows(student.x, tile.row0, tile.rows));
+  };
+  tournament(all.panels, all.tiles, prepare, [&](int64_t p, int64_t q) {
+    auto work = pool.take([&] { return Workspace<T>(all.shape, true, teacher && !keep); });
+    const Tile<T> tile = all.at(p, q, work->s.get(), teacher && !keep ? work->teacher.get() : nullptr, work->cols);
+    GradientTile<T> out{};
+    out.g = work->s.get(), out.g_ld = work->cols;
+    out.center = center_at[all.center_index(tile, 0)];
+    out.teacher_center = teacher ? center_at[all.center_index(tile, 1)] : T(0);
+    if (keep) {
+      out.s = kept_at + tile.row0 * m + tile.col0, out.ld = m;
+      out.teacher = teacher ? out.s + n * m : nullptr;
+    } else {
+      all.compute(tile, p);
+      out.s = tile.s, out.teacher = tile.teacher, out.ld = tile.ld;
+    }
+    const Workspace<T>& w = *work;
+    if (std::isnan(out.center)) {
+      ROBUSTFT_CALL(wide_gradient<T>, tile, out, row_coefficients, col_coefficients);
+    } else {
+      out.exponentials = keep;
+      const TileFactors<T> of_rows{w.row(0), w.row(1), w.row(2), w.row(3)};
+      const TileFactors<T> of_cols{w.col(0), w.col(1), w.col(2), w.col(3)};
+      ROBUSTFT_CALL(tile_gradient<T>, tile, out, row_coefficients, col_coefficients, of_rows, of_cols);
+    }
+    add_product(out.g, out.g_ld, tile.rows, tile.cols, t_rows, tile.col0, dx_at + tile.row0 * d, work->scratch);
+    add_transposed_product(out.g, out.g_ld, tile.rows, tile.cols, *x_rows[p], 0, dt_at + tile.col0 * d, work->scratch);
   });
   const ScalarType dtype = in.x.scalar_type();
   return {contiguous_as(dx, dtype), contiguous_as(dt, dtype)};
 }
 
-std::tuple<Tensor, Tensor> similarity_statistics(const Tensor& x, const Tensor& t, const Tensor& scale,
-                                                 const Tensor& x_labels, const Tensor& t_labels,
-                                                 const std::optional<Tensor>& x_teacher,
-                                                 const std::optional<Tensor>& t_teacher,
-                                                 const std::optional<Tensor>& teacher_scale) {
-  const Inputs in{x, t, scale, x_labels, t_labels, x_teacher, t_teacher, teacher_scale};
+std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_statistics(const Tensor& x, const Tensor& t, const Tensor& scale,
+                                                                 const Tensor& x_labels, const Tensor& t_labels,
+                                                                 const std::optional<Tensor>& x_teacher,
+                                                                 const std::optional<Tensor>& t_teacher,
+                                                                 const std::optional<Tensor>& teacher_scale,
+                                                                 bool totals, bool keep, std::string precision) {
+  const Inputs in{x, t, scale, x_labels, t_labels, x_teacher, t_teacher, teacher_scale, precision};
   in.check("similarity_statistics");
-  return x.scalar_type() == ScalarType::Double ? statistics<double>(in) : statistics<float>(in);
+  return x.scalar_type() == ScalarType::Double ? statistics<double>(in, keep, totals)
+                                               : statistics<float>(in, keep, totals);
 }
 
 std::tuple<Tensor, Tensor> similarity_gradient(const Tensor& x, const Tensor& t, const Tensor& scale,
@@ -219,14 +408,23 @@ std::tuple<Tensor, Tensor> similarity_gradient(const Tensor& x, const Tensor& t,
                                                const std::optional<Tensor>& x_teacher,
                                                const std::optional<Tensor>& t_teacher,
                                                const std::optional<Tensor>& teacher_scale, const Tensor& row,
-                                               const Tensor& col) {
-  const Inputs in{x, t, scale, x_labels, t_labels, x_teacher, t_teacher, teacher_scale};
+                                               const Tensor& col, const Tensor& centers, const Tensor& kept,
+                                               bool totals, std::string precision) {
+  const Inputs in{x, t, scale, x_labels, t_labels, x_teacher, t_teacher, teacher_scale, precision};
   in.check("similarity_gradient");
-  const int64_t kinds = x_teacher ? 7 : 5;
+  const int64_t kinds = in.kinds(), n = in.n(), m = in.m();
   STD_TORCH_CHECK(row.dim() == 2 && col.dim() == 2 && row.size(0) == kinds && col.size(0) == kinds &&
-                      row.size(1) == x.size(0) && col.size(1) == t.size(0),
+                      row.size(1) == n && col.size(1) == m,
                   "similarity_gradient: row and col must be (", kinds, ", n) and (", kinds, ", m)");
-  return x.scalar_type() == ScalarType::Double ? gradient<double>(in, row, col) : gradient<float>(in, row, col);
+  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const int64_t grid = (n + kGridRows - 1) / kGridRows * ((m + kGridCols - 1) / kGridCols);
+  STD_TORCH_CHECK(centers.numel() == in.heads() * grid && kept.dim() == 2 && kept.size(1) == m &&
+                      (kept.size(0) == 0 || kept.size(0) == in.heads() * n) && centers.scalar_type() == dtype &&
+                      kept.scalar_type() == dtype,
+                  "similarity_gradient: centers and kept must be what similarity_statistics returned");
+  const Tensor c = torch::stable::contiguous(centers), k = torch::stable::contiguous(kept);
+  return dtype == ScalarType::Double ? gradient<double>(in, row, col, c, k, totals)
+                                     : gradient<float>(in, row, col, c, k, totals);
 }
 
 // The exponential of the kernels, for its error-bound test.

@@ -1,8 +1,12 @@
 // What one tile of similarities needs to become statistics or a gradient.
 //
 // A tile is S = x t^T for rows [row0, row0 + rows) and columns [col0, col0 + cols), with logits z = s S. Row state is
-// indexed by i, column state by j, both from the start of the whole matrix. `Teacher` is a second matrix of the same
-// shape with logits zt. See similarity.cpp for the mathematics and similarity_kernels.cpp for the loops.
+// indexed by i, column state by j, both from the start of the whole matrix. The teacher is a second matrix of the same
+// shape with logits zt. See similarity.cpp for the mathematics and *_kernels.cpp for the loops.
+//
+// Softmax over rows and over columns need exp(z) relative to two different maxima. Within a tile whose logits span less
+// than 2 kHalfSpan one exponential, relative to a centre c of the tile, serves both: e = exp(s (S - c)). Other tiles
+// (`wide`: a scale of 100 and cosines from -0.3 to 1, or an Inf or NaN among them) take two.
 #pragma once
 #include <cstdint>
 
@@ -24,12 +28,13 @@ using Label = typename LabelOf<T>::type;
 
 template <class T>
 struct Tile {
-  T* s;              // (rows, cols), leading dimension ld; the gradient is written over it
-  const T* teacher;  // the same for the teacher, or null
+  T* s;        // (rows, cols), leading dimension ld
+  T* teacher;  // the same for the teacher, or null
   int64_t ld, row0, col0, rows, cols;
   T scale, teacher_scale;  // both >= 0
   const Label<T>* row_labels;
   const Label<T>* col_labels;
+  bool same;  // some row and some column may have the same label
 };
 
 // Running softmax statistics of each row (or column) over the tiles seen so far. Everything is relative to the running
@@ -46,6 +51,34 @@ struct RunningStatistics {
   T* teacher_weighted;  // sum e_t (S - max), with the student's S and max
 };
 
+// What a sweep over one tile finds for each of its rows (or columns).
+template <class T>
+struct TileStatistics {
+  T* max;       // max S
+  T* sum;       // sum e, e = exp(s (S - c))
+  T* weighted;  // sum e (S - max)
+  T* target;
+  T* teacher_max;
+  T* teacher_sum;       // sum e_t, e_t = exp(st (S_t - c_t))
+  T* teacher_weighted;  // sum e_t (S - max)
+};
+
+template <class T>
+struct Range {
+  T low, high;
+};
+
+// A tile of gradients: e from the forward where it was kept, else computed from S.
+template <class T>
+struct GradientTile {
+  const T* s;        // (rows, cols), leading dimension ld: S, or e if `exponentials`
+  const T* teacher;  // the same of the teacher, or null
+  T* g;              // (rows, cols), leading dimension g_ld; may be s
+  int64_t ld, g_ld;
+  bool exponentials;
+  T center, teacher_center;  // NaN in a wide tile, where s is S
+};
+
 // Coefficients of each row (or column) in G = a p - b [same label] - u - c p_t, with p = exp(s (S - max) - log_sum).
 template <class T>
 struct GradientCoefficients {
@@ -53,22 +86,50 @@ struct GradientCoefficients {
   const T* log_sum;
   const T* softmax;      // a
   const T* target;       // b
-  const T* uniform;      // u
-  const T* teacher_lse;  // null without a teacher, like the next
-  const T* teacher;      // c
+  const T* uniform;      // u, null if all zero
+  const T* teacher_max;  // null without a teacher, like the next two; p_t = exp(st (S_t - max) - log_sum), its own
+  const T* teacher_log_sum;
+  const T* teacher;  // c
 };
 
-#define ROBUSTFT_DECLARE_SIMILARITY(isa)                                                                               \
-  namespace isa {                                                                                                      \
-  template <class T>                                                                                                   \
-  void row_statistics(const Tile<T>&, const RunningStatistics<T>&, int64_t begin, int64_t end);                        \
-  template <class T>                                                                                                   \
-  void column_statistics(const Tile<T>&, const RunningStatistics<T>&, int64_t begin, int64_t end);                     \
-  template <class T>                                                                                                   \
-  void gradient(const Tile<T>&, const GradientCoefficients<T>& row, const GradientCoefficients<T>& col, int64_t begin, \
-                int64_t end);                                                                                          \
-  void exp_values(const float* x, float* y, int64_t n);                                                                \
-  void exp_values(const double* x, double* y, int64_t n);                                                              \
+// Factors of e and e_t in G of one tile, for its rows (or columns), each as a sum of two numbers: where p and its
+// target are both near 1, G is what one product leaves of another.
+template <class T>
+struct TileFactors {
+  T *softmax, *softmax_low;
+  T *teacher, *teacher_low;
+};
+
+// Half of the widest span of logits that one exponential serves: e, sums of it, and what it is multiplied with in the
+// gradient (at most exp(kHalfSpan), the scale and the caller's gradient) stay far from overflow.
+template <class T>
+constexpr T kHalfSpan = sizeof(T) == 4 ? T(64) : T(500);
+
+#define ROBUSTFT_DECLARE_SIMILARITY(isa)                                                                              \
+  namespace isa {                                                                                                     \
+  /* Maxima of the tile's rows and columns, and its range; also the teacher's. NaN if there is one. */                \
+  template <class T>                                                                                                  \
+  void tile_range(const Tile<T>&, const TileStatistics<T>& row, const TileStatistics<T>& col, Range<T>* range,        \
+                  Range<T>* teacher_range);                                                                           \
+  /* Statistics of a tile with centres; S becomes e. */                                                               \
+  template <class T>                                                                                                  \
+  void tile_statistics(const Tile<T>&, T center, T teacher_center, const TileStatistics<T>& row,                      \
+                       const TileStatistics<T>& col, const RunningStatistics<T>& row_state,                           \
+                       const RunningStatistics<T>& col_state);                                                        \
+  /* The same of a wide tile; S stays. */                                                                             \
+  template <class T>                                                                                                  \
+  void wide_statistics(const Tile<T>&, const RunningStatistics<T>& row_state, const RunningStatistics<T>& col_state); \
+  template <class T>                                                                                                  \
+  void tile_totals(const Tile<T>&, T* row_total, T* col_total);                                                       \
+  template <class T>                                                                                                  \
+  void tile_gradient(const Tile<T>&, const GradientTile<T>&, const GradientCoefficients<T>& row,                      \
+                     const GradientCoefficients<T>& col, const TileFactors<T>& row_factors,                           \
+                     const TileFactors<T>& col_factors);                                                              \
+  template <class T>                                                                                                  \
+  void wide_gradient(const Tile<T>&, const GradientTile<T>&, const GradientCoefficients<T>& row,                      \
+                     const GradientCoefficients<T>& col);                                                             \
+  void exp_values(const float* x, float* y, int64_t n);                                                               \
+  void exp_values(const double* x, double* y, int64_t n);                                                             \
   }
 ROBUSTFT_DECLARE_SIMILARITY(portable)
 ROBUSTFT_DECLARE_SIMILARITY(avx2)

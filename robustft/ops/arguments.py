@@ -80,7 +80,9 @@ def class_inputs(
 
 
 def class_labels(labels: Tensor, n: int, k: int, device: torch.device) -> Tensor:
-    labels = sample_labels(labels, n, device)
+    if labels is None:
+        raise TypeError(f"labels is None; expected a tensor of integers ({n},)")
+    check_sample_labels(labels, n, device)
     # On a GPU the check would wait for it.
     if device.type == "cpu" and not torch.compiler.is_compiling() and (labels.min() < 0 or labels.max() >= k):
         raise ValueError(f"labels holds {labels.min()}..{labels.max()}; expected values in [0, {k}), K = {k} classes")
@@ -105,10 +107,9 @@ def scale_tensor(logit_scale: Tensor | float, device: torch.device, name: str = 
     return logit_scale.reshape(())
 
 
-def sample_labels(labels: Tensor | None, n: int, device: torch.device) -> Tensor:
-    """The labels, or a label of its own for each pair."""
+def check_sample_labels(labels: Tensor | None, n: int, device: torch.device) -> None:
     if labels is None:
-        return torch.arange(n, device=device)
+        return
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels is {type(labels).__name__}; expected a tensor of integers ({n},)")
     if labels.shape != (n,):
@@ -117,7 +118,6 @@ def sample_labels(labels: Tensor | None, n: int, device: torch.device) -> Tensor
         raise TypeError(f"labels is {labels.dtype}; expected integers")
     if labels.device != device:
         raise ValueError(f"labels is on {labels.device}; expected {device}, as image_features")
-    return labels
 
 
 def check_smoothing(label_smoothing: float) -> None:
@@ -144,3 +144,8 @@ def memory_budget(memory: str | int) -> int:
     if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
         raise ValueError(f"memory is {memory!r}; expected 'auto' or a number of bytes, 0 to keep nothing")
     return memory
+
+
+def keeps(memory: str | int, n: int, m: int, dtype: torch.dtype, matrices: int) -> bool:
+    """Whether that many (n, m) matrices, in the dtype in which the kernels add, fit into `memory`."""
+    return matrices * n * m * (8 if dtype == torch.float64 else 4) <= memory_budget(memory)

@@ -22,21 +22,22 @@ def logits(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     return s.to(widen(x).dtype) * widen(x) @ widen(t).T
 
 
-def contrastive_targets(labels: Tensor, label_smoothing: float, dtype: torch.dtype) -> Tensor:
+def contrastive_targets(labels: Tensor | None, label_smoothing: float, like: Tensor) -> Tensor:
     """(N, N): each row spreads 1 - smoothing over the entries of its own label, and smoothing over all N."""
-    same = (labels[:, None] == labels[None, :]).to(dtype)
+    labels = torch.arange(len(like), device=like.device) if labels is None else labels
+    same = (labels[:, None] == labels[None, :]).to(like.dtype)
     return (1 - label_smoothing) * same / same.sum(1, keepdim=True) + label_smoothing / len(labels)
 
 
-def contrastive_loss(x: Tensor, t: Tensor, s: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+def contrastive_loss(x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, label_smoothing: float) -> Tensor:
     """(N,): the mean of each sample's image-to-text and text-to-image cross-entropies."""
     z = logits(x, t, s)
-    q = contrastive_targets(labels, label_smoothing, z.dtype)
+    q = contrastive_targets(labels, label_smoothing, z)
     return -0.5 * ((q * log_softmax(z, 1)).sum(1) + (q.T * log_softmax(z.T, 1)).sum(1))
 
 
 def contrastive_distillation_loss(
-    x: Tensor, t: Tensor, s: Tensor, xt: Tensor, tt: Tensor, st: Tensor, labels: Tensor
+    x: Tensor, t: Tensor, s: Tensor, xt: Tensor, tt: Tensor, st: Tensor, labels: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Two (N,): the contrastive loss, and the teacher's cross-entropies in both directions, summed."""
     z, zt = logits(x, t, s), logits(xt, tt, st).detach()
@@ -54,10 +55,10 @@ def similarity_statistics(
     x: Tensor, t: Tensor, s: Tensor, x_labels: Tensor, t_labels: Tensor,
     xt: Tensor | None, tt: Tensor | None, st: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(5 or 7, n) and (5 or 7, m): the statistics of csrc/cpu/similarity.cpp, from materialised matrices."""
+    """(5 or 8, n) and (5 or 8, m): the statistics of csrc/cpu/similarity.cpp, from materialised matrices."""
     similarity = widen(x) @ widen(t).T
     same = x_labels[:, None] == t_labels[None, :]
-    teacher = None if xt is None else logits(xt, tt, st)
+    teacher = None if xt is None else widen(xt) @ widen(tt).T
 
     def statistics(similarity: Tensor, same: Tensor, teacher: Tensor | None) -> Tensor:
         highest = similarity.amax(1, keepdim=True)
@@ -66,7 +67,9 @@ def similarity_statistics(
         parts = [highest[:, 0], z.logsumexp(1), (z.softmax(1) * gap).sum(1)]
         parts += [(similarity * same).sum(1), similarity.sum(1)]
         if teacher is not None:
-            parts += [teacher.logsumexp(1), (teacher.softmax(1) * gap).sum(1)]
+            high = teacher.amax(1, keepdim=True)
+            zt = st.to(gap.dtype) * (teacher - high)
+            parts += [high[:, 0], zt.logsumexp(1), (zt.softmax(1) * gap).sum(1)]
         return torch.stack(parts)
 
     return statistics(similarity, same, teacher), statistics(
@@ -84,7 +87,8 @@ def similarity_gradient(
     g = sum(c[2] * (scale * (similarity - c[0]) - c[1]).exp() - c[4] for c in (row, col))
     g = g - (x_labels[:, None] == t_labels[None, :]) * (row[3] + col[3])
     if xt is not None:
-        g = g - sum(c[6] * (logits(xt, tt, st) - c[5]).exp() for c in (row, col))
+        teacher = widen(xt) @ widen(tt).T
+        g = g - sum(c[7] * (st.to(g.dtype) * (teacher - c[5]) - c[6]).exp() for c in (row, col))
     return (scale * g @ widen(t)).to(x.dtype), (scale * g.T @ widen(x)).to(t.dtype)
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from robustft.ops import reference
+from robustft.ops.arguments import keeps
 from robustft.ops.dispatch import use_native
 from robustft.ops.native.contrastive import (
     coefficients,
@@ -45,17 +46,19 @@ def _check_ranks(x: Tensor, labels: Tensor | None, group: dist.ProcessGroup) -> 
         raise ValueError(f"group: every rank must bring as many samples of one kind, got {described}")
 
 
-def _merge_columns(parts: Tensor, s: Tensor) -> Tensor:
-    """(5 or 7, M) over all rows from (W, 5 or 7, M), each over the rows of one rank."""
-    highest = parts[:, 0].amax(0)
-    shift = parts[:, 0] - highest
-    log_sums = parts[:, 1] + s * shift
-    log_sum = log_sums.logsumexp(0)
-    merged = [highest, log_sum, ((log_sums - log_sum).exp() * (parts[:, 2] + shift)).sum(0)]
-    merged += [parts[:, 3].sum(0), parts[:, 4].sum(0)]
-    if parts.shape[1] == 7:
-        lse = parts[:, 5].logsumexp(0)
-        merged += [lse, ((parts[:, 5] - lse).exp() * (parts[:, 6] + shift)).sum(0)]
+def _merge_columns(parts: Tensor, s: Tensor, st: Tensor | None) -> Tensor:
+    """(5 or 8, M) over all rows from (W, 5 or 8, M), each over the rows of one rank."""
+
+    def softmax(highs: Tensor, log_sums: Tensor, gaps: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        highest = highs.amax(0)
+        log_sums = log_sums + scale * (highs - highest)
+        log_sum = log_sums.logsumexp(0)
+        return highest, log_sum, ((log_sums - log_sum).exp() * gaps).sum(0)
+
+    shifted = parts[:, 0] - parts[:, 0].amax(0)  # gaps are relative to the maximum, the student's
+    merged = [*softmax(parts[:, 0], parts[:, 1], parts[:, 2] + shifted, s), parts[:, 3].sum(0), parts[:, 4].sum(0)]
+    if parts.shape[1] == 8:
+        merged += softmax(parts[:, 5], parts[:, 6], parts[:, 7] + shifted, st)
     return torch.stack(merged)
 
 
@@ -63,26 +66,29 @@ class _ShardedTerms(torch.autograd.Function):
     """Local per-sample losses (n,) of the global matrix: contrastive and, with a teacher, distillation."""
 
     @staticmethod
-    def forward(ctx, x, t, scale, labels, label_smoothing, xt, tt, st, group):
+    def forward(ctx, x, t, scale, labels, label_smoothing, xt, tt, st, group, memory):
         n, rank, world = len(x), dist.get_rank(group), dist.get_world_size(group)
+        keep = keeps(memory, n, world * n, x.dtype, 1 if xt is None else 2)
         mine = slice(rank * n, (rank + 1) * n)
         texts, teacher_texts = _gather(t, group), None if tt is None else _gather(tt, group)
-        if labels is None:
-            labels = torch.arange(world * n, device=x.device)
-        else:
-            labels = _gather(labels, group)
-        native = use_native("similarity_statistics", x.device)
-        ops = torch.ops.robustft if native else reference
-        index, counts = label_counts(labels, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        labels = None if labels is None else _gather(labels, group)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        index, counts = label_counts(labels, world * n, x.device, dtype)
         matrices = (x, texts, scale, index[mine], index, xt, teacher_texts, st)
-        row, col = ops.similarity_statistics(*matrices)
+        native = use_native("similarity_statistics", x.device)
+        if native:
+            options = label_smoothing > 0, keep, torch.get_float32_matmul_precision()
+            row, col, *kept = torch.ops.robustft.similarity_statistics(*matrices, *options)
+        else:
+            (row, col), kept = reference.similarity_statistics(*matrices), ()
         s = scale.to(row.dtype)
-        col = _merge_columns(_gather(col[None], group), s)
+        col = _merge_columns(_gather(col[None], group), s, None if st is None else st.to(row.dtype))
         terms = [contrastive_terms(row, col[:, mine], s, counts[mine], world * n, label_smoothing)]
         if xt is not None:
             terms.append(distillation_terms(row, col[:, mine], s))
-        ctx.save_for_backward(*matrices, counts, kept_statistics(row), kept_statistics(col), *(d for _, d in terms))
-        ctx.label_smoothing, ctx.group, ctx.ops, ctx.mine = label_smoothing, group, ops, mine
+        vectors = counts, kept_statistics(row), kept_statistics(col)
+        ctx.save_for_backward(*matrices, *vectors, *(d for _, d in terms), *kept)
+        ctx.label_smoothing, ctx.group, ctx.native, ctx.mine = label_smoothing, group, native, mine
         losses = tuple(loss for loss, _ in terms)
         return losses if xt is not None else losses[0]
 
@@ -90,17 +96,21 @@ class _ShardedTerms(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         *matrices, counts, row, col = ctx.saved_tensors[:11]
-        by_scale = ctx.saved_tensors[11:]
+        by_scale, kept = ctx.saved_tensors[11 : 11 + len(grads)], ctx.saved_tensors[11 + len(grads) :]
         scale, smoothing, entries = matrices[2], ctx.label_smoothing, len(counts)
         gathered = [_gather(g, ctx.group) for g in grads]
         local = [g[ctx.mine] for g in gathered]
         row_c = coefficients(row, local[0], counts[ctx.mine], entries, smoothing, *local[1:])
         col_c = coefficients(col, gathered[0], counts, entries, smoothing, *gathered[1:])
-        dx, dt = ctx.ops.similarity_gradient(*matrices, row_c, col_c)
+        if ctx.native:
+            options = smoothing > 0, torch.get_float32_matmul_precision()
+            dx, dt = torch.ops.robustft.similarity_gradient(*matrices, row_c, col_c, *kept, *options)
+        else:
+            dx, dt = reference.similarity_gradient(*matrices, row_c, col_c)
         dt_local = dt.new_empty(len(matrices[0]), dt.shape[1], dtype=row.dtype)
         dist.reduce_scatter_tensor(dt_local, dt.to(row.dtype), group=ctx.group)
         ds = sum((g * d).sum() for g, d in zip(grads, by_scale, strict=True))
-        return dx, dt_local.to(dt.dtype), ds.to(scale.dtype).reshape(scale.shape), *[None] * 6
+        return dx, dt_local.to(dt.dtype), ds.to(scale.dtype).reshape(scale.shape), *[None] * 7
 
 
 def _reduce(losses: Tensor, weight: Tensor | None, reduction: str, group: dist.ProcessGroup) -> Tensor:
@@ -116,13 +126,15 @@ def _reduce(losses: Tensor, weight: Tensor | None, reduction: str, group: dist.P
     return local + (total - local.detach())  # the global value, the local part's gradient
 
 
-def sharded_contrastive_loss(x, t, s, labels, label_smoothing, weight, reduction, group) -> Tensor:
+def sharded_contrastive_loss(x, t, s, labels, label_smoothing, weight, reduction, group, memory) -> Tensor:
     _check_ranks(x, labels, group)
-    losses = _ShardedTerms.apply(x, t, s, labels, label_smoothing, None, None, None, group)
+    losses = _ShardedTerms.apply(x, t, s, labels, label_smoothing, None, None, None, group, memory)
     return _reduce(losses, weight, reduction, group)
 
 
-def sharded_contrastive_distillation_loss(x, t, s, xt, tt, st, labels, weight, reduction, group) -> tuple[Tensor, ...]:
+def sharded_contrastive_distillation_loss(
+    x, t, s, xt, tt, st, labels, weight, reduction, group, memory
+) -> tuple[Tensor, ...]:
     _check_ranks(x, labels, group)
-    terms = _ShardedTerms.apply(x, t, s, labels, 0.0, xt, tt, st, group)
+    terms = _ShardedTerms.apply(x, t, s, labels, 0.0, xt, tt, st, group, memory)
     return tuple(_reduce(term, weight, reduction, group) for term in terms)

@@ -31,14 +31,12 @@ def operator_inputs(n: int = 9, d: int = 5, requires_grad: bool = True):
     return x, t, s, teacher, torch.arange(n) // 2
 
 
-def test_contrastive_loss_passes_opcheck():
-    x, t, s, _, labels = operator_inputs()
-    torch.library.opcheck(torch.ops.robustft.contrastive_loss.default, (x, t, s, labels, 0.1))
-
-
-def test_contrastive_distillation_loss_passes_opcheck():
+@pytest.mark.parametrize("keep", [False, True])
+def test_contrastive_losses_pass_opcheck(keep):
     x, t, s, teacher, labels = operator_inputs()
-    torch.library.opcheck(torch.ops.robustft.contrastive_distillation_loss.default, (x, t, s, *teacher, labels))
+    losses = torch.ops.robustft
+    torch.library.opcheck(losses.contrastive_loss.default, (x, t, s, labels, 0.1, keep))
+    torch.library.opcheck(losses.contrastive_distillation_loss.default, (x, t, s, *teacher, None, keep))
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -55,9 +53,13 @@ def test_class_losses_pass_opcheck(keep):
 def test_kernels_pass_opcheck():
     x, t, s, teacher, labels = operator_inputs(requires_grad=False)
     kernels, n = torch.ops.robustft, len(x)
-    torch.library.opcheck(kernels.similarity_statistics.default, (x, t, s, labels, labels, *teacher))
-    coefficients = torch.rand(2, 7, n, dtype=torch.float64)
-    torch.library.opcheck(kernels.similarity_gradient.default, (x, t, s, labels, labels, *teacher, *coefficients))
+    matrices = (x, t, s, labels, labels, *teacher)
+    for keep in (False, True):
+        torch.library.opcheck(kernels.similarity_statistics.default, (*matrices, True, keep, "highest"))
+        _, _, *kept = kernels.similarity_statistics(*matrices, True, keep, "highest")
+        coefficients = torch.rand(2, 8, n, dtype=torch.float64)
+        arguments = (*matrices, *coefficients, *kept, True, "highest")
+        torch.library.opcheck(kernels.similarity_gradient.default, arguments)
     torch.library.opcheck(kernels.vector_exp.default, (x,))
     torch.library.opcheck(kernels.group_sums.default, (x[:, 0].contiguous(), labels, 6))
 
@@ -156,8 +158,8 @@ x, t = (torch.nn.functional.normalize(torch.randn(n, d), dim=1).requires_grad_()
 s = torch.tensor(50.0, requires_grad=True)
 def run(x, t):
     if teacher:
-        return sum(rf.contrastive_distillation_loss(x, t, s, x.detach(), t.detach(), 40.0))
-    return rf.contrastive_loss(x, t, s)
+        return sum(rf.contrastive_distillation_loss(x, t, s, x.detach(), t.detach(), 40.0, memory=0))
+    return rf.contrastive_loss(x, t, s, memory=0)
 run(x[:600], t[:600]).backward()  # what is allocated once: threads, workspaces
 def status(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024

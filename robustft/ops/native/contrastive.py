@@ -25,8 +25,10 @@ from torch import Tensor
 from robustft.ops.native.registration import accumulation_dtype, differentiable, fake, scale_gradient
 
 
-def label_counts(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def label_counts(labels: Tensor | None, n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Labels renumbered from 0 (the kernels compare 32-bit integers) and how often each sample's label occurs."""
+    if labels is None:
+        return torch.arange(n, device=device), torch.ones(n, dtype=dtype, device=device)
     _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
     return index, counts[index].to(dtype)
 
@@ -47,8 +49,8 @@ def contrastive_terms(
 
 def distillation_terms(row: Tensor, col: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Per-sample distillation losses and their derivatives by the scale."""
-    loss = (row[1] - s * row[6]) + (col[1] - s * col[6])
-    return loss, (row[2] - row[6]) + (col[2] - col[6])
+    loss = (row[1] - s * row[7]) + (col[1] - s * col[7])
+    return loss, (row[2] - row[7]) + (col[2] - col[7])
 
 
 def coefficients(
@@ -62,58 +64,76 @@ def coefficients(
     if h is None:
         return torch.stack((kept[0], kept[1], half, target, uniform))
     h = h.to(kept.dtype)
-    return torch.stack((kept[0], kept[1], half + h, target, uniform, kept[2], h))
+    return torch.stack((kept[0], kept[1], half + h, target, uniform, kept[2], kept[3], h))
 
 
 def kept_statistics(statistics: Tensor) -> Tensor:
-    """max, log_sum and, with a teacher, its lse: (2 or 3, n), a copy that lets the rest go."""
-    return statistics[:2].clone() if len(statistics) == 5 else torch.cat((statistics[:2], statistics[5:6]))
+    """max, log_sum and, with a teacher, its own: (2 or 4, n), a copy that lets the rest go."""
+    return statistics[:2].clone() if len(statistics) == 5 else torch.cat((statistics[:2], statistics[5:7]))
 
 
-def _contrastive_loss(
-    x: Tensor, t: Tensor, scale: Tensor, labels: Tensor, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    index, counts = label_counts(labels, accumulation_dtype(x.dtype))
-    row, col = torch.ops.robustft.similarity_statistics(x, t, scale, index, index, None, None, None)
+def statistics(matrices: tuple, index: Tensor, totals: bool, keep: bool) -> tuple[Tensor, ...]:
+    """row, col, centers, kept of matrices = (x, t, scale, teacher's or None ...)."""
+    x, t, scale, *teacher = matrices
+    precision = torch.get_float32_matmul_precision()
+    return torch.ops.robustft.similarity_statistics(x, t, scale, index, index, *teacher, totals, keep, precision)
+
+
+def _contrastive_loss(x, t, scale, labels, label_smoothing, keep):
+    index, counts = label_counts(labels, len(x), x.device, accumulation_dtype(x.dtype))
+    row, col, *kept = statistics((x, t, scale, None, None, None), index, label_smoothing > 0, keep)
     terms = contrastive_terms(row, col, scale.to(row.dtype), counts, len(t), label_smoothing)
-    return *terms, kept_statistics(row), kept_statistics(col)
+    return *terms, kept_statistics(row), kept_statistics(col), *kept
 
 
-def _contrastive_gradient(grad, x, t, scale, labels, label_smoothing, by_scale, row, col):
-    index, counts = label_counts(labels, row.dtype)
+def _contrastive_gradient(grad, x, t, scale, labels, label_smoothing, by_scale, row, col, centers, kept):
+    index, counts = label_counts(labels, len(x), x.device, row.dtype)
     row_c, col_c = (coefficients(side, grad, counts, len(t), label_smoothing) for side in (row, col))
-    dx, dt = torch.ops.robustft.similarity_gradient(x, t, scale, index, index, None, None, None, row_c, col_c)
+    precision = torch.get_float32_matmul_precision()
+    dx, dt = torch.ops.robustft.similarity_gradient(
+        x, t, scale, index, index, None, None, None, row_c, col_c, centers, kept, label_smoothing > 0, precision
+    )
     return dx, dt, scale_gradient(scale, (grad, by_scale))
 
 
-def _contrastive_distillation_loss(
-    x: Tensor, t: Tensor, scale: Tensor, xt: Tensor, tt: Tensor, st: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    index, counts = label_counts(labels, accumulation_dtype(x.dtype))
-    row, col = torch.ops.robustft.similarity_statistics(x, t, scale, index, index, xt, tt, st)
+def _contrastive_distillation_loss(x, t, scale, xt, tt, st, labels, keep):
+    index, counts = label_counts(labels, len(x), x.device, accumulation_dtype(x.dtype))
+    row, col, *kept = statistics((x, t, scale, xt, tt, st), index, False, keep)
     s = scale.to(row.dtype)
     contrastive, by_scale = contrastive_terms(row, col, s, counts, len(t), 0.0)
     distillation, distillation_by_scale = distillation_terms(row, col, s)
     scale_gradients = torch.stack((by_scale, distillation_by_scale))
-    return contrastive, distillation, scale_gradients, kept_statistics(row), kept_statistics(col)
+    return contrastive, distillation, scale_gradients, kept_statistics(row), kept_statistics(col), *kept
 
 
-def _contrastive_distillation_gradient(g, h, x, t, scale, xt, tt, st, labels, by_scale, row, col):
-    index, counts = label_counts(labels, row.dtype)
+def _contrastive_distillation_gradient(g, h, x, t, scale, xt, tt, st, labels, by_scale, row, col, centers, kept):
+    index, counts = label_counts(labels, len(x), x.device, row.dtype)
     row_c, col_c = (coefficients(side, g, counts, len(t), 0.0, h) for side in (row, col))
-    dx, dt = torch.ops.robustft.similarity_gradient(x, t, scale, index, index, xt, tt, st, row_c, col_c)
+    precision = torch.get_float32_matmul_precision()
+    dx, dt = torch.ops.robustft.similarity_gradient(
+        x, t, scale, index, index, xt, tt, st, row_c, col_c, centers, kept, False, precision
+    )
     return dx, dt, scale_gradient(scale, (g, by_scale[0]), (h, by_scale[1]))
 
 
-def _fake_contrastive_loss(x, t, scale, labels, label_smoothing):
-    vector = x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
-    return vector, torch.empty_like(vector), vector.new_empty(2, len(x)), vector.new_empty(2, len(x))
+def _fake_kept(x: Tensor, t: Tensor, heads: int, keep: bool) -> tuple[Tensor, Tensor]:
+    """centers, one for every 128 x 256 logits of each matrix, and kept."""
+    n, m, dtype = x.shape[0], t.shape[0], accumulation_dtype(x.dtype)
+    centers = x.new_empty(heads, (n + 127) // 128, (m + 255) // 256, dtype=dtype)
+    return centers, x.new_empty(heads * n if keep else 0, m, dtype=dtype)
 
 
-def _fake_contrastive_distillation_loss(x, t, scale, xt, tt, st, labels):
+def _fake_contrastive_loss(x, t, scale, labels, label_smoothing, keep):
     vector = x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
     new = vector.new_empty
-    return vector, torch.empty_like(vector), new(2, len(x)), new(3, len(x)), new(3, len(x))
+    return vector, torch.empty_like(vector), new(2, len(x)), new(2, len(x)), *_fake_kept(x, t, 1, keep)
+
+
+def _fake_contrastive_distillation_loss(x, t, scale, xt, tt, st, labels, keep):
+    vector = x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
+    new = vector.new_empty
+    vectors = vector, torch.empty_like(vector), new(2, len(x)), new(4, len(x)), new(4, len(x))
+    return *vectors, *_fake_kept(x, t, 2, keep)
 
 
 def _fake_gradient(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,33 +142,35 @@ def _fake_gradient(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _setup_contrastive(ctx, inputs, output):
-    x, t, scale, labels, ctx.label_smoothing = inputs
+    *tensors, ctx.label_smoothing, _ = inputs
     _, *kept = output
-    ctx.save_for_backward(x, t, scale, labels, *kept)
+    ctx.save_for_backward(*tensors, *kept)
     ctx.mark_non_differentiable(*kept)
 
 
 def _backward_contrastive(ctx, grad, *_):
     x, t, scale, labels, *kept = ctx.saved_tensors
     gradients = torch.ops.robustft.contrastive_loss_backward(grad, x, t, scale, labels, ctx.label_smoothing, *kept)
-    return *gradients, None, None
+    return *gradients, None, None, None
 
 
 def _setup_distillation(ctx, inputs, output):
+    *tensors, _ = inputs
     _, _, *kept = output
-    ctx.save_for_backward(*inputs, *kept)
+    ctx.save_for_backward(*tensors, *kept)
     ctx.mark_non_differentiable(*kept)
 
 
 def _backward_distillation(ctx, g, h, *_):
     gradients = torch.ops.robustft.contrastive_distillation_loss_backward(g, h, *ctx.saved_tensors)
-    return *gradients, None, None, None, None
+    return *gradients, *[None] * 5
 
 
-def _fake_statistics(x, t, scale, x_labels, t_labels, x_teacher, t_teacher, teacher_scale):
-    kinds = 5 if x_teacher is None else 7
+def _fake_statistics(x, t, scale, x_labels, t_labels, xt, tt, st, totals, keep, precision):
+    kinds, heads = (5, 1) if xt is None else (8, 2)
     dtype = accumulation_dtype(x.dtype)
-    return x.new_empty(kinds, x.shape[0], dtype=dtype), x.new_empty(kinds, t.shape[0], dtype=dtype)
+    row, col = (x.new_empty(kinds, side.shape[0], dtype=dtype) for side in (x, t))
+    return row, col, *_fake_kept(x, t, heads, keep)
 
 
 def register() -> None:
