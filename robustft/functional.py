@@ -8,8 +8,8 @@ coarse to average. Features of different dtypes are promoted to the wider one.
 The compiled operators compute an N x N or N x K matrix a tile at a time. What they keep of it for the backward is
 bounded by their `memory`, and is nothing at `memory=0`; the eager reference stores several such matrices. See
 `robustft.backend`. Products of float32 features follow `torch.set_float32_matmul_precision`: "highest" is IEEE float32;
-on processors with a matrix unit (AMX) "high" splits each factor into two bfloat16 (cosines within 2e-6) and "medium"
-rounds them to bfloat16. Elsewhere all three are IEEE.
+on processors with a matrix unit (AMX) "high" splits each factor into two bfloat16 (cosines of 512 dimensions within
+2e-6) and "medium" rounds them to bfloat16. Elsewhere all three are IEEE.
 """
 
 from __future__ import annotations

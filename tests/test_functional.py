@@ -360,3 +360,62 @@ def test_reference_statistics_are_the_kernels(backend):
     torch.testing.assert_close(9 * col[0] + col[1], z.logsumexp(0))
     p = (4 * xt @ tt[:7].T).softmax(0)
     torch.testing.assert_close(col[7] + col[0], (p * (x @ t[:7].T)).sum(0))
+
+
+def wide_pairs(n: int) -> tuple[Tensor, Tensor]:
+    """Pairs among which cosines reach from -1 to 1, so that logits of scale 100 span 200."""
+    x, t = planted.pairs(n, 24)
+    x[1::7], t[1::7] = -x[::7][: len(x[1::7])], -t[::7][: len(t[1::7])]
+    return x, t
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory", ["auto", 0])
+@pytest.mark.parametrize("n", [50, 700])
+def test_tiles_too_wide_for_one_exponential_are_as_accurate(n, memory, dtype):
+    xt, tt = (f.to(dtype) for f in wide_pairs(n))
+
+    def losses(x, t, s):
+        teacher = (xt.to(x.dtype), tt.to(x.dtype), 90.0)
+        return rf.contrastive_distillation_loss(x, t, s, *teacher, memory=memory)
+
+    s = torch.tensor(100.0 if dtype != torch.float64 else 900.0)
+    if robustft.build_info().get("native"):
+        x, t = (f.to(dtype) for f in wide_pairs(n))
+        index = torch.arange(n)
+        arguments = (x, t, s, index, index, None, None, None, False, False, "highest")
+        assert torch.ops.robustft.similarity_statistics(*arguments)[2].isnan().any()  # they are that wide
+    assert_as_accurate_as_eager(losses, *wide_pairs(n), s, dtype=dtype)
+
+
+@pytest.mark.parametrize("n", [9, 300, 2100])
+def test_keeping_exponentials_equals_computing_them_again(n):
+    x, t = (f.float() for f in planted.pairs(n, 16))
+    labels = torch.arange(n) // 2
+
+    def kept(memory):
+        def losses(x, t):
+            teacher = (x.detach() + 0.01, t.detach(), 25.0)
+            terms = rf.contrastive_distillation_loss(x, t, 40.0, *teacher, labels=labels, memory=memory)
+            return *terms, rf.contrastive_loss(x, t, 40.0, label_smoothing=0.1, memory=memory)
+
+        return gradients(losses, x, t)
+
+    for a, b in zip(kept("auto"), kept(0), strict=True):
+        assert (a - b).abs().max() <= 2e-6 * (1 + b.abs().max())  # a product's rounding may depend on where it is put
+
+
+@pytest.mark.parametrize("memory", [-1, 1.5, "all", True])
+def test_bad_memory_is_named(memory):
+    x, t = planted.pairs(4, 3)
+    with pytest.raises(ValueError, match=f"memory is {memory!r}; expected 'auto' or a number of bytes"):
+        rf.contrastive_loss(x, t, 10.0, memory=memory)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_and_inf_in_the_features_reach_the_loss(bad, backend):
+    x, t = (f.float() for f in planted.pairs(300, 16))
+    x[7, 3] = bad
+    for scale in (10.0, 100.0):
+        each = rf.contrastive_loss(x, t, scale, reduction="none")
+        assert not each[7].isfinite() and not rf.contrastive_loss(x, t, scale).isfinite()
