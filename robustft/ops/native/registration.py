@@ -31,16 +31,18 @@ def autograd(name: str, setup: Callable, backward: Callable) -> None:
 
 def differentiable(
     name: str,
-    forward: tuple[Callable, Callable],
+    forward: tuple[Callable | None, Callable],
     autograd_formula: tuple[Callable, Callable],
-    gradient: tuple[Callable, Callable],
+    gradient: tuple[Callable | None, Callable],
 ) -> None:
     """`name` and `name`_backward: (body, fake) of each, and (setup, backward) of the first one's autograd.
 
-    The gradient is an operator of its own, so that torch.compile sees it; it refuses to be differentiated.
+    A body of None stands in csrc. The gradient is an operator of its own, so that torch.compile sees it; it refuses
+    to be differentiated.
     """
     for operator, (body, fake_body) in ((name, forward), (f"{name}_backward", gradient)):
-        _library.impl(operator, body, "CompositeExplicitAutograd")
+        if body is not None:
+            _library.impl(operator, body, "CompositeExplicitAutograd")
         fake(operator, fake_body)
     autograd(name, *autograd_formula)
     autograd(f"{name}_backward", lambda ctx, inputs, output: None, _no_second_derivative)
