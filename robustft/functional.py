@@ -18,6 +18,7 @@ from torch import Tensor
 
 from robustft.ops import arguments, reference
 from robustft.ops.dispatch import use_native
+from robustft.ops.native import risks
 
 KEEP_BYTES = 64 * 2**20
 """Class similarities up to this size are kept for the backward; larger ones are multiplied again."""
@@ -252,7 +253,7 @@ def misalignment_penalty(
     if average not in ("batch", "errors"):
         raise ValueError(f"average is {average!r}; expected 'batch' or 'errors'")
     if use_native("misalignment_penalty", logits.device):
-        penalty, errors, _ = torch.ops.robustft.misalignment_penalty(logits, labels, variant, top1)
+        penalty, errors, _ = risks.misalignment_penalty(logits, labels, variant, top1)
     else:
         z = reference.widen(logits)
         penalty = reference.misalignment(z, labels, variant, top1)
@@ -341,7 +342,7 @@ def cvar(losses: Tensor, alpha: float) -> Tensor:
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a fraction in (0, 1]")
     if use_native("cvar", losses.device):
-        return torch.ops.robustft.cvar(losses, alpha)[0]
+        return risks.cvar(losses, alpha)[0]
     return reference.cvar(reference.widen(losses), alpha)
 
 
@@ -397,17 +398,14 @@ def group_risk(losses: Tensor, groups: Tensor, num_groups: int) -> GroupRisk:
     """
     arguments.loss_vector(losses)
     groups = arguments.group_indices(groups, losses, num_groups)
-    ops = torch.ops.robustft if use_native("group_sums", losses.device) else reference
-    mean, worst, _, counts = ops.group_risk(losses, groups, num_groups)
-    return GroupRisk(mean, worst, counts)
+    return _group_risk(losses, groups, num_groups)
 
 
 @arguments.own_precision
 def group_dro_weights(weights: Tensor, group_means: Tensor, step_size: float, counts: Tensor | None = None) -> Tensor:
     """Group DRO's weights after one exponentiated-gradient step: `q_g exp(step_size * risk_g)`, normalised.
 
-    Computed as a softmax of `log q + step_size * risk`, so large risks cannot overflow. A weight of 0 stays 0. G numbers
-    are nothing: plain torch operations, nothing to compile.
+    Computed as a softmax of `log q + step_size * risk`, so large risks cannot overflow. A weight of 0 stays 0.
 
     Args:
         weights: (G,) q, float32 or float64, not negative; a scale of their own drops out. Start from `1 / G` each.
@@ -421,21 +419,21 @@ def group_dro_weights(weights: Tensor, group_means: Tensor, step_size: float, co
     Raises: ValueError or TypeError naming the argument.
     """
     arguments.group_weights(weights, step_size)
+    if not isinstance(group_means, Tensor):
+        raise TypeError(f"group_means is {type(group_means).__name__}; expected a tensor {tuple(weights.shape)}")
     for name, vector in (("group_means", group_means), ("counts", counts)):
         if vector is not None and (vector.shape != weights.shape or vector.device != weights.device):
             raise ValueError(
                 f"{name} is {tuple(vector.shape)} on {vector.device}; expected {tuple(weights.shape)} on "
                 f"{weights.device}, as weights"
             )
-    risk = group_means.detach()
-    if counts is not None:
-        risk = torch.where(counts > 0, risk, 0.0)
-    return torch.softmax(weights.detach().log() + step_size * risk.to(weights.dtype), 0)
+    risk = group_means if counts is None else torch.where(counts > 0, group_means, 0.0)
+    return _reweighted(weights, risk, step_size)
 
 
 @arguments.own_precision
 def group_dro(losses: Tensor, groups: Tensor, weights: Tensor, step_size: float) -> GroupDRO:
-    """Group distributionally robust objective: updates the groups' weights, then weighs the groups' mean losses by them.
+    """Group DRO's objective: updates the groups' weights, then weighs the groups' mean losses by them.
 
         mean_g = the mean loss of group g, 0 if it is absent from the batch
         q'     = group_dro_weights(q, mean, step_size)
@@ -462,9 +460,22 @@ def group_dro(losses: Tensor, groups: Tensor, weights: Tensor, step_size: float)
     arguments.group_weights(weights, step_size)
     if weights.device != losses.device:
         raise ValueError(f"weights is on {weights.device}; expected {losses.device}, as losses")
-    mean, _, counts = group_risk(losses, groups, len(weights))
-    updated = group_dro_weights(weights, mean, step_size)
+    groups = arguments.group_indices(groups, losses, len(weights))
+    mean, _, counts = _group_risk(losses, groups, len(weights))
+    updated = _reweighted(weights, mean, step_size)
     return GroupDRO(torch.dot(updated.to(mean.dtype), mean), updated, mean, counts)
+
+
+def _group_risk(losses: Tensor, groups: Tensor, num_groups: int) -> GroupRisk:
+    ops = risks if use_native("group_sums", losses.device) else reference
+    mean, worst, _, counts = ops.group_risk(losses, groups, num_groups)
+    return GroupRisk(mean, worst, counts)
+
+
+def _reweighted(weights: Tensor, risk: Tensor, step_size: float) -> Tensor:
+    # Plain torch operations: for G numbers a kernel would cost as much in its call as it saved.
+    with torch.no_grad():
+        return torch.softmax(torch.add(weights.log(), risk.to(weights.dtype), alpha=step_size), 0)
 
 
 def _keeps_similarities(x: Tensor, w: Tensor) -> bool:

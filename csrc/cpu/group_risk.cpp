@@ -9,22 +9,43 @@
 // exact to repeat. One operator for all of it: at N = 512 a dozen calls of torch cost more than the arithmetic.
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "torch_api.h"
 
 namespace robustft {
 namespace {
 
+void check_range(const Tensor& groups, int64_t num_groups) {
+  const int64_t* y = groups.const_data_ptr<int64_t>();
+  for (int64_t i = 0, n = groups.numel(); i < n; ++i)
+    STD_TORCH_CHECK(y[i] >= 0 && y[i] < num_groups, "group_sums: group ", y[i], " at index ", i, " is outside [0, ",
+                    num_groups, ")");
+}
+
+// In kLanes sums a group, each of every kLanes-th value: an addition need not wait for the one before.
 template <class T>
-void accumulate(const Tensor& values, const int64_t* groups, int64_t num_groups, Tensor& sums, int64_t* counts) {
+void accumulate(const Tensor& values, const int64_t* groups, Tensor& sums, Tensor& counts) {
+  constexpr int64_t kLanes = 4;
+  struct Partial {
+    T sum;
+    int64_t count;
+  };
+  const int64_t n = values.numel(), num_groups = sums.numel();
   const T* v = values.const_data_ptr<T>();
-  T* s = sums.mutable_data_ptr<T>();
-  for (int64_t i = 0; i < values.numel(); ++i) {
-    STD_TORCH_CHECK(groups[i] >= 0 && groups[i] < num_groups, "group_sums: group ", groups[i], " at index ", i,
-                    " is outside [0, ", num_groups, ")");
-    s[groups[i]] += v[i];
-    ++counts[groups[i]];
+  std::vector<Partial> partial(kLanes * num_groups, Partial{0, 0});
+  for (int64_t i = 0; i < n; ++i) {
+    Partial& p = partial[i % kLanes * num_groups + groups[i]];
+    p.sum += v[i];
+    ++p.count;
   }
+  T* s = sums.mutable_data_ptr<T>();
+  int64_t* c = counts.mutable_data_ptr<int64_t>();
+  for (int64_t l = 0; l < kLanes; ++l)
+    for (int64_t g = 0; g < num_groups; ++g) {
+      s[g] = (l ? s[g] : T(0)) + partial[l * num_groups + g].sum;
+      c[g] = (l ? c[g] : 0) + partial[l * num_groups + g].count;
+    }
 }
 
 std::tuple<Tensor, Tensor> group_sums(const Tensor& values, const Tensor& groups, int64_t num_groups) {
@@ -33,11 +54,10 @@ std::tuple<Tensor, Tensor> group_sums(const Tensor& values, const Tensor& groups
   const bool wide = values.scalar_type() == ScalarType::Double;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
   const Tensor v = contiguous_as(values, dtype), g = contiguous_as(groups, ScalarType::Long);
-  Tensor sums = torch::stable::new_zeros(v, {num_groups});
-  Tensor counts = torch::stable::new_zeros(g, {num_groups});
+  check_range(g, num_groups);
+  Tensor sums = torch::stable::new_empty(v, {num_groups}), counts = torch::stable::new_empty(g, {num_groups});
   const int64_t* pg = g.const_data_ptr<int64_t>();
-  int64_t* pc = counts.mutable_data_ptr<int64_t>();
-  wide ? accumulate<double>(v, pg, num_groups, sums, pc) : accumulate<float>(v, pg, num_groups, sums, pc);
+  wide ? accumulate<double>(v, pg, sums, counts) : accumulate<float>(v, pg, sums, counts);
   return {sums, counts};
 }
 
@@ -84,10 +104,7 @@ Tensor gradient(const std::optional<Tensor>& mean, const std::optional<Tensor>& 
   Tensor out = torch::stable::new_empty(counts, {groups.numel()}, scalar_type<T>());
   T* d = out.mutable_data_ptr<T>();
   const int64_t* y = groups.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < groups.numel(); ++i) {
-    STD_TORCH_CHECK(y[i] >= 0 && y[i] < num_groups, "group_risk_backward: group outside [0, ", num_groups, ")");
-    d[i] = weight[y[i]];
-  }
+  for (int64_t i = 0, n = groups.numel(); i < n; ++i) d[i] = weight[y[i]];
   return out;
 }
 
@@ -98,6 +115,7 @@ Tensor group_risk_backward(const std::optional<Tensor>& mean, const std::optiona
   STD_TORCH_CHECK(y.dim() == 1 && c.dim() == 1 && worst_group.numel() == 1 && (!mean || mean->numel() == c.numel()) &&
                       (!worst || worst->numel() == 1),
                   "group_risk_backward: mean and counts must be (G,), worst and worst_group of one element");
+  check_range(y, c.numel());
   const int64_t index = *contiguous_as(worst_group, ScalarType::Long).const_data_ptr<int64_t>();
   STD_TORCH_CHECK(index >= 0 && index < c.numel(), "group_risk_backward: worst_group outside [0, G)");
   const bool wide = (mean ? *mean : *worst).scalar_type() == ScalarType::Double;

@@ -130,7 +130,7 @@ Tensor checked(const Tensor& logits, const Tensor& labels) {
                   "misalignment_penalty: logits and labels must be (n, k) and (n,), k at least 1");
   const Tensor wide = contiguous_as(labels, ScalarType::Long);
   const int64_t *p = wide.const_data_ptr<int64_t>(), k = logits.size(1);
-  for (int64_t i = 0; i < wide.numel(); ++i)
+  for (int64_t i = 0, n = wide.numel(); i < n; ++i)
     STD_TORCH_CHECK(p[i] >= 0 && p[i] < k, "label ", p[i], " at index ", i, " is outside [0, ", k, ")");
   return wide;
 }

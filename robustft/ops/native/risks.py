@@ -9,7 +9,19 @@ from __future__ import annotations
 import torch
 
 from robustft.ops import reference
-from robustft.ops.native.registration import accumulation_dtype, differentiable, fake
+from robustft.ops.native.registration import accumulation_dtype, call, differentiable, fake
+
+
+def group_risk(losses, groups, num_groups):
+    return call("group_risk", losses, groups, num_groups)
+
+
+def misalignment_penalty(logits, labels, variant, top1):
+    return call("misalignment_penalty", logits, labels, variant, top1)
+
+
+def cvar(losses, alpha):
+    return call("cvar", losses, alpha)
 
 
 def _group_risk(losses, groups, num_groups):
