@@ -245,6 +245,8 @@ def misalignment_penalty(
     Source: CMP, arXiv 2501.17595.
     Raises: ValueError or TypeError naming the argument.
     """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits is {type(logits).__name__}; expected a tensor (N, K)")
     if logits.dim() != 2 or logits.dtype not in arguments.FLOATS or logits.numel() == 0:
         raise ValueError(f"logits is {tuple(logits.shape)} {logits.dtype}; expected floating (N, K), not empty")
     labels = arguments.class_labels(labels, *logits.shape, logits.device)
@@ -362,6 +364,8 @@ def orthogonality_penalty(projection: Tensor, *, squared: bool = False) -> Tenso
         raise ValueError(
             f"projection is {tuple(projection.shape)} {projection.dtype}; expected a floating (P, D) matrix"
         )
+    # Plain torch: three products of matrices are all its time. The symmetry of the residual would save one of them, at
+    # the price of a gradient that cannot be differentiated again.
     w = reference.widen(projection)
     residual = w.T @ w - torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
     return residual.square().sum() if squared else torch.linalg.vector_norm(residual)

@@ -110,7 +110,7 @@ def group_weights(weights: Tensor, step_size: float) -> None:
         raise ValueError(f"step_size is {step_size}; expected a finite number, not negative")
     if weights.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    lowest, highest = (float(end) for end in weights.aminmax())
+    lowest, highest = (float(end) for end in weights.detach().aminmax())
     if lowest < 0 or highest == 0:
         raise ValueError(f"weights holds {lowest}..{highest}; expected none negative and not all zero")
 
