@@ -24,6 +24,19 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "Tensor similarity, Tensor coefficients, bool top1) -> (Tensor dx, Tensor dw, Tensor db)");
   // cpu/group_risk.cpp, cuda/group_risk.cu
   m.def("group_sums(Tensor values, Tensor groups, int num_groups) -> (Tensor sums, Tensor counts)");
+  // With autograd, compiled whole: cpu/group_risk.cpp; other devices compose it from group_sums
+  m.def(
+      "group_risk(Tensor losses, Tensor groups, int num_groups) "
+      "-> (Tensor mean, Tensor worst, Tensor worst_group, Tensor counts)");
+  m.def("group_risk_backward(Tensor? mean, Tensor? worst, Tensor groups, Tensor worst_group, Tensor counts) -> Tensor");
+  // cpu/misalignment.cpp
+  m.def(
+      "misalignment_penalty(Tensor logits, Tensor labels, str variant, bool top1) "
+      "-> (Tensor penalty, Tensor errors, Tensor kept)");
+  m.def("misalignment_penalty_backward(Tensor grad, Tensor logits, Tensor labels, bool top1, Tensor kept) -> Tensor");
+  // cpu/cvar.cpp
+  m.def("cvar(Tensor losses, float alpha) -> (Tensor value, Tensor boundary)");
+  m.def("cvar_backward(Tensor grad, Tensor losses, float alpha, Tensor boundary) -> Tensor");
 
   // Losses, composed from the kernels for every device, with autograd: robustft/ops/native.py
   m.def(

@@ -21,6 +21,8 @@ OPERATORS = {
     "contrastive_loss": "similarity_statistics",
     "contrastive_distillation_loss": "similarity_statistics",
     "classification_loss": "class_statistics",
+    "misalignment_penalty": "misalignment_penalty",
+    "cvar": "cvar",
     "group_risk": "group_sums",
 }
 """The public operators that have a compiled body, and the kernel that decides whether it is used."""
@@ -129,6 +131,8 @@ def _operators() -> Iterator[Check]:
             "contrastive_loss": rf.contrastive_loss(x, t, s, labels=labels, label_smoothing=0.1),
             "contrastive_distillation_loss": sum(rf.contrastive_distillation_loss(x, t, s, xt, tt, 9.0)),
             "classification_loss": sum(rf.classification_loss(x, t[:12], labels, s)),
+            "misalignment_penalty": rf.misalignment_penalty(s * x @ t[:12].T, labels),
+            "cvar": rf.cvar(s * (x * t).sum(1), 0.3),
         }
         values = {name: [loss, *torch.autograd.grad(loss, (x, t, s))] for name, loss in losses.items()}
         values["group_risk"] = [*rf.group_risk(x[:, 0], labels, 12)]

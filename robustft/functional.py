@@ -21,6 +21,7 @@ from torch import Tensor
 
 from robustft.ops import arguments, reference
 from robustft.ops.dispatch import use_native
+from robustft.ops.native import risks
 
 KEEP_BYTES = 64 * 2**20
 """Class similarities up to this size are kept for the backward; larger ones are multiplied again."""
@@ -52,6 +53,15 @@ class GroupRisk(NamedTuple):
 
     mean: Tensor
     worst: Tensor
+    counts: Tensor
+
+
+class GroupDRO(NamedTuple):
+    """The objective (0-d), the groups' weights for the next batch (G,), mean risk (G,) and sizes (G,)."""
+
+    loss: Tensor
+    weights: Tensor
+    mean: Tensor
     counts: Tensor
 
 
@@ -244,9 +254,13 @@ def misalignment_penalty(
             class (0 when there is none).
         reduction: "mean", "sum" or "none".
 
-    Gradient reaches logits. Memory: a few N x K temporaries; `classification_loss` has none.
+    Gradient reaches logits, exactly 0 in rows without a misranked class. A NaN in a row makes its penalty NaN.
+    Memory: the gradient (N, K) and O(N); the eager reference holds a few N x K temporaries.
     Source: CMP, arXiv 2501.17595.
+    Raises: ValueError or TypeError naming the argument.
     """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits is {type(logits).__name__}; expected a tensor (N, K)")
     if logits.dim() != 2 or logits.dtype not in arguments.FLOATS or logits.numel() == 0:
         raise ValueError(f"logits is {tuple(logits.shape)} {logits.dtype}; expected floating (N, K), not empty")
     labels = arguments.class_labels(labels, *logits.shape, logits.device)
@@ -254,10 +268,13 @@ def misalignment_penalty(
     arguments.check_reduction(reduction)
     if average not in ("batch", "errors"):
         raise ValueError(f"average is {average!r}; expected 'batch' or 'errors'")
-    z = reference.widen(logits)
-    penalty = reference.misalignment(z, labels, variant, top1)
+    if use_native("misalignment_penalty", logits.device):
+        penalty, errors, _ = risks.misalignment_penalty(logits, labels, variant, top1)
+    else:
+        z = reference.widen(logits)
+        penalty = reference.misalignment(z, labels, variant, top1)
+        errors = (~(z <= z.gather(1, labels[:, None]))).any(1).sum()
     if reduction == "mean" and average == "errors":
-        errors = (z > z.gather(1, labels[:, None])).any(1).sum()
         return penalty.sum() / errors.clamp(min=1)
     return _reduce(penalty, None, reduction)
 
@@ -328,20 +345,21 @@ def cvar(losses: Tensor, alpha: float) -> Tensor:
     """Conditional value at risk: the mean of the worst fraction `alpha` of the losses, 0-d.
 
     With alpha N not whole, the next loss counts with the remainder: CVaR is continuous in alpha, alpha = 1 is the
-    mean, alpha <= 1/N the maximum. Among equal losses the earlier come first.
+    mean, alpha <= 1/N the maximum. Among equal losses the earlier come first. A NaN counts as the worst loss; losses
+    that do not count may be infinite.
 
     Args:
         losses: (N,) per-sample losses. alpha: in (0, 1].
 
-    Gradient reaches the losses that count.
+    Gradient reaches the losses that count. Time and memory: O(N).
     Source: Rockafellar and Uryasev 2000; as a training objective, Levy et al. 2020 (arXiv 2010.05893), section 2.
     """
-    if losses.dim() != 1 or losses.dtype not in arguments.FLOATS or len(losses) == 0:
-        raise ValueError(f"losses is {tuple(losses.shape)} {losses.dtype}; expected floating (N,), not empty")
+    arguments.loss_vector(losses)
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a fraction in (0, 1]")
-    wide = reference.widen(losses)
-    return (reference.cvar_weights(wide.detach(), alpha) * wide).sum()
+    if use_native("cvar", losses.device):
+        return risks.cvar(losses, alpha)[0]
+    return reference.cvar(reference.widen(losses), alpha)
 
 
 @arguments.own_precision
@@ -360,6 +378,8 @@ def orthogonality_penalty(projection: Tensor, *, squared: bool = False) -> Tenso
         raise ValueError(
             f"projection is {tuple(projection.shape)} {projection.dtype}; expected a floating (P, D) matrix"
         )
+    # Plain torch: three products of matrices are all its time. The symmetry of the residual would save one of them, at
+    # the price of a gradient that cannot be differentiated again.
     w = reference.widen(projection)
     residual = w.T @ w - torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
     return residual.square().sum() if squared else torch.linalg.vector_norm(residual)
@@ -394,23 +414,86 @@ def group_risk(losses: Tensor, groups: Tensor, num_groups: int) -> GroupRisk:
     Gradients reach `losses`, through `mean` and through `worst` (the first of equal maxima).
     Source: Sagawa et al. 2020 (arXiv 1911.08731), the group risks of section 2.
     """
-    if losses.dim() != 1 or losses.dtype not in arguments.FLOATS or len(losses) == 0:
-        raise ValueError(f"losses is {tuple(losses.shape)} {losses.dtype}; expected floating (N,), not empty")
-    if groups.shape != losses.shape or groups.dtype.is_floating_point or groups.device != losses.device:
-        raise ValueError(
-            f"groups is {tuple(groups.shape)} {groups.dtype} on {groups.device}; expected integers "
-            f"{tuple(losses.shape)} on {losses.device}, as losses"
-        )
-    if num_groups < 1:
-        raise ValueError(f"num_groups is {num_groups}; expected at least 1")
-    if groups.device.type == "cpu" and len(groups) and (groups.min() < 0 or groups.max() >= num_groups):
-        raise ValueError(f"groups holds {groups.min()}..{groups.max()}; expected values in [0, {num_groups})")
-    groups = groups.long()
-    sums_of = torch.ops.robustft.group_sums if use_native("group_sums", losses.device) else reference.group_sums
-    sums, counts = sums_of(losses, groups, num_groups)
-    mean = sums / counts.clamp(min=1)
-    worst = mean.masked_fill(counts == 0, -torch.inf)
-    return GroupRisk(mean, worst[worst.argmax()], counts)
+    arguments.loss_vector(losses)
+    groups = arguments.group_indices(groups, losses, num_groups)
+    return _group_risk(losses, groups, num_groups)
+
+
+@arguments.own_precision
+def group_dro_weights(weights: Tensor, group_means: Tensor, step_size: float, counts: Tensor | None = None) -> Tensor:
+    """Group DRO's weights after one exponentiated-gradient step: `q_g exp(step_size * risk_g)`, normalised.
+
+    Computed as a softmax of `log q + step_size * risk`, so large risks cannot overflow. A weight of 0 stays 0.
+
+    Args:
+        weights: (G,) q, float32 or float64, not negative; a scale of their own drops out. Start from `1 / G` each.
+        group_means: (G,) risk of each group, as `group_risk(...).mean`.
+        step_size: eta, not negative; Sagawa et al. use 0.01.
+        counts: (G,) sizes of the groups. Groups of size 0 count as of risk 0, whatever `group_means` holds there: what
+            they weigh relative to each other stays. Needed only if the means of absent groups are not 0 already.
+
+    No gradient. A NaN risk makes every weight NaN: skip the update of a step whose losses are not finite.
+    Source: Sagawa et al. 2020 (arXiv 1911.08731), algorithm 1.
+    Raises: ValueError or TypeError naming the argument.
+    """
+    arguments.group_weights(weights, step_size)
+    if not isinstance(group_means, Tensor):
+        raise TypeError(f"group_means is {type(group_means).__name__}; expected a tensor {tuple(weights.shape)}")
+    for name, vector in (("group_means", group_means), ("counts", counts)):
+        if vector is not None and (vector.shape != weights.shape or vector.device != weights.device):
+            raise ValueError(
+                f"{name} is {tuple(vector.shape)} on {vector.device}; expected {tuple(weights.shape)} on "
+                f"{weights.device}, as weights"
+            )
+    risk = group_means if counts is None else torch.where(counts > 0, group_means, 0.0)
+    return _reweighted(weights, risk, step_size)
+
+
+@arguments.own_precision
+def group_dro(losses: Tensor, groups: Tensor, weights: Tensor, step_size: float) -> GroupDRO:
+    """Group DRO's objective: updates the groups' weights, then weighs the groups' mean losses by them.
+
+        mean_g = the mean loss of group g, 0 if it is absent from the batch
+        q'     = group_dro_weights(q, mean, step_size)
+        loss   = sum_g q'_g mean_g
+
+    Keep the returned weights for the next batch:
+
+        weights = torch.full((num_groups,), 1 / num_groups)
+        for ...:
+            loss, weights, *_ = group_dro(losses, groups, weights, 0.01)
+
+    Args:
+        losses: (N,) per-sample losses.
+        groups: (N,) integers in [0, G).
+        weights: (G,) q before this batch, float32 or float64, on the losses' device.
+        step_size: eta of the update, not negative; 0 keeps the weights as they are, normalised.
+
+    Gradient reaches `losses`, with the updated weights held constant; `mean` carries one too.
+    Memory: O(N + G). Deterministic on the CPU; nothing waits for a GPU.
+    Source: Sagawa et al. 2020 (arXiv 1911.08731), algorithm 1; absent groups as in the authors' code.
+    Raises: ValueError or TypeError naming the argument.
+    """
+    arguments.loss_vector(losses)
+    arguments.group_weights(weights, step_size)
+    if weights.device != losses.device:
+        raise ValueError(f"weights is on {weights.device}; expected {losses.device}, as losses")
+    groups = arguments.group_indices(groups, losses, len(weights))
+    mean, _, counts = _group_risk(losses, groups, len(weights))
+    updated = _reweighted(weights, mean, step_size)
+    return GroupDRO(torch.dot(updated.to(mean.dtype), mean), updated, mean, counts)
+
+
+def _group_risk(losses: Tensor, groups: Tensor, num_groups: int) -> GroupRisk:
+    ops = risks if use_native("group_sums", losses.device) else reference
+    mean, worst, _, counts = ops.group_risk(losses, groups, num_groups)
+    return GroupRisk(mean, worst, counts)
+
+
+def _reweighted(weights: Tensor, risk: Tensor, step_size: float) -> Tensor:
+    # Plain torch operations: for G numbers a kernel would cost as much in its call as it saved.
+    with torch.no_grad():
+        return torch.softmax(torch.add(weights.log(), risk.to(weights.dtype), alpha=step_size), 0)
 
 
 def _keeps_similarities(x: Tensor, w: Tensor) -> bool:

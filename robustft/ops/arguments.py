@@ -83,10 +83,56 @@ def class_labels(labels: Tensor, n: int, k: int, device: torch.device) -> Tensor
     if labels is None:
         raise TypeError(f"labels is None; expected a tensor of integers ({n},)")
     check_sample_labels(labels, n, device)
-    # On a GPU the check would wait for it.
-    if device.type == "cpu" and not torch.compiler.is_compiling() and (labels.min() < 0 or labels.max() >= k):
-        raise ValueError(f"labels holds {labels.min()}..{labels.max()}; expected values in [0, {k}), K = {k} classes")
+    check_range("labels", labels, k, f", K = {k} classes")
     return labels.long()
+
+
+def check_range(name: str, values: Tensor, limit: int, meaning: str = "") -> None:
+    """Integers in [0, limit), where looking does not mean waiting for a GPU or breaking a graph."""
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    lowest, highest = (int(end) for end in values.aminmax())
+    if lowest < 0 or highest >= limit:
+        raise ValueError(f"{name} holds {lowest}..{highest}; expected values in [0, {limit}){meaning}")
+
+
+def loss_vector(losses: Tensor) -> None:
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"losses is {type(losses).__name__}; expected a tensor (N,)")
+    if losses.dim() != 1 or losses.dtype not in FLOATS or len(losses) == 0:
+        raise ValueError(f"losses is {tuple(losses.shape)} {losses.dtype}; expected floating (N,), not empty")
+
+
+def group_weights(weights: Tensor, step_size: float) -> None:
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights is {type(weights).__name__}; expected a tensor (G,)")
+    if weights.dim() != 1 or weights.dtype not in (torch.float32, torch.float64) or len(weights) == 0:
+        raise ValueError(
+            f"weights is {tuple(weights.shape)} {weights.dtype}; expected float32 or float64 (G,), not empty"
+        )
+    if not 0 <= step_size < float("inf"):
+        raise ValueError(f"step_size is {step_size}; expected a finite number, not negative")
+    if weights.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    lowest, highest = (float(end) for end in weights.detach().aminmax())
+    if lowest < 0 or highest == 0:
+        raise ValueError(f"weights holds {lowest}..{highest}; expected none negative and not all zero")
+
+
+def group_indices(groups: Tensor, losses: Tensor, num_groups: int) -> Tensor:
+    """Checked, as int64."""
+    if not isinstance(groups, Tensor):
+        raise TypeError(f"groups is {type(groups).__name__}; expected a tensor of integers {tuple(losses.shape)}")
+    integral = not (groups.dtype.is_floating_point or groups.dtype.is_complex or groups.dtype == torch.bool)
+    if groups.shape != losses.shape or not integral or groups.device != losses.device:
+        raise ValueError(
+            f"groups is {tuple(groups.shape)} {groups.dtype} on {groups.device}; expected integers "
+            f"{tuple(losses.shape)} on {losses.device}, as losses"
+        )
+    if num_groups < 1:
+        raise ValueError(f"num_groups is {num_groups}; expected at least 1")
+    check_range("groups", groups, num_groups)
+    return groups.long()
 
 
 def check_variant(variant: str) -> None:

@@ -51,6 +51,18 @@ def group_sums(values: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor,
     return sums, torch.bincount(groups, minlength=num_groups)
 
 
+def risk_of_sums(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(G,) mean of each group, 0 where empty; the first largest of the others' and its group; the counts."""
+    mean = sums / counts.clamp(min=1)
+    worst_group = mean.masked_fill(counts == 0, -torch.inf).argmax()
+    return mean, mean[worst_group], worst_group, counts
+
+
+def group_risk(losses: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`risk_of_sums` of the losses."""
+    return risk_of_sums(*group_sums(losses, groups, num_groups))
+
+
 def similarity_statistics(
     x: Tensor, t: Tensor, s: Tensor, x_labels: Tensor, t_labels: Tensor,
     xt: Tensor | None, tt: Tensor | None, st: Tensor | None,
@@ -112,10 +124,10 @@ def misalignment(z: Tensor, labels: Tensor, variant: str, top1: bool) -> Tensor:
     """(N,): the penalty on the classes that rank strictly above the label, 0 where none does.
 
     With L = logsumexp over those classes - z_y and R = exp(-L): "neg_log_ratio" L, "neg_ratio" 1 - R, "softplus"
-    log(1 + 1/R), "ratio" R.
+    log(1 + 1/R), "ratio" R. NaN counts as above the label, so that a row with one has a penalty of NaN.
     """
     z_label = z.gather(1, labels[:, None])
-    above = z > z_label
+    above = ~(z <= z_label)
     if top1:
         above &= torch.zeros_like(above).scatter(1, z.argmax(1, keepdim=True), True)
     wrong = above.any(1)
@@ -145,3 +157,9 @@ def cvar_weights(losses: Tensor, alpha: float) -> Tensor:
     order = losses.sort(descending=True, stable=True).indices
     share = (budget - torch.arange(n, dtype=losses.dtype, device=losses.device)).clamp(0, 1) / budget
     return torch.empty_like(losses).scatter(0, order, share)
+
+
+def cvar(losses: Tensor, alpha: float) -> Tensor:
+    """0-d: the weighted sum of the losses that count; what does not count may be infinite."""
+    weights = cvar_weights(losses.detach(), alpha)
+    return (weights * torch.where(weights > 0, losses, 0.0)).sum()

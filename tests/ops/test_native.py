@@ -64,6 +64,23 @@ def test_kernels_pass_opcheck():
     torch.library.opcheck(kernels.group_sums.default, (x[:, 0].contiguous(), labels, 6))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_operators_on_losses_pass_opcheck(dtype):
+    ops, labels = torch.ops.robustft, torch.arange(9) // 2
+    z = torch.randn(9, 5).to(dtype).requires_grad_()
+    losses = torch.randn(9).to(dtype).requires_grad_()
+    for top1 in (False, True):
+        torch.library.opcheck(ops.misalignment_penalty.default, (z, labels, "softplus", top1))
+    kept = ops.misalignment_penalty(z, labels, "softplus", False)[2].detach()
+    torch.library.opcheck(ops.misalignment_penalty_backward.default, (kept[0], z.detach(), labels, False, kept))
+    torch.library.opcheck(ops.cvar.default, (losses, 0.3))
+    value, boundary = ops.cvar(losses.detach(), 0.3)
+    torch.library.opcheck(ops.cvar_backward.default, (value, losses.detach(), 0.3, boundary))
+    torch.library.opcheck(ops.group_risk.default, (losses, labels, 6))
+    mean, worst, group, counts = ops.group_risk(losses.detach(), labels, 6)
+    torch.library.opcheck(ops.group_risk_backward.default, (mean, None, labels, group, counts))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_contrastive_loss_passes_gradcheck(smoothing, with_labels):
@@ -117,6 +134,35 @@ def test_losses_compile_without_a_graph_break(dynamic):
         expected = torch.autograd.grad(objective(x, t, s, *teacher[:2]), (x, t, s))
         actual = torch.autograd.grad(compiled(x, t, s, *teacher[:2]), (x, t, s))
         torch.testing.assert_close(actual, expected)
+
+
+def test_risks_compile_without_a_graph_break():
+    labels, weights = torch.arange(9) % 4, torch.full((4,), 0.25)
+
+    def objective(z):
+        each = rf.misalignment_penalty(z, labels, reduction="none")
+        errors = rf.misalignment_penalty(z, labels, average="errors")
+        risk = rf.group_risk(each, labels, 4)
+        return rf.cvar(each, 0.3) + errors + risk.worst + rf.group_dro(each, labels, weights, 0.1).loss
+
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    z = torch.randn(9, 6, requires_grad=True)
+    torch.testing.assert_close(compiled(z), objective(z))
+    torch.testing.assert_close(*(torch.autograd.grad(f(z), z) for f in (compiled, objective)))
+
+
+@pytest.mark.parametrize("name", ["misalignment_penalty", "cvar", "group_risk"])
+def test_second_derivative_of_risks_is_refused(name):
+    z, labels = torch.randn(9, 5, requires_grad=True), torch.arange(9) % 4
+    value = {
+        "misalignment_penalty": lambda: rf.misalignment_penalty(z, labels, variant="softplus"),
+        "cvar": lambda: rf.cvar(z[:, 0].square(), 0.3),
+        "group_risk": lambda: rf.group_risk(z[:, 0].square(), labels, 4).worst,
+    }[name]()
+    value = value.square()  # so that the gradient depends on z through the loss's own
+    (first,) = torch.autograd.grad(value, z, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(first.sum(), z)
 
 
 def test_fake_tensors_give_the_real_shapes_and_dtypes():
@@ -203,6 +249,11 @@ for dtype in (torch.float32, torch.float64):
     loss = terms.contrastive + 1.5 * terms.distillation + rf.contrastive_loss(x, t, s, label_smoothing=0.1)
     loss = loss + sum(rf.classification_loss(x, t[:101], labels % 101, s, bias=t[:101, 0]))
     out += [loss, *torch.autograd.grad(loss, (x, t, s))]
+    for half in (dtype, torch.bfloat16, torch.float16):
+        z = (60 * x.detach()).to(half).requires_grad_()
+        each = rf.misalignment_penalty(z, labels % 37, variant="softplus", reduction="none")
+        risk = rf.cvar(each, 0.3) + rf.group_risk(each, labels % 11, 11).worst
+        out += [each, *(g.to(dtype) for g in torch.autograd.grad(risk, z))]
 torch.save([o.detach() for o in out], sys.argv[4])
 """
 

@@ -13,6 +13,8 @@ KERNELS = (
     "class_gradient",
     "vector_exp",
     "group_sums",
+    "misalignment_penalty",
+    "cvar",
 )
 """The operators with an implementation a device."""
 
