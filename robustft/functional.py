@@ -21,7 +21,7 @@ from torch import Tensor
 
 from robustft.ops import arguments, reference
 from robustft.ops.dispatch import use_native
-from robustft.ops.native import risks
+from robustft.ops.native import contrastive, risks
 
 KEEP_BYTES = 64 * 2**20
 """Class similarities up to this size are kept for the backward; larger ones are multiplied again."""
@@ -116,7 +116,7 @@ def contrastive_loss(
         return sharded_contrastive_loss(x, t, s, labels, label_smoothing, weight, reduction, group, memory)
     if use_native("similarity_statistics", x.device):
         keep = arguments.keeps(memory, n, n, x.dtype, 1) and torch.is_grad_enabled()
-        losses = torch.ops.robustft.contrastive_loss(x, t, s, labels, label_smoothing, keep)[0]
+        losses = contrastive.contrastive_loss(x, t, s, labels, label_smoothing, keep)
     else:
         losses = reference.contrastive_loss(x, t, s, labels, label_smoothing)
     return _reduce(losses, weight, reduction)
@@ -176,7 +176,7 @@ def contrastive_distillation_loss(
         )
     if use_native("similarity_statistics", x.device):
         keep = arguments.keeps(memory, n, n, x.dtype, 2) and torch.is_grad_enabled()
-        terms = torch.ops.robustft.contrastive_distillation_loss(x, t, s, xt, tt, st, labels, keep)[:2]
+        terms = contrastive.contrastive_distillation_loss(x, t, s, xt, tt, st, labels, keep)
     else:
         terms = reference.contrastive_distillation_loss(x, t, s, xt, tt, st, labels)
     return ContrastiveTerms(*(_reduce(term, weight, reduction) for term in terms))
