@@ -22,6 +22,16 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "Tensor similarity, Tensor coefficients, bool top1) -> (Tensor dx, Tensor dw, Tensor db)");
   // cpu/group_risk.cpp, cuda/group_risk.cu
   m.def("group_sums(Tensor values, Tensor groups, int num_groups) -> (Tensor sums, Tensor counts)");
+  // cpu/neighbor_pack.cpp, cpu/neighbors.cpp
+  m.def(
+      "neighbor_pack(Tensor points, int samples) "
+      "-> (Tensor centre, Tensor bias, Tensor filter, Tensor sample, Tensor bounds)");
+  m.def(
+      "kth_neighbor_distance(Tensor queries, Tensor points, Tensor centre, Tensor bias, Tensor filter, Tensor sample, "
+      "Tensor bounds, int k, bool squared) -> Tensor");
+  m.def(
+      "nearest_neighbors(Tensor queries, Tensor points, Tensor centre, Tensor bias, Tensor filter, Tensor sample, "
+      "Tensor bounds, int k, bool squared) -> (Tensor distances, Tensor indices)");
 
   // Losses, composed from the kernels for every device, with autograd: robustft/ops/native.py
   m.def(
