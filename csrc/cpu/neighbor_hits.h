@@ -38,6 +38,9 @@ class Hits {
       if (counts[r] + more > rooms_[r]) make_room(r, more);
   }
 
+  // k points are known to score at least this: one that scores 2 eps less cannot matter.
+  void raise(int64_t r, T score) { thresholds[r] = std::max(thresholds[r], below<T>(score - 2 * eps_[r])); }
+
   // The query had more hits than there is memory for; what it has is worthless.
   bool overflowed(int64_t r) const { return thresholds[r] == std::numeric_limits<T>::infinity(); }
 
@@ -46,14 +49,13 @@ class Hits {
   std::vector<int64_t> counts;
 
  private:
-  // Once k points are known, no point that scores 2 eps less than the k-th of them can matter.
   void make_room(size_t r, int64_t more) {
     Hit<T>* hits = data[r];
     if (counts[r] >= k_) {
       std::nth_element(hits, hits + (k_ - 1), hits + counts[r],
                        [](const Hit<T>& a, const Hit<T>& b) { return a.score > b.score; });
-      const T least = std::max(thresholds[r], below<T>(hits[k_ - 1].score - 2 * eps_[r]));
-      thresholds[r] = least;
+      raise(r, hits[k_ - 1].score);
+      const T least = thresholds[r];
       counts[r] = std::partition(hits, hits + counts[r], [=](const Hit<T>& h) { return h.score >= least; }) - hits;
     }
     if (counts[r] + more <= rooms_[r] && counts[r] <= rooms_[r] / 2) return;

@@ -196,9 +196,9 @@ class Search {
         const int64_t rows = std::min(step, left.count - i);
         multiply(left, i, rows, *sample_, 0, m, scores, m);
         for (int64_t r = 0; r < rows; ++r) {
-          T threshold;
-          ROBUSTFT_CALL(sample_threshold<T>, scores + r * m, bias.data(), m, rank_, &threshold);
-          thresholds[i + r] = below<T>(threshold - 2 * eps[i + r]);
+          T score;
+          ROBUSTFT_CALL(score_reached<T>, scores + r * m, bias.data(), m, rank_, &score);
+          thresholds[i + r] = below<T>(score - 2 * eps[i + r]);
         }
       }
     });
@@ -220,8 +220,15 @@ class Search {
       }
       multiply(left, 0, left.count, RightMatrix<T>(w.centred.data(), count, d, nullptr), 0, count, scores, count);
     }
+    const T* bias = set_.bias.template const_data_ptr<T>() + begin;
+    for (int64_t r = 0; r < left.count; ++r)
+      if (hits.thresholds[r] == -std::numeric_limits<T>::infinity() && 2 * k_ <= count) {
+        T score;  // without a guess the first tile gives a threshold, for certain
+        ROBUSTFT_CALL(score_reached<T>, scores + r * count, bias, count, k_, &score);
+        hits.raise(r, score);
+      }
     hits.reserve(count);
-    const Scores<T> tile{scores, set_.bias.template const_data_ptr<T>() + begin, left.count, count, count, begin};
+    const Scores<T> tile{scores, bias, left.count, count, count, begin};
     ROBUSTFT_CALL(collect<T>, tile, hits.thresholds.data(), hits.data.data(), hits.counts.data());
   }
 

@@ -29,7 +29,7 @@ struct Scores {
   template <class T>                                                                                          \
   void centre_row(const T* x, const T* c, int64_t d, bool bf16, T* out, RowNorms* norms);                     \
   template <class T>                                                                                          \
-  void sample_threshold(T* products, const T* bias, int64_t count, int64_t rank, T* threshold);               \
+  void score_reached(const T* products, const T* bias, int64_t count, int64_t rank, T* score);                \
   template <class T>                                                                                          \
   void collect(const Scores<T>& scores, const T* thresholds, Hit<T>* const* hits, int64_t* counts);           \
   template <class T>                                                                                          \

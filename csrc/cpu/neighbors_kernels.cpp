@@ -35,10 +35,15 @@ struct Narrow {
 template <class T>
 using NarrowVec = typename Narrow<T>::Vec;
 
-template <class T>
-inline Vec<double> widen(NarrowVec<T> v) {
-  return __builtin_convertvector(v, Vec<double>);
-}
+// gcc 12 converts vectors in halves and joins them.
+#if defined(__AVX512F__)
+inline Vec<double> widen(NarrowVec<float> v) { return (Vec<double>)_mm512_maskz_cvtps_pd(0xff, (__m256)v); }
+#elif defined(__AVX2__)
+inline Vec<double> widen(NarrowVec<float> v) { return (Vec<double>)_mm256_cvtps_pd((__m128)v); }
+#else
+inline Vec<double> widen(NarrowVec<float> v) { return __builtin_convertvector(v, Vec<double>); }
+#endif
+inline Vec<double> widen(Vec<double> v) { return v; }
 
 // v less v rounded to bfloat16, rounded as amx_kernels.cpp does.
 inline NarrowVec<float> bf16_residual(NarrowVec<float> v) {
@@ -66,25 +71,26 @@ void centre_row(const T* x, const T* c, int64_t d, bool bf16, T* out, RowNorms* 
       v -= lanes == kWide ? load<N>(c + j) : load_partial<N>(c + j, lanes, T(0));
       lanes == kWide ? store(out + j, v) : store_partial(out + j, v, lanes);
     }
-    squared += widen<T>(v) * widen<T>(v);
+    squared += widen(v) * widen(v);
     if (bf16) {
-      const Vec<double> e = widen<T>(bf16_residual(v));
+      const Vec<double> e = widen(bf16_residual(v));
       residual += e * e;
     }
   }
-  const double nothing = reduce_sum<double>(widen<T>(finite));
+  const double nothing = reduce_sum<double>(widen(finite));
   *norms = {reduce_sum<double>(squared) + nothing, reduce_sum<double>(residual) + nothing};
 }
 
 // A value that at least `rank` of the scores reach, and not many more: bisection between the least and the greatest.
-// The scores replace the products.
 template <class T>
-void sample_threshold(T* products, const T* bias, int64_t count, int64_t rank, T* threshold) {
+void score_reached(const T* products, const T* bias, int64_t count, int64_t rank, T* score) {
   const T infinity = __builtin_inf();
   Vec<T> least = Vec<T>{} + infinity, greatest = -least;
+  auto scores = [&](int64_t j, int64_t lanes, T fill) {
+    return load_lanes<Vec<T>>(products + j, lanes, fill) - load_lanes<Vec<T>>(bias + j, lanes, T(0));
+  };
   for_each_vector<T>(count, [&](int64_t j, int64_t lanes) {
-    const Vec<T> v = load_lanes<Vec<T>>(products + j, lanes, infinity) - load_lanes<Vec<T>>(bias + j, lanes, T(0));
-    store_lanes(products + j, v, lanes);
+    const Vec<T> v = scores(j, lanes, infinity);
     least = v < least ? v : least;
     greatest = (v > greatest) & (v != infinity) ? v : greatest;
   });
@@ -94,14 +100,14 @@ void sample_threshold(T* products, const T* bias, int64_t count, int64_t rank, T
     const T middle = low + (high - low) / 2;
     Mask<T> above{};
     for_each_vector<T>(count, [&](int64_t j, int64_t lanes) {
-      above -= load_lanes<Vec<T>>(products + j, lanes, -infinity) >= middle;  // true is -1
+      above -= scores(j, lanes, -infinity) >= middle;  // true is -1
     });
     int64_t reached = 0;
     for (int64_t l = 0; l < kLanes<T>; ++l) reached += above[l];
     (reached >= rank ? low : high) = middle;
     if (reached >= rank && reached <= rank + rank / 4 + 2) break;
   }
-  *threshold = low;
+  *score = low;
 }
 
 // Appends each row's scores of at least its threshold; there must be room for `cols` more.
@@ -138,7 +144,7 @@ void collect(const Scores<T>& scores, const T* thresholds, Hit<T>* const* hits, 
 template <class T>
 void squared_distances(const double* query, const T* points, int64_t d, const int32_t* rows, int64_t count,
                        double* out) {
-  constexpr int64_t kSums = 4, kAhead = 2, kLine = 64 / sizeof(T);
+  constexpr int64_t kSums = 8, kAhead = 2, kLine = 64 / sizeof(T);
   for (int64_t i = 0; i < count; ++i) {
     const T* x = points + (rows ? rows[i] : i) * d;
     if (rows && i + kAhead < count) {
@@ -150,10 +156,11 @@ void squared_distances(const double* query, const T* points, int64_t d, const in
     for (; j + kSums * kWide <= d; j += kSums * kWide)
       for (int64_t u = 0; u < kSums; ++u) {
         const int64_t o = j + u * kWide;
-        const Vec<double> e = load<Vec<double>>(query + o) - widen<T>(load<NarrowVec<T>>(x + o));
+        const Vec<double> e = load<Vec<double>>(query + o) - widen(load<NarrowVec<T>>(x + o));
         sums[u] += e * e;
       }
-    double sum = reduce_sum<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    double sum =
+        reduce_sum<double>(((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])));
     for (; j < d; ++j) sum += (query[j] - x[j]) * (query[j] - x[j]);
     out[i] = sum;
   }
@@ -161,7 +168,7 @@ void squared_distances(const double* query, const T* points, int64_t d, const in
 
 #define ROBUSTFT_INSTANTIATE(T)                                                   \
   template void centre_row<T>(const T*, const T*, int64_t, bool, T*, RowNorms*);  \
-  template void sample_threshold<T>(T*, const T*, int64_t, int64_t, T*);          \
+  template void score_reached<T>(const T*, const T*, int64_t, int64_t, T*);       \
   template void collect<T>(const Scores<T>&, const T*, Hit<T>* const*, int64_t*); \
   template void squared_distances<T>(const double*, const T*, int64_t, const int32_t*, int64_t, double*);
 ROBUSTFT_INSTANTIATE(float)
