@@ -63,13 +63,15 @@ class NeighborIndex:
     def add(self, points: Tensor) -> NeighborIndex:
         """Appends points (M, D); returns self. The next search prepares all points again, so add many at once."""
         first = self._parts[0]
-        added = arguments.neighbor_points(points)
+        added = arguments.neighbor_points(points, may_be_empty=True)
         if added.shape[1] != first.shape[1] or added.device != first.device:
             raise ValueError(
                 f"points is {tuple(added.shape)} on {added.device}; expected (M, {first.shape[1]}) on {first.device}"
             )
         if added.dtype == torch.float64 != first.dtype:
-            raise TypeError("points is torch.float64, the index float32; build it from float64 points, or convert these")
+            raise TypeError(
+                "points is torch.float64, the index float32; build it from float64 points, or convert these"
+            )
         if not added.isfinite().all():
             raise ValueError("points holds NaN or infinity; expected finite numbers")
         self._parts.append(added.to(first.dtype))
@@ -109,7 +111,9 @@ class NeighborIndex:
                     raise ValueError(f"{path} holds no NeighborIndex; its metadata are {metadata}, expected {_FORMAT}")
                 return cls(file.get_tensor("points"))
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file, as NeighborIndex.save writes: {error}") from error
+            raise ValueError(
+                f"{path} is not a whole safetensors file, as NeighborIndex.save writes: {error}"
+            ) from error
 
     def _prepare(self) -> PackedPoints | None:
         if self._packed is None or not neighbors.use_native("neighbor_pack", self.points.device):
@@ -119,5 +123,7 @@ class NeighborIndex:
     def _checked(self, queries: Tensor, k: int) -> tuple[Tensor, int]:
         queries = arguments.neighbor_queries(queries, self.points)
         if queries.dtype == torch.float64 != self.points.dtype:
-            raise TypeError("queries is torch.float64, the index float32; build it from float64 points, or convert these")
+            raise TypeError(
+                "queries is torch.float64, the index float32; build it from float64 points, or convert these"
+            )
         return queries.to(self.points.dtype), arguments.check_neighbors(k, len(self))

@@ -280,7 +280,13 @@ class Search {
     for (size_t done = 0; done < ids.size(); done += kQueries) {
       const int64_t count = std::min<int64_t>(kQueries, ids.size() - done);
       std::vector<double> queries(count * d);
-      for (int64_t i = 0; i < count; ++i) std::copy_n(queries_ + ids[done + i] * d, d, queries.begin() + i * d);
+      for (int64_t i = 0; i < count; ++i) {
+        const T* query = queries_ + ids[done + i] * d;
+        std::copy_n(query, d, queries.begin() + i * d);
+        // An infinite one is NaN away too: infinitely far is what finite ones can be, where squares overflow.
+        if (!std::all_of(query, query + d, [](T x) { return std::isfinite(x); }))
+          queries[i * d] = std::numeric_limits<double>::quiet_NaN();
+      }
       std::vector<Nearest<T>> nearest(parts * count, Nearest<T>(k_));
       torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
         double squared[kRows];

@@ -146,7 +146,7 @@ def memory_budget(memory: str | int) -> int:
     return memory
 
 
-def neighbor_points(points: Tensor, name: str = "points") -> Tensor:
+def neighbor_points(points: Tensor, name: str = "points", may_be_empty: bool = False) -> Tensor:
     """Checked, detached, float64 as it is and anything else as float32."""
     if not isinstance(points, Tensor):
         raise TypeError(f"{name} is {type(points).__name__}; expected a tensor")
@@ -154,15 +154,15 @@ def neighbor_points(points: Tensor, name: str = "points") -> Tensor:
         raise ValueError(f"{name} has shape {tuple(points.shape)}; expected (N, D), D at least 1")
     if points.dtype not in FLOATS:
         raise TypeError(f"{name} is {points.dtype}; expected float64, float32, bfloat16 or float16")
-    if name == "points" and len(points) == 0:
-        raise ValueError(f"points has shape {tuple(points.shape)}; expected at least one point")
+    if len(points) == 0 and not may_be_empty:
+        raise ValueError(f"{name} has shape {tuple(points.shape)}; expected at least one point")
     points = points.detach()
     return points if points.dtype == torch.float64 else points.float()
 
 
 def neighbor_queries(queries: Tensor, points: Tensor) -> Tensor:
     """Checked against the points, detached; may be empty."""
-    queries = neighbor_points(queries, "queries")
+    queries = neighbor_points(queries, "queries", may_be_empty=True)
     if queries.shape[1] != points.shape[1]:
         raise ValueError(f"queries has {queries.shape[1]} dimensions; expected {points.shape[1]}, as points")
     if queries.device != points.device:
