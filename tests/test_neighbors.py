@@ -277,6 +277,19 @@ def test_a_misleading_sample_costs_time_and_never_the_result(misled):
 
 
 @compiled
+def test_thresholds_just_too_high_are_noticed():
+    # In one dimension errors of products are as large as their bound. Scores q x - x^2 / 2 end at q^2 / 2, near 0.5
+    # here; thresholds a little below that cut off some of the k best.
+    points, queries = torch.randn(9000, 1), 1 + 0.01 * torch.randn(64, 1)
+    packed = native.pack(points)
+    expected = brute_force(queries, points).sort(1).values[:, 29]
+    for highest in torch.linspace(0.47, 0.53, 61):
+        misled = packed._replace(sample=torch.full_like(packed.sample, highest))
+        distances = torch.ops.robustft.kth_neighbor_distance(queries, *misled, 30, True)
+        assert relative_error(distances, expected) <= 1e-6
+
+
+@compiled
 def test_an_order_that_gets_ever_nearer_is_searched_exactly():
     points = torch.linspace(4, 1, 30011)[:, None] * normalize(torch.randn(30011, 16), dim=1)
     queries = 0.01 * torch.randn(70, 16)
