@@ -71,7 +71,7 @@ def steps_of(name: str, work: str) -> Work:
     return Work(
         work,
         rows=tuple(Row(work, n, 0) for n in SIZES),
-        quick=(Row(work, 512, 0),),
+        quick=(Row(work, SIZES[0], 0),),
         inputs=inputs,
         candidates=candidates,
         reference=lambda *batch: training(name, "reference")(*batch),

@@ -59,32 +59,32 @@ def eager(queries: Tensor, points: Tensor) -> Tensor:
 
 
 def faiss_search() -> Callable[[Tensor, Tensor], Tensor]:
-    """`IndexFlatL2.search` on an index that the first call fills."""
-    filled = []
+    """`IndexFlatL2.search` on an index that the first call with some points fills."""
+    filled = {}
 
     def search(queries: Tensor, points: Tensor) -> Tensor:
         import faiss
 
         faiss.omp_set_num_threads(torch.get_num_threads())
-        if not filled:
-            filled.append(faiss.IndexFlatL2(points.shape[1]))
-            filled[0].add(points.numpy())
-        return torch.from_numpy(filled[0].search(queries.numpy(), NEIGHBORS)[0][:, -1].copy())
+        if points not in filled:
+            filled[points] = faiss.IndexFlatL2(points.shape[1])
+            filled[points].add(points.numpy())
+        return torch.from_numpy(filled[points].search(queries.numpy(), NEIGHBORS)[0][:, -1].copy())
 
     return search
 
 
 def packed(row: Row) -> Candidate:
-    """robustft on a `NeighborIndex` that the first call packs."""
+    """robustft on a `NeighborIndex` that the first call with some points packs."""
     if not hasattr(robustft, "NeighborIndex"):
         return Candidate("robustft", None, "this robustft has no NeighborIndex")
-    index = []
+    index = {}
 
     def search(queries: Tensor, points: Tensor) -> Tensor:
-        if not index:
-            index.append(robustft.NeighborIndex(points))
+        if points not in index:
+            index[points] = robustft.NeighborIndex(points)
         with matmul_precision(row.precision):
-            return index[0].kth_distance(queries, NEIGHBORS)
+            return index[points].kth_distance(queries, NEIGHBORS)
 
     return Candidate("robustft", forward(search), prepares=True)
 

@@ -57,12 +57,11 @@ def _measure_here(sender: Connection, row: Row, name: str, threads: int) -> None
     try:
         torch.set_num_threads(threads)
         work = import_module(f".bench_{row.work}", __package__).WORK
-        inputs, candidate = work.inputs(row), _named(work, row, name)
+        inputs, candidate = work.inputs(row), next(c for c in work.candidates(row) if c.name == name)
         if candidate.prepares:
             candidate.run(*inputs)
         else:
-            small = replace(row, n=min(row.n, WARM))
-            _named(work, small, name).run(*work.inputs(small))
+            candidate.run(*work.inputs(replace(row, n=min(row.n, WARM))))
         ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would be used again, and not be counted
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
@@ -71,10 +70,6 @@ def _measure_here(sender: Connection, row: Row, name: str, threads: int) -> None
         sender.send({"bytes": peak, "extra_bytes": max(0, peak - sum(r.nbytes for r in results))})
     except Exception as error:  # whatever it is, the parent reports it
         sender.send({"failed": f"{type(error).__name__}: {error}"[:200]})
-
-
-def _named(work: Any, row: Row, name: str) -> Any:
-    return next(c for c in work.candidates(row) if c.name == name)
 
 
 def _status(field: str) -> int:
