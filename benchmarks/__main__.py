@@ -54,7 +54,10 @@ def run(*, quick: bool, only: str, threads: Sequence[int] | None, output: str | 
         print(f"{path.name}: {store.dropped} rows of another build or machine are left out and measured again")
     store.write()  # says early whether the folder can be written
 
-    counts = threads or [len(os.sched_getaffinity(0))]
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > cores / 2:
+        print(f"This machine is at work on something else (load {load:.1f}, {cores} cores): times will be noisy.")
+    counts = threads or [cores]
     options = [f"--bench-output={path}", f"--bench-only={only}", *(["--bench-quick"] if quick else [])]
     failed = 0
     for count in counts:

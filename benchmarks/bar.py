@@ -111,6 +111,8 @@ def judge(criterion: Criterion, records: Mapping[str, Mapping[str, Any]]) -> Ver
         if missing:
             return Verdict(criterion, "not available", None, f"{name}: {missing}")
     ours = candidates[criterion.ours]
+    if criterion.measure == "memory" and "failed" in ours:
+        return Verdict(criterion, "not available", None, f"{criterion.ours}: {ours['failed']}")
     match criterion.measure:
         case "speed":
             value, q1, q3 = speedup(candidates, criterion.ours, criterion.peer)

@@ -1,8 +1,9 @@
 """concept_scores: every OOD score of a set of images at once, no gradients.
 
-    c = x w^T;  max_k c;  max_k softmax(c / tau);  max_k softmax(s c);  energy, entropy;  argmax_k c
+    c = x w^T;  max_k c;  max_k softmax(c);  max_k softmax(s c);  energy, entropy;  argmax_k c
 
-Least work: one product, 2 N K D.
+Results are compared in the first three: the conventions of energy and entropy differ between libraries. Least work:
+one product, 2 N K D.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from torch import Tensor
 import robustft
 
 from . import bar
-from .work import SCALE, Candidate, Row, Work, class_samples, compiled, forward, generator, ours, peer
+from .work import SCALE, Candidate, Row, Work, class_samples, compiled, forward, generator, ours, peer, relative_error
 
 SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 CLASSES = (10, 100, 10_000)
 DIMENSIONS = (128, 1024)
+COMPARED = 3
 
 
 def inputs(row: Row) -> tuple[Tensor, Tensor]:
@@ -34,6 +36,10 @@ def scores(function: Callable[..., tuple[Tensor, ...]]):
 def reference(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     with robustft.backend("reference"):
         return scores(robustft.functional.concept_scores)(x.float(), w.float())
+
+
+def error(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    return relative_error(result[:COMPARED], expected[:COMPARED])
 
 
 def eager(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -66,6 +72,7 @@ WORK = Work(
     reference=reference,
     flops=lambda row: 2 * row.n * row.k * row.d,
     formula="2 N K D",
+    error=error,
 )
 
 

@@ -43,7 +43,7 @@ def output_folder() -> Path:
 def slug() -> str:
     """The machine as a file name: processor, instruction set, cores."""
     where = describe()
-    words = f"{where['cpu']} {'amx' if has_amx() else where['isa']} {where['cores']} cores"
+    words = f"{where['cpu']} {'amx' if has_amx() else where['isa'] or 'eager'} {where['cores']} cores"
     return re.sub("[^a-z0-9]+", "-", words.lower()).strip("-")
 
 

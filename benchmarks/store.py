@@ -55,10 +55,13 @@ class Store:
                 self.dropped = len(held["records"])
 
     def has(self, name: str, threads: int) -> bool:
-        return any(r["name"] == name and r["threads"] == threads for r in self.records)
+        """Whether the row is measured; one that robustft could not run, or not then, is to be tried again."""
+        own = (r for r in self.records if r["name"] == name and r["threads"] == threads)
+        return any("seconds" in r["candidates"]["robustft"] for r in own)
 
     def add(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
+        key = record["name"], record["threads"]
+        self.records = [r for r in self.records if (r["name"], r["threads"]) != key] + [record]
         self.write()
 
     def write(self) -> None:

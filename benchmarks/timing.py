@@ -6,9 +6,11 @@ meets all of them alike. The first calls are not timed. Rounds fill a few second
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,20 +45,23 @@ class WrongResult(AssertionError):
 
 
 class Gemm(NamedTuple):
-    """Matrix product of one dtype, (side, 512) by (512, side), as a yardstick."""
+    """Product of (side, 512) by (512, side) in one dtype, as a yardstick; `peak` is its best rate, flops a second."""
 
     run: Callable[[], Any]
     flops: float
+    peak: float
 
 
-def gemm(dtype: str) -> Gemm:
+@cache
+def gemm(dtype: str, threads: int) -> Gemm:
     """Of a side of 2048, or of 128 where that product would take long (bfloat16 on CPUs without it)."""
     for side in (128, 2048):
         a, b = (torch.randn(shape).to(getattr(torch, dtype)) for shape in ((side, 512), (512, side)))
-        product = Gemm(lambda a=a, b=b: a @ b, 2 * side * side * 512)
-        if fastest(product.run) > 0.005:
+        run, flops = partial(torch.mm, a, b), 2 * side * side * 512
+        seconds = fastest(run)
+        if seconds > 0.005:
             break
-    return product
+    return Gemm(run, flops, flops / seconds)
 
 
 def timed(run: Callable[..., Any], *inputs: Any) -> float:
@@ -66,15 +71,25 @@ def timed(run: Callable[..., Any], *inputs: Any) -> float:
 
 
 def fastest(run: Callable[[], Any]) -> float:
-    """Seconds of the best of a few runs: what the machine can do when nothing else is at work on it."""
-    return min(timed(run) for _ in range(5))
+    """Seconds of the best run in a second's time: what the machine can do when nothing else is at work on it."""
+    run()
+    taken = [timed(run)]
+    while sum(taken) < 1.0:
+        taken.append(timed(run))
+    return min(taken)
 
 
 def measure(work: Work, row: Row, threads: int, limits: Limits, benchmark: Any) -> dict[str, Any]:
     """The record of a row; `benchmark` is pytest-benchmark's fixture, which times robustft."""
-    record = {"name": str(row), "row": asdict(row), "threads": threads, "formula": work.formula}
-    products = {dtype: gemm(dtype) for dtype in ("float32", "bfloat16")}
-    rates = {dtype: p.flops / fastest(p.run) for dtype, p in products.items()}
+    record = {
+        "name": str(row),
+        "row": asdict(row),
+        "threads": threads,
+        "load": os.getloadavg()[0],
+        "formula": work.formula,
+    }
+    products = {dtype: gemm(dtype, threads) for dtype in ("float32", "bfloat16")}
+    rates = {dtype: product.peak for dtype, product in products.items()}
     found = {c.name: c for c in work.candidates(row)}
     missing = {c.name: why for c in found.values() if (why := c.missing or _too_much(c, work, row, rates, limits))}
     if missing.get("robustft"):
@@ -87,7 +102,7 @@ def measure(work: Work, row: Row, threads: int, limits: Limits, benchmark: Any) 
     oracle = work.reference(*work.inputs(checked))
     for name in [name for name in found if name not in missing]:
         try:
-            errors[name] = _error(work, found[name], checked, oracle)
+            errors[name] = check(work, found[name], checked, oracle)
             quick = found[name].prepares or work.flops(row) / rates[found[name].gemm] < LONG
             warm[name] = timed(found[name].run, *inputs) if quick else work.flops(row) / rates[found[name].gemm]
         except WrongResult:
@@ -98,7 +113,7 @@ def measure(work: Work, row: Row, threads: int, limits: Limits, benchmark: Any) 
             missing[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     present = [name for name in found if name not in missing]
     round_seconds = sum(p.flops / rates[dtype] for dtype, p in products.items()) + sum(warm.values())
-    seconds = _race(products, {n: found[n] for n in present}, inputs, round_seconds, limits, benchmark)
+    seconds = race(products, {n: found[n] for n in present}, inputs, round_seconds, limits, benchmark)
 
     rate = {dtype: p.flops / sorted(seconds[dtype])[len(seconds[dtype]) // 2] for dtype, p in products.items()}
     record |= {"gemm": {k: float(f"{v:.4g}") for k, v in rate.items()}, "flops": work.flops(row), "candidates": {}}
@@ -112,7 +127,7 @@ def measure(work: Work, row: Row, threads: int, limits: Limits, benchmark: Any) 
     return record
 
 
-def _race(
+def race(
     products: dict[str, Gemm],
     candidates: dict[str, Candidate],
     inputs: tuple[Any, ...],
@@ -137,12 +152,12 @@ def _race(
     return seconds
 
 
-def _error(work: Work, candidate: Candidate, checked: Row, oracle: tuple[torch.Tensor, ...]) -> float:
-    """Of the candidate at the checked size; raises WrongResult beyond its tolerance."""
-    error = work.error(candidate.run(*work.inputs(checked)), oracle)
-    tolerance = TOLERANCE[checked.dtype, checked.precision] if candidate.tolerance is None else candidate.tolerance
+def check(work: Work, candidate: Candidate, row: Row, oracle: tuple[torch.Tensor, ...]) -> float:
+    """The candidate's error on a row; raises WrongResult beyond its tolerance."""
+    error = work.error(candidate.run(*work.inputs(row)), oracle)
+    tolerance = TOLERANCE[row.dtype, row.precision] if candidate.tolerance is None else candidate.tolerance
     if not error <= tolerance:
-        raise WrongResult(f"{candidate.name} on {checked}: relative error {error:.1e}, expected at most {tolerance:g}")
+        raise WrongResult(f"{candidate.name} on {row}: relative error {error:.1e}, expected at most {tolerance:g}")
     return error
 
 

@@ -8,6 +8,7 @@ near its class, a query near some points.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,6 +166,7 @@ def peer(
 
 def compiled(loss: Callable[..., Any], row: Row, wrap: Callable[..., Run] = forward_backward, **options) -> Candidate:
     """`torch.compile` of the eager formula."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns that there is no GPU
     return peer("torch.compile", row, wrap(torch.compile(loss, dynamic=False)), prepares=True, **options)
 
 
