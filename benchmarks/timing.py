@@ -81,13 +81,8 @@ def fastest(run: Callable[[], Any]) -> float:
 
 def measure(work: Work, row: Row, threads: int, limits: Limits, benchmark: Any) -> dict[str, Any]:
     """The record of a row; `benchmark` is pytest-benchmark's fixture, which times robustft."""
-    record = {
-        "name": str(row),
-        "row": asdict(row),
-        "threads": threads,
-        "load": os.getloadavg()[0],
-        "formula": work.formula,
-    }
+    record = {"name": str(row), "row": asdict(row), "threads": threads, "formula": work.formula}
+    record["load"] = os.getloadavg()[0]
     products = {dtype: gemm(dtype, threads) for dtype in ("float32", "bfloat16")}
     rates = {dtype: product.peak for dtype, product in products.items()}
     found = {c.name: c for c in work.candidates(row)}
