@@ -1,6 +1,7 @@
 """concept_scores: every OOD score of a set of images at once, no gradients.
 
-    c = x w^T,  p = softmax(s c);   max_k c,  max_k softmax(c),  max_k p,  logsumexp(s c) / s,  sum_k p log p,  argmax_k c
+    c = x w^T,   p = softmax(s c)
+    max_k c,   max_k softmax(c),   max_k p,   logsumexp(s c) / s,   sum_k p log p,   argmax_k c
 
 Least work: one product, 2 N K D.
 """

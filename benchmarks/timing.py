@@ -45,7 +45,11 @@ class WrongResult(AssertionError):
 
 
 class Gemm(NamedTuple):
-    """Product of (side, 512) by (512, side) in one dtype, as a yardstick; `peak` is its best rate, flops a second."""
+    """Product of (side, 512) by (512, side) in one dtype, as a yardstick.
+
+    `peak` is a rate that it hardly exceeds, in flops a second: one thread's best times their number. Threads that wait
+    for each other on a busy machine would make it look as if nothing could be measured there.
+    """
 
     run: Callable[[], Any]
     flops: float
@@ -55,13 +59,15 @@ class Gemm(NamedTuple):
 @cache
 def gemm(dtype: str, threads: int) -> Gemm:
     """Of a side of 2048, or of 128 where that product would take long (bfloat16 on CPUs without it)."""
+    torch.set_num_threads(1)
     for side in (128, 2048):
         a, b = (torch.randn(shape).to(getattr(torch, dtype)) for shape in ((side, 512), (512, side)))
         run, flops = partial(torch.mm, a, b), 2 * side * side * 512
         seconds = fastest(run)
         if seconds > 0.005:
             break
-    return Gemm(run, flops, flops / seconds)
+    torch.set_num_threads(threads)
+    return Gemm(run, flops, threads * flops / seconds)
 
 
 def timed(run: Callable[..., Any], *inputs: Any) -> float:
