@@ -27,8 +27,10 @@ from .work import Row
 SIZES = (2048, 4096, 8192, 16384)
 IMPLEMENTATIONS = {
     "robustft": ("contrastive", "robustft"),
+    "robustft, memory=0": ("contrastive", "robustft panel"),
     "open_clip": ("contrastive", "open_clip"),
     "robustft with teacher": ("distillation", "robustft"),
+    "with teacher, memory=0": ("distillation", "robustft panel"),
     "eager with teacher": ("distillation", "eager"),
 }
 LARGEST = {"eager with teacher": 8192}  # it takes 14 GB at 16384
