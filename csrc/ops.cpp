@@ -17,11 +17,11 @@ STABLE_TORCH_LIBRARY(robustft, m) {
   m.def("matrix_unit(Tensor x, str precision) -> Tensor");
   // cpu/classes.cpp
   m.def(
-      "class_statistics(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, Tensor? targets, bool keep) "
-      "-> (Tensor statistics, Tensor similarity)");
+      "class_statistics(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, Tensor? targets, int heads, "
+      "bool keep, str precision) -> (Tensor statistics, Tensor similarity)");
   m.def(
-      "class_gradient(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, Tensor? targets, "
-      "Tensor similarity, Tensor coefficients, bool top1) -> (Tensor dx, Tensor dw, Tensor db)");
+      "class_gradient(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, Tensor? targets, int heads, "
+      "Tensor similarity, Tensor coefficients, bool top1, str precision) -> (Tensor dx, Tensor dw, Tensor db)");
   // cpu/group_risk.cpp, cuda/group_risk.cu
   m.def("group_sums(Tensor values, Tensor groups, int num_groups) -> (Tensor sums, Tensor counts)");
   // With autograd, compiled whole: cpu/group_risk.cpp; other devices compose it from group_sums
@@ -61,11 +61,11 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "bool top1, float label_smoothing, Tensor by_gap, Tensor scale_gradients, Tensor kept, Tensor similarity) "
       "-> (Tensor dx, Tensor dw, Tensor db, Tensor ds)");
   m.def(
-      "soft_classification_loss(Tensor x, Tensor w, Tensor scale, Tensor targets, bool keep) "
-      "-> (Tensor loss, Tensor scale_gradient, Tensor kept, Tensor similarity)");
+      "dual_risk(Tensor x, Tensor w, Tensor scale, Tensor labels, Tensor core_labels, bool keep) "
+      "-> (Tensor empirical, Tensor worst_case, Tensor scale_gradients, Tensor kept, Tensor similarity)");
   m.def(
-      "soft_classification_loss_backward(Tensor g, Tensor x, Tensor w, Tensor scale, Tensor targets, "
-      "Tensor scale_gradient, Tensor kept, Tensor similarity) -> (Tensor dx, Tensor dw, Tensor ds)");
+      "dual_risk_backward(Tensor g, Tensor h, Tensor x, Tensor w, Tensor scale, Tensor labels, Tensor core_labels, "
+      "Tensor scale_gradients, Tensor kept, Tensor similarity) -> (Tensor dx, Tensor dw, Tensor ds)");
   m.def(
       "contrastive_distillation_loss_backward(Tensor g, Tensor h, Tensor x, Tensor t, Tensor scale, Tensor x_teacher, "
       "Tensor t_teacher, Tensor teacher_scale, Tensor? labels, Tensor scale_gradients, Tensor row, Tensor col, "

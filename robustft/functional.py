@@ -23,9 +23,6 @@ from robustft.ops import arguments, reference
 from robustft.ops.dispatch import use_native
 from robustft.ops.native import contrastive, risks
 
-KEEP_BYTES = 64 * 2**20
-"""Class similarities up to this size are kept for the backward; larger ones are multiplied again."""
-
 
 class ContrastiveTerms(NamedTuple):
     """Un-weighted terms of `contrastive_distillation_loss`: add them with your own weights."""
@@ -195,6 +192,7 @@ def classification_loss(
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    memory: str | int = "auto",
 ) -> ClassificationTerms:
     """Cross-entropy of class logits `z = s x w^T + b`, and the confidence misalignment penalty, in one pass.
 
@@ -210,9 +208,12 @@ def classification_loss(
         logit_scale: multiplied out. bias: (K,), added after the scale.
         variant: of the penalty. top1: H is the highest class only.
         label_smoothing: of the cross-entropy, over K. weight, reduction: as in `contrastive_loss`, on both terms.
+        memory: bytes that may be kept for the backward, "auto" for 512 MB. If the N x K similarities (float32, float64
+            for float64 features) fit they are kept, else multiplied again.
 
     Gradients reach features, class_embeddings, logit_scale, bias and weight.
-    Memory: the gradients, a panel of 1 MB, and N K similarities while they fit `KEEP_BYTES`.
+    Memory: the gradients, what `memory` allows, half a MB a thread forward and 8 MB backward (256 K numbers if those
+    are more), and at most 16 MB of partial sums for D = 512.
     Source: CMP, arXiv 2501.17595; the default is the negative logarithm of its ratio (appendix B).
     Raises: ValueError or TypeError naming the argument.
     """
@@ -227,8 +228,9 @@ def classification_loss(
     arguments.check_smoothing(label_smoothing)
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
+    budget = arguments.memory_budget(memory)
     if use_native("class_statistics", x.device):
-        keep = _keeps_similarities(x, w)
+        keep = _keeps(budget, n * k, x, w, s, bias)
         terms = torch.ops.robustft.classification_loss(x, w, s, bias, y, variant, top1, label_smoothing, keep)[:2]
     else:
         z = reference.class_logits(x, w, s, bias)
@@ -290,6 +292,7 @@ def dual_risk(
     *,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    memory: str | int = "auto",
 ) -> DualRiskTerms:
     """Empirical risk under default prompts and worst-case risk under concept descriptions: dual risk minimisation.
 
@@ -301,10 +304,11 @@ def dual_risk(
         labels: (N,) integers in [0, K).
         core_labels: (N, K) soft labels q, rows need not sum to one, or (N,) confidences of the true class, which
             weigh it alone.
-        logit_scale, weight, reduction: as in `contrastive_loss`.
+        logit_scale, weight, reduction: as in `contrastive_loss`. memory: as in `classification_loss`, for N x 2K.
 
+    Both heads are one product, forward and backward.
     Gradients reach features, both embeddings, logit_scale and weight, not core_labels.
-    Memory: as `classification_loss`, for two heads.
+    Memory: as `classification_loss`, for 2K classes, and both embeddings once more.
     Source: DRM, Wang et al. 2024 (arXiv 2411.19757), equations of the two risks.
     Raises: ValueError or TypeError naming the argument.
     """
@@ -326,18 +330,14 @@ def dual_risk(
         )
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
-    core_labels = core_labels.detach()
-    if core_labels.dim() == 1:
-        empirical, worst_case = (_cross_entropy(x, head, s, y) for head in (w, v))
-        worst_case = worst_case * core_labels
-    elif use_native("class_statistics", x.device):
-        empirical = _cross_entropy(x, w, s, y)
-        keep = _keeps_similarities(x, v)
-        worst_case = torch.ops.robustft.soft_classification_loss(x, v, s, core_labels, keep)[0]
+    budget = arguments.memory_budget(memory)
+    core = core_labels.detach()
+    if use_native("class_statistics", x.device):
+        keep = _keeps(budget, 2 * n * k, x, w, v, s)
+        terms = torch.ops.robustft.dual_risk(x, torch.cat((w, v)), s, y, core, keep)[:2]
     else:
-        empirical = _cross_entropy(x, w, s, y)
-        worst_case = reference.soft_cross_entropy(reference.class_logits(x, v, s, None), core_labels)
-    return DualRiskTerms(*(_reduce(term, weight, reduction) for term in (empirical, worst_case)))
+        terms = reference.dual_risk(x, w, v, s, y, core)
+    return DualRiskTerms(*(_reduce(term, weight, reduction) for term in terms))
 
 
 @arguments.own_precision
@@ -496,16 +496,10 @@ def _reweighted(weights: Tensor, risk: Tensor, step_size: float) -> Tensor:
         return torch.softmax(torch.add(weights.log(), risk.to(weights.dtype), alpha=step_size), 0)
 
 
-def _keeps_similarities(x: Tensor, w: Tensor) -> bool:
-    size = 8 if x.dtype == torch.float64 else 4
-    return torch.is_grad_enabled() and len(x) * len(w) * size <= KEEP_BYTES
-
-
-def _cross_entropy(x: Tensor, w: Tensor, s: Tensor, labels: Tensor) -> Tensor:
-    if not use_native("class_statistics", x.device):
-        return reference.class_cross_entropy(reference.class_logits(x, w, s, None), labels, 0.0)
-    keep = _keeps_similarities(x, w)
-    return torch.ops.robustft.classification_loss(x, w, s, None, labels, "neg_log_ratio", False, 0.0, keep)[0]
+def _keeps(budget: int, similarities: int, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether that many similarities of x are kept for a backward."""
+    differentiated = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, *others))
+    return differentiated and similarities * (8 if x.dtype == torch.float64 else 4) <= budget
 
 
 def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

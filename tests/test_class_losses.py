@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import planted
 import pytest
@@ -53,7 +54,7 @@ def test_classification_loss_is_as_accurate_as_eager(shape, scale, dtype, varian
 def test_dual_risk_is_as_accurate_as_eager(shape, soft, dtype):
     x, w, labels = classes(*shape)
     n, k, d = shape
-    core = torch.rand(n, k) if soft else torch.rand(n)
+    core = (torch.rand(n, k) if soft else torch.rand(n)).to(dtype)
 
     def risks(x, w, v, s, weight):
         return rf.dual_risk(x, w, v, labels, core.to(x.dtype), s, weight=weight)
@@ -62,16 +63,18 @@ def test_dual_risk_is_as_accurate_as_eager(shape, soft, dtype):
     assert_as_accurate_as_eager(risks, *inputs, dtype=dtype)
 
 
-def test_recomputing_equals_keeping(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_recomputing_equals_keeping(dtype):
     x, w, labels = classes(300, 40, 16)
+    core = torch.rand(300, 40, dtype=dtype)
 
-    def loss(x, w, s):
-        return rf.classification_loss(x, w, labels, s)
+    def loss(x, w, s, memory):
+        classes = rf.classification_loss(x, w, labels, s, memory=memory)
+        return *classes, *rf.dual_risk(x, w, w.flip(0), labels, core, s, memory=memory)
 
-    inputs = (x, w, torch.tensor(30.0, dtype=torch.float64))
-    kept = gradients(loss, *inputs)
-    monkeypatch.setattr(rf, "KEEP_BYTES", 0)
-    assert all(torch.equal(a, b) for a, b in zip(kept, gradients(loss, *inputs), strict=True))
+    inputs = [a.to(dtype) for a in (x, w, torch.tensor(30.0))]
+    kept, recomputed = (gradients(partial(loss, memory=memory), *inputs) for memory in ("auto", 0))
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

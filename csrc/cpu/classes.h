@@ -4,18 +4,19 @@
 
 namespace robustft {
 
-// Rows [row0, row0 + rows) of S = x w^T (n, k), all classes of a row side by side.
+// Rows [row0, row0 + rows) of one head's S = x w^T (n, k), all classes of a row side by side.
 template <class T>
 struct ClassPanel {
-  T* s;  // (rows, k); the gradient is written over it
-  int64_t row0, rows, n, k;
+  const T* s;  // (rows, k), leading dimension ld
+  T* g;        // where the gradient goes, likewise; may be s itself
+  int64_t ld, row0, rows, n, k;
   T scale;
   const T* bias;          // (k) or null
   const int64_t* labels;  // (n)
-  const T* targets;       // (n, k) soft targets or null
+  const T* targets;       // (rows, k) soft targets of these rows, or null
 };
 
-// The rows of the statistics (kCount, n); those from kTargetSum on only with soft targets.
+// The rows of a head's statistics (kCount, n); those from kTargetSum on only with soft targets.
 namespace class_statistic {
 enum : int64_t {
   kMax,          // max z
@@ -36,17 +37,17 @@ enum : int64_t {
 };
 }
 
-// The rows of the coefficients of G = a p - b 1_y - u - v q + c (above - 1_y), p and above as in the statistics.
+// The rows of a head's coefficients of G = a p - b 1_y - u - v q + c (above - 1_y), p and above as in the statistics.
 namespace class_coefficient {
 enum : int64_t { kMax, kLogSum, kAboveLogSum, kSoftmax, kLabel, kUniform, kTargets, kAbove, kCount };
 }
 
-#define ROBUSTFT_DECLARE_CLASSES(isa)                                                                      \
-  namespace isa {                                                                                          \
-  template <class T>                                                                                       \
-  void class_statistics(const ClassPanel<T>&, T* statistics, T* scratch, int64_t begin, int64_t end);      \
-  template <class T>                                                                                       \
-  void class_gradient(const ClassPanel<T>&, const T* coefficients, bool top1, int64_t begin, int64_t end); \
+#define ROBUSTFT_DECLARE_CLASSES(isa)                                          \
+  namespace isa {                                                              \
+  template <class T>                                                           \
+  void class_statistics(const ClassPanel<T>&, T* statistics, T* scratch);      \
+  template <class T>                                                           \
+  void class_gradient(const ClassPanel<T>&, const T* coefficients, bool top1); \
   }
 ROBUSTFT_DECLARE_CLASSES(portable)
 ROBUSTFT_DECLARE_CLASSES(avx2)

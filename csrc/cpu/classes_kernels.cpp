@@ -6,38 +6,35 @@ namespace robustft {
 namespace ROBUSTFT_ISA {
 namespace {
 
-// z = s S + b of a whole row. Statistics and gradient both come from this one, so that a tie with the label in the one
-// is a tie in the other, and classes of equal embeddings and biases have equal logits.
+// z = s S + b of a whole row, and the largest. Statistics and gradient both come from this one, so that a tie with the
+// label in the one is a tie in the other, and classes of equal embeddings and biases have equal logits.
 template <class T>
-inline void row_logits(const ClassPanel<T>& panel, const T* s, T* z) {
+inline T row_logits(const ClassPanel<T>& panel, const T* s, T* z) {
+  const T lowest = -__builtin_inf();
+  Vec<T> m = Vec<T>{} + lowest;
   for_each_vector<T>(panel.k, [&](int64_t j, int64_t lanes) {
     Vec<T> v = load_lanes<Vec<T>>(s + j, lanes, T(0)) * panel.scale;
     if (panel.bias) v += load_lanes<Vec<T>>(panel.bias + j, lanes, T(0));
+    if (lanes < kLanes<T>) v = load_partial<Vec<T>>((const T*)&v, lanes, lowest);
     store_lanes(z + j, v, lanes);
+    m = max(v, m);
   });
-}
-
-template <class T>
-inline int64_t first_equal(const T* z, int64_t k, T value) {
-  for (int64_t j = 0; j < k; ++j)
-    if (z[j] == value) return j;
-  return 0;  // only NaN gets here
+  return reduce_max<T>(m);
 }
 
 }  // namespace
 
 template <class T>
-void class_statistics(const ClassPanel<T>& panel, T* statistics, T* z, int64_t begin, int64_t end) {
+void class_statistics(const ClassPanel<T>& panel, T* statistics, T* z) {
   namespace stat = class_statistic;
   using V = Vec<T>;
   const T lowest = -__builtin_inf();
-  for (int64_t r = begin; r < end; ++r) {
+  for (int64_t r = 0; r < panel.rows; ++r) {
     const int64_t i = panel.row0 + r, label = panel.labels[i];
-    const T* s = panel.s + r * panel.k;
-    const T* q = panel.targets ? panel.targets + i * panel.k : nullptr;
+    const T* s = panel.s + r * panel.ld;
+    const T* q = panel.targets ? panel.targets + r * panel.k : nullptr;
     auto out = [&](int64_t which) -> T& { return statistics[which * panel.n + i]; };
-    row_logits(panel, s, z);
-    const T m = row_max(z, panel.k, lowest), z_label = z[label];
+    const T m = row_logits(panel, s, z), z_label = z[label];
     V sum{}, mean{}, above_sum{}, above_mean{}, gap_sum{}, s_sum{}, q_sum{}, q_gap{}, q_s{};
     for_each_vector<T>(panel.k, [&](int64_t j, int64_t lanes) {
       const V v = load_lanes<V>(s + j, lanes, T(0));
@@ -79,15 +76,15 @@ void class_statistics(const ClassPanel<T>& panel, T* statistics, T* z, int64_t b
 }
 
 template <class T>
-void class_gradient(const ClassPanel<T>& panel, const T* coefficients, bool top1, int64_t begin, int64_t end) {
+void class_gradient(const ClassPanel<T>& panel, const T* coefficients, bool top1) {
   namespace coefficient = class_coefficient;
   using V = Vec<T>;
-  for (int64_t r = begin; r < end; ++r) {
+  for (int64_t r = 0; r < panel.rows; ++r) {
     const int64_t i = panel.row0 + r, label = panel.labels[i];
-    T* z = panel.s + r * panel.k;
-    const T* q = panel.targets ? panel.targets + i * panel.k : nullptr;
+    T* z = panel.g + r * panel.ld;
+    const T* q = panel.targets ? panel.targets + r * panel.k : nullptr;
     auto of_row = [&](int64_t which) { return coefficients[which * panel.n + i]; };
-    row_logits(panel, z, z);
+    row_logits(panel, panel.s + r * panel.ld, z);
     const T m = of_row(coefficient::kMax), log_sum = of_row(coefficient::kLogSum);
     const T a = of_row(coefficient::kSoftmax), u = of_row(coefficient::kUniform), v = of_row(coefficient::kTargets);
     const T c = of_row(coefficient::kAbove), above_log_sum = of_row(coefficient::kAboveLogSum);
@@ -105,9 +102,9 @@ void class_gradient(const ClassPanel<T>& panel, const T* coefficients, bool top1
   }
 }
 
-#define ROBUSTFT_INSTANTIATE(T)                                                      \
-  template void class_statistics<T>(const ClassPanel<T>&, T*, T*, int64_t, int64_t); \
-  template void class_gradient<T>(const ClassPanel<T>&, const T*, bool, int64_t, int64_t);
+#define ROBUSTFT_INSTANTIATE(T)                                    \
+  template void class_statistics<T>(const ClassPanel<T>&, T*, T*); \
+  template void class_gradient<T>(const ClassPanel<T>&, const T*, bool);
 ROBUSTFT_INSTANTIATE(float)
 ROBUSTFT_INSTANTIATE(double)
 

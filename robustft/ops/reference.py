@@ -120,6 +120,14 @@ def soft_cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
     return -(targets.to(z.dtype) * log_softmax(z, 1)).sum(1)
 
 
+def dual_risk(x: Tensor, w: Tensor, v: Tensor, s: Tensor, labels: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
+    """Two (N,): cross-entropy under w, and under v with soft labels (N, K) or confidences of the label (N,)."""
+    empirical = class_cross_entropy(class_logits(x, w, s, None), labels, 0.0)
+    z = class_logits(x, v, s, None)
+    worst_case = class_cross_entropy(z, labels, 0.0) * core if core.dim() == 1 else soft_cross_entropy(z, core)
+    return empirical, worst_case
+
+
 def misalignment(z: Tensor, labels: Tensor, variant: str, top1: bool) -> Tensor:
     """(N,): the penalty on the classes that rank strictly above the label, 0 where none does.
 

@@ -46,8 +46,8 @@ def test_class_losses_pass_opcheck(keep):
     losses = torch.ops.robustft
     arguments = (x, w, s, bias.requires_grad_(), labels, "softplus", False, 0.1, keep)
     torch.library.opcheck(losses.classification_loss.default, arguments)
-    targets = torch.rand(9, 6, dtype=torch.float64)
-    torch.library.opcheck(losses.soft_classification_loss.default, (x, w, s, targets, keep))
+    for core in (torch.rand(9, 3, dtype=torch.float64), torch.rand(9, dtype=torch.float64)):
+        torch.library.opcheck(losses.dual_risk.default, (x, w, s, labels // 2, core, keep))
 
 
 def test_kernels_pass_opcheck():

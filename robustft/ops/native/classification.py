@@ -1,12 +1,15 @@
 """Losses on class logits z = s x w^T + b over the compiled class kernels (csrc/cpu/classes.cpp).
 
+`dual_risk` has two heads: its w (2K, D) holds one below the other, its statistics likewise.
+
+
 With the statistics of each row (max, log_sum, gaps and means; `above` the softmax over the classes that rank strictly
 above the label), smoothing e and K classes,
 
     cross_entropy_i = log_sum + (1 - e) (max - z_y) + e (max - mean z)
     L_i             = above_log_sum + (max - z_y)      logsumexp of the misranked classes - z_y; top-1: max - z_y
     misalignment_i  = f(L_i), 0 where nothing is misranked;   f as named in ops/reference.py
-    soft_i          = (sum q) log_sum + sum q (max - z)
+    worst_case_i    = (sum q) log_sum + sum q (max - z)     confidences: q = confidence 1_y
 
 and with per-sample gradients g, h of the two terms
 
@@ -24,7 +27,7 @@ from robustft.ops import reference
 from robustft.ops.native.registration import accumulation_dtype, differentiable, fake, scale_gradient
 
 # Rows of the kernels' statistics and coefficients: class_statistic and class_coefficient in csrc/cpu/classes.h.
-_HARD_STATISTICS, _SOFT_STATISTICS = 10, 13
+_STATISTICS, _TARGET_STATISTICS = 10, 3
 
 
 def _slope(gap: Tensor, variant: str) -> Tensor:
@@ -41,7 +44,8 @@ def _slope(gap: Tensor, variant: str) -> Tensor:
 
 
 def _classification_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep):
-    statistics, similarity = torch.ops.robustft.class_statistics(x, w, scale, bias, labels, None, keep)
+    precision = torch.get_float32_matmul_precision()
+    statistics, similarity = torch.ops.robustft.class_statistics(x, w, scale, bias, labels, None, 1, keep, precision)
     _, log_sum, mean, label_gap, label, above_log_sum, above_mean, mean_gap, row_mean, max_s = statistics
     cross_entropy = log_sum + torch.lerp(label_gap, mean_gap, label_smoothing)
     by_scale = mean - torch.lerp(label, row_mean, label_smoothing)
@@ -62,32 +66,47 @@ def _classification_gradient(
     g, c = g.to(kept.dtype), h.to(kept.dtype) * by_gap
     uniform = g * (label_smoothing / len(w))
     coefficients = torch.stack((*kept, g, (1 - label_smoothing) * g, uniform, torch.zeros_like(g), c))
-    gradients = torch.ops.robustft.class_gradient(x, w, scale, bias, labels, None, similarity, coefficients, top1)
+    precision = torch.get_float32_matmul_precision()
+    gradients = torch.ops.robustft.class_gradient(
+        x, w, scale, bias, labels, None, 1, similarity, coefficients, top1, precision
+    )
     return *gradients, ds
 
 
-def _soft_classification_loss(x, w, scale, targets, keep):
-    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    statistics, similarity = torch.ops.robustft.class_statistics(x, w, scale, None, labels, targets, keep)
-    q_sum, q_gap, q_s = statistics[10:]
-    loss = q_sum * statistics[1] + q_gap
-    scale_gradient = q_sum * statistics[2] - q_s
-    return loss, scale_gradient, torch.stack((statistics[0], statistics[1], q_sum)), similarity
+def _dual_risk(x, w, scale, labels, core, keep):
+    targets = core if core.dim() == 2 else None
+    precision = torch.get_float32_matmul_precision()
+    statistics, similarity = torch.ops.robustft.class_statistics(x, w, scale, None, labels, targets, 2, keep, precision)
+    highest, log_sum, mean, label_gap, label = statistics[:_STATISTICS][:5]
+    core_highest, core_log_sum, core_mean, core_label_gap, core_label = statistics[_STATISTICS:][:5]
+    if targets is None:
+        mass = core.to(statistics.dtype)
+        gap, target = mass * core_label_gap, mass * core_label
+    else:
+        mass, gap, target = statistics[2 * _STATISTICS :]
+    by_scale = torch.stack((mean - label, mass * core_mean - target))
+    kept = torch.stack((highest, log_sum, core_highest, core_log_sum, mass))
+    return log_sum + label_gap, mass * core_log_sum + gap, by_scale, kept, similarity
 
 
-def _soft_classification_gradient(g, x, w, scale, targets, by_scale, kept, similarity):
-    ds = scale_gradient(scale, (g, by_scale))
-    g = g.to(kept.dtype)
-    zero = torch.zeros_like(g)
-    coefficients = torch.stack((kept[0], kept[1], zero, g * kept[2], zero, zero, g, zero))
-    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    gradients = torch.ops.robustft.class_gradient(x, w, scale, None, labels, targets, similarity, coefficients, False)
-    return *gradients[:2], ds
+def _dual_gradient(g, h, x, w, scale, labels, core, by_scale, kept, similarity):
+    ds = scale_gradient(scale, (g, by_scale[0]), (h, by_scale[1]))
+    highest, log_sum, core_highest, core_log_sum, mass = kept
+    g, h = g.to(kept.dtype), h.to(kept.dtype)
+    zero, p = torch.zeros_like(g), h * mass
+    one_hot, soft, targets = (zero, h, core) if core.dim() == 2 else (p, zero, None)
+    first = (highest, log_sum, zero, g, g, zero, zero, zero)
+    second = (core_highest, core_log_sum, zero, p, one_hot, zero, soft, zero)
+    precision = torch.get_float32_matmul_precision()
+    dx, dw, _ = torch.ops.robustft.class_gradient(
+        x, w, scale, None, labels, targets, 2, similarity, torch.stack((*first, *second)), False, precision
+    )
+    return dx, dw, ds
 
 
-def _fake_statistics(x, w, scale, bias, labels, targets, keep):
+def _fake_statistics(x, w, scale, bias, labels, targets, heads, keep, precision):
     dtype = accumulation_dtype(x.dtype)
-    kinds = _HARD_STATISTICS if targets is None else _SOFT_STATISTICS
+    kinds = heads * _STATISTICS + (0 if targets is None else _TARGET_STATISTICS)
     n = x.shape[0]
     return x.new_empty(kinds, n, dtype=dtype), x.new_empty(n if keep else 0, w.shape[0], dtype=dtype)
 
@@ -101,15 +120,16 @@ def _fake_gradient(x, w):
 
 def _fake_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep):
     n = x.shape[0]
-    statistics, similarity = _fake_statistics(x, w, scale, bias, labels, None, keep)
+    statistics, similarity = _fake_statistics(x, w, scale, bias, labels, None, 1, keep, None)
     new = statistics.new_empty
     return new(n), new(n), new(n), new(2, n), new(3, n), similarity
 
 
-def _fake_soft_loss(x, w, scale, targets, keep):
+def _fake_dual_risk(x, w, scale, labels, core, keep):
     n = x.shape[0]
-    statistics, similarity = _fake_statistics(x, w, scale, None, None, targets, keep)
-    return statistics.new_empty(n), statistics.new_empty(n), statistics.new_empty(3, n), similarity
+    statistics, similarity = _fake_statistics(x, w, scale, None, labels, None, 2, keep, None)
+    new = statistics.new_empty
+    return new(n), new(n), new(2, n), new(5, n), similarity
 
 
 def _setup(ctx, inputs, output):
@@ -127,15 +147,15 @@ def _backward(ctx, g, h, *_):
     return dx, dw, ds, None if bias is None else db.to(bias.dtype), None, None, None, None, None
 
 
-def _setup_soft(ctx, inputs, output):
+def _setup_dual(ctx, inputs, output):
     *tensors, _ = inputs
-    _, *kept = output
+    _, _, *kept = output
     ctx.save_for_backward(*tensors, *kept)
     ctx.mark_non_differentiable(*kept)
 
 
-def _backward_soft(ctx, g, *_):
-    return *torch.ops.robustft.soft_classification_loss_backward(g, *ctx.saved_tensors), None, None
+def _backward_dual(ctx, g, h, *_):
+    return *torch.ops.robustft.dual_risk_backward(g, h, *ctx.saved_tensors), None, None, None
 
 
 def register() -> None:
@@ -148,11 +168,8 @@ def register() -> None:
         (_classification_gradient, lambda g, h, x, w, scale, *_: (*_fake_gradient(x, w), torch.empty_like(scale))),
     )
     differentiable(
-        "soft_classification_loss",
-        (_soft_classification_loss, _fake_soft_loss),
-        (_setup_soft, _backward_soft),
-        (
-            _soft_classification_gradient,
-            lambda g, x, w, scale, *_: (*_fake_gradient(x, w)[:2], torch.empty_like(scale)),
-        ),
+        "dual_risk",
+        (_dual_risk, _fake_dual_risk),
+        (_setup_dual, _backward_dual),
+        (_dual_gradient, lambda g, h, x, w, scale, *_: (*_fake_gradient(x, w)[:2], torch.empty_like(scale))),
     )
