@@ -4,7 +4,7 @@
 //   q (n, k) optional soft targets of the last head
 //   statistics   per head and row, class_statistic in classes.h; `above` is the softmax over {z > z_y}, strictly
 //   gradient     G = a p - b_y 1_y - u - v q + c (above - 1_y), coefficients per head and row, class_coefficient
-//                dx = s G w,  dw = s G^T x,  db = column sums of G
+//                dx = s G w,  dw = s G^T x,  db = column sums of G; what lies in memory as G is s G
 //
 // A panel of rows holds all classes of all heads (kPanelBytes, at least kMinRows rows); the thread that owns it
 // multiplies it and sweeps over its rows while it is in cache. The gradient goes by stretches of panels: first their
@@ -25,14 +25,14 @@
 namespace robustft {
 namespace {
 
-constexpr int64_t kPanelBytes = 1 << 19;
-constexpr int64_t kMinRows = 32;            // also what the rows of a panel are a multiple of
-constexpr int64_t kMaxRows = 512;           // of a panel: few classes leave work for many threads too
-constexpr int64_t kStretchBytes = 1 << 23;  // of G
-constexpr int64_t kMinStretch = 256;        // below, dw would be read and written too often
-constexpr int64_t kConvertedRows = 8192;    // of features that are not in T are in memory at a time
+constexpr int64_t kPanelBytes = 1 << 20;
+constexpr int64_t kMinRows = 64, kMaxRows = 512;  // of a panel; products of fewer rows are slower
+constexpr int64_t kRowStep = 32;                  // what they are a multiple of
+constexpr int64_t kStretchBytes = 1 << 23;        // of G
+constexpr int64_t kMinStretch = 256;              // below, dw would be read and written too often
+constexpr int64_t kConvertedRows = 8192;          // of features that are not in T are in memory at a time
 constexpr int64_t kClassBlock = 256;
-constexpr int64_t kClassTasks = 16;     // blocks times parts
+constexpr int64_t kClassTasks = 8;      // blocks times parts
 constexpr int64_t kTaskWork = 1 << 20;  // multiplications worth waking a thread for
 
 struct ClassInputs {
@@ -81,8 +81,10 @@ struct Classes {
         labels(contiguous_as(in.labels, ScalarType::Long)),
         scale(T(*contiguous_as(in.scale, ScalarType::Double).template const_data_ptr<double>())) {
     if (in.bias) bias = contiguous_as(*in.bias, scalar_type<T>());
-    const int64_t fitting = kPanelBytes / int64_t(sizeof(T)) / cols / kMinRows * kMinRows;
-    rows = std::max(kMinRows, std::min({fitting, kMaxRows, round_up((n + 7) / 8, kMinRows)}));
+    // As the cache wants it, but not below the number of panels that threads want, nor that below what products want.
+    const int64_t fitting = kPanelBytes / int64_t(sizeof(T)) / cols / kRowStep * kRowStep;
+    rows = std::min(std::clamp(fitting, kMinRows, kMaxRows), std::max(2 * kMinRows, round_up((n + 7) / 8, kRowStep)));
+    rows = std::min(rows, round_up((n + 3) / 4, kRowStep));
     const int64_t* p = labels.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < n; ++i)
       STD_TORCH_CHECK(p[i] >= 0 && p[i] < k, "label ", p[i], " at index ", i, " is outside [0, ", k, ")");
@@ -103,11 +105,15 @@ struct Classes {
     return p;
   }
 
+  // How many tasks of that many dot products are worth a thread.
+  int64_t grain(int64_t products) const {
+    return std::max<int64_t>(1, kTaskWork / (products * std::max<int64_t>(d, 1)));
+  }
+
   // Calls f(first row, end) for every panel of rows [begin, begin + count), on all threads.
   template <class F>
   void for_each_panel(int64_t begin, int64_t count, const F& f) const {
-    const int64_t grain = std::max<int64_t>(1, kTaskWork / (rows * cols * std::max<int64_t>(d, 1)));
-    torch::stable::parallel_for(0, (count + rows - 1) / rows, grain, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, (count + rows - 1) / rows, grain(rows * cols), [&](int64_t first, int64_t last) {
       for (int64_t p = first; p < last; ++p) f(begin + p * rows, std::min(begin + (p + 1) * rows, begin + count));
     });
   }
@@ -151,68 +157,56 @@ std::tuple<Tensor, Tensor> statistics(const ClassInputs& in, bool keep) {
   return {out, similarity};
 }
 
-// dw (cols, d) = s G^T x and db (cols), summed over stretches.
+// dw (cols, d), summed over stretches.
 template <class T>
-class ColumnGradients {
+class ColumnGradient {
  public:
-  explicit ColumnGradients(const Classes<T>& c)
+  explicit ColumnGradient(const Classes<T>& c)
       : c_(c),
         blocks_((c.cols + kClassBlock - 1) / kClassBlock),
         parts_(std::clamp<int64_t>((kClassTasks + blocks_ - 1) / blocks_, 1, std::max<int64_t>(1, c.n / kMinStretch))),
         dw_(torch::stable::new_zeros(c.w, {c.cols, c.d})),
-        more_dw_(torch::stable::new_zeros(c.w, {(parts_ - 1) * c.cols, c.d})),
-        db_(torch::stable::new_zeros(c.w, {c.bias ? parts_ : 1, c.cols})) {}
+        more_(torch::stable::new_zeros(c.w, {(parts_ - 1) * c.cols, c.d})) {}
 
-  // g (count, cols) and the x (count, d) of a stretch.
+  // From g (count, cols) and x (count, d) of a stretch.
   void add(const T* g, const Tensor& x) {
-    const int64_t count = x.size(0), cols = c_.cols, d = c_.d;
-    const int64_t height = round_up((count + parts_ - 1) / parts_, kMinRows);
+    const int64_t count = x.size(0), cols = c_.cols, height = round_up((count + parts_ - 1) / parts_, kRowStep);
     const RightMatrix<T> right(x, RightMatrix<T>::kRows, c_.arithmetic);
-    T* db = db_.template mutable_data_ptr<T>();
-    const int64_t grain =
-        std::max<int64_t>(1, kTaskWork / (height * std::min(cols, kClassBlock) * std::max<int64_t>(d, 1)));
-    torch::stable::parallel_for(0, parts_ * blocks_, grain, [&](int64_t first, int64_t last) {
-      auto scratch = pool_.take([] { return Scratch(); });
-      for (int64_t task = first; task < last; ++task) {
-        const int64_t part = task / blocks_, j = task % blocks_ * kClassBlock, width = std::min(kClassBlock, cols - j);
-        const int64_t i = part * height, end = std::min(i + height, count);
-        if (i >= end) continue;
-        add_transposed_product(g + i * cols + j, cols, end - i, width, right, i, of_part(part) + j * d, *scratch);
-        if (c_.bias)
-          for (int64_t row = i; row < end; ++row)
-            for (int64_t col = j; col < j + width; ++col) db[part * cols + col] += g[row * cols + col];
-      }
-    });
+    torch::stable::parallel_for(
+        0, parts_ * blocks_, c_.grain(height * std::min(cols, kClassBlock)), [&](int64_t first, int64_t last) {
+          auto scratch = pool_.take([] { return Scratch(); });
+          for (int64_t task = first; task < last; ++task) {
+            const int64_t i = task / blocks_ * height, j = task % blocks_ * kClassBlock;
+            const int64_t rows = std::min(height, count - i);
+            if (rows > 0)
+              add_transposed_product(g + i * cols + j, cols, rows, std::min(kClassBlock, cols - j), right, i,
+                                     part(task / blocks_) + j * c_.d, *scratch);
+          }
+        });
   }
 
-  // The parts in their order, times the scale.
-  std::tuple<Tensor, Tensor> finish() {
-    const int64_t cols = c_.cols, d = c_.d;
-    torch::stable::parallel_for(0, cols, std::max<int64_t>(1, kTaskWork / (parts_ * std::max<int64_t>(d, 1))),
-                                [&](int64_t begin, int64_t end) {
-                                  T* sum = of_part(0);
-                                  for (int64_t part = 1; part < parts_; ++part) {
-                                    const T* more = of_part(part);
-                                    for (int64_t i = begin * d; i < end * d; ++i) sum[i] += more[i];
-                                  }
-                                  for (int64_t i = begin * d; i < end * d; ++i) sum[i] *= c_.scale;
-                                });
-    Tensor db = torch::stable::new_zeros(c_.w, {cols});
-    T* total = db.mutable_data_ptr<T>();
-    const T* of_parts = db_.template const_data_ptr<T>();
-    for (int64_t i = 0; i < db_.size(0) * cols; ++i) total[i % cols] += of_parts[i];
-    return {dw_, db};
+  // The parts, added in their order.
+  Tensor sum() {
+    T* total = part(0);
+    const int64_t d = c_.d;
+    torch::stable::parallel_for(0, c_.cols, c_.grain(parts_), [&](int64_t begin, int64_t end) {
+      for (int64_t p = 1; p < parts_; ++p) {
+        const T* more = part(p);
+        for (int64_t i = begin * d; i < end * d; ++i) total[i] += more[i];
+      }
+    });
+    return dw_;
   }
 
  private:
-  T* of_part(int64_t part) {
-    return part == 0 ? dw_.template mutable_data_ptr<T>()
-                     : more_dw_.template mutable_data_ptr<T>() + (part - 1) * c_.cols * c_.d;
+  T* part(int64_t p) {
+    return p == 0 ? dw_.template mutable_data_ptr<T>()
+                  : more_.template mutable_data_ptr<T>() + (p - 1) * c_.cols * c_.d;
   }
 
   const Classes<T>& c_;
   const int64_t blocks_, parts_;
-  Tensor dw_, more_dw_, db_;
+  Tensor dw_, more_;
   Pool<Scratch> pool_;
 };
 
@@ -230,7 +224,9 @@ std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor&
   const RightMatrix<T> w_columns(c.w, 0, kept ? 0 : cols, RightMatrix<T>::kColumns, c.arithmetic);
   const RightMatrix<T> w_rows(c.w, RightMatrix<T>::kRows, c.arithmetic);
   const Buffer<T> g(stretch * cols);
-  ColumnGradients<T> columns(c);
+  ColumnGradient<T> dw(c);
+  const int64_t panels = c.bias ? (n + c.rows - 1) / c.rows : 0;
+  const Buffer<T> bias_gradients(panels * cols);
   Pool<Scratch> pool;
   for (int64_t first = 0; first < n; first += stretch) {
     const int64_t count = std::min(stretch, n - first);
@@ -246,23 +242,26 @@ std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor&
       }
       for (int64_t head = 0; head < in.heads; ++head) {
         const T* of_head = wide.const_data_ptr<T>() + head * class_coefficient::kCount * n;
-        const ClassPanel<T> panel = c.panel(head, s, g_rows, i, end - i, targets, first);
+        ClassPanel<T> panel = c.panel(head, s, g_rows, i, end - i, targets, first);
+        if (c.bias) panel.bias_gradient = bias_gradients.get() + i / c.rows * cols + head * c.k;
         ROBUSTFT_CALL(class_gradient<T>, panel, of_head, top1);
       }
-      T *out = dx_first + (i - first) * d, *out_end = dx_first + (end - first) * d;
-      std::fill(out, out_end, T(0));
+      T* out = dx_first + (i - first) * d;
+      std::fill(out, out + (end - i) * d, T(0));
       auto scratch = pool.take([] { return Scratch(); });
       add_product(g_rows, cols, end - i, cols, w_rows, 0, out, *scratch);
-      for (; out < out_end; ++out) *out *= c.scale;
     });
-    columns.add(g.get(), x);
+    dw.add(g.get(), x);
     if (converted) {
       Tensor rows = narrow_rows(dx, first, count);
       torch::stable::copy_(rows, narrow_rows(dx_stretch, 0, count));
     }
   }
-  const auto [dw, db] = columns.finish();
-  return {dx, contiguous_as(dw, in.x.scalar_type()), db};
+  Tensor db = torch::stable::new_zeros(c.w, {cols});
+  T* bias_gradient = db.mutable_data_ptr<T>();
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t j = 0; j < cols; ++j) bias_gradient[j] += bias_gradients.get()[p * cols + j];
+  return {dx, contiguous_as(dw.sum(), in.x.scalar_type()), db};
 }
 
 std::tuple<Tensor, Tensor> class_statistics(const Tensor& x, const Tensor& w, const Tensor& scale,

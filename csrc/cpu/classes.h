@@ -8,12 +8,13 @@ namespace robustft {
 template <class T>
 struct ClassPanel {
   const T* s;  // (rows, k), leading dimension ld
-  T* g;        // where the gradient goes, likewise; may be s itself
+  T* g;        // where scale times the gradient goes, likewise; may be s itself
   int64_t ld, row0, rows, n, k;
   T scale;
   const T* bias;          // (k) or null
   const int64_t* labels;  // (n)
   const T* targets;       // (rows, k) soft targets of these rows, or null
+  T* bias_gradient;       // (k) column sums of the panel's gradient, or null
 };
 
 // The rows of a head's statistics (kCount, n); those from kTargetSum on only with soft targets.

@@ -79,6 +79,8 @@ template <class T>
 void class_gradient(const ClassPanel<T>& panel, const T* coefficients, bool top1) {
   namespace coefficient = class_coefficient;
   using V = Vec<T>;
+  T* sums = panel.bias_gradient;
+  if (sums) __builtin_memset(sums, 0, panel.k * sizeof(T));
   for (int64_t r = 0; r < panel.rows; ++r) {
     const int64_t i = panel.row0 + r, label = panel.labels[i];
     T* z = panel.g + r * panel.ld;
@@ -95,10 +97,15 @@ void class_gradient(const ClassPanel<T>& panel, const T* coefficients, bool top1
       V g = a * exp<T>(zj - m - log_sum) - u;
       if (q) g -= v * load_lanes<V>(q + j, lanes, T(0));
       if (c != 0 && !top1) g += zj > z_label ? c * exp<T>(zj - m - above_log_sum) : V{};
-      store_lanes(z + j, g, lanes);
+      if (sums) store_lanes(sums + j, load_lanes<V>(sums + j, lanes, T(0)) + g, lanes);
+      store_lanes(z + j, g * panel.scale, lanes);
     });
-    z[label] -= of_row(coefficient::kLabel) + c;
-    if (top1 && c != 0) z[highest] += c;
+    auto add = [&](int64_t j, T g) {
+      z[j] += g * panel.scale;
+      if (sums) sums[j] += g;
+    };
+    add(label, -(of_row(coefficient::kLabel) + c));
+    if (top1 && c != 0) add(highest, c);
   }
 }
 
