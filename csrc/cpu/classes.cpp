@@ -12,7 +12,7 @@
 // few classes dw is summed in `parts` over the rows of a stretch, to give all threads something to do. Every size here
 // follows from the shapes alone, never from the threads, and so do the bits of the result.
 //
-// With `keep` the similarities S (n, h k) are returned and the gradient reads them instead of multiplying again.
+// With `keep` e = exp(z - max z) (n, h k) is returned, and the gradient reads it instead of multiplying again.
 #include "classes.h"
 
 #include <algorithm>
@@ -94,8 +94,8 @@ struct Classes {
   int64_t stretch(int64_t wanted) const { return std::min(n, round_up(wanted, rows)); }
 
   // A head's part of the panel of rows [row0, row0 + height); `first` is the first row of the targets at hand.
-  ClassPanel<T> panel(int64_t head, const T* s, T* g, int64_t row0, int64_t height,
-                      const std::optional<Tensor>& targets, int64_t first) const {
+  ClassPanel<T> panel(int64_t head, T* s, T* g, int64_t row0, int64_t height, const std::optional<Tensor>& targets,
+                      int64_t first) const {
     ClassPanel<T> p{};
     p.s = s + head * k, p.g = g ? g + head * k : nullptr, p.ld = cols;
     p.row0 = row0, p.rows = height, p.n = n, p.k = k, p.scale = scale;
@@ -125,7 +125,7 @@ std::optional<Tensor> rows_of(const std::optional<Tensor>& a, int64_t start, int
 }
 
 template <class T>
-std::tuple<Tensor, Tensor> statistics(const ClassInputs& in, bool keep) {
+std::tuple<Tensor, Tensor> statistics(const ClassInputs& in, const ClassStatisticsWanted& wanted, bool keep) {
   struct Workspace {
     Buffer<T> s, z;
   };
@@ -134,8 +134,8 @@ std::tuple<Tensor, Tensor> statistics(const ClassInputs& in, bool keep) {
   const int64_t kinds = in.heads * class_statistic::kHardCount +
                         (in.targets ? class_statistic::kSoftCount - class_statistic::kHardCount : 0);
   Tensor out = torch::stable::new_empty(in.x, {kinds, n}, scalar_type<T>());
-  Tensor similarity = torch::stable::new_empty(in.x, {keep ? n : int64_t(0), cols}, scalar_type<T>());
-  T *result = out.mutable_data_ptr<T>(), *kept = similarity.mutable_data_ptr<T>();
+  Tensor exponentials = torch::stable::new_empty(in.x, {keep ? n : int64_t(0), cols}, scalar_type<T>());
+  T *result = out.mutable_data_ptr<T>(), *kept = exponentials.mutable_data_ptr<T>();
   const RightMatrix<T> right(c.w, RightMatrix<T>::kColumns, c.arithmetic);
   Pool<Workspace> pool;
   for (int64_t first = 0; first < n; first += stretch) {
@@ -150,11 +150,11 @@ std::tuple<Tensor, Tensor> statistics(const ClassInputs& in, bool keep) {
       for (int64_t head = 0; head < in.heads; ++head) {
         T* of_head = result + head * class_statistic::kHardCount * n;
         const ClassPanel<T> panel = c.panel(head, s, nullptr, i, end - i, targets, first);
-        ROBUSTFT_CALL(class_statistics<T>, panel, of_head, work->z.get());
+        ROBUSTFT_CALL(class_statistics<T>, panel, wanted, of_head, work->z.get());
       }
     });
   }
-  return {out, similarity};
+  return {out, exponentials};
 }
 
 // dw (cols, d), summed over stretches.
@@ -211,12 +211,12 @@ class ColumnGradient {
 };
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor& similarity, const Tensor& coefficients,
-                                            bool top1) {
+std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor& exponentials,
+                                            const Tensor& coefficients, bool top1) {
   const Classes<T> c(in);
   const int64_t n = c.n, cols = c.cols, d = c.d;
   const int64_t stretch = c.stretch(std::max(kMinStretch, kStretchBytes / int64_t(sizeof(T)) / cols));
-  const T* kept = similarity.size(0) == n ? similarity.const_data_ptr<T>() : nullptr;
+  const T* kept = exponentials.size(0) == n ? exponentials.const_data_ptr<T>() : nullptr;
   const Tensor wide = contiguous_as(coefficients, scalar_type<T>());
   const bool converted = in.x.scalar_type() != scalar_type<T>();
   Tensor dx = torch::stable::new_empty(in.x, {n, d});
@@ -235,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor&
     T* dx_first = converted ? dx_stretch.mutable_data_ptr<T>() : dx.mutable_data_ptr<T>() + first * d;
     c.for_each_panel(first, count, [&](int64_t i, int64_t end) {
       T* g_rows = g.get() + (i - first) * cols;
-      const T* s = kept ? kept + i * cols : g_rows;
+      T* s = kept ? const_cast<T*>(kept) + i * cols : g_rows;  // only read if kept
       if (!kept) {
         const LeftRows<T> left(x, i - first, end - i, c.arithmetic);
         multiply(left, 0, end - i, w_columns, 0, cols, g_rows, cols);
@@ -244,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor&
         const T* of_head = wide.const_data_ptr<T>() + head * class_coefficient::kCount * n;
         ClassPanel<T> panel = c.panel(head, s, g_rows, i, end - i, targets, first);
         if (c.bias) panel.bias_gradient = bias_gradients.get() + i / c.rows * cols + head * c.k;
-        ROBUSTFT_CALL(class_gradient<T>, panel, of_head, top1);
+        ROBUSTFT_CALL(class_gradient<T>, panel, of_head, kept, top1);
       }
       T* out = dx_first + (i - first) * d;
       std::fill(out, out + (end - i) * d, T(0));
@@ -266,25 +266,27 @@ std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor&
 
 std::tuple<Tensor, Tensor> class_statistics(const Tensor& x, const Tensor& w, const Tensor& scale,
                                             const std::optional<Tensor>& bias, const Tensor& labels,
-                                            const std::optional<Tensor>& targets, int64_t heads, bool keep,
-                                            std::string precision) {
+                                            const std::optional<Tensor>& targets, int64_t heads, bool misranked,
+                                            bool means, bool keep, std::string precision) {
   const ClassInputs in{x, w, scale, bias, labels, targets, heads, precision};
   in.check("class_statistics");
-  return x.scalar_type() == ScalarType::Double ? statistics<double>(in, keep) : statistics<float>(in, keep);
+  const ClassStatisticsWanted wanted{misranked, means};
+  return x.scalar_type() == ScalarType::Double ? statistics<double>(in, wanted, keep)
+                                               : statistics<float>(in, wanted, keep);
 }
 
 std::tuple<Tensor, Tensor, Tensor> class_gradient(const Tensor& x, const Tensor& w, const Tensor& scale,
                                                   const std::optional<Tensor>& bias, const Tensor& labels,
                                                   const std::optional<Tensor>& targets, int64_t heads,
-                                                  const Tensor& similarity, const Tensor& coefficients, bool top1,
+                                                  const Tensor& exponentials, const Tensor& coefficients, bool top1,
                                                   std::string precision) {
   const ClassInputs in{x, w, scale, bias, labels, targets, heads, precision};
   in.check("class_gradient");
   STD_TORCH_CHECK(coefficients.dim() == 2 && coefficients.size(0) == heads * class_coefficient::kCount &&
                       coefficients.size(1) == x.size(0),
                   "class_gradient: coefficients must be (heads ", int64_t(class_coefficient::kCount), ", n)");
-  return x.scalar_type() == ScalarType::Double ? gradient<double>(in, similarity, coefficients, top1)
-                                               : gradient<float>(in, similarity, coefficients, top1);
+  return x.scalar_type() == ScalarType::Double ? gradient<double>(in, exponentials, coefficients, top1)
+                                               : gradient<float>(in, exponentials, coefficients, top1);
 }
 
 }  // namespace

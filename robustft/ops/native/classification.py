@@ -45,22 +45,24 @@ def _slope(gap: Tensor, variant: str) -> Tensor:
 
 def _classification_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep):
     precision = torch.get_float32_matmul_precision()
-    statistics, similarity = torch.ops.robustft.class_statistics(x, w, scale, bias, labels, None, 1, keep, precision)
-    _, log_sum, mean, label_gap, label, above_log_sum, above_mean, mean_gap, row_mean, max_s = statistics
+    statistics, exponentials = torch.ops.robustft.class_statistics(
+        x, w, scale, bias, labels, None, 1, True, label_smoothing > 0, keep, precision
+    )
+    _, log_sum, mean, label_gap, label, above_log_sum, above_mean, max_s, mean_gap, row_mean = statistics
     cross_entropy = log_sum + torch.lerp(label_gap, mean_gap, label_smoothing)
     by_scale = mean - torch.lerp(label, row_mean, label_smoothing)
-    wrong = label_gap > 0
+    wrong = above_log_sum > -torch.inf
     gap = torch.where(wrong, label_gap if top1 else above_log_sum + label_gap, 0.0)
     misalignment = torch.where(wrong, reference.misalignment_of_gap(gap, variant), 0.0)
     by_gap = torch.where(wrong, _slope(gap, variant), 0.0)
     misalignment_by_scale = by_gap * ((max_s if top1 else above_mean) - label)
     scale_gradients = torch.stack((by_scale, misalignment_by_scale))
     kept = torch.stack((statistics[0], log_sum, torch.where(wrong, above_log_sum, 0.0)))
-    return cross_entropy, misalignment, by_gap, scale_gradients, kept, similarity
+    return cross_entropy, misalignment, by_gap, scale_gradients, kept, exponentials
 
 
 def _classification_gradient(
-    g, h, x, w, scale, bias, labels, top1, label_smoothing, by_gap, by_scale, kept, similarity
+    g, h, x, w, scale, bias, labels, top1, label_smoothing, by_gap, by_scale, kept, exponentials
 ):
     ds = scale_gradient(scale, (g, by_scale[0]), (h, by_scale[1]))
     g, c = g.to(kept.dtype), h.to(kept.dtype) * by_gap
@@ -68,7 +70,7 @@ def _classification_gradient(
     coefficients = torch.stack((*kept, g, (1 - label_smoothing) * g, uniform, torch.zeros_like(g), c))
     precision = torch.get_float32_matmul_precision()
     gradients = torch.ops.robustft.class_gradient(
-        x, w, scale, bias, labels, None, 1, similarity, coefficients, top1, precision
+        x, w, scale, bias, labels, None, 1, exponentials, coefficients, top1, precision
     )
     return *gradients, ds
 
@@ -76,7 +78,9 @@ def _classification_gradient(
 def _dual_risk(x, w, scale, labels, core, keep):
     targets = core if core.dim() == 2 else None
     precision = torch.get_float32_matmul_precision()
-    statistics, similarity = torch.ops.robustft.class_statistics(x, w, scale, None, labels, targets, 2, keep, precision)
+    statistics, exponentials = torch.ops.robustft.class_statistics(
+        x, w, scale, None, labels, targets, 2, False, False, keep, precision
+    )
     highest, log_sum, mean, label_gap, label = statistics[:_STATISTICS][:5]
     core_highest, core_log_sum, core_mean, core_label_gap, core_label = statistics[_STATISTICS:][:5]
     if targets is None:
@@ -86,10 +90,10 @@ def _dual_risk(x, w, scale, labels, core, keep):
         mass, gap, target = statistics[2 * _STATISTICS :]
     by_scale = torch.stack((mean - label, mass * core_mean - target))
     kept = torch.stack((highest, log_sum, core_highest, core_log_sum, mass))
-    return log_sum + label_gap, mass * core_log_sum + gap, by_scale, kept, similarity
+    return log_sum + label_gap, mass * core_log_sum + gap, by_scale, kept, exponentials
 
 
-def _dual_gradient(g, h, x, w, scale, labels, core, by_scale, kept, similarity):
+def _dual_gradient(g, h, x, w, scale, labels, core, by_scale, kept, exponentials):
     ds = scale_gradient(scale, (g, by_scale[0]), (h, by_scale[1]))
     highest, log_sum, core_highest, core_log_sum, mass = kept
     g, h = g.to(kept.dtype), h.to(kept.dtype)
@@ -99,12 +103,12 @@ def _dual_gradient(g, h, x, w, scale, labels, core, by_scale, kept, similarity):
     second = (core_highest, core_log_sum, zero, p, one_hot, zero, soft, zero)
     precision = torch.get_float32_matmul_precision()
     dx, dw, _ = torch.ops.robustft.class_gradient(
-        x, w, scale, None, labels, targets, 2, similarity, torch.stack((*first, *second)), False, precision
+        x, w, scale, None, labels, targets, 2, exponentials, torch.stack((*first, *second)), False, precision
     )
     return dx, dw, ds
 
 
-def _fake_statistics(x, w, scale, bias, labels, targets, heads, keep, precision):
+def _fake_statistics(x, w, scale, bias, labels, targets, heads, misranked, means, keep, precision):
     dtype = accumulation_dtype(x.dtype)
     kinds = heads * _STATISTICS + (0 if targets is None else _TARGET_STATISTICS)
     n = x.shape[0]
@@ -120,16 +124,16 @@ def _fake_gradient(x, w):
 
 def _fake_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep):
     n = x.shape[0]
-    statistics, similarity = _fake_statistics(x, w, scale, bias, labels, None, 1, keep, None)
+    statistics, exponentials = _fake_statistics(x, w, scale, bias, labels, None, 1, True, True, keep, None)
     new = statistics.new_empty
-    return new(n), new(n), new(n), new(2, n), new(3, n), similarity
+    return new(n), new(n), new(n), new(2, n), new(3, n), exponentials
 
 
 def _fake_dual_risk(x, w, scale, labels, core, keep):
     n = x.shape[0]
-    statistics, similarity = _fake_statistics(x, w, scale, None, labels, None, 2, keep, None)
+    statistics, exponentials = _fake_statistics(x, w, scale, None, labels, None, 2, False, False, keep, None)
     new = statistics.new_empty
-    return new(n), new(n), new(2, n), new(5, n), similarity
+    return new(n), new(n), new(2, n), new(5, n), exponentials
 
 
 def _setup(ctx, inputs, output):
