@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY(robustft, m) {
   m.def(
       "class_gradient(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, Tensor? targets, int heads, "
       "Tensor exponentials, Tensor coefficients, bool top1, str precision) -> (Tensor dx, Tensor dw, Tensor db)");
+  // cpu/scores.cpp
+  m.def(
+      "class_scores(Tensor x, Tensor w, float temperature, Tensor scale, str precision) "
+      "-> (Tensor scores, Tensor prediction)");
   // cpu/group_risk.cpp, cuda/group_risk.cu
   m.def("group_sums(Tensor values, Tensor groups, int num_groups) -> (Tensor sums, Tensor counts)");
   // With autograd, compiled whole: cpu/group_risk.cpp; other devices compose it from group_sums
@@ -66,6 +70,7 @@ STABLE_TORCH_LIBRARY(robustft, m) {
   m.def(
       "dual_risk_backward(Tensor g, Tensor h, Tensor x, Tensor w, Tensor scale, Tensor labels, Tensor core_labels, "
       "Tensor scale_gradients, Tensor kept, Tensor exponentials) -> (Tensor dx, Tensor dw, Tensor ds)");
+  m.def("concept_scores(Tensor x, Tensor w, float temperature, Tensor scale) -> (Tensor scores, Tensor prediction)");
   m.def(
       "contrastive_distillation_loss_backward(Tensor g, Tensor h, Tensor x, Tensor t, Tensor scale, Tensor x_teacher, "
       "Tensor t_teacher, Tensor teacher_scale, Tensor? labels, Tensor scale_gradients, Tensor row, Tensor col, "

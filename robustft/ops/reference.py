@@ -158,6 +158,18 @@ def misalignment_of_gap(gap: Tensor, variant: str) -> Tensor:
             return torch.exp(-gap)
 
 
+def concept_scores(
+    x: Tensor, w: Tensor, temperature: float, s: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Six (N,) of the cosines: max_cosine, mcm, msp, energy, entropy, prediction."""
+    cosines = widen(x) @ widen(w).T
+    z = s.to(cosines.dtype) * cosines
+    highest, lse = cosines.amax(1), z.logsumexp(1)
+    mcm = torch.exp(highest / temperature - (cosines / temperature).logsumexp(1))
+    negative_entropy = -torch.special.entr(z.softmax(1)).sum(1)
+    return highest, mcm, torch.exp(z.amax(1) - lse), lse / s.to(lse.dtype), negative_entropy, cosines.argmax(1)
+
+
 def cvar_weights(losses: Tensor, alpha: float) -> Tensor:
     """(N,): 1/(alpha N) on the worst alpha N losses, the fractional remainder on the next, 0 below; sums to 1."""
     n = len(losses)
