@@ -29,10 +29,10 @@ namespace class_statistic {
 enum : int64_t {
   kMax,          // max z
   kLogSum,       // log sum e
+  kAboveLogSum,  // log sum of e over {e > e_y}, -inf when nothing ranks above the label
   kMean,         // sum p S, p = softmax z
   kLabelGap,     // max - z_y
   kLabel,        // S_y
-  kAboveLogSum,  // log sum of e over {e > e_y}, -inf when nothing ranks above the label
   kAboveMean,    // mean S under the softmax over {e > e_y}
   kMaxS,         // S at the first maximum of z
   kMeanGap,      // max - mean z

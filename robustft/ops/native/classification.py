@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from robustft.ops import reference
-from robustft.ops.native.registration import accumulation_dtype, differentiable, fake, scale_gradient
+from robustft.ops.native.registration import accumulation_dtype, differentiable, fake
 
 # Rows of the kernels' statistics and coefficients: class_statistic and class_coefficient in csrc/cpu/classes.h.
 _STATISTICS, _TARGET_STATISTICS = 10, 3
@@ -48,26 +48,33 @@ def _classification_loss(x, w, scale, bias, labels, variant, top1, label_smoothi
     statistics, exponentials = torch.ops.robustft.class_statistics(
         x, w, scale, bias, labels, None, 1, True, label_smoothing > 0, keep, precision
     )
-    _, log_sum, mean, label_gap, label, above_log_sum, above_mean, max_s, mean_gap, row_mean = statistics
-    cross_entropy = log_sum + torch.lerp(label_gap, mean_gap, label_smoothing)
-    by_scale = mean - torch.lerp(label, row_mean, label_smoothing)
+    _, log_sum, above_log_sum, mean, label_gap, label, above_mean, max_s, mean_gap, row_mean = statistics
     wrong = above_log_sum > -torch.inf
     gap = torch.where(wrong, label_gap if top1 else above_log_sum + label_gap, 0.0)
-    misalignment = torch.where(wrong, reference.misalignment_of_gap(gap, variant), 0.0)
-    by_gap = torch.where(wrong, _slope(gap, variant), 0.0)
-    misalignment_by_scale = by_gap * ((max_s if top1 else above_mean) - label)
-    scale_gradients = torch.stack((by_scale, misalignment_by_scale))
-    kept = torch.stack((statistics[0], log_sum, torch.where(wrong, above_log_sum, 0.0)))
-    return cross_entropy, misalignment, by_gap, scale_gradients, kept, exponentials
+    misalignment, by_gap = gap, wrong.to(gap.dtype)
+    if variant != "neg_log_ratio":
+        misalignment, by_gap = by_gap * reference.misalignment_of_gap(gap, variant), by_gap * _slope(gap, variant)
+    by_misalignment = by_gap * ((max_s if top1 else above_mean) - label)
+    if label_smoothing:
+        label_gap, label = (
+            torch.lerp(label_gap, mean_gap, label_smoothing),
+            torch.lerp(label, row_mean, label_smoothing),
+        )
+    by_scale = torch.stack((mean - label, by_misalignment))
+    return log_sum + label_gap, misalignment, by_gap, by_scale, statistics[:3].clone(), exponentials
 
 
 def _classification_gradient(
     g, h, x, w, scale, bias, labels, top1, label_smoothing, by_gap, by_scale, kept, exponentials
 ):
-    ds = scale_gradient(scale, (g, by_scale[0]), (h, by_scale[1]))
+    ds = _scale_gradient(scale, g, h, by_scale)
+    highest, log_sum, above_log_sum = kept
     g, c = g.to(kept.dtype), h.to(kept.dtype) * by_gap
-    uniform = g * (label_smoothing / len(w))
-    coefficients = torch.stack((*kept, g, (1 - label_smoothing) * g, uniform, torch.zeros_like(g), c))
+    uniform = zero = torch.zeros_like(g)
+    label = g
+    if label_smoothing:
+        label, uniform = (1 - label_smoothing) * g, g * (label_smoothing / len(w))
+    coefficients = torch.stack((highest, log_sum, above_log_sum, g, label, uniform, zero, c))
     precision = torch.get_float32_matmul_precision()
     gradients = torch.ops.robustft.class_gradient(
         x, w, scale, bias, labels, None, 1, exponentials, coefficients, top1, precision
@@ -81,8 +88,8 @@ def _dual_risk(x, w, scale, labels, core, keep):
     statistics, exponentials = torch.ops.robustft.class_statistics(
         x, w, scale, None, labels, targets, 2, False, False, keep, precision
     )
-    highest, log_sum, mean, label_gap, label = statistics[:_STATISTICS][:5]
-    core_highest, core_log_sum, core_mean, core_label_gap, core_label = statistics[_STATISTICS:][:5]
+    highest, log_sum, _, mean, label_gap, label = statistics[:6]
+    core_highest, core_log_sum, _, core_mean, core_label_gap, core_label = statistics[_STATISTICS : _STATISTICS + 6]
     if targets is None:
         mass = core.to(statistics.dtype)
         gap, target = mass * core_label_gap, mass * core_label
@@ -93,8 +100,12 @@ def _dual_risk(x, w, scale, labels, core, keep):
     return log_sum + label_gap, mass * core_log_sum + gap, by_scale, kept, exponentials
 
 
+def _scale_gradient(scale, g, h, by_scale):
+    return (torch.stack((g, h)) * by_scale).sum().to(scale.dtype).reshape(scale.shape)
+
+
 def _dual_gradient(g, h, x, w, scale, labels, core, by_scale, kept, exponentials):
-    ds = scale_gradient(scale, (g, by_scale[0]), (h, by_scale[1]))
+    ds = _scale_gradient(scale, g, h, by_scale)
     highest, log_sum, core_highest, core_log_sum, mass = kept
     g, h = g.to(kept.dtype), h.to(kept.dtype)
     zero, p = torch.zeros_like(g), h * mass
