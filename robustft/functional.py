@@ -21,7 +21,7 @@ from torch import Tensor
 
 from robustft.ops import arguments, reference
 from robustft.ops.dispatch import use_native
-from robustft.ops.native import contrastive, risks
+from robustft.ops.native import classification, contrastive, risks
 
 
 class ContrastiveTerms(NamedTuple):
@@ -219,12 +219,12 @@ def classification_loss(
         logit_scale: multiplied out. bias: (K,), added after the scale.
         variant: of the penalty. top1: H is the highest class only.
         label_smoothing: of the cross-entropy, over K. weight, reduction: as in `contrastive_loss`, on both terms.
-        memory: bytes that may be kept for the backward, "auto" for 512 MB. If the N x K similarities (float32, float64
-            for float64 features) fit they are kept, else multiplied again.
+        memory: bytes that may be kept from the forward to the backward, or "auto", 512 MiB. If N K exponentials (4
+            bytes each, 8 for float64) fit, they are kept, else the logits are multiplied again: 6 or 8 N K D flops.
 
     Gradients reach features, class_embeddings, logit_scale, bias and weight.
-    Memory: the gradients, what `memory` allows, half a MB a thread forward and 8 MB backward (256 K numbers if those
-    are more), and at most 16 MB of partial sums for D = 512.
+    Memory: the gradients and what `memory` allows; forward 1 MB a thread (64 K numbers where that is more); backward
+    8 MB (256 K numbers where that is more) and, for few classes, up to eight times their gradient.
     Source: CMP, arXiv 2501.17595; the default is the negative logarithm of its ratio (appendix B).
     Raises: ValueError or TypeError naming the argument.
     """
@@ -239,10 +239,9 @@ def classification_loss(
     arguments.check_smoothing(label_smoothing)
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
-    budget = arguments.memory_budget(memory)
     if use_native("class_statistics", x.device):
-        keep = _keeps(budget, n * k, x, w, s, bias)
-        terms = torch.ops.robustft.classification_loss(x, w, s, bias, y, variant, top1, label_smoothing, keep)[:2]
+        keep = arguments.keeps(memory, n, k, x.dtype, 1) and torch.is_grad_enabled()
+        terms = classification.classification_loss(x, w, s, bias, y, variant, top1, label_smoothing, keep)
     else:
         z = reference.class_logits(x, w, s, bias)
         terms = reference.class_cross_entropy(z, y, label_smoothing), reference.misalignment(z, y, variant, top1)
@@ -341,11 +340,10 @@ def dual_risk(
         )
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
-    budget = arguments.memory_budget(memory)
     core = core_labels.detach()
     if use_native("class_statistics", x.device):
-        keep = _keeps(budget, 2 * n * k, x, w, v, s)
-        terms = torch.ops.robustft.dual_risk(x, torch.cat((w, v)), s, y, core, keep)[:2]
+        keep = arguments.keeps(memory, n, k, x.dtype, 2) and torch.is_grad_enabled()
+        terms = classification.dual_risk(x, torch.cat((w, v)), s, y, core, keep)
     else:
         terms = reference.dual_risk(x, w, v, s, y, core)
     return DualRiskTerms(*(_reduce(term, weight, reduction) for term in terms))
@@ -554,12 +552,6 @@ def _reweighted(weights: Tensor, risk: Tensor, step_size: float) -> Tensor:
     # Plain torch operations: for G numbers a kernel would cost as much in its call as it saved.
     with torch.no_grad():
         return torch.softmax(torch.add(weights.log(), risk.to(weights.dtype), alpha=step_size), 0)
-
-
-def _keeps(budget: int, similarities: int, x: Tensor, *others: Tensor | None) -> bool:
-    """Whether that many similarities of x are kept for a backward."""
-    differentiated = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, *others))
-    return differentiated and similarities * (8 if x.dtype == torch.float64 else 4) <= budget
 
 
 def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

@@ -165,6 +165,23 @@ def test_gradient_errors_are_small_against_the_gradients_themselves(dtype):
         assert (a.double() - b).norm() <= tolerance * b.norm()
 
 
+@pytest.fixture(params=[("high", 1e-4), ("medium", 3e-2)], ids=["high", "medium"])
+def precision(request):
+    """A float32 precision and the error that it may cause in a gradient of logits of scale 30, relative to its norm."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param[0])
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+def test_float32_precision_is_what_torch_was_told(precision):
+    inputs = everything_inputs(257, 100, 128)
+    with robustft.backend("reference"):
+        exact = everything(*(a.double() if a.is_floating_point() else a for a in inputs))
+    for a, b in zip(everything(*inputs), exact, strict=True):
+        assert (a.double() - b).norm() <= precision[1] * b.norm()
+
+
 @pytest.mark.parametrize("loss", ["classification", "dual"])
 def test_memory_decides_what_is_kept(loss):
     n, k, d = 400, 500, 8

@@ -24,10 +24,20 @@ import torch
 from torch import Tensor
 
 from robustft.ops import reference
-from robustft.ops.native.registration import accumulation_dtype, differentiable, fake
+from robustft.ops.native.registration import accumulation_dtype, call, differentiable, fake
 
 # Rows of the kernels' statistics and coefficients: class_statistic and class_coefficient in csrc/cpu/classes.h.
 _STATISTICS, _TARGET_STATISTICS = 10, 3
+
+
+def classification_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep):
+    """Cross-entropy and misalignment, two (N,)."""
+    return call("classification_loss", x, w, scale, bias, labels, variant, top1, label_smoothing, keep)[:2]
+
+
+def dual_risk(x, w, scale, labels, core, keep):
+    """Empirical and worst-case risk, two (N,)."""
+    return call("dual_risk", x, w, scale, labels, core, keep)[:2]
 
 
 def _slope(gap: Tensor, variant: str) -> Tensor:
