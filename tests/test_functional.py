@@ -419,3 +419,19 @@ def test_nan_and_inf_in_the_features_reach_the_loss(bad, backend):
     for scale in (10.0, 100.0):
         each = rf.contrastive_loss(x, t, scale, reduction="none")
         assert not each[7].isfinite() and not rf.contrastive_loss(x, t, scale).isfinite()
+
+
+def test_the_number_of_threads_may_change_between_forward_and_backward():
+    x, t = (f.float().requires_grad_() for f in planted.pairs(700, 16))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for forward, backward in ((1, 1), (1, 5), (5, 1)):
+            torch.set_num_threads(forward)
+            loss = rf.contrastive_loss(x, t, 30.0)
+            torch.set_num_threads(backward)
+            results.append((loss.detach(), *torch.autograd.grad(loss, (x, t))))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-8)

@@ -87,7 +87,8 @@ struct Classes {
     const int64_t bytes = arithmetic == Arithmetic::ieee ? kAtenPanelBytes : kPanelBytes;
     const int64_t fitting = bytes / int64_t(sizeof(T)) / cols / kRowStep * kRowStep;
     rows = std::min(std::clamp(fitting, kMinRows, kMaxRows), std::max(4 * kMinRows, round_up((n + 7) / 8, kRowStep)));
-    rows = std::min(rows, round_up((n + 1) / 2, kRowStep));
+    const int64_t threads = std::max<int64_t>(2, torch::stable::get_num_threads());
+    rows = std::min(rows, std::max(kMinRows, round_up((n + threads - 1) / threads, kRowStep)));
     const int64_t* p = labels.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < n; ++i)
       STD_TORCH_CHECK(p[i] >= 0 && p[i] < k, "label ", p[i], " at index ", i, " is outside [0, ", k, ")");

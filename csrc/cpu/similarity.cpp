@@ -33,16 +33,48 @@
 namespace robustft {
 namespace {
 
-// The grid on which `centers` is stored; tiles are whole multiples of it.
-constexpr int64_t kGridRows = 128, kGridCols = 256;
+constexpr int64_t kMinRows = 64, kMinCols = 128, kMaxRows = 256, kMaxCols = 512;  // of a tile
 constexpr int64_t kPanelsAtOnce = 16;
 
-struct TileShape {
-  int64_t rows, cols;
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-  // Small matrices get small tiles, so that there are some for every thread.
-  TileShape(int64_t n, int64_t m)
-      : rows(n < 512 ? kGridRows : 2 * kGridRows), cols(m < 2048 ? kGridCols : 2 * kGridCols) {}
+// The tiles of an (n, m) matrix. The gradient takes the statistics' ones, whatever has become of the threads.
+struct TileShape {
+  int64_t rows = kMaxRows, cols = kMaxCols;
+
+  // As large as they may be, but so many that each thread finds one in a row and a column of tiles of its own.
+  static TileShape of(int64_t n, int64_t m) {
+    const int64_t threads = torch::stable::get_num_threads();
+    TileShape shape;
+    for (;;) {
+      const int64_t down = ceil_div(n, shape.rows), across = ceil_div(m, shape.cols);
+      if (std::min(down, across) >= threads) return shape;
+      if (shape.cols > kMinCols && (across <= down || shape.rows == kMinRows))
+        shape.cols /= 2;
+      else if (shape.rows > kMinRows)
+        shape.rows /= 2;
+      else
+        return shape;
+    }
+  }
+};
+
+// The centres of all tiles, on the grid of the smallest ones, (heads, down, across + 2), and in the two columns more
+// the shape of the tiles.
+template <class T>
+struct Centers {
+  T* data;
+  int64_t down, across;
+
+  Centers(T* data, int64_t n, int64_t m) : data(data), down(ceil_div(n, kMinRows)), across(ceil_div(m, kMinCols)) {}
+  static std::vector<int64_t> sizes(int64_t heads, int64_t n, int64_t m) {
+    return {heads, ceil_div(n, kMinRows), ceil_div(m, kMinCols) + 2};
+  }
+  T& at(int64_t head, int64_t row0, int64_t col0) const {
+    return data[(head * down + row0 / kMinRows) * (across + 2) + col0 / kMinCols];
+  }
+  void keep(const TileShape& shape) const { data[across] = T(shape.rows), data[across + 1] = T(shape.cols); }
+  TileShape shape() const { return {int64_t(data[across]), int64_t(data[across + 1])}; }
 };
 
 // Calls f(panel, tile) for all of panels x tiles, sharing the calls out among threads so that at no time two of them
@@ -51,7 +83,7 @@ struct TileShape {
 // is called before panels [first, last) are met.
 template <class P, class F>
 void tournament(int64_t panels, int64_t tiles, const P& prepare, const F& f) {
-  const int64_t at_once = std::min(kPanelsAtOnce, tiles);
+  const int64_t at_once = std::min(std::max<int64_t>(kPanelsAtOnce, torch::stable::get_num_threads()), tiles);
   for (int64_t first = 0; first < panels; first += at_once) {
     const int64_t count = std::min(at_once, panels - first);
     prepare(first, first + count);
@@ -149,11 +181,11 @@ struct Tiles {
   std::vector<Label<T>> row_labels, col_labels;
   std::vector<Range<Label<T>>> row_ranges, col_ranges;
 
-  explicit Tiles(const Inputs& in)
+  Tiles(const Inputs& in, const TileShape& shape)
       : in(in),
-        shape(in.n(), in.m()),
-        panels((in.n() + shape.rows - 1) / shape.rows),
-        tiles((in.m() + shape.cols - 1) / shape.cols),
+        shape(shape),
+        panels(ceil_div(in.n(), shape.rows)),
+        tiles(ceil_div(in.m(), shape.cols)),
         arithmetic(arithmetic_of(in.x.scalar_type(), in.precision)),
         student(in.x, in.t, arithmetic, panels),
         scale(scale_of<T>(in.scale)),
@@ -177,10 +209,9 @@ struct Tiles {
   }
 
   void release(int64_t last) {
-    for (int64_t p = std::max<int64_t>(0, last - kPanelsAtOnce); p < last; ++p) {
-      student.panels[p].reset();
-      if (teacher) teacher->panels[p].reset();
-    }
+    for (auto* factors : {&student, teacher ? &*teacher : nullptr})
+      if (factors)
+        for (int64_t p = 0; p < last; ++p) factors->panels[p].reset();
   }
 
   // The tile of a panel and a column tile, over memory that is still to be filled.
@@ -199,12 +230,6 @@ struct Tiles {
     multiply(*student.panels[p], 0, tile.rows, student.columns, tile.col0, tile.cols, tile.s, tile.ld);
     if (tile.teacher)
       multiply(*teacher->panels[p], 0, tile.rows, teacher->columns, tile.col0, tile.cols, tile.teacher, tile.ld);
-  }
-
-  // Where the centre of a tile is stored.
-  int64_t center_index(const Tile<T>& tile, int64_t head) const {
-    const int64_t down = (in.n() + kGridRows - 1) / kGridRows, across = (in.m() + kGridCols - 1) / kGridCols;
-    return (head * down + tile.row0 / kGridRows) * across + tile.col0 / kGridCols;
   }
 };
 
@@ -276,15 +301,15 @@ T center_of(const Range<T>& range, T scale) {
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Inputs& in, bool keep, bool totals) {
-  Tiles<T> all(in);
-  const bool teacher = in.heads() == 2;
   const int64_t n = in.n(), m = in.m();
+  Tiles<T> all(in, TileShape::of(n, m));
+  const bool teacher = in.heads() == 2;
   StatisticsBuffer<T> row(n, teacher), col(m, teacher);
   const RunningStatistics<T> row_state = row.view(), col_state = col.view();
-  const int64_t down = (n + kGridRows - 1) / kGridRows, across = (m + kGridCols - 1) / kGridCols;
-  Tensor centers = torch::stable::new_zeros(in.x, {in.heads(), down, across}, scalar_type<T>());
+  Tensor centers = torch::stable::new_zeros(in.x, Centers<T>::sizes(in.heads(), n, m), scalar_type<T>());
   Tensor kept = torch::stable::new_empty(in.x, {keep ? in.heads() * n : int64_t(0), m}, scalar_type<T>());
-  T* center_at = centers.mutable_data_ptr<T>();
+  const Centers<T> center_of_tile(centers.mutable_data_ptr<T>(), n, m);
+  center_of_tile.keep(all.shape);
   T* keep_at = kept.mutable_data_ptr<T>();
 
   Pool<Workspace<T>> pool;
@@ -312,8 +337,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Inputs& in, bool kee
       ROBUSTFT_CALL(wide_statistics<T>, tile, row_state, col_state);
     }
     const T not_narrow = std::numeric_limits<T>::quiet_NaN();
-    center_at[all.center_index(tile, 0)] = narrow ? center : not_narrow;
-    if (teacher) center_at[all.center_index(tile, 1)] = narrow ? teacher_center : not_narrow;
+    center_of_tile.at(0, tile.row0, tile.col0) = narrow ? center : not_narrow;
+    if (teacher) center_of_tile.at(1, tile.row0, tile.col0) = narrow ? teacher_center : not_narrow;
   });
   return {row.finish(in.x), col.finish(in.x), centers, kept};
 }
@@ -335,9 +360,13 @@ GradientCoefficients<T> coefficients_of(const Tensor& c, bool teacher, bool tota
 template <class T>
 std::tuple<Tensor, Tensor> gradient(const Inputs& in, const Tensor& row, const Tensor& col, const Tensor& centers,
                                     const Tensor& kept, bool totals) {
-  Tiles<T> all(in);
-  const bool teacher = in.heads() == 2, keep = kept.size(0) > 0;
   const int64_t n = in.n(), m = in.m(), d = in.x.size(1);
+  const Centers<T> center_of_tile(const_cast<T*>(centers.const_data_ptr<T>()), n, m);
+  const TileShape shape = center_of_tile.shape();
+  STD_TORCH_CHECK(shape.rows >= kMinRows && shape.rows <= kMaxRows && shape.cols >= kMinCols && shape.cols <= kMaxCols,
+                  "similarity_gradient: centers must be what similarity_statistics returned");
+  Tiles<T> all(in, shape);
+  const bool teacher = in.heads() == 2, keep = kept.size(0) > 0;
   const Tensor row_c = contiguous_as(row, scalar_type<T>()), col_c = contiguous_as(col, scalar_type<T>());
   const auto row_coefficients = coefficients_of<T>(row_c, teacher, totals);
   const auto col_coefficients = coefficients_of<T>(col_c, teacher, totals);
@@ -346,7 +375,7 @@ std::tuple<Tensor, Tensor> gradient(const Inputs& in, const Tensor& row, const T
   Tensor dx = torch::stable::new_zeros(all.student.x, all.student.x.sizes());
   Tensor dt = torch::stable::new_zeros(all.student.t, all.student.t.sizes());
   T *const dx_at = dx.mutable_data_ptr<T>(), *const dt_at = dt.mutable_data_ptr<T>();
-  const T *const center_at = centers.const_data_ptr<T>(), *const kept_at = kept.const_data_ptr<T>();
+  const T* const kept_at = kept.const_data_ptr<T>();
 
   Pool<Workspace<T>> pool;
   auto prepare = [&](int64_t first, int64_t last) {
@@ -366,8 +395,8 @@ std::tuple<Tensor, Tensor> gradient(const Inputs& in, const Tensor& row, const T
     const Tile<T> tile = all.at(p, q, work->s.get(), teacher && !keep ? work->teacher.get() : nullptr, work->cols);
     GradientTile<T> out{};
     out.g = work->s.get(), out.g_ld = work->cols;
-    out.center = center_at[all.center_index(tile, 0)];
-    out.teacher_center = teacher ? center_at[all.center_index(tile, 1)] : T(0);
+    out.center = center_of_tile.at(0, tile.row0, tile.col0);
+    out.teacher_center = teacher ? center_of_tile.at(1, tile.row0, tile.col0) : T(0);
     if (keep) {
       out.s = kept_at + tile.row0 * m + tile.col0, out.ld = m;
       out.teacher = teacher ? out.s + n * m : nullptr;
@@ -417,8 +446,9 @@ std::tuple<Tensor, Tensor> similarity_gradient(const Tensor& x, const Tensor& t,
                       row.size(1) == n && col.size(1) == m,
                   "similarity_gradient: row and col must be (", kinds, ", n) and (", kinds, ", m)");
   const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const int64_t grid = (n + kGridRows - 1) / kGridRows * ((m + kGridCols - 1) / kGridCols);
-  STD_TORCH_CHECK(centers.numel() == in.heads() * grid && kept.dim() == 2 && kept.size(1) == m &&
+  const std::vector<int64_t> sizes = Centers<float>::sizes(in.heads(), n, m);
+  STD_TORCH_CHECK(centers.dim() == 3 && centers.size(0) == sizes[0] && centers.size(1) == sizes[1] &&
+                      centers.size(2) == sizes[2] && kept.dim() == 2 && kept.size(1) == m &&
                       (kept.size(0) == 0 || kept.size(0) == in.heads() * n) && centers.scalar_type() == dtype &&
                       kept.scalar_type() == dtype,
                   "similarity_gradient: centers and kept must be what similarity_statistics returned");

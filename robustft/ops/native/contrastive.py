@@ -127,9 +127,9 @@ def _contrastive_distillation_gradient(g, h, x, t, scale, xt, tt, st, labels, by
 
 
 def _fake_kept(x: Tensor, t: Tensor, heads: int, keep: bool) -> tuple[Tensor, Tensor]:
-    """centers, one for every 128 x 256 logits of each matrix, and kept."""
+    """centers, one for every 64 x 128 logits of each matrix and two more a row, and kept."""
     n, m, dtype = x.shape[0], t.shape[0], accumulation_dtype(x.dtype)
-    centers = x.new_empty(heads, (n + 127) // 128, (m + 255) // 256, dtype=dtype)
+    centers = x.new_empty(heads, (n + 63) // 64, (m + 127) // 128 + 2, dtype=dtype)
     return centers, x.new_empty(heads * n if keep else 0, m, dtype=dtype)
 
 
