@@ -81,7 +81,7 @@ struct Thread {
 struct Warp {
   Barrier barrier;
   const char* names[kLanes];
-  char slots[kLanes][64];
+  alignas(16) char slots[kLanes][64];
 };
 
 struct Block {
@@ -171,13 +171,8 @@ auto exchange(const char* name, const T& value, const Read& read) {
   wait(warp.barrier);
   for (int l = 0; l < kLanes; ++l)
     if (std::strcmp(warp.names[l], name) != 0) fail("lanes of a warp exchange by different functions");
-  const auto result = read(
-      [&](int l) {
-        T other;
-        std::memcpy(&other, warp.slots[l], sizeof other);
-        return other;
-      },
-      lane);
+  const auto at = [&](int l) -> const T& { return *reinterpret_cast<const T*>(warp.slots[l]); };
+  const auto result = read(at, lane);
   wait(warp.barrier);
   return result;
 }
@@ -186,25 +181,25 @@ auto exchange(const char* name, const T& value, const Read& read) {
 
 inline void __syncthreads() { emulation::wait(emulation::block.barrier); }
 inline void __syncwarp() {
-  emulation::exchange("syncwarp", 0, [](auto, int) { return 0; });
+  emulation::exchange("syncwarp", 0, [](const auto&, int) { return 0; });
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-  return emulation::exchange("shfl_xor", value, [=](auto at, int lane) { return at(lane ^ mask); });
+  return emulation::exchange("shfl_xor", value, [=](const auto& at, int lane) { return at(lane ^ mask); });
 }
 template <class T>
 T __shfl_up_sync(unsigned, T value, int delta) {
-  return emulation::exchange("shfl_up", value, [=](auto at, int lane) { return at(lane < delta ? lane : lane - delta); });
+  return emulation::exchange("shfl_up", value, [=](const auto& at, int lane) { return at(lane < delta ? lane : lane - delta); });
 }
 inline unsigned __ballot_sync(unsigned, bool condition) {
-  return emulation::exchange("ballot", condition, [](auto at, int) {
+  return emulation::exchange("ballot", condition, [](const auto& at, int) {
     unsigned bits = 0;
     for (int l = 0; l < emulation::kLanes; ++l) bits |= unsigned(at(l)) << l;
     return bits;
   });
 }
 inline unsigned __match_any_sync(unsigned, int value) {
-  return emulation::exchange("match_any", value, [](auto at, int lane) {
+  return emulation::exchange("match_any", value, [](const auto& at, int lane) {
     unsigned bits = 0;
     for (int l = 0; l < emulation::kLanes; ++l) bits |= unsigned(at(l) == at(lane)) << l;
     return bits;

@@ -31,7 +31,7 @@ inline void load_matrices(unsigned (&out)[4], const void* shared_row) {
   struct Words {
     unsigned word[4];
   };
-  const Words words = emulation::exchange("ldmatrix", shared_row, [](auto at, int lane) {
+  const Words words = emulation::exchange("ldmatrix", shared_row, [](const auto& at, int lane) {
     Words result;
     for (int m = 0; m < 4; ++m)
       std::memcpy(&result.word[m], static_cast<const char*>(at(8 * m + lane / 4)) + 4 * (lane % 4), 4);
@@ -48,7 +48,7 @@ inline void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, uns
     float c[4];
   };
   const Operands own{{a[0], a[1], a[2], a[3]}, {b0, b1}};
-  const Products products = emulation::exchange("mma", own, [](auto at, int lane) {
+  const Products products = emulation::exchange("mma", own, [](const auto& at, int lane) {
     const auto half = [](unsigned word, int k) { return __uint_as_float(k % 2 ? word & 0xffff0000u : word << 16); };
     Products result{};
     for (int i = 0; i < 4; ++i) {
