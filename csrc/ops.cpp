@@ -37,6 +37,16 @@ STABLE_TORCH_LIBRARY(robustft, m) {
   // cpu/cvar.cpp
   m.def("cvar(Tensor losses, float alpha) -> (Tensor value, Tensor boundary)");
   m.def("cvar_backward(Tensor grad, Tensor losses, float alpha, Tensor boundary) -> Tensor");
+  // cpu/neighbor_pack.cpp, cpu/neighbors.cpp
+  m.def(
+      "neighbor_pack(Tensor points, int samples) "
+      "-> (Tensor centre, Tensor bias, Tensor filter, Tensor sample, Tensor bounds)");
+  m.def(
+      "kth_neighbor_distance(Tensor queries, Tensor points, Tensor centre, Tensor bias, Tensor filter, Tensor sample, "
+      "Tensor bounds, int k, bool squared) -> Tensor");
+  m.def(
+      "nearest_neighbors(Tensor queries, Tensor points, Tensor centre, Tensor bias, Tensor filter, Tensor sample, "
+      "Tensor bounds, int k, bool squared) -> (Tensor distances, Tensor indices)");
 
   // Losses, composed from the kernels for every device, with autograd: robustft/ops/native.py
   m.def(

@@ -195,3 +195,36 @@ def memory_budget(memory: str | int) -> int:
 def keeps(memory: str | int, n: int, m: int, dtype: torch.dtype, matrices: int) -> bool:
     """Whether that many (n, m) matrices, in the dtype in which the kernels add, fit into `memory`."""
     return matrices * n * m * (8 if dtype == torch.float64 else 4) <= memory_budget(memory)
+
+
+def neighbor_points(points: Tensor, name: str = "points", may_be_empty: bool = False) -> Tensor:
+    """Checked, detached, float64 as it is and anything else as float32."""
+    if not isinstance(points, Tensor):
+        raise TypeError(f"{name} is {type(points).__name__}; expected a tensor")
+    if points.dim() != 2 or points.shape[1] == 0:
+        raise ValueError(f"{name} has shape {tuple(points.shape)}; expected (N, D), D at least 1")
+    if points.dtype not in FLOATS:
+        raise TypeError(f"{name} is {points.dtype}; expected float64, float32, bfloat16 or float16")
+    if len(points) == 0 and not may_be_empty:
+        raise ValueError(f"{name} has shape {tuple(points.shape)}; expected at least one point")
+    points = points.detach()
+    return points if points.dtype == torch.float64 else points.float()
+
+
+def neighbor_queries(queries: Tensor, points: Tensor) -> Tensor:
+    """Checked against the points, detached; may be empty."""
+    queries = neighbor_points(queries, "queries", may_be_empty=True)
+    if queries.shape[1] != points.shape[1]:
+        raise ValueError(f"queries has {queries.shape[1]} dimensions; expected {points.shape[1]}, as points")
+    if queries.device != points.device:
+        raise ValueError(f"queries is on {queries.device}; expected {points.device}, as points")
+    return queries
+
+
+def check_neighbors(k: int, n: int) -> int:
+    """k as an int in [1, n]."""
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(f"k is {k!r}; expected an integer")
+    if not 1 <= k <= n:
+        raise ValueError(f"k is {k}; expected an integer in [1, {n}], the number of points")
+    return k

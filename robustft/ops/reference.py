@@ -163,3 +163,33 @@ def cvar(losses: Tensor, alpha: float) -> Tensor:
     """0-d: the weighted sum of the losses that count; what does not count may be infinite."""
     weights = cvar_weights(losses.detach(), alpha)
     return (weights * torch.where(weights > 0, losses, 0.0)).sum()
+
+
+def nearest_neighbors(queries: Tensor, points: Tensor, k: int, squared: bool) -> tuple[Tensor, Tensor]:
+    """(Q, k) distances, ascending, and (Q, k) indices: all distances in float64, by differences, sorted.
+
+    NaN for queries that are not finite.
+    """
+    results = [_sorted_distances(rows, points, k, squared) for rows in _row_blocks(queries, len(points))]
+    return torch.cat([distances for distances, _ in results]), torch.cat([indices for _, indices in results])
+
+
+def kth_neighbor_distance(queries: Tensor, points: Tensor, k: int, squared: bool) -> Tensor:
+    """(Q,): the k-th smallest of all distances."""
+    blocks = _row_blocks(queries, len(points))
+    return torch.cat([_distances(rows, points, squared).kthvalue(k, 1).values for rows in blocks])
+
+
+def _row_blocks(queries: Tensor, n: int) -> tuple[Tensor, ...]:
+    return queries.split(max(1, 2**22 // n))
+
+
+def _distances(queries: Tensor, points: Tensor, squared: bool) -> Tensor:
+    exact = torch.cdist(queries.double(), points.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    exact = torch.where(queries.isfinite().all(1, keepdim=True), exact, torch.nan)
+    return (exact.square() if squared else exact).to(widen(points[:0]).dtype)
+
+
+def _sorted_distances(queries: Tensor, points: Tensor, k: int, squared: bool) -> tuple[Tensor, Tensor]:
+    distances, indices = _distances(queries, points, squared).sort(dim=1, stable=True)
+    return distances[:, :k], indices[:, :k]

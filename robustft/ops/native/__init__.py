@@ -4,7 +4,7 @@ csrc/ops.cpp declares all of them. The kernels know tensors and numbers; what of
 needs of them for its gradient, is N-vector algebra and stands here, once for every device.
 """
 
-from robustft.ops.native import classification, contrastive, risks
+from robustft.ops.native import classification, contrastive, neighbors, risks
 
 KERNELS = (
     "similarity_statistics",
@@ -15,6 +15,9 @@ KERNELS = (
     "group_sums",
     "misalignment_penalty",
     "cvar",
+    "neighbor_pack",
+    "kth_neighbor_distance",
+    "nearest_neighbors",
 )
 """The operators with an implementation a device."""
 
@@ -24,3 +27,4 @@ def register() -> None:
     contrastive.register()
     classification.register()
     risks.register()
+    neighbors.register()
