@@ -169,8 +169,8 @@ def scores(n: int, k: int, d: int) -> Candidates:
             top.values,
             cosines.softmax(1).amax(1),
             p.amax(1),
-            z.logsumexp(1),
-            torch.special.entr(p).sum(1),
+            z.logsumexp(1) / 50,
+            -torch.special.entr(p).sum(1),
             top.indices,
         )
 

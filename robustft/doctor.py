@@ -21,6 +21,8 @@ OPERATORS = {
     "contrastive_loss": "similarity_statistics",
     "contrastive_distillation_loss": "similarity_statistics",
     "classification_loss": "class_statistics",
+    "dual_risk": "class_statistics",
+    "concept_scores": "class_scores",
     "misalignment_penalty": "misalignment_penalty",
     "cvar": "cvar",
     "group_risk": "group_sums",
@@ -131,10 +133,12 @@ def _operators() -> Iterator[Check]:
             "contrastive_loss": rf.contrastive_loss(x, t, s, labels=labels, label_smoothing=0.1),
             "contrastive_distillation_loss": sum(rf.contrastive_distillation_loss(x, t, s, xt, tt, 9.0)),
             "classification_loss": sum(rf.classification_loss(x, t[:12], labels, s)),
+            "dual_risk": sum(rf.dual_risk(x, t[:12], t[12:24], labels, t[:, :12].detach().abs(), s)),
             "misalignment_penalty": rf.misalignment_penalty(s * x @ t[:12].T, labels),
             "cvar": rf.cvar(s * (x * t).sum(1), 0.3),
         }
         values = {name: [loss, *torch.autograd.grad(loss, (x, t, s))] for name, loss in losses.items()}
+        values["concept_scores"] = [*rf.concept_scores(x, t[:12], logit_scale=s)]
         values["group_risk"] = [*rf.group_risk(x[:, 0], labels, 12)]
         return values
 

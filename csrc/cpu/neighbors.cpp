@@ -17,8 +17,9 @@
 // how long a search takes, never what it finds.
 //
 // Band. t > t_k + 2 eps is certainly among the k - 1 best, h of these; t < t_k - 2 eps certainly is not among the k
-// best. The k-th distance is the (k - h)-th of the rest, by direct sums of (q - x)^2 in double: no cancellation. The
-// k nearest need the distances of all t >= t_k - 2 eps.
+// best. The k-th distance is the (k - h)-th of the rest, by direct sums of (q - x)^2 in double: no cancellation. Of
+// these |t - t_k| <= eps go first, about half: their (k - h')-th, with h' all greater t, is a value v of s, and only
+// points with v within eps of their t can be on its other side. The k nearest need all t >= t_k - 2 eps.
 //
 // Distances are computed by the same kernel in the same order wherever they are, and eps leaves room for their
 // rounding: results have the same bits for any arithmetic of the filter, any batch of queries and any thread count.
@@ -62,9 +63,9 @@ template <class T>
 struct Workspace {
   Buffer<T> scores{kSampleSize};
   std::vector<T> centred;  // points of a tile
-  std::vector<Hit<T>> hits;
+  std::vector<Hit<T>> hits, open;
   std::vector<int32_t> rows;
-  std::vector<double> query, squared;
+  std::vector<double> query, squared, order;
   std::vector<Neighbor<T>> neighbors;
 };
 
@@ -118,13 +119,14 @@ class Search {
     const int64_t rows = ids.size(), d = set_.d;
     const bool bf16 = set_.arithmetic == Arithmetic::bf16;
     const Buffer<T> centred(rows * d);
-    std::vector<double> eps(rows);
+    std::vector<double> eps(rows), norms_squared(rows);
     std::vector<int64_t> beyond;  // the bound, or the range of T
     for (int64_t r = 0; r < rows; ++r) {
       RowNorms norms;
       const T* query = queries_ + ids[r] * d;
       std::copy(query, query + d, centred.get() + r * d);
       ROBUSTFT_CALL(centre_row<T>, query, set_.centre_or_null(), d, bf16, centred.get() + r * d, &norms);
+      norms_squared[r] = norms.squared;
       eps[r] = bound(std::sqrt(norms.squared), std::sqrt(norms.residual));
       if (!(eps[r] > 0)) {
         beyond.push_back(ids[r]);
@@ -153,7 +155,7 @@ class Search {
     torch::stable::parallel_for(0, rows, threads == 1 ? rows : 1, [&](int64_t first, int64_t last) {
       auto workspace = pool_.take([] { return Workspace<T>(); });
       for (int64_t r = first; r < last; ++r)
-        if (eps[r] > 0) again[r] = finish(ids[r], r, eps[r], hits, *workspace);
+        if (eps[r] > 0) again[r] = finish(ids[r], r, eps[r], norms_squared[r], hits, *workspace);
     });
     std::vector<int64_t> repeated;
     std::vector<T> certain;
@@ -234,7 +236,7 @@ class Search {
 
   // Writes the result of query `id` from its hits, the r-th of each part, and returns NaN; or the threshold with which
   // to scan again; or infinity where there were too many hits.
-  T finish(int64_t id, int64_t r, double eps, std::vector<Hits<T>>& parts, Workspace<T>& w) {
+  T finish(int64_t id, int64_t r, double eps, double norm_squared, std::vector<Hits<T>>& parts, Workspace<T>& w) {
     T least = parts[0].thresholds[r];
     Hit<T>* hits = parts[0].data[r];
     int64_t count = parts[0].counts[r];
@@ -254,22 +256,54 @@ class Search {
     const double t_k = hits[k_ - 1].score, low = t_k - 2 * eps, high = t_k + 2 * eps;
     // Scanned again in another shape, every t may be another within eps of s.
     if (low < least) return below<T>(t_k - 4 * eps);
-    int64_t certain = 0;
-    w.rows.clear();
-    for (int64_t i = 0; i < count; ++i) {
-      if (!indices_ && hits[i].score > high)
-        ++certain;
-      else if (hits[i].score >= low)
-        w.rows.push_back(hits[i].point);
-    }
     w.query.assign(queries_ + id * set_.d, queries_ + (id + 1) * set_.d);
-    w.squared.resize(w.rows.size());
-    ROBUSTFT_CALL(squared_distances<T>, w.query.data(), set_.row(0), set_.d, w.rows.data(), int64_t(w.rows.size()),
-                  w.squared.data());
-    w.neighbors.clear();
-    for (size_t i = 0; i < w.rows.size(); ++i) w.neighbors.push_back({distance(w.squared[i]), w.rows[i]});
-    write(id, w.neighbors, k_ - certain);
+    w.rows.clear(), w.open.clear(), w.squared.clear(), w.neighbors.clear();
+    int64_t above = 0;  // of the points that are not measured, those before the k-th
+    for (int64_t i = 0; i < count; ++i) {
+      const double t = hits[i].score;
+      if (indices_ ? t >= low : std::abs(t - t_k) <= eps)
+        w.rows.push_back(hits[i].point);
+      else if (t > high)
+        ++above;
+      else if (t >= low)
+        w.open.push_back(hits[i]);
+    }
+    measure(w);
+    if (indices_) {
+      write(id, w.neighbors, k_);
+      return std::numeric_limits<T>::quiet_NaN();
+    }
+    for (const Hit<T>& h : w.open) above += h.score > t_k;
+    do {
+      const int64_t measured = w.squared.size(), rank = k_ - above;
+      double v = rank < 1 ? std::numeric_limits<double>::infinity() : -std::numeric_limits<double>::infinity();
+      if (rank >= 1 && rank <= measured) {
+        w.order = w.squared;
+        std::nth_element(w.order.begin(), w.order.begin() + (rank - 1), w.order.end());
+        v = (norm_squared - w.order[rank - 1]) / 2;
+      }
+      w.rows.clear();
+      const auto settled = std::partition(w.open.begin(), w.open.end(), [=](const Hit<T>& h) {
+        return h.score > t_k ? h.score - eps >= v : h.score + eps <= v;
+      });
+      for (auto h = settled; h != w.open.end(); ++h) {
+        w.rows.push_back(h->point);
+        above -= h->score > t_k;
+      }
+      w.open.erase(settled, w.open.end());
+      measure(w);
+    } while (!w.rows.empty());
+    write(id, w.neighbors, k_ - above);
     return std::numeric_limits<T>::quiet_NaN();
+  }
+
+  // Appends the distances of w.query to the points w.rows.
+  void measure(Workspace<T>& w) {
+    const size_t known = w.squared.size();
+    w.squared.resize(known + w.rows.size());
+    ROBUSTFT_CALL(squared_distances<T>, w.query.data(), set_.row(0), set_.d, w.rows.data(), int64_t(w.rows.size()),
+                  w.squared.data() + known);
+    for (size_t i = 0; i < w.rows.size(); ++i) w.neighbors.push_back({distance(w.squared[known + i]), w.rows[i]});
   }
 
   // The queries `ids` by the distances to all points.

@@ -135,6 +135,20 @@ def group_indices(groups: Tensor, losses: Tensor, num_groups: int) -> Tensor:
     return groups.long()
 
 
+def check_unit_norm(name: str, features: Tensor) -> None:
+    """On the CPU only: on a GPU the check would wait for it."""
+    if features.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    tolerance = 1e-3 if features.dtype in (torch.float64, torch.float32) else 1e-2  # of unit vectors as rounded
+    wide = None if features.dtype == torch.float64 else torch.float32
+    low, high = torch.aminmax(torch.linalg.vector_norm(features, dim=1, dtype=wide))
+    if not (1 - tolerance <= low and high <= 1 + tolerance):
+        raise ValueError(
+            f"{name} has rows of norm {low:.4g} to {high:.4g}; expected 1 within {tolerance:g}: pass "
+            "torch.nn.functional.normalize(..., dim=1), scores are of cosines"
+        )
+
+
 def check_variant(variant: str) -> None:
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")

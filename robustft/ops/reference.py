@@ -120,6 +120,14 @@ def soft_cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
     return -(targets.to(z.dtype) * log_softmax(z, 1)).sum(1)
 
 
+def dual_risk(x: Tensor, w: Tensor, v: Tensor, s: Tensor, labels: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
+    """Two (N,): cross-entropy under w, and under v with soft labels (N, K) or confidences of the label (N,)."""
+    empirical = class_cross_entropy(class_logits(x, w, s, None), labels, 0.0)
+    z = class_logits(x, v, s, None)
+    worst_case = class_cross_entropy(z, labels, 0.0) * core if core.dim() == 1 else soft_cross_entropy(z, core)
+    return empirical, worst_case
+
+
 def misalignment(z: Tensor, labels: Tensor, variant: str, top1: bool) -> Tensor:
     """(N,): the penalty on the classes that rank strictly above the label, 0 where none does.
 
@@ -148,6 +156,18 @@ def misalignment_of_gap(gap: Tensor, variant: str) -> Tensor:
             return torch.logaddexp(gap, torch.zeros_like(gap))  # F.softplus is linear from 20 on, 2e-9 off
         case _:
             return torch.exp(-gap)
+
+
+def concept_scores(
+    x: Tensor, w: Tensor, temperature: float, s: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Six (N,) of the cosines: max_cosine, mcm, msp, energy, entropy, prediction."""
+    cosines = widen(x) @ widen(w).T
+    z = s.to(cosines.dtype) * cosines
+    highest, lse = cosines.amax(1), z.logsumexp(1)
+    mcm = torch.exp(highest / temperature - (cosines / temperature).logsumexp(1))
+    negative_entropy = -torch.special.entr(z.softmax(1)).sum(1)
+    return highest, mcm, torch.exp(z.amax(1) - lse), lse / s.to(lse.dtype), negative_entropy, cosines.argmax(1)
 
 
 def cvar_weights(losses: Tensor, alpha: float) -> Tensor:

@@ -4,13 +4,14 @@ csrc/ops.cpp declares all of them. The kernels know tensors and numbers; what of
 needs of them for its gradient, is N-vector algebra and stands here, once for every device.
 """
 
-from robustft.ops.native import classification, contrastive, neighbors, risks
+from robustft.ops.native import classification, contrastive, neighbors, risks, scores
 
 KERNELS = (
     "similarity_statistics",
     "similarity_gradient",
     "class_statistics",
     "class_gradient",
+    "class_scores",
     "vector_exp",
     "group_sums",
     "misalignment_penalty",
@@ -28,3 +29,4 @@ def register() -> None:
     classification.register()
     risks.register()
     neighbors.register()
+    scores.register()
