@@ -116,7 +116,7 @@ class NeighborIndex:
             ) from error
 
     def _prepare(self) -> PackedPoints | None:
-        if self._packed is None or not neighbors.use_native("neighbor_pack", self.points.device):
+        if self._packed is None or not neighbors.prepares(self.points):
             self._packed = neighbors.prepare(self.points)
         return self._packed
 

@@ -31,9 +31,8 @@ struct CvarBudget {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kCvarThreads)
-    cvar_kernel(const T* __restrict__ losses, int64_t n, CvarBudget b, T* __restrict__ value,
-                double* __restrict__ boundary) {
+__global__ void __launch_bounds__(kCvarThreads) cvar_kernel(const T* __restrict__ losses, int64_t n, CvarBudget b,
+                                                            T* __restrict__ value, double* __restrict__ boundary) {
   using Key = decltype(key_of(T()));
   __shared__ SelectMemory memory;
   __shared__ double sums[kCvarWarps];
@@ -106,8 +105,8 @@ std::tuple<Tensor, Tensor> cvar_of(const Tensor& losses, double alpha) {
   const Tensor v = contiguous_as(losses, scalar_type<T>());
   Tensor value = torch::stable::new_empty(v, {});
   Tensor boundary = torch::stable::new_empty(v, {2}, ScalarType::Double);
-  OnDevice(v).launch(cvar_kernel<T>, 1, kCvarThreads, 0, v.const_data_ptr<T>(), v.numel(),
-                     CvarBudget(v.numel(), alpha), value.mutable_data_ptr<T>(), boundary.mutable_data_ptr<double>());
+  OnDevice(v).launch(cvar_kernel<T>, 1, kCvarThreads, 0, v.const_data_ptr<T>(), v.numel(), CvarBudget(v.numel(), alpha),
+                     value.mutable_data_ptr<T>(), boundary.mutable_data_ptr<double>());
   return {value, boundary};
 }
 

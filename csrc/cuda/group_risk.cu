@@ -22,8 +22,8 @@ constexpr int kGroupThreads = 256, kGroupWarps = kGroupThreads / kWarp;
 
 template <class T>
 __global__ void __launch_bounds__(kGroupThreads)
-    group_sums_kernel(const T* __restrict__ values, const int64_t* __restrict__ groups, int64_t n,
-                      T* __restrict__ sums, int64_t* __restrict__ counts) {
+    group_sums_kernel(const T* __restrict__ values, const int64_t* __restrict__ groups, int64_t n, T* __restrict__ sums,
+                      int64_t* __restrict__ counts) {
   __shared__ T warp_sums[kGroupWarps];
   __shared__ int64_t warp_counts[kGroupWarps];
   T sum = 0;
@@ -77,8 +77,7 @@ __global__ void __launch_bounds__(kWarp)
     if (own.worse_than(worst)) worst = own;
   }
   for (int lane = kWarp / 2; lane > 0; lane /= 2) {
-    const Worst<T> other{__shfl_xor_sync(kWholeWarp, worst.mean, lane),
-                         __shfl_xor_sync(kWholeWarp, worst.group, lane)};
+    const Worst<T> other{__shfl_xor_sync(kWholeWarp, worst.mean, lane), __shfl_xor_sync(kWholeWarp, worst.group, lane)};
     if (other.worse_than(worst)) worst = other;
   }
   if (threadIdx.x != 0) return;

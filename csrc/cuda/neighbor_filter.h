@@ -26,8 +26,8 @@ struct TileProducts {
   const float* bias;
   int count, n, depth;
   int query_tiles, strip;   // a block's share: one tile of queries, this many of points
-  float* scores;               // store
-  const float* thresholds;     // collect
+  float* scores;            // store
+  const float* thresholds;  // collect
   uint64_t* hits;
   int* counts;
   int64_t room;
@@ -50,7 +50,8 @@ class TileLoader {
       part_of(stage, i * 64, query_rows_ + int64_t(i * 64) * p.depth, query_ + row_ + i * 64 < p.count, p.queries);
 #pragma unroll
     for (int i = 0; i < kTilePoints / 64; ++i)
-      part_of(stage, kTileQueries + i * 64, point_rows_ + int64_t(i * 64) * p.depth, point_ + row_ + i * 64 < p.n, p.points);
+      part_of(stage, kTileQueries + i * 64, point_rows_ + int64_t(i * 64) * p.depth, point_ + row_ + i * 64 < p.n,
+              p.points);
     column_ += kTileDepth;
     if (column_ < p.depth) return;
     point_ += kTilePoints;

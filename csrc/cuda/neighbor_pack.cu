@@ -1,9 +1,10 @@
 // Prepares points for neighbour searches on the GPU: the outputs of cpu/neighbor_pack.cpp, but that
 //
-//   filter   holds x - c in bfloat16 row by row, each filled up with 0 to a multiple of 32: what neighbor_filter.h reads
-//   float32  is the only type: searches of float64 points go through torch
+//   filter   holds x - c in bfloat16 row by row, each filled up with 0 to a multiple of 32: what neighbor_filter.h
+//   reads float32  is the only type: searches of float64 points go through torch
 //
-// Four launches, the points read once, nothing waits for the host. Memory: 2 n d bytes for the filter, 4 n for the bias.
+// Four launches, the points read once, nothing waits for the host. Memory: 2 n d bytes for the filter, 4 n for the
+// bias.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

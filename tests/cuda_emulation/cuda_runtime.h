@@ -189,7 +189,8 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 }
 template <class T>
 T __shfl_up_sync(unsigned, T value, int delta) {
-  return emulation::exchange("shfl_up", value, [=](const auto& at, int lane) { return at(lane < delta ? lane : lane - delta); });
+  return emulation::exchange("shfl_up", value,
+                             [=](const auto& at, int lane) { return at(lane < delta ? lane : lane - delta); });
 }
 inline unsigned __ballot_sync(unsigned, bool condition) {
   return emulation::exchange("ballot", condition, [](const auto& at, int) {
@@ -229,6 +230,7 @@ To emulated_bits(From x) {
   return y;
 }
 inline unsigned __float_as_uint(float x) { return emulated_bits<unsigned>(x); }
+inline float __int_as_float(int x) { return emulated_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return emulated_bits<float>(x); }
 inline long long __double_as_longlong(double x) { return emulated_bits<long long>(x); }
 inline double __longlong_as_double(long long x) { return emulated_bits<double>(x); }

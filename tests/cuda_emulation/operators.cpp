@@ -5,13 +5,14 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
-
 
 namespace torch::stable::accelerator {
 struct NoGuard {
@@ -19,8 +20,9 @@ struct NoGuard {
 };
 }  // namespace torch::stable::accelerator
 
-#undef STD_CUDA_CHECK
-#define STD_CUDA_CHECK(call) STD_TORCH_CHECK((call) == cudaSuccess, "a call of CUDA failed")
+// The emulated calls succeed.
+#define torch_c10_cuda_check_msg(error, file, function, line, include, message) ((void)(error), *(message) = nullptr)
+#define torch_c10_cuda_free_error_msg(message) ((void)(message))
 #define aoti_torch_get_current_cuda_stream(device, stream) (*(stream) = nullptr, 0)
 #define DeviceGuard NoGuard
 #define ROBUSTFT_CUDA_EMULATION
@@ -29,6 +31,8 @@ struct NoGuard {
 
 #include "../../csrc/cuda/cvar.cu"
 #include "../../csrc/cuda/group_risk.cu"
+#include "../../csrc/cuda/neighbor_pack.cu"
+#include "../../csrc/cuda/neighbors.cu"
 #include "../../csrc/ops.cpp"
 
 // The order of threads and blocks in what follows.
