@@ -20,6 +20,8 @@ namespace robustft {
 constexpr int kTileQueries = 128, kTilePoints = 256, kTileDepth = 32, kTileThreads = 256, kTileStages = 4;
 constexpr int kTileRowBytes = 2 * kTileDepth, kTileStageBytes = (kTileQueries + kTilePoints) * kTileRowBytes;
 constexpr int kTileSharedBytes = kTileStages * kTileStageBytes;
+static_assert(kTileSharedBytes == 96 << 10,
+              "benchmarks/cuda_resources.py says this, and no device from sm_80 has less");
 
 struct TileProducts {
   const uint16_t *queries, *points;
