@@ -192,6 +192,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) neighbor_scores_kernel(TilePr
       collect_hits(accumulator, p, query + rows, point + columns);
     else
       store_scores(accumulator, p, query + rows, point + columns);
+    __syncwarp();  // products need the lanes together again
     accumulator.clear();
     left = depths;
     point += kTilePoints;

@@ -31,7 +31,7 @@ def operators(tmp_path_factory):
     library = tmp_path_factory.mktemp("cuda_emulation") / "operators.so"
     torch_dir = Path(torch.__file__).parent
     command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
-    command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    command += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     command += ["-I", str(TESTS / "cuda_emulation"), "-isystem", str(torch_dir / "include")]
     command += [str(TESTS / "cuda_emulation" / "operators.cpp"), "-o", str(library)]
     command += ["-L", str(torch_dir / "lib"), "-Wl,--no-as-needed", "-ltorch_cpu"]
