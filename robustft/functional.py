@@ -230,8 +230,8 @@ def classification_loss(
             bytes each, 8 for float64) fit, they are kept, else the logits are multiplied again: 6 or 8 N K D flops.
 
     Gradients reach features, class_embeddings, logit_scale, bias and weight.
-    Memory: the gradients and what `memory` allows; forward 1 MB a thread (64 K numbers where that is more); backward
-    8 MB (256 K numbers where that is more) and, for few classes, up to eight times their gradient.
+    Memory: the gradients and what `memory` allows; forward up to 4 MB a thread (64 K numbers where that is more);
+    backward 8 MB (256 K numbers where that is more) and, for few classes, up to eight times their gradient.
     Source: CMP, arXiv 2501.17595; the default is the negative logarithm of its ratio (appendix B).
     Raises: ValueError or TypeError naming the argument.
     """
@@ -385,7 +385,7 @@ def concept_scores(
 
     No gradients: scores are for detection, and nothing is kept for a backward. Results are float32 (float64 for
     float64 features), `prediction` int64.
-    Memory: O(N), half a MB a thread (32 K numbers if that is more), half-precision features 8192 rows at a time in
+    Memory: O(N), up to 2 MB a thread (32 K numbers where that is more), half-precision features 8192 rows at a time in
     float32.
     Source: MCM, Ming et al. 2022 (arXiv 2211.13445); energy, Liu et al. 2020; MSP, Hendrycks and Gimpel 2017.
     Raises: ValueError or TypeError naming the argument.

@@ -167,7 +167,7 @@ def test_gradient_errors_are_small_against_the_gradients_themselves(dtype):
 
 @pytest.fixture(params=[("high", 1e-4), ("medium", 3e-2)], ids=["high", "medium"])
 def precision(request):
-    """A float32 precision and the error that it may cause in a gradient of logits of scale 30, relative to its norm."""
+    """A float32 precision and the error that it may cause, relative to the norm, at logits of scale 30."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(request.param[0])
     yield request.param
@@ -179,7 +179,7 @@ def test_float32_precision_is_what_torch_was_told(precision):
     with robustft.backend("reference"):
         exact = everything(*(a.double() if a.is_floating_point() else a for a in inputs))
     for a, b in zip(everything(*inputs), exact, strict=True):
-        assert (a.double() - b).norm() <= precision[1] * b.norm()
+        assert (a.double() - b).norm() <= precision[1] * b.norm() + 1e-6
 
 
 @pytest.mark.parametrize("loss", ["classification", "dual"])

@@ -6,7 +6,7 @@
 //   gradient     G = a p - b_y 1_y - u - v q + c (above - 1_y), coefficients per head and row, class_coefficient
 //                dx = s G w,  dw = s G^T x,  db = column sums of G; what lies in memory as G is s G
 //
-// A panel of rows holds all classes of all heads (kPanelBytes, at least kMinRows rows); the thread that owns it
+// A panel of rows holds all classes of all heads (some MB, at least kMinRows rows); the thread that owns it
 // multiplies it and sweeps over its rows while it is in cache. The gradient goes by stretches of panels: first their
 // owners write G and its dx, then, G of the whole stretch being there, threads own blocks of classes and add to dw. For
 // few classes dw is summed in `parts` over the rows of a stretch, to give all threads something to do. Every size here
@@ -27,6 +27,7 @@ namespace robustft {
 namespace {
 
 constexpr int64_t kPanelBytes = 1 << 20;
+constexpr int64_t kAtenPanelBytes = 1 << 22;      // aten packs w anew for every product: few of them
 constexpr int64_t kMinRows = 64, kMaxRows = 512;  // of a panel; products of fewer rows are slower
 constexpr int64_t kRowStep = 32;                  // what they are a multiple of
 constexpr int64_t kStretchBytes = 1 << 23;        // of G
@@ -83,9 +84,10 @@ struct Classes {
         scale(T(*contiguous_as(in.scale, ScalarType::Double).template const_data_ptr<double>())) {
     if (in.bias) bias = contiguous_as(*in.bias, scalar_type<T>());
     // As the cache wants it, but not below the number of panels that threads want, nor that below what products want.
-    const int64_t fitting = kPanelBytes / int64_t(sizeof(T)) / cols / kRowStep * kRowStep;
-    rows = std::min(std::clamp(fitting, kMinRows, kMaxRows), std::max(2 * kMinRows, round_up((n + 7) / 8, kRowStep)));
-    rows = std::min(rows, round_up((n + 3) / 4, kRowStep));
+    const int64_t bytes = arithmetic == Arithmetic::ieee ? kAtenPanelBytes : kPanelBytes;
+    const int64_t fitting = bytes / int64_t(sizeof(T)) / cols / kRowStep * kRowStep;
+    rows = std::min(std::clamp(fitting, kMinRows, kMaxRows), std::max(4 * kMinRows, round_up((n + 7) / 8, kRowStep)));
+    rows = std::min(rows, round_up((n + 1) / 2, kRowStep));
     const int64_t* p = labels.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < n; ++i)
       STD_TORCH_CHECK(p[i] >= 0 && p[i] < k, "label ", p[i], " at index ", i, " is outside [0, ", k, ")");

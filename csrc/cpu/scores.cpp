@@ -19,8 +19,8 @@
 namespace robustft {
 namespace {
 
-constexpr int64_t kPanelBytes = 1 << 19;
-constexpr int64_t kMinRows = 32, kMaxRows = 128;
+constexpr int64_t kPanelBytes = 1 << 21;
+constexpr int64_t kMinRows = 32, kMaxRows = 512;
 constexpr int64_t kStretchRows = 8192;
 
 template <class T>
@@ -35,7 +35,8 @@ std::tuple<Tensor, Tensor> scores(const Tensor& features, const Tensor& embeddin
   shape.scale = T(*contiguous_as(logit_scale, ScalarType::Double).template const_data_ptr<double>());
   const Tensor w = contiguous_as(embeddings, scalar_type<T>());
   const RightMatrix<T> right(w, RightMatrix<T>::kColumns, arithmetic);
-  const int64_t rows = std::clamp(kPanelBytes / int64_t(sizeof(T)) / k / kMinRows * kMinRows, kMinRows, kMaxRows);
+  const int64_t rows = std::clamp(kPanelBytes / int64_t(sizeof(T)) / k / kMinRows * kMinRows, kMinRows,
+                                  std::clamp(round_up(n / 8, kMinRows), 4 * kMinRows, kMaxRows));
   T* result = out.mutable_data_ptr<T>();
   int64_t* classes = prediction.mutable_data_ptr<int64_t>();
   Pool<Buffer<T>> pool;
