@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "-> (Tensor scores, Tensor prediction)");
   // cpu/group_risk.cpp, cuda/group_risk.cu
   m.def("group_sums(Tensor values, Tensor groups, int num_groups) -> (Tensor sums, Tensor counts)");
-  // With autograd, compiled whole: cpu/group_risk.cpp; other devices compose it from group_sums
+  // With autograd, compiled whole: cpu/group_risk.cpp, cuda/group_risk.cu; other devices compose it from group_sums
   m.def(
       "group_risk(Tensor losses, Tensor groups, int num_groups) "
       "-> (Tensor mean, Tensor worst, Tensor worst_group, Tensor counts)");
@@ -38,10 +38,10 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "misalignment_penalty(Tensor logits, Tensor labels, str variant, bool top1) "
       "-> (Tensor penalty, Tensor errors, Tensor kept)");
   m.def("misalignment_penalty_backward(Tensor grad, Tensor logits, Tensor labels, bool top1, Tensor kept) -> Tensor");
-  // cpu/cvar.cpp
+  // cpu/cvar.cpp, cuda/cvar.cu
   m.def("cvar(Tensor losses, float alpha) -> (Tensor value, Tensor boundary)");
   m.def("cvar_backward(Tensor grad, Tensor losses, float alpha, Tensor boundary) -> Tensor");
-  // cpu/neighbor_pack.cpp, cpu/neighbors.cpp
+  // cpu/neighbor_pack.cpp, cpu/neighbors.cpp, cuda/neighbor_pack.cu, cuda/neighbors.cu
   m.def(
       "neighbor_pack(Tensor points, int samples) "
       "-> (Tensor centre, Tensor bias, Tensor filter, Tensor sample, Tensor bounds)");

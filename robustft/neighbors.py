@@ -31,7 +31,7 @@ class NeighborIndex:
     The points are kept in float32 (float64 if they are), on their device, by reference where they already are so:
     do not change them. Preparing reads them once, at the first search. float64 queries need a float64 index.
     Memory (`nbytes`): the points; beside them 4 N bytes (8 for float64), at most 8192 of the points again and, on
-    processors with AMX, 2 N D bytes. A search takes up to 80 MB a thread.
+    processors with AMX and on GPUs, 2 N D bytes. A search takes up to 80 MB a thread, on a GPU 256 MB (or 4 N bytes).
     ValueError or TypeError naming the argument, for NaN and infinity too.
     """
 
@@ -116,7 +116,7 @@ class NeighborIndex:
             ) from error
 
     def _prepare(self) -> PackedPoints | None:
-        if self._packed is None or not neighbors.use_native("neighbor_pack", self.points.device):
+        if self._packed is None or not neighbors.prepares(self.points):
             self._packed = neighbors.prepare(self.points)
         return self._packed
 

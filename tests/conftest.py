@@ -13,3 +13,12 @@ import torch  # noqa: E402
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request):
+    """The test runs once a device, and its new tensors lie there."""
+    if request.param != "cpu":
+        torch.set_default_device(request.param)
+    yield torch.device(request.param)
+    torch.set_default_device(None)

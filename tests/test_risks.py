@@ -203,6 +203,7 @@ LOSSES = [1, 2, 7, 31, 64, 257, 1000]
 ALPHAS = [1e-9, 0.01, 0.1, 0.3, 1 / 3, 0.5, 0.999, 1.0]
 
 
+@pytest.mark.usefixtures("device")
 @compiled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "signs", "huge range"])
@@ -222,6 +223,7 @@ def test_cvar_is_as_accurate_as_eager(kind, dtype):
             assert_as_accurate_as_eager(lambda v: rf.cvar(v, alpha), losses, dtype=dtype)  # noqa: B023
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("alpha", [1e-6, 0.1, 0.25, 0.6, 1.0])
 def test_cvar_counts_the_earlier_of_equal_losses(alpha, backend):
     losses = torch.tensor([1.0, 2.0, -0.0, 2.0, 2.0, 0.0, 2.0, 1.0], dtype=torch.float64).repeat(3).requires_grad_()
@@ -232,6 +234,7 @@ def test_cvar_counts_the_earlier_of_equal_losses(alpha, backend):
         assert grad[i].item() == pytest.approx(min(max(budget - rank, 0), 1) / budget, abs=1e-12)
 
 
+@pytest.mark.usefixtures("device")
 def test_cvar_ends_are_the_maximum_and_the_mean(backend):
     losses = torch.randn(1001, dtype=torch.float64)
     assert rf.cvar(losses, 1e-12) == losses.max()
@@ -239,6 +242,7 @@ def test_cvar_ends_are_the_maximum_and_the_mean(backend):
     torch.testing.assert_close(rf.cvar(losses, 1.0), losses.mean())
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("alpha", [1e-6, 0.2, 1.0])
 @pytest.mark.parametrize("count", [1, 5, 100])
@@ -249,6 +253,7 @@ def test_nan_losses_reach_cvar(count, alpha, dtype, backend):
     assert rf.cvar(losses, alpha).isnan()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_infinite_losses_count_where_they_rank(dtype, backend):
     losses = torch.tensor([1.0, -torch.inf, 3.0, 2.0]).to(dtype).requires_grad_()
@@ -259,6 +264,7 @@ def test_infinite_losses_count_where_they_rank(dtype, backend):
     assert rf.cvar(torch.tensor([1.0, torch.inf, 3.0]).to(dtype), 0.1) == torch.inf
 
 
+@pytest.mark.usefixtures("device")
 @compiled
 def test_cvar_of_any_strides_and_beside_poison():
     losses = torch.randn(33)
@@ -268,6 +274,7 @@ def test_cvar_of_any_strides_and_beside_poison():
     assert rf.cvar(losses[:1].expand(9), 0.3) == losses[0]
 
 
+@pytest.mark.usefixtures("device")
 @compiled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_groups", [1, 3, 40])
@@ -284,6 +291,7 @@ def test_group_objectives_are_as_accurate_as_eager(num_groups, dtype):
         assert_as_accurate_as_eager(risks, losses, dtype=dtype)
 
 
+@pytest.mark.usefixtures("device")
 @compiled
 @pytest.mark.parametrize("term", [0, 1])
 def test_group_risk_terms_have_their_own_gradients(term):
@@ -291,6 +299,7 @@ def test_group_risk_terms_have_their_own_gradients(term):
     assert torch.autograd.gradcheck(lambda losses: rf.group_risk(losses, groups, 4)[term], losses)
 
 
+@pytest.mark.usefixtures("device")
 @compiled
 def test_compiled_group_risk_is_what_other_devices_compose():
     losses, groups = torch.randn(50), torch.randint(0, 6, (50,))
@@ -305,6 +314,7 @@ def test_compiled_group_risk_is_what_other_devices_compose():
         torch.testing.assert_close(ours_back, risks._group_risk_gradient(mean, worst, groups, ours[2], ours[3]))
 
 
+@pytest.mark.usefixtures("device")
 def test_worst_group_may_be_negative_and_nan_is_worst(backend):
     losses, groups = torch.tensor([-3.0, -2.0, -5.0]), torch.tensor([0, 2, 2])
     assert rf.group_risk(losses, groups, 4).worst == -3.0
@@ -313,6 +323,7 @@ def test_worst_group_may_be_negative_and_nan_is_worst(backend):
     assert risk.worst.isnan() and risk.mean[:2].tolist() == [-3.0, 0.0]
 
 
+@pytest.mark.usefixtures("device")
 def test_group_dro_weights_follow_algorithm_1(backend):
     q, risk = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64), torch.tensor([1.0, 2.0, 0.0, 9.0]).double()
     updated = rf.group_dro_weights(q, risk, 0.7)
@@ -327,6 +338,7 @@ def test_group_dro_weights_do_not_overflow():
     torch.testing.assert_close(updated, torch.tensor([0.5, 0.0, 0.5]))
 
 
+@pytest.mark.usefixtures("device")
 def test_absent_groups_keep_their_weights_relative_to_each_other(backend):
     q = torch.tensor([0.1, 0.2, 0.3, 0.4])
     means, counts = torch.tensor([1.5, torch.nan, torch.nan, 0.5]), torch.tensor([2, 0, 0, 7])
@@ -335,6 +347,7 @@ def test_absent_groups_keep_their_weights_relative_to_each_other(backend):
     assert (updated[0] / updated[1]).item() == pytest.approx(0.5 * math.exp(1.5))
 
 
+@pytest.mark.usefixtures("device")
 def test_group_dro_by_hand(backend):
     losses = torch.tensor([1.0, 3.0, 10.0, 2.0], dtype=torch.float64, requires_grad=True)
     q = torch.full((4,), 0.25, dtype=torch.float64, requires_grad=True)

@@ -15,9 +15,16 @@ from robustft.ops.dispatch import use_native
 from robustft.ops.native.neighbors import PackedPoints, pack
 
 
+def prepares(points: Tensor) -> bool:
+    """Whether a compiled search is used. On a GPU tensor cores filter float32; float64 is left to the reference."""
+    if points.is_cuda and points.dtype == torch.float64:
+        return False
+    return use_native("neighbor_pack", points.device)
+
+
 def prepare(points: Tensor) -> PackedPoints | None:
     """The points prepared for the compiled search, or None where the reference searches."""
-    if not use_native("neighbor_pack", points.device):
+    if not prepares(points):
         if not torch.compiler.is_compiling():
             _refuse("points", not bool(points.isfinite().all()))
         return None

@@ -1,4 +1,6 @@
-"""Nearest neighbours over the compiled search (csrc/cpu/neighbors.cpp): points prepared once, searched many times."""
+"""Nearest neighbours over the compiled searches (csrc/cpu/neighbors.cpp, csrc/cuda/neighbors.cu): points prepared once,
+searched many times.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Autograd of the operators on N losses, or N rows of logits, that exist already.
 
-On the CPU their bodies are compiled whole: csrc/cpu/group_risk.cpp, misalignment.cpp and cvar.cpp. On other devices
-`group_risk` is composed from `group_sums`.
+On the CPU their bodies are compiled whole: csrc/cpu/group_risk.cpp, misalignment.cpp and cvar.cpp; for CUDA
+csrc/cuda/group_risk.cu and cvar.cu are. On other devices `group_risk` is composed from `group_sums`.
 """
 
 from __future__ import annotations
