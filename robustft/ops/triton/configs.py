@@ -1,0 +1,129 @@
+"""Which tiles the kernels use: a static table by architecture, arithmetic and size.
+
+The arithmetic of a product is "half" (bfloat16 or float16 factors), or, of float32 factors, "tf32", "tf32x3" or "ieee".
+A matrix is `small` while large tiles would leave most of the processors idle.
+
+Evidence. Every entry compiles, offline, without spilling on sm_80 and sm_90 and within the shared memory a block may
+have; registers, shared memory and instructions of each are in benchmarks/results/triton_resources.json, written by
+`python -m benchmarks.triton_resources` and held by tests/ops/test_triton_offline.py. No entry has been timed: choices
+follow from registers alone.
+
+Prediction (not measured). H100, 800 TFLOP/s of bfloat16, N = 32768, D = 512: 6 N^2 D flops take 4.1 ms. The tile pass
+multiplies 2 N^2 D (1.4 ms at peak) in tiles of 128 x 128 with a short inner dimension, of which two fit on a processor,
+so that one multiplies while the other reduces: 65 % of peak, 2.1 ms. The gradient multiplies 4 N^2 D (2.7 ms), its left
+factor made in registers: 75 % of peak, 3.7 ms, the 6 bytes a logit (2.2 ms) hidden behind it. In all 5.8 ms; the goal
+is 6.5. `ROBUSTFT_AUTOTUNE=1` times the candidates below where a kernel is first used and prints the lines to put here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """Of statistics_kernel and keep_kernel: BM x BN logits, BK of D at a time; GROUP tiles down share columns."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    group: int = 8
+
+    def constants(self, arithmetic: str) -> dict[str, object]:
+        sides = {"BM": self.bm, "BN": self.bn, "BK": self.bk, "GROUP": self.group}
+        return {"PRECISION": dot_precision(arithmetic), **sides}
+
+
+class Block(NamedTuple):
+    """Of gradient_kernel: BM rows and BD of the D columns of a gradient, BK logits of each row at a time."""
+
+    bm: int
+    bd: int
+    bk: int
+    warps: int
+    stages: int
+
+
+class Combine(NamedTuple):
+    """Of combine_kernel: BS samples, BT tiles at a time, BC labels at a time."""
+
+    bs: int = 64
+    bt: int = 32
+    bc: int = 64
+    warps: int = 4
+
+
+LEAST_TILE = 32
+"""No tile's side is smaller."""
+SMALL = 3072
+"""Matrices with fewer rows and columns are small: 128 x 128 tiles of 1448 rows and columns are one for each of an
+H100's processors."""
+PANEL_BYTES = 256 * 2**20
+"""Of one matrix's exponentials, in a panel of rows."""
+PANEL_ROWS = 2048
+"""A panel has at least that many rows, since the texts' gradient is read and written once a panel."""
+
+KEPT = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
+"""What exponentials are kept in, by the features' dtype. float16 would lose bits to bfloat16 and range to float16."""
+
+
+
+def kept_pitch(m: int) -> int:
+    """Entries from one kept row to the next: a multiple of 64, so that rows are aligned."""
+    return -(-m // 64) * 64
+
+
+def kept_like(n: int, m: int, heads: int, keep: bool, dtype: torch.dtype) -> tuple[tuple, tuple]:
+    """Shape and dtype of the records of tiles and of the kept exponentials (tile.py), enough for any tiles."""
+    down, across = (-(-size // LEAST_TILE) for size in (n, m))
+    tiles = (heads * down * across * 2 if keep else 0,)
+    return (tiles, torch.float32), ((heads * n if keep else 0, kept_pitch(m)), KEPT[dtype])
+
+
+def panel_rows(m: int, size: int) -> int:
+    """Rows of a panel, with kept entries of `size` bytes: a multiple of every tile's height."""
+    return max(PANEL_ROWS, PANEL_BYTES // (size * m) // PANEL_ROWS * PANEL_ROWS)
+
+
+def arithmetic(dtype: torch.dtype, precision: str) -> str:
+    """Of S. Products of half-precision factors are exact, whatever torch.get_float32_matmul_precision() says."""
+    if dtype != torch.float32:
+        return "half"
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[precision]
+
+
+def gradient_arithmetic(dtype: torch.dtype, precision: str) -> str:
+    """Of G t and G^T x. float16 features are widened: their range cannot hold G, and TF32 has their precision."""
+    return "tf32" if dtype == torch.float16 else arithmetic(dtype, precision)
+
+
+def dot_precision(arithmetic: str) -> str:
+    """What tl.dot calls it."""
+    return "ieee" if arithmetic == "half" else arithmetic
+
+
+def _at_most(side: int, size: int) -> int:
+    """No more than holds all of a small dimension; 16 is the least that a product takes."""
+    return min(side, max(16, 1 << (size - 1).bit_length()))
+
+
+def tile(architecture: str, arithmetic: str, heads: int, small: bool, d: int) -> Tile:
+    best = TILES[architecture, arithmetic, heads, small] if architecture != "interpreter" else INTERPRETER_TILE
+    return best._replace(bk=_at_most(best.bk, d))
+
+
+def block(architecture: str, arithmetic: str, heads: int, small: bool, d: int) -> Block:
+    best = BLOCKS[architecture, arithmetic, heads, small] if architecture != "interpreter" else INTERPRETER_BLOCK
+    return best._replace(bd=_at_most(best.bd, d))
+
+
+COMBINE = Combine()
+INTERPRETER_TILE = Tile(32, 32, 32, 1, 1)
+INTERPRETER_BLOCK = Block(32, 32, 32, 1, 1)
+TILES: dict[tuple[str, str, int, bool], Tile] = {}
+"""By architecture, arithmetic, number of matrices (2 with a teacher) and whether they are small."""
+BLOCKS: dict[tuple[str, str, int, bool], Block] = {}
+"""Likewise. A block's BM divides both sides of every tile of its row of the table, and so does BK."""
