@@ -45,7 +45,8 @@ def keep_kernel(
     i = tl.minimum(row0 + r, n - 1)
     S = product(X, T, i, tl.minimum(j, m - 1), d, x_stride, t_stride, PRECISION, BM, BN, BK)
     offset, step = record(S, valid, scale)
-    at = r.to(tl.int64)[:, None] * pitch + j[None, :]
+    KEPT += p * long(BM) * pitch + q * BN
+    at = tl.arange(0, BM)[:, None] * pitch + tl.arange(0, BN)[None, :]
     if step == 0.0:
         keep_narrow(KEPT, at, valid, exponential(S, offset, scale, valid))
     else:

@@ -91,10 +91,11 @@ def statistics_kernel(
     down, across = tl.cdiv(rows, BM), tl.cdiv(m, BN)
     row_plane, col_plane = long(across) * rows, long(down) * m
     row_at, col_at = ROW + q.to(tl.int64) * rows + r, COL + p.to(tl.int64) * m + j
-    kept_at = i.to(tl.int64)[:, None] * pitch + j[None, :]
+    # Within a tile 32 bits do, and leave registers free.
+    corner = (row0 + p * long(BM)) * pitch + q * BN
+    kept_at = tl.arange(0, BM)[:, None] * pitch + tl.arange(0, BN)[None, :]
     tile_at = TILES + ((row0 // BM + p) * long(across) + q) * 2
     crossed = (TARGETS != RECTANGLE) & (row0 + p * BM < (q + 1) * BN) & (q * BN < row0 + (p + 1) * BM)
-    paired = i[:, None] == j[None, :]
     in_pair = in_row & (i >= q * BN) & (i < (q + 1) * BN)
 
     scale = tl.load(SCALE).to(tl.float32)
@@ -103,7 +104,7 @@ def statistics_kernel(
     inside = tl.where(valid, S, float("-inf"))
     row_max, col_max = tl.max(inside, 1), tl.max(inside, 0)
     row_sum, row_weighted, col_sum, col_weighted = _softmax(
-        S, row_max, col_max, offset, step, scale, S, row_max, col_max, offset, valid, KEPT, kept_at, KEEP
+        S, row_max, col_max, offset, step, scale, S, row_max, col_max, offset, valid, KEPT + corner, kept_at, KEEP
     )
     tl.store(row_at, row_max, mask=in_row)
     tl.store(row_at + row_plane, row_sum, mask=in_row)
@@ -115,7 +116,7 @@ def statistics_kernel(
         tl.store(tile_at, offset)
         tl.store(tile_at + 1, step)
     if crossed:
-        tl.store(PAIR + i, tl.sum(tl.where(paired, S, 0.0), 1), mask=in_pair)
+        tl.store(PAIR + i, tl.sum(tl.where(i[:, None] == j[None, :], S, 0.0), 1), mask=in_pair)
     kinds: tl.constexpr = 6 if TEACHER else 3
     if TARGETS != PAIRS:
         labels = tl.load(X_LABELS + i_read)[:, None] == tl.load(T_LABELS + j_read)[None, :]
@@ -137,7 +138,7 @@ def statistics_kernel(
         row_high, col_high = tl.max(inside, 1), tl.max(inside, 0)
         row_sum, row_weighted, col_sum, col_weighted = _softmax(
             other, row_high, col_high, other_offset, other_step, teacher_scale,
-            S, row_max, col_max, offset, valid, KEPT + long(n) * pitch, kept_at, KEEP,
+            S, row_max, col_max, offset, valid, KEPT + long(n) * pitch + corner, kept_at, KEEP,
         )  # fmt: skip
         tl.store(row_at + 3 * row_plane, row_high, mask=in_row)
         tl.store(row_at + 4 * row_plane, row_sum, mask=in_row)
@@ -150,7 +151,7 @@ def statistics_kernel(
             tl.store(tile_at + teacher_tiles, other_offset)
             tl.store(tile_at + teacher_tiles + 1, other_step)
         if crossed:
-            tl.store(PAIR + n + i, tl.sum(tl.where(paired, other, 0.0), 1), mask=in_pair)
+            tl.store(PAIR + n + i, tl.sum(tl.where(i[:, None] == j[None, :], other, 0.0), 1), mask=in_pair)
 
 
 @triton.jit
