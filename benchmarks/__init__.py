@@ -1,1 +1,4 @@
-"""Measurements that are committed with the command and the machine that made them. Run from the source tree."""
+"""The performance suite and its peers, and measurements committed with the machine that made them.
+
+In the source tree `python -m benchmarks`; installed, this is `robustft.benchmarks` and runs as `robustft bench`.
+"""

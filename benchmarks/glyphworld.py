@@ -17,11 +17,12 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks import machine
 from robustft import quickstart
 from robustft.data import glyphworld
 from robustft.evaluate import predict
 from robustft.methods.wise_ft import accuracy_and_nll
+
+from . import machine
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 README = Path(__file__).parent.parent / "README.md"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import robustft
 
 RESULTS = Path(__file__).parent / "results"
+"""Of the source tree. An installed robustft must not write there; see `output_folder`."""
 
 
 def describe() -> dict[str, Any]:
@@ -31,6 +33,24 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "robustft": robustft.__version__,
     }
+
+
+def output_folder() -> Path:
+    """Where a run writes by default: the source tree's results, else a folder in the current one."""
+    return RESULTS if (RESULTS.parent.parent / "pyproject.toml").exists() else Path("robustft-benchmarks")
+
+
+def slug() -> str:
+    """The machine as a file name: processor, instruction set, cores."""
+    where = describe()
+    words = f"{where['cpu']} {'amx' if has_amx() else where['isa'] or 'eager'} {where['cores']} cores"
+    return re.sub("[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+def has_amx() -> bool:
+    """Whether the processor multiplies bfloat16 tiles."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and " amx_bf16" in cpuinfo.read_text()
 
 
 def write(name: str, command: str, results: Any) -> Path:

@@ -1,7 +1,6 @@
-"""Peak memory and time of a contrastive loss, forward and backward: robustft against open_clip and eager PyTorch.
+"""Peak memory of a candidate, in a process of its own: the peak resident set over a run, less that before it.
 
-Each measurement is a process of its own: the peak resident set over a run, less the resident set before it. The time
-is that of the same single run, after a small one that starts the threads; take it as an order of magnitude.
+The processes are forked from one that has imported everything and computed nothing, so that each starts alike.
 
     python -m benchmarks.memory                 # writes results/memory.json and the README's table
     python -m benchmarks.memory --table         # the README's table alone, from results/memory.json
@@ -12,81 +11,87 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import multiprocessing
 import re
-import subprocess
-import sys
-import time
+from dataclasses import replace
+from importlib import import_module
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import normalize
 
-from benchmarks import machine
+from . import machine
+from .work import Row
 
 SIZES = (2048, 4096, 8192, 16384)
-IMPLEMENTATIONS = ("robustft", "open_clip", "robustft with teacher", "eager with teacher")
+IMPLEMENTATIONS = {
+    "robustft": ("contrastive", "robustft"),
+    "robustft, memory=0": ("contrastive", "robustft panel"),
+    "open_clip": ("contrastive", "open_clip"),
+    "robustft with teacher": ("distillation", "robustft"),
+    "with teacher, memory=0": ("distillation", "robustft panel"),
+    "eager with teacher": ("distillation", "eager"),
+}
 LARGEST = {"eager with teacher": 8192}  # it takes 14 GB at 16384
 README = Path(__file__).parent.parent / "README.md"
+WARM = 256
+"""Samples of the run that starts the threads before the measured one."""
 
 
-def objective(implementation: str):
-    from robustft import functional as rf
-    from robustft.ops import reference
-
-    match implementation:
-        case "robustft":
-            return rf.contrastive_loss
-        case "open_clip":
-            from open_clip.loss import ClipLoss
-
-            return ClipLoss()
-        case "robustft with teacher":
-            return lambda x, t, s: sum(rf.contrastive_distillation_loss(x, t, s, x.detach(), t.detach(), 40.0))
-        case "eager with teacher":
-
-            def eager(x, t, s):
-                teacher = (x.detach(), t.detach(), torch.tensor(40.0))
-                terms = reference.contrastive_distillation_loss(x, t, s, *teacher, torch.arange(len(x)))
-                return sum(term.mean() for term in terms)
-
-            return eager
-    raise ValueError(f"implementation is {implementation!r}; expected one of {IMPLEMENTATIONS}")
+def measure(row: Row, candidate: str, threads: int) -> dict[str, Any]:
+    """{"bytes": beyond the inputs, "extra_bytes": beyond inputs and results (gradients too)} or {"failed": why}."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "open_clip", "faiss", "robustft.quickstart"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_here, args=(sender, row, candidate, threads))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        result = {"failed": "the process was killed, probably for want of memory"}
+    process.join()
+    return result
 
 
-def status(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field)) * 1024
+def _measure_here(sender: Connection, row: Row, name: str, threads: int) -> None:
+    try:
+        torch.set_num_threads(threads)
+        work = import_module(f".bench_{row.work}", __package__).WORK
+        inputs, candidate = work.inputs(row), next(c for c in work.candidates(row) if c.name == name)
+        if candidate.prepares:
+            candidate.run(*inputs)
+        else:
+            candidate.run(*work.inputs(replace(row, n=min(row.n, WARM))))
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would be used again, and not be counted
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = _status("VmRSS")
+        results = candidate.run(*inputs)
+        peak = max(0, _status("VmHWM") - before)
+        sender.send({"bytes": peak, "extra_bytes": max(0, peak - sum(r.nbytes for r in results))})
+    except Exception as error:  # whatever it is, the parent reports it
+        sender.send({"failed": f"{type(error).__name__}: {error}"[:200]})
 
 
-def measure(implementation: str, n: int, d: int) -> dict[str, float]:
-    """Bytes beyond the inputs (gradients included) and seconds of one forward and backward."""
-    torch.manual_seed(0)
-    x, t = (normalize(torch.randn(n, d), dim=1).requires_grad_() for _ in range(2))
-    s = torch.tensor(50.0, requires_grad=True)
-    loss = objective(implementation)
-    loss(x[:512], t[:512], s).backward()
-    x.grad = t.grad = s.grad = None
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would be used again, and not be counted
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # resets the peak
-    before, start = status("VmRSS"), time.perf_counter()
-    loss(x, t, s).backward()
-    return {"bytes": status("VmHWM") - before, "seconds": time.perf_counter() - start}
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
 def measure_all() -> list[dict[str, Any]]:
     rows = []
     for n in SIZES:
         for name in (name for name in IMPLEMENTATIONS if n <= LARGEST.get(name, n)):
-            command = [sys.executable, "-m", "benchmarks.memory", "--one", name, str(n), "512"]
-            run = subprocess.run(command, capture_output=True, text=True)
-            row = {"implementation": name, "n": n, "d": 512, "dtype": "float32"}
-            row |= json.loads(run.stdout) if run.returncode == 0 else {"error": run.stderr.strip().splitlines()[-1:]}
-            rows.append(row)
-            taken = f"{row['bytes'] / 1e6:8.0f} MB {row['seconds']:7.2f} s" if "bytes" in row else "failed"
-            print(f"{name:24} N={n:6} {taken}", flush=True)
+            work, candidate = IMPLEMENTATIONS[name]
+            taken = measure(Row(work, n), candidate, torch.get_num_threads())
+            rows.append({"implementation": name, "n": n, "d": 512, "dtype": "float32", **taken})
+            print(f"{name:24} N={n:6} {_megabytes(taken)}", flush=True)
     return rows
+
+
+def _megabytes(row: dict[str, Any]) -> str:
+    return f"{row['bytes'] / 1e6:,.0f} MB" if "bytes" in row else "failed" if "failed" in row else "not measured"
 
 
 def table(measured: dict[str, Any]) -> str:
@@ -94,12 +99,9 @@ def table(measured: dict[str, Any]) -> str:
     cells = {(row["n"], row["implementation"]): row for row in measured["results"]}
     lines = ["| N | " + " | ".join(IMPLEMENTATIONS) + " |", "|---:|" + "---:|" * len(IMPLEMENTATIONS)]
     for n in sorted({n for n, _ in cells}):
-        rows = [cells.get((n, name), {}) for name in IMPLEMENTATIONS]
-        taken = [
-            f"{row['bytes'] / 1e6:,.0f} MB" if "bytes" in row else "failed" if "error" in row else "not measured"
-            for row in rows
-        ]
-        lines.append(f"| {n:,} | " + " | ".join(taken) + " |")
+        lines.append(
+            f"| {n:,} | " + " | ".join(_megabytes(cells.get((n, name), {})) for name in IMPLEMENTATIONS) + " |"
+        )
     where = measured["machine"]
     threads = f"{where['threads']} thread" + ("s" if where["threads"] > 1 else "")
     return "\n".join([*lines, "", f"{where['cpu']} ({where['isa']}), {threads}, torch {where['torch']}.", ""])
@@ -117,14 +119,8 @@ def write_table() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--one", nargs=3, metavar=("NAME", "N", "D"), help="measure one in this process, print JSON")
     parser.add_argument("--table", action="store_true", help="only write the README's table, from the stored results")
-    options = parser.parse_args()
-    if options.one:
-        name, n, d = options.one
-        print(json.dumps(measure(name, int(n), int(d))))
-        return
-    if not options.table:
+    if not parser.parse_args().table:
         print(machine.write("memory", "python -m benchmarks.memory", measure_all()))
     write_table()
 

@@ -17,11 +17,15 @@ STABLE_TORCH_LIBRARY(robustft, m) {
   m.def("matrix_unit(Tensor x, str precision) -> Tensor");
   // cpu/classes.cpp
   m.def(
-      "class_statistics(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, Tensor? targets, bool keep) "
-      "-> (Tensor statistics, Tensor similarity)");
+      "class_statistics(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, Tensor? targets, int heads, "
+      "bool misranked, bool means, bool keep, str precision) -> (Tensor statistics, Tensor exponentials)");
   m.def(
-      "class_gradient(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, Tensor? targets, "
-      "Tensor similarity, Tensor coefficients, bool top1) -> (Tensor dx, Tensor dw, Tensor db)");
+      "class_gradient(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, Tensor? targets, int heads, "
+      "Tensor exponentials, Tensor coefficients, bool top1, str precision) -> (Tensor dx, Tensor dw, Tensor db)");
+  // cpu/scores.cpp
+  m.def(
+      "class_scores(Tensor x, Tensor w, float temperature, Tensor scale, str precision) "
+      "-> (Tensor scores, Tensor prediction)");
   // cpu/group_risk.cpp, cuda/group_risk.cu
   m.def("group_sums(Tensor values, Tensor groups, int num_groups) -> (Tensor sums, Tensor counts)");
   // With autograd, compiled whole: cpu/group_risk.cpp; other devices compose it from group_sums
@@ -37,6 +41,16 @@ STABLE_TORCH_LIBRARY(robustft, m) {
   // cpu/cvar.cpp
   m.def("cvar(Tensor losses, float alpha) -> (Tensor value, Tensor boundary)");
   m.def("cvar_backward(Tensor grad, Tensor losses, float alpha, Tensor boundary) -> Tensor");
+  // cpu/neighbor_pack.cpp, cpu/neighbors.cpp
+  m.def(
+      "neighbor_pack(Tensor points, int samples) "
+      "-> (Tensor centre, Tensor bias, Tensor filter, Tensor sample, Tensor bounds)");
+  m.def(
+      "kth_neighbor_distance(Tensor queries, Tensor points, Tensor centre, Tensor bias, Tensor filter, Tensor sample, "
+      "Tensor bounds, int k, bool squared) -> Tensor");
+  m.def(
+      "nearest_neighbors(Tensor queries, Tensor points, Tensor centre, Tensor bias, Tensor filter, Tensor sample, "
+      "Tensor bounds, int k, bool squared) -> (Tensor distances, Tensor indices)");
 
   // Losses, composed from the kernels for every device, with autograd: robustft/ops/native.py
   m.def(
@@ -55,17 +69,18 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "classification_loss(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, str variant, bool top1, "
       "float label_smoothing, bool keep) "
       "-> (Tensor cross_entropy, Tensor misalignment, Tensor by_gap, Tensor scale_gradients, Tensor kept, "
-      "Tensor similarity)");
+      "Tensor exponentials)");
   m.def(
       "classification_loss_backward(Tensor g, Tensor h, Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, "
-      "bool top1, float label_smoothing, Tensor by_gap, Tensor scale_gradients, Tensor kept, Tensor similarity) "
+      "bool top1, float label_smoothing, Tensor by_gap, Tensor scale_gradients, Tensor kept, Tensor exponentials) "
       "-> (Tensor dx, Tensor dw, Tensor db, Tensor ds)");
   m.def(
-      "soft_classification_loss(Tensor x, Tensor w, Tensor scale, Tensor targets, bool keep) "
-      "-> (Tensor loss, Tensor scale_gradient, Tensor kept, Tensor similarity)");
+      "dual_risk(Tensor x, Tensor w, Tensor scale, Tensor labels, Tensor core_labels, bool keep) "
+      "-> (Tensor empirical, Tensor worst_case, Tensor scale_gradients, Tensor kept, Tensor exponentials)");
   m.def(
-      "soft_classification_loss_backward(Tensor g, Tensor x, Tensor w, Tensor scale, Tensor targets, "
-      "Tensor scale_gradient, Tensor kept, Tensor similarity) -> (Tensor dx, Tensor dw, Tensor ds)");
+      "dual_risk_backward(Tensor g, Tensor h, Tensor x, Tensor w, Tensor scale, Tensor labels, Tensor core_labels, "
+      "Tensor scale_gradients, Tensor kept, Tensor exponentials) -> (Tensor dx, Tensor dw, Tensor ds)");
+  m.def("concept_scores(Tensor x, Tensor w, float temperature, Tensor scale) -> (Tensor scores, Tensor prediction)");
   m.def(
       "contrastive_distillation_loss_backward(Tensor g, Tensor h, Tensor x, Tensor t, Tensor scale, Tensor x_teacher, "
       "Tensor t_teacher, Tensor teacher_scale, Tensor? labels, Tensor scale_gradients, Tensor row, Tensor col, "

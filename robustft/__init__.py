@@ -22,6 +22,7 @@ _LAZY = {
     **dict.fromkeys(("calibration_report", "fit_temperature"), "robustft.calibration"),
     **dict.fromkeys(("ood_metrics",), "robustft.detection"),
     "fit": "robustft.train",
+    "NeighborIndex": "robustft.neighbors",
 }
 _MODULES = (
     "calibration",
@@ -32,6 +33,7 @@ _MODULES = (
     "features",
     "losses",
     "methods",
+    "neighbors",
     "prompts",
     "report",
     "train",

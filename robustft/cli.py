@@ -1,4 +1,4 @@
-"""The command line: `robustft quickstart`, `robustft doctor`, `robustft info`."""
+"""The command line: `robustft quickstart`, `robustft bench`, `robustft doctor`, `robustft info`."""
 
 from __future__ import annotations
 
@@ -34,9 +34,31 @@ def parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--limit-batches", type=int, metavar="N", help="at most N batches an epoch")
     quickstart.add_argument("--dry-run", action="store_true", help="one batch through everything, write nothing")
 
+    bench = commands.add_parser(
+        "bench",
+        help="measure every reduction against its peers on this machine",
+        description="Measures robustft's functions beside eager PyTorch, torch.compile, open_clip and faiss, "
+        "interleaved in one run: time, memory and share of the matrix-product rate. Ends with the bar of the project, "
+        "row by row. A killed run goes on where it was.",
+    )
+    add_bench_arguments(bench)
+
     commands.add_parser("doctor", help="check the installation; exit code 1 when something is wrong")
     commands.add_parser("info", help="print what was compiled, as JSON")
     return top
+
+
+def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
+    """The options of `robustft bench` and of `python -m benchmarks`."""
+    bench.add_argument("--quick", action="store_true", help="smaller and fewer rows, in about two minutes")
+    bench.add_argument("--only", default="", metavar="PATTERN", help="rows whose name matches, as 'contrastive N=512'")
+    bench.add_argument("--threads", type=int, nargs="+", metavar="N", help="of all candidates (default: all cores)")
+    bench.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="of the results (default: benchmarks/results in the source tree, else robustft-benchmarks)",
+    )
+    bench.add_argument("--fresh", action="store_true", help="measure again what was measured already")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match command:
             case "quickstart":
                 return _quickstart(**options)
+            case "bench":
+                return _bench(**options)
             case "doctor":
                 from robustft import doctor
 
@@ -76,3 +100,14 @@ def _quickstart(methods: list[str] | None, **options: object) -> int:
 
     quickstart(method_names=tuple(methods or RECIPES), **options)
     return 0
+
+
+def _bench(**options: object) -> int:
+    try:
+        from robustft.benchmarks.__main__ import run
+    except ModuleNotFoundError as error:
+        if error.name != "robustft.benchmarks":
+            raise
+        from benchmarks.__main__ import run  # not installed: the source tree
+
+    return run(**options)

@@ -9,7 +9,8 @@ Scores s(x) are higher for samples that look in-distribution (ID). With n ID and
 The same scores give quite different FPR95 by which population is "positive" (CLIP papers: ID; OpenOOD,
 pytorch-ood: OOD), so the orientation travels with the number. `mcm` and `max_cosine` take cosines; `msp`,
 `energy` and `entropy` take logits. MCM_tau(cos) = MSP(cos / tau): MCM on logits already scaled by the model
-is silently MSP, so anything beyond [-1, 1] is refused.
+is silently MSP, so anything beyond [-1, 1] is refused. `robustft.functional.concept_scores` computes all of
+these from features and class embeddings without the matrix of cosines.
 """
 
 from __future__ import annotations

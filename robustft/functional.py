@@ -19,12 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robustft.ops import arguments, reference
+from robustft.ops import arguments, neighbors, reference
 from robustft.ops.dispatch import use_native
-from robustft.ops.native import risks
-
-KEEP_BYTES = 64 * 2**20
-"""Class similarities up to this size are kept for the backward; larger ones are multiplied again."""
+from robustft.ops.native import classification, contrastive, risks
 
 
 class ContrastiveTerms(NamedTuple):
@@ -48,6 +45,17 @@ class DualRiskTerms(NamedTuple):
     worst_case: Tensor
 
 
+class ConceptScores(NamedTuple):
+    """Scores of `concept_scores`, each (N,), higher where a sample looks in-distribution; and the predicted class."""
+
+    max_cosine: Tensor
+    mcm: Tensor
+    msp: Tensor
+    energy: Tensor
+    entropy: Tensor
+    prediction: Tensor
+
+
 class GroupRisk(NamedTuple):
     """Mean risk of each group (G,), the largest of them (0-d), and the groups' sizes (G,)."""
 
@@ -63,6 +71,13 @@ class GroupDRO(NamedTuple):
     weights: Tensor
     mean: Tensor
     counts: Tensor
+
+
+class Neighbors(NamedTuple):
+    """Distances (Q, k), ascending, and the indices (Q, k) int64 of the points at them."""
+
+    distances: Tensor
+    indices: Tensor
 
 
 @arguments.own_precision
@@ -116,7 +131,7 @@ def contrastive_loss(
         return sharded_contrastive_loss(x, t, s, labels, label_smoothing, weight, reduction, group, memory)
     if use_native("similarity_statistics", x.device):
         keep = arguments.keeps(memory, n, n, x.dtype, 1) and torch.is_grad_enabled()
-        losses = torch.ops.robustft.contrastive_loss(x, t, s, labels, label_smoothing, keep)[0]
+        losses = contrastive.contrastive_loss(x, t, s, labels, label_smoothing, keep)
     else:
         losses = reference.contrastive_loss(x, t, s, labels, label_smoothing)
     return _reduce(losses, weight, reduction)
@@ -176,7 +191,7 @@ def contrastive_distillation_loss(
         )
     if use_native("similarity_statistics", x.device):
         keep = arguments.keeps(memory, n, n, x.dtype, 2) and torch.is_grad_enabled()
-        terms = torch.ops.robustft.contrastive_distillation_loss(x, t, s, xt, tt, st, labels, keep)[:2]
+        terms = contrastive.contrastive_distillation_loss(x, t, s, xt, tt, st, labels, keep)
     else:
         terms = reference.contrastive_distillation_loss(x, t, s, xt, tt, st, labels)
     return ContrastiveTerms(*(_reduce(term, weight, reduction) for term in terms))
@@ -195,6 +210,7 @@ def classification_loss(
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    memory: str | int = "auto",
 ) -> ClassificationTerms:
     """Cross-entropy of class logits `z = s x w^T + b`, and the confidence misalignment penalty, in one pass.
 
@@ -210,9 +226,12 @@ def classification_loss(
         logit_scale: multiplied out. bias: (K,), added after the scale.
         variant: of the penalty. top1: H is the highest class only.
         label_smoothing: of the cross-entropy, over K. weight, reduction: as in `contrastive_loss`, on both terms.
+        memory: bytes that may be kept from the forward to the backward, or "auto", 512 MiB. If N K exponentials (4
+            bytes each, 8 for float64) fit, they are kept, else the logits are multiplied again: 6 or 8 N K D flops.
 
     Gradients reach features, class_embeddings, logit_scale, bias and weight.
-    Memory: the gradients, a panel of 1 MB, and N K similarities while they fit `KEEP_BYTES`.
+    Memory: the gradients and what `memory` allows; forward 1 MB a thread (64 K numbers where that is more); backward
+    8 MB (256 K numbers where that is more) and, for few classes, up to eight times their gradient.
     Source: CMP, arXiv 2501.17595; the default is the negative logarithm of its ratio (appendix B).
     Raises: ValueError or TypeError naming the argument.
     """
@@ -228,8 +247,8 @@ def classification_loss(
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
     if use_native("class_statistics", x.device):
-        keep = _keeps_similarities(x, w)
-        terms = torch.ops.robustft.classification_loss(x, w, s, bias, y, variant, top1, label_smoothing, keep)[:2]
+        keep = arguments.keeps(memory, n, k, x.dtype, 1) and torch.is_grad_enabled()
+        terms = classification.classification_loss(x, w, s, bias, y, variant, top1, label_smoothing, keep)
     else:
         z = reference.class_logits(x, w, s, bias)
         terms = reference.class_cross_entropy(z, y, label_smoothing), reference.misalignment(z, y, variant, top1)
@@ -290,6 +309,7 @@ def dual_risk(
     *,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    memory: str | int = "auto",
 ) -> DualRiskTerms:
     """Empirical risk under default prompts and worst-case risk under concept descriptions: dual risk minimisation.
 
@@ -301,10 +321,11 @@ def dual_risk(
         labels: (N,) integers in [0, K).
         core_labels: (N, K) soft labels q, rows need not sum to one, or (N,) confidences of the true class, which
             weigh it alone.
-        logit_scale, weight, reduction: as in `contrastive_loss`.
+        logit_scale, weight, reduction: as in `contrastive_loss`. memory: as in `classification_loss`, for N x 2K.
 
+    Both heads are one product, forward and backward.
     Gradients reach features, both embeddings, logit_scale and weight, not core_labels.
-    Memory: as `classification_loss`, for two heads.
+    Memory: as `classification_loss`, for 2K classes, and both embeddings once more.
     Source: DRM, Wang et al. 2024 (arXiv 2411.19757), equations of the two risks.
     Raises: ValueError or TypeError naming the argument.
     """
@@ -326,18 +347,62 @@ def dual_risk(
         )
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
-    core_labels = core_labels.detach()
-    if core_labels.dim() == 1:
-        empirical, worst_case = (_cross_entropy(x, head, s, y) for head in (w, v))
-        worst_case = worst_case * core_labels
-    elif use_native("class_statistics", x.device):
-        empirical = _cross_entropy(x, w, s, y)
-        keep = _keeps_similarities(x, v)
-        worst_case = torch.ops.robustft.soft_classification_loss(x, v, s, core_labels, keep)[0]
+    core = core_labels.detach()
+    if use_native("class_statistics", x.device):
+        keep = arguments.keeps(memory, n, k, x.dtype, 2) and torch.is_grad_enabled()
+        terms = classification.dual_risk(x, torch.cat((w, v)), s, y, core, keep)
     else:
-        empirical = _cross_entropy(x, w, s, y)
-        worst_case = reference.soft_cross_entropy(reference.class_logits(x, v, s, None), core_labels)
-    return DualRiskTerms(*(_reduce(term, weight, reduction) for term in (empirical, worst_case)))
+        terms = reference.dual_risk(x, w, v, s, y, core)
+    return DualRiskTerms(*(_reduce(term, weight, reduction) for term in terms))
+
+
+@arguments.own_precision
+@torch.no_grad()
+def concept_scores(
+    features: Tensor,
+    class_embeddings: Tensor,
+    *,
+    temperature: float = 1.0,
+    logit_scale: Tensor | float | None = None,
+) -> ConceptScores:
+    """Out-of-distribution scores of features against classes or concepts, all from one sweep over their cosines.
+
+    With cos = x w^T, p = softmax(s cos) and s = `logit_scale`:
+
+        max_cosine = max_k cos_k                    mcm = max_k softmax(cos / temperature)_k
+        energy     = (1/s) logsumexp_k(s cos_k)     msp = max_k p_k
+        entropy    = sum_k p_k log p_k              prediction = argmax_k cos_k, the lowest of equal ones
+
+    Entropy is the *negative* entropy, so that all five are higher for samples that look in-distribution. They are
+    `robustft.detection`'s `max_cosine(cos)`, `mcm(cos, temperature)`, `msp(s cos)`, `energy(cos, 1/s)` and
+    `entropy(s cos)`; `energy(s cos)` is s times the energy here and ranks samples alike.
+
+    Args:
+        features: (N, D). class_embeddings: (K, D). Rows of unit norm, within 1e-3 (1e-2 in half precision); on the CPU
+            this is checked.
+        temperature: of `mcm`.
+        logit_scale: s, the model's multiplied-out scale; positive. None: 1 / temperature, which makes msp equal mcm.
+
+    No gradients: scores are for detection, and nothing is kept for a backward. Results are float32 (float64 for
+    float64 features), `prediction` int64.
+    Memory: O(N), half a MB a thread (32 K numbers if that is more), half-precision features 8192 rows at a time in
+    float32.
+    Source: MCM, Ming et al. 2022 (arXiv 2211.13445); energy, Liu et al. 2020; MSP, Hendrycks and Gimpel 2017.
+    Raises: ValueError or TypeError naming the argument.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; expected a positive number")
+    x, w, s = arguments.class_inputs(
+        features, class_embeddings, 1 / temperature if logit_scale is None else logit_scale
+    )
+    if isinstance(logit_scale, (int, float)) and logit_scale == 0:
+        raise ValueError("logit_scale is 0; expected a positive number, 1/s is the energy's temperature")
+    for name, value in (("features", features), ("class_embeddings", class_embeddings)):  # as rounded: not promoted
+        arguments.check_unit_norm(name, value)
+    if use_native("class_scores", x.device):
+        scores, prediction = torch.ops.robustft.concept_scores(x, w, temperature, s)
+        return ConceptScores(*scores.unbind(), prediction)
+    return ConceptScores(*reference.concept_scores(x, w, temperature, s))
 
 
 @arguments.own_precision
@@ -496,16 +561,45 @@ def _reweighted(weights: Tensor, risk: Tensor, step_size: float) -> Tensor:
         return torch.softmax(torch.add(weights.log(), risk.to(weights.dtype), alpha=step_size), 0)
 
 
-def _keeps_similarities(x: Tensor, w: Tensor) -> bool:
-    size = 8 if x.dtype == torch.float64 else 4
-    return torch.is_grad_enabled() and len(x) * len(w) * size <= KEEP_BYTES
+@arguments.own_precision
+def kth_neighbor_distance(queries: Tensor, points: Tensor, k: int, *, squared: bool = True) -> Tensor:
+    """Euclidean distance of each query to its k-th nearest point, exactly: (Q,), float32 (float64 for float64).
+
+    Args:
+        queries: (Q, D), Q may be 0. points: (N, D).
+        k: in [1, N]; k = 1 is the nearest, a point equal to the query included.
+        squared: the squared distance. Default True, as VRF's released code scores with it.
+
+    The relative error is that of rounding the result, near-duplicates and data far from the origin included: what a
+    filter of fast products cannot rule out is measured by direct differences in float64. To search the same points
+    again use `robustft.NeighborIndex`, which prepares them once.
+    No gradient: inputs that require one are detached. Half precision is widened to float32.
+    Memory: 4 N bytes, 2 N D more on processors with AMX, up to 80 MB a thread; no Q x N matrix. Time: 2 Q N D flops.
+    Source: VRF, Zhu et al. 2024 (arXiv 2411.06966), the distance to the zero-shot-failure set.
+    Raises: ValueError or TypeError naming the argument, for NaN and infinity too (under torch.compile NaN results).
+    """
+    q, x = _neighbor_inputs(queries, points)
+    k = arguments.check_neighbors(k, len(x))
+    return neighbors.kth_distance(q, x, neighbors.prepare(x), k, squared)
 
 
-def _cross_entropy(x: Tensor, w: Tensor, s: Tensor, labels: Tensor) -> Tensor:
-    if not use_native("class_statistics", x.device):
-        return reference.class_cross_entropy(reference.class_logits(x, w, s, None), labels, 0.0)
-    keep = _keeps_similarities(x, w)
-    return torch.ops.robustft.classification_loss(x, w, s, None, labels, "neg_log_ratio", False, 0.0, keep)[0]
+@arguments.own_precision
+def nearest_neighbors(queries: Tensor, points: Tensor, k: int, *, squared: bool = True) -> Neighbors:
+    """The k nearest points of each query, exactly: distances (Q, k), ascending, and indices (Q, k).
+
+    Points at equal distances (as returned) come in the order of their indices. Arguments, precision, memory (plus
+    the results) and errors as `kth_neighbor_distance`, which is faster where only the k-th is needed. No gradient.
+    """
+    q, x = _neighbor_inputs(queries, points)
+    k = arguments.check_neighbors(k, len(x))
+    return Neighbors(*neighbors.nearest(q, x, neighbors.prepare(x), k, squared))
+
+
+def _neighbor_inputs(queries: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    x = arguments.neighbor_points(points)
+    q = arguments.neighbor_queries(queries, x)
+    wider = torch.promote_types(q.dtype, x.dtype)
+    return q.to(wider), x.to(wider)
 
 
 def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

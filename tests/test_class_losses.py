@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import planted
 import pytest
@@ -13,7 +14,17 @@ import robustft
 from robustft import functional as rf
 from robustft.ops.arguments import VARIANTS
 
-SHAPES = [(1, 1, 4), (1, 2, 37), (7, 10, 128), (300, 1, 16), (300, 17, 16), (257, 1000, 37)]
+# N, K, D: below, at and above a panel's rows (128 here, or a quarter of N), a block of classes (256) and a vector.
+SHAPES = [
+    (1, 1, 1),
+    (1, 2, 37),
+    (7, 10, 128),
+    (300, 1, 16),
+    (300, 17, 16),
+    (127, 257, 1),
+    (513, 256, 37),
+    (97, 255, 512),
+]
 
 
 @pytest.fixture(params=["native", "reference"])
@@ -53,7 +64,7 @@ def test_classification_loss_is_as_accurate_as_eager(shape, scale, dtype, varian
 def test_dual_risk_is_as_accurate_as_eager(shape, soft, dtype):
     x, w, labels = classes(*shape)
     n, k, d = shape
-    core = torch.rand(n, k) if soft else torch.rand(n)
+    core = (torch.rand(n, k) if soft else torch.rand(n)).to(dtype)
 
     def risks(x, w, v, s, weight):
         return rf.dual_risk(x, w, v, labels, core.to(x.dtype), s, weight=weight)
@@ -62,16 +73,151 @@ def test_dual_risk_is_as_accurate_as_eager(shape, soft, dtype):
     assert_as_accurate_as_eager(risks, *inputs, dtype=dtype)
 
 
-def test_recomputing_equals_keeping(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_recomputing_equals_keeping(dtype):
     x, w, labels = classes(300, 40, 16)
+    core = torch.rand(300, 40, dtype=dtype)
 
-    def loss(x, w, s):
-        return rf.classification_loss(x, w, labels, s)
+    def loss(x, w, s, memory):
+        classes = rf.classification_loss(x, w, labels, s, memory=memory)
+        return *classes, *rf.dual_risk(x, w, w.flip(0), labels, core, s, memory=memory)
 
-    inputs = (x, w, torch.tensor(30.0, dtype=torch.float64))
-    kept = gradients(loss, *inputs)
-    monkeypatch.setattr(rf, "KEEP_BYTES", 0)
-    assert all(torch.equal(a, b) for a, b in zip(kept, gradients(loss, *inputs), strict=True))
+    inputs = [a.to(dtype) for a in (x, w, torch.tensor(30.0))]
+    kept, recomputed = (gradients(partial(loss, memory=memory), *inputs) for memory in ("auto", 0))
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+
+
+def everything(x, w, v, labels, core, s, bias):
+    """All terms and gradients of both losses, with every statistic in use."""
+    leaves = [a.detach().requires_grad_() for a in (x, w, v, s, bias)]
+    x, w, v, s, bias = leaves
+    terms = rf.classification_loss(x, w, labels, s, bias=bias, label_smoothing=0.1)
+    terms += rf.dual_risk(x, w, v, labels, core, s) + rf.dual_risk(x, w, v, labels, core[:, 0], s, memory=0)
+    return [*terms, *torch.autograd.grad(sum((i + 1) * term for i, term in enumerate(terms)), leaves)]
+
+
+def everything_inputs(n: int, k: int, d: int, dtype: torch.dtype = torch.float32):
+    x, w, labels = classes(n, k, d)
+    tensors = (x, w, w.flip(0), torch.rand(n, k), torch.tensor(30.0), torch.randn(k))
+    x, w, v, core, s, bias = (a.to(dtype) for a in tensors)
+    return x, w, v, labels, core, s, bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 3, 64), (40, 7, 64), (700, 300, 64), (900, 5, 16), (300, 40, 512)])
+def test_any_number_of_threads_gives_the_same_result(shape, dtype):
+    inputs, before = everything_inputs(*shape, dtype), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(everything(*inputs))
+    finally:
+        torch.set_num_threads(before)
+    n, k, d = shape
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            # Bit by bit, but for products so small that aten, not robustft, decides about threads.
+            assert torch.equal(a, b) if n * k * d > 1e6 else (a - b).abs().max() <= 1e-6 * (1 + b.abs().max())
+
+
+def test_memory_around_the_inputs_is_never_read():
+    inputs = everything_inputs(131, 67, 37)
+
+    def poisoned(a):
+        if a.dim() == 0:
+            return a
+        around = torch.full((len(a) + 64, *a.shape[1:]), torch.nan if a.is_floating_point() else -1).to(a.dtype)
+        around[32 : 32 + len(a)] = a
+        return around[32 : 32 + len(a)]
+
+    for a, b in zip(everything(*map(poisoned, inputs)), everything(*inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+def test_any_strides_give_the_same_losses_and_gradients(layout):
+    x, w, v, labels, core, s, bias = everything_inputs(70, 20, 24, torch.float64)
+
+    def laid_out(a):
+        match layout:
+            case "transposed":
+                return a.T.contiguous().T if a.dim() == 2 else a
+            case "strided":
+                return torch.stack((a, a), -1).flatten(-2)[..., ::2]
+        return a[:1].expand_as(a)
+
+    changed = [a if a.dim() == 0 else laid_out(a) for a in (x, w, v, core, bias)]
+    x, w, v, core, bias = (a.contiguous() for a in changed)
+    expected = everything(x, w, v, labels, core, s, bias)
+    x, w, v, core, bias = changed
+    for a, b in zip(everything(x, w, v, labels, core, s, bias), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_errors_are_small_against_the_gradients_themselves(dtype):
+    inputs = everything_inputs(257, 100, 37, dtype)
+    with robustft.backend("reference"):
+        exact = everything(*(a.double() if a.is_floating_point() else a for a in inputs))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for a, b in zip(everything(*inputs), exact, strict=True):
+        assert (a.double() - b).norm() <= tolerance * b.norm()
+
+
+@pytest.fixture(params=[("high", 1e-4), ("medium", 3e-2)], ids=["high", "medium"])
+def precision(request):
+    """A float32 precision and the error that it may cause in a gradient of logits of scale 30, relative to its norm."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param[0])
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+def test_float32_precision_is_what_torch_was_told(precision):
+    inputs = everything_inputs(257, 100, 128)
+    with robustft.backend("reference"):
+        exact = everything(*(a.double() if a.is_floating_point() else a for a in inputs))
+    for a, b in zip(everything(*inputs), exact, strict=True):
+        assert (a.double() - b).norm() <= precision[1] * b.norm()
+
+
+@pytest.mark.parametrize("loss", ["classification", "dual"])
+def test_memory_decides_what_is_kept(loss):
+    n, k, d = 400, 500, 8
+    x, w, labels = classes(n, k, d)
+    x, w = x.float().requires_grad_(), w.float()
+    size = n * k * 4 * (2 if loss == "dual" else 1)
+
+    def largest_kept(memory):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda a: kept.append(a.numel() * a.element_size()), lambda a: a):
+            if loss == "dual":
+                rf.dual_risk(x, w, w, labels, torch.ones(n), 10.0, memory=memory)
+            else:
+                rf.classification_loss(x, w, labels, 10.0, memory=memory)
+        return max(kept)
+
+    assert largest_kept("auto") == largest_kept(size) == size
+    assert largest_kept(size - 1) < size / 10
+    with pytest.raises(ValueError, match="memory is 'all'"):
+        largest_kept("all")
+
+
+def test_repeating_a_computation_repeats_its_bits():
+    inputs = everything_inputs(700, 300, 64)
+    assert all(torch.equal(a, b) for a, b in zip(everything(*inputs), everything(*inputs), strict=True))
+
+
+def test_nan_in_a_feature_reaches_its_own_loss_only(backend):
+    x, w, labels = classes(300, 40, 16)
+    x[270, 3] = torch.nan
+    terms = (
+        rf.classification_loss(x, w, labels, 10.0, reduction="none").cross_entropy,
+        *rf.dual_risk(x, w, w, labels, torch.ones(300, 40).double(), 10.0, reduction="none"),
+    )
+    for each in terms:
+        assert each.isnan().nonzero().tolist() == [[270]]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

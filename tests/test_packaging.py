@@ -43,7 +43,7 @@ def test_the_source_archive_holds_all_that_a_build_reads_and_no_library(tree, tm
     with tarfile.open(build(tree, "sdist", tmp_path)) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".h", ".cu"}}
-    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "robustft").rglob("*.py")}
+    modules = {str(p.relative_to(ROOT)) for d in ("robustft", "benchmarks") for p in (ROOT / d).rglob("*.py")}
     assert sources and modules
     assert sources | modules | {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= held
     assert not [name for name in held if name.endswith(".so")]
@@ -59,6 +59,8 @@ def test_a_wheel_holds_no_library_of_an_earlier_build(tree, tmp_path):
             held = archive.namelist()
         assert not [name for name in held if name.endswith(".so")]
         assert "robustft/data/assets/glyphworld_vit.safetensors" in held
+        assert {"robustft/benchmarks/__main__.py", "robustft/benchmarks/conftest.py"} <= set(held)
+        assert not [name for name in held if "results" in name]
 
 
 def test_the_libraries_name_no_place_of_the_machine_that_built_them():

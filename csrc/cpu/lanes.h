@@ -34,5 +34,23 @@ inline T row_max(const T* s, int64_t n, T m) {
   return reduce_max<T>(v);
 }
 
+// Where the first of the n elements that equals value stands; 0 if none does (a maximum that is NaN).
+template <class T>
+inline int64_t first_equal(const T* s, int64_t n, T value) {
+  constexpr int64_t kVectors = 8;  // between two looks at the result, which costs more than a comparison
+  int64_t j = 0;
+  for (; j + kVectors * kLanes<T> <= n; j += kVectors * kLanes<T>) {
+    Mask<T> equal{};
+    for (int64_t v = 0; v < kVectors; ++v) equal |= load<Vec<T>>(s + j + v * kLanes<T>) == value;
+    int64_t words[ROBUSTFT_VECTOR_BYTES / 8], any = 0;
+    __builtin_memcpy(words, &equal, sizeof(words));
+    for (int64_t word : words) any |= word;
+    if (any) break;
+  }
+  for (; j < n; ++j)
+    if (s[j] == value) return j;
+  return 0;
+}
+
 }  // namespace ROBUSTFT_ISA
 }  // namespace robustft

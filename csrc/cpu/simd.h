@@ -113,23 +113,41 @@ struct ExpConstants<double> {
 
 // exp by x = n ln2 + r, |r| <= ln2 / 2: a Taylor polynomial in r (1 / 7! ... for float, 1 / 13! ... for double), and n
 // added to the exponent. Within 2 units in the last place for results that are normal numbers; smaller results are 0,
-// larger ones inf, NaN stays NaN.
+// larger ones inf, NaN stays NaN. This is exp(r), and n.
+template <class T>
+inline Vec<T> exp_reduced(Vec<T> x, Mask<T>& k) {
+  using V = Vec<T>;
+  using C = ExpConstants<T>;
+  const V t = x * T(1.4426950408889634) + C::shifter;
+  const V n = t - C::shifter;
+  const V r = (x - n * C::ln2_high) - n * C::ln2_low;
+  V p{};
+  for (T coefficient : C::taylor) p = p * r + coefficient;
+  k = (Mask<T>)t - C::shifter_bits;
+  return p;
+}
+
 template <class T>
 inline Vec<T> exp(Vec<T> x) {
   using V = Vec<T>;
   using C = ExpConstants<T>;
   const Mask<T> small = x<C::low, large = x> C::high;
-  const V y = (small | large) ? V{} : x;
-  const V t = y * T(1.4426950408889634) + C::shifter;
-  const V n = t - C::shifter;
-  const V r = (y - n * C::ln2_high) - n * C::ln2_low;
-  V p{};
-  for (T coefficient : C::taylor) p = p * r + coefficient;
+  Mask<T> k;
+  const V p = exp_reduced<T>((small | large) ? V{} : x, k);
   // Two factors, so that 2^128 * 0.7 does not overflow on its way to a finite result.
-  const Mask<T> k = (Mask<T>)t - C::shifter_bits;
   const Mask<T> half = k >> 1;
   const V scaled = p * (V)((half + C::bias) << C::mantissa) * (V)((k - half + C::bias) << C::mantissa);
   return small ? V{} : (large ? V{} + T(__builtin_inf()) : scaled);
+}
+
+// The same for x <= 0, whose results need neither a second factor nor a look at large ones.
+template <class T>
+inline Vec<T> exp_nonpositive(Vec<T> x) {
+  using C = ExpConstants<T>;
+  const Mask<T> small = x < C::low;
+  Mask<T> k;
+  const Vec<T> p = exp_reduced<T>(small ? Vec<T>{} : x, k);
+  return small ? Vec<T>{} : p * (Vec<T>)((k + C::bias) << C::mantissa);
 }
 
 }  // namespace ROBUSTFT_ISA

@@ -42,7 +42,7 @@ struct TileShape {
 
   // Small matrices get small tiles, so that there are some for every thread.
   TileShape(int64_t n, int64_t m)
-      : rows(n < 2048 ? kGridRows : 2 * kGridRows), cols(m < 2048 ? kGridCols : 2 * kGridCols) {}
+      : rows(n < 512 ? kGridRows : 2 * kGridRows), cols(m < 2048 ? kGridCols : 2 * kGridCols) {}
 };
 
 // Calls f(panel, tile) for all of panels x tiles, sharing the calls out among threads so that at no time two of them

@@ -54,11 +54,8 @@ Packed::Packed(int64_t count, int64_t depth, Arithmetic arithmetic) : stride(amx
 }
 
 template <class T>
-LeftRows<T>::LeftRows(const Tensor& matrix, int64_t begin, int64_t count, Arithmetic arithmetic)
-    : rows(matrix.const_data_ptr<T>() + begin * matrix.size(1)),
-      count(count),
-      depth(matrix.size(1)),
-      packed(count, depth, arithmetic) {
+LeftRows<T>::LeftRows(const T* rows, int64_t count, int64_t depth, Arithmetic arithmetic)
+    : rows(rows), count(count), depth(depth), packed(count, depth, arithmetic) {
   if (arithmetic != Arithmetic::ieee)
     amx::pack_rows(as_float(rows), depth, count, depth, 0, (count + 15) / 16, packed.high.get(), packed.low.get());
 }
@@ -73,6 +70,14 @@ RightMatrix<T>::RightMatrix(const Tensor& matrix, int64_t begin, int64_t count, 
   torch::stable::parallel_for(0, blocks, 8, [&](int64_t first, int64_t last) {
     pack(as_float(rows), depth, count, depth, first, last, packed.high.get(), packed.low.get());
   });
+}
+
+template <class T>
+RightMatrix<T>::RightMatrix(const T* rows, int64_t count, int64_t depth, const uint16_t* packed_columns)
+    : rows(rows), count(count), depth(depth) {
+  if (!packed_columns) return;
+  packed.high = Buffer<uint16_t>::borrow(const_cast<uint16_t*>(packed_columns));
+  packed.stride = amx::depth_tiles(depth);
 }
 
 template <class T>

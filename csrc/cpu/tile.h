@@ -33,11 +33,20 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {}
+  // Someone else's memory, which must outlive this.
+  static Buffer borrow(T* data) {
+    Buffer buffer;
+    buffer.data_ = {data, Free{false}};
+    return buffer;
+  }
   T* get() const { return data_.get(); }
 
  private:
   struct Free {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
+    bool owned = true;
+    void operator()(T* p) const {
+      if (owned) ::operator delete(p, std::align_val_t(64));
+    }
   };
   std::unique_ptr<T, Free> data_;
 };
@@ -62,7 +71,9 @@ struct Packed {
 template <class T>
 class LeftRows {
  public:
-  LeftRows(const Tensor& matrix, int64_t begin, int64_t count, Arithmetic arithmetic);
+  LeftRows(const Tensor& matrix, int64_t begin, int64_t count, Arithmetic arithmetic)
+      : LeftRows(matrix.const_data_ptr<T>() + begin * matrix.size(1), count, matrix.size(1), arithmetic) {}
+  LeftRows(const T* rows, int64_t count, int64_t depth, Arithmetic arithmetic);
 
   const T* rows;  // the first of them
   int64_t count, depth;
@@ -79,6 +90,9 @@ class RightMatrix {
       : RightMatrix(matrix, 0, matrix.size(0), use, arithmetic) {}
   // Rows [begin, begin + count) only, on the calling thread.
   RightMatrix(const Tensor& matrix, int64_t begin, int64_t count, Use use, Arithmetic arithmetic);
+  // A kColumns of `count` rows, packed for bf16 earlier (amx::pack_rows_as_columns) or, where null, not at all. Both
+  // must outlive this.
+  RightMatrix(const T* rows, int64_t count, int64_t depth, const uint16_t* packed_columns);
 
   const T* rows;
   int64_t count, depth;

@@ -135,6 +135,20 @@ def group_indices(groups: Tensor, losses: Tensor, num_groups: int) -> Tensor:
     return groups.long()
 
 
+def check_unit_norm(name: str, features: Tensor) -> None:
+    """On the CPU only: on a GPU the check would wait for it."""
+    if features.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    tolerance = 1e-3 if features.dtype in (torch.float64, torch.float32) else 1e-2  # of unit vectors as rounded
+    wide = None if features.dtype == torch.float64 else torch.float32
+    low, high = torch.aminmax(torch.linalg.vector_norm(features, dim=1, dtype=wide))
+    if not (1 - tolerance <= low and high <= 1 + tolerance):
+        raise ValueError(
+            f"{name} has rows of norm {low:.4g} to {high:.4g}; expected 1 within {tolerance:g}: pass "
+            "torch.nn.functional.normalize(..., dim=1), scores are of cosines"
+        )
+
+
 def check_variant(variant: str) -> None:
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
@@ -195,3 +209,36 @@ def memory_budget(memory: str | int) -> int:
 def keeps(memory: str | int, n: int, m: int, dtype: torch.dtype, matrices: int) -> bool:
     """Whether that many (n, m) matrices, in the dtype in which the kernels add, fit into `memory`."""
     return matrices * n * m * (8 if dtype == torch.float64 else 4) <= memory_budget(memory)
+
+
+def neighbor_points(points: Tensor, name: str = "points", may_be_empty: bool = False) -> Tensor:
+    """Checked, detached, float64 as it is and anything else as float32."""
+    if not isinstance(points, Tensor):
+        raise TypeError(f"{name} is {type(points).__name__}; expected a tensor")
+    if points.dim() != 2 or points.shape[1] == 0:
+        raise ValueError(f"{name} has shape {tuple(points.shape)}; expected (N, D), D at least 1")
+    if points.dtype not in FLOATS:
+        raise TypeError(f"{name} is {points.dtype}; expected float64, float32, bfloat16 or float16")
+    if len(points) == 0 and not may_be_empty:
+        raise ValueError(f"{name} has shape {tuple(points.shape)}; expected at least one point")
+    points = points.detach()
+    return points if points.dtype == torch.float64 else points.float()
+
+
+def neighbor_queries(queries: Tensor, points: Tensor) -> Tensor:
+    """Checked against the points, detached; may be empty."""
+    queries = neighbor_points(queries, "queries", may_be_empty=True)
+    if queries.shape[1] != points.shape[1]:
+        raise ValueError(f"queries has {queries.shape[1]} dimensions; expected {points.shape[1]}, as points")
+    if queries.device != points.device:
+        raise ValueError(f"queries is on {queries.device}; expected {points.device}, as points")
+    return queries
+
+
+def check_neighbors(k: int, n: int) -> int:
+    """k as an int in [1, n]."""
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(f"k is {k!r}; expected an integer")
+    if not 1 <= k <= n:
+        raise ValueError(f"k is {k}; expected an integer in [1, {n}], the number of points")
+    return k

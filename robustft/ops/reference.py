@@ -120,6 +120,14 @@ def soft_cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
     return -(targets.to(z.dtype) * log_softmax(z, 1)).sum(1)
 
 
+def dual_risk(x: Tensor, w: Tensor, v: Tensor, s: Tensor, labels: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
+    """Two (N,): cross-entropy under w, and under v with soft labels (N, K) or confidences of the label (N,)."""
+    empirical = class_cross_entropy(class_logits(x, w, s, None), labels, 0.0)
+    z = class_logits(x, v, s, None)
+    worst_case = class_cross_entropy(z, labels, 0.0) * core if core.dim() == 1 else soft_cross_entropy(z, core)
+    return empirical, worst_case
+
+
 def misalignment(z: Tensor, labels: Tensor, variant: str, top1: bool) -> Tensor:
     """(N,): the penalty on the classes that rank strictly above the label, 0 where none does.
 
@@ -150,6 +158,18 @@ def misalignment_of_gap(gap: Tensor, variant: str) -> Tensor:
             return torch.exp(-gap)
 
 
+def concept_scores(
+    x: Tensor, w: Tensor, temperature: float, s: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Six (N,) of the cosines: max_cosine, mcm, msp, energy, entropy, prediction."""
+    cosines = widen(x) @ widen(w).T
+    z = s.to(cosines.dtype) * cosines
+    highest, lse = cosines.amax(1), z.logsumexp(1)
+    mcm = torch.exp(highest / temperature - (cosines / temperature).logsumexp(1))
+    negative_entropy = -torch.special.entr(z.softmax(1)).sum(1)
+    return highest, mcm, torch.exp(z.amax(1) - lse), lse / s.to(lse.dtype), negative_entropy, cosines.argmax(1)
+
+
 def cvar_weights(losses: Tensor, alpha: float) -> Tensor:
     """(N,): 1/(alpha N) on the worst alpha N losses, the fractional remainder on the next, 0 below; sums to 1."""
     n = len(losses)
@@ -163,3 +183,33 @@ def cvar(losses: Tensor, alpha: float) -> Tensor:
     """0-d: the weighted sum of the losses that count; what does not count may be infinite."""
     weights = cvar_weights(losses.detach(), alpha)
     return (weights * torch.where(weights > 0, losses, 0.0)).sum()
+
+
+def nearest_neighbors(queries: Tensor, points: Tensor, k: int, squared: bool) -> tuple[Tensor, Tensor]:
+    """(Q, k) distances, ascending, and (Q, k) indices: all distances in float64, by differences, sorted.
+
+    NaN for queries that are not finite.
+    """
+    results = [_sorted_distances(rows, points, k, squared) for rows in _row_blocks(queries, len(points))]
+    return torch.cat([distances for distances, _ in results]), torch.cat([indices for _, indices in results])
+
+
+def kth_neighbor_distance(queries: Tensor, points: Tensor, k: int, squared: bool) -> Tensor:
+    """(Q,): the k-th smallest of all distances."""
+    blocks = _row_blocks(queries, len(points))
+    return torch.cat([_distances(rows, points, squared).kthvalue(k, 1).values for rows in blocks])
+
+
+def _row_blocks(queries: Tensor, n: int) -> tuple[Tensor, ...]:
+    return queries.split(max(1, 2**22 // n))
+
+
+def _distances(queries: Tensor, points: Tensor, squared: bool) -> Tensor:
+    exact = torch.cdist(queries.double(), points.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    exact = torch.where(queries.isfinite().all(1, keepdim=True), exact, torch.nan)
+    return (exact.square() if squared else exact).to(widen(points[:0]).dtype)
+
+
+def _sorted_distances(queries: Tensor, points: Tensor, k: int, squared: bool) -> tuple[Tensor, Tensor]:
+    distances, indices = _distances(queries, points, squared).sort(dim=1, stable=True)
+    return distances[:, :k], indices[:, :k]

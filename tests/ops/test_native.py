@@ -46,8 +46,8 @@ def test_class_losses_pass_opcheck(keep):
     losses = torch.ops.robustft
     arguments = (x, w, s, bias.requires_grad_(), labels, "softplus", False, 0.1, keep)
     torch.library.opcheck(losses.classification_loss.default, arguments)
-    targets = torch.rand(9, 6, dtype=torch.float64)
-    torch.library.opcheck(losses.soft_classification_loss.default, (x, w, s, targets, keep))
+    for core in (torch.rand(9, 3, dtype=torch.float64), torch.rand(9, dtype=torch.float64)):
+        torch.library.opcheck(losses.dual_risk.default, (x, w, s, labels // 2, core, keep))
 
 
 def test_kernels_pass_opcheck():
@@ -61,6 +61,14 @@ def test_kernels_pass_opcheck():
         arguments = (*matrices, *coefficients, *kept, True, "highest")
         torch.library.opcheck(kernels.similarity_gradient.default, arguments)
     torch.library.opcheck(kernels.vector_exp.default, (x,))
+    w, targets = t.flip(0)[:6], torch.rand(n, 3, dtype=torch.float64)
+    heads = (x, w, s, None, labels // 2, targets, 2)
+    torch.library.opcheck(kernels.class_statistics.default, (*heads, True, True, True, "highest"))
+    coefficients = torch.rand(16, n, dtype=torch.float64)
+    kept = torch.rand(n, 6, dtype=torch.float64)
+    torch.library.opcheck(kernels.class_gradient.default, (*heads, kept, coefficients, False, "highest"))
+    torch.library.opcheck(kernels.class_scores.default, (x, w, 0.5, s, "highest"))
+    torch.library.opcheck(kernels.concept_scores.default, (x, w, 0.5, s))
     torch.library.opcheck(kernels.group_sums.default, (x[:, 0].contiguous(), labels, 6))
 
 
@@ -125,6 +133,8 @@ def test_losses_compile_without_a_graph_break(dynamic):
     def objective(x, t, s, xt, tt):
         terms = rf.contrastive_distillation_loss(x, t, s.exp(), xt, tt, 5.0)
         classes = rf.classification_loss(x, t[:4], torch.arange(len(x)) % 4, s.exp(), variant="neg_ratio")
+        classes += rf.dual_risk(x, t[:4], t[4:8], torch.arange(len(x)) % 4, torch.ones(len(x), 4) / 4, s.exp())
+        classes += (rf.concept_scores(x, t[:4], logit_scale=s.exp()).mcm.sum() * s,)
         return terms.contrastive + 1.5 * terms.distillation + rf.contrastive_loss(x, t, s.exp()) + sum(classes)
 
     compiled = torch.compile(objective, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -248,6 +258,8 @@ for dtype in (torch.float32, torch.float64):
     terms = rf.contrastive_distillation_loss(x, t, s, xt, tt, 30.0, labels=labels)
     loss = terms.contrastive + 1.5 * terms.distillation + rf.contrastive_loss(x, t, s, label_smoothing=0.1)
     loss = loss + sum(rf.classification_loss(x, t[:101], labels % 101, s, bias=t[:101, 0]))
+    loss = loss + sum(rf.dual_risk(x, t[:101], t[101:202], labels % 101, x[:, :1].expand(-1, 101).abs(), s))
+    out += rf.concept_scores(x, t[:101], logit_scale=s)
     out += [loss, *torch.autograd.grad(loss, (x, t, s))]
     for half in (dtype, torch.bfloat16, torch.float16):
         z = (60 * x.detach()).to(half).requires_grad_()

@@ -4,17 +4,21 @@ csrc/ops.cpp declares all of them. The kernels know tensors and numbers; what of
 needs of them for its gradient, is N-vector algebra and stands here, once for every device.
 """
 
-from robustft.ops.native import classification, contrastive, risks
+from robustft.ops.native import classification, contrastive, neighbors, risks, scores
 
 KERNELS = (
     "similarity_statistics",
     "similarity_gradient",
     "class_statistics",
     "class_gradient",
+    "class_scores",
     "vector_exp",
     "group_sums",
     "misalignment_penalty",
     "cvar",
+    "neighbor_pack",
+    "kth_neighbor_distance",
+    "nearest_neighbors",
 )
 """The operators with an implementation a device."""
 
@@ -24,3 +28,5 @@ def register() -> None:
     contrastive.register()
     classification.register()
     risks.register()
+    neighbors.register()
+    scores.register()

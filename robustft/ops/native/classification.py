@@ -1,12 +1,15 @@
 """Losses on class logits z = s x w^T + b over the compiled class kernels (csrc/cpu/classes.cpp).
 
+`dual_risk` has two heads: its w (2K, D) holds one below the other, its statistics likewise.
+
+
 With the statistics of each row (max, log_sum, gaps and means; `above` the softmax over the classes that rank strictly
 above the label), smoothing e and K classes,
 
     cross_entropy_i = log_sum + (1 - e) (max - z_y) + e (max - mean z)
     L_i             = above_log_sum + (max - z_y)      logsumexp of the misranked classes - z_y; top-1: max - z_y
     misalignment_i  = f(L_i), 0 where nothing is misranked;   f as named in ops/reference.py
-    soft_i          = (sum q) log_sum + sum q (max - z)
+    worst_case_i    = (sum q) log_sum + sum q (max - z)     confidences: q = confidence 1_y
 
 and with per-sample gradients g, h of the two terms
 
@@ -21,10 +24,20 @@ import torch
 from torch import Tensor
 
 from robustft.ops import reference
-from robustft.ops.native.registration import accumulation_dtype, differentiable, fake, scale_gradient
+from robustft.ops.native.registration import accumulation_dtype, call, differentiable, fake
 
 # Rows of the kernels' statistics and coefficients: class_statistic and class_coefficient in csrc/cpu/classes.h.
-_HARD_STATISTICS, _SOFT_STATISTICS = 10, 13
+_STATISTICS, _TARGET_STATISTICS = 10, 3
+
+
+def classification_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep):
+    """Cross-entropy and misalignment, two (N,)."""
+    return call("classification_loss", x, w, scale, bias, labels, variant, top1, label_smoothing, keep)[:2]
+
+
+def dual_risk(x, w, scale, labels, core, keep):
+    """Empirical and worst-case risk, two (N,)."""
+    return call("dual_risk", x, w, scale, labels, core, keep)[:2]
 
 
 def _slope(gap: Tensor, variant: str) -> Tensor:
@@ -41,53 +54,84 @@ def _slope(gap: Tensor, variant: str) -> Tensor:
 
 
 def _classification_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep):
-    statistics, similarity = torch.ops.robustft.class_statistics(x, w, scale, bias, labels, None, keep)
-    _, log_sum, mean, label_gap, label, above_log_sum, above_mean, mean_gap, row_mean, max_s = statistics
-    cross_entropy = log_sum + torch.lerp(label_gap, mean_gap, label_smoothing)
-    by_scale = mean - torch.lerp(label, row_mean, label_smoothing)
-    wrong = label_gap > 0
+    precision = torch.get_float32_matmul_precision()
+    statistics, exponentials = torch.ops.robustft.class_statistics(
+        x, w, scale, bias, labels, None, 1, True, label_smoothing > 0, keep, precision
+    )
+    _, log_sum, above_log_sum, mean, label_gap, label, above_mean, max_s, mean_gap, row_mean = statistics
+    wrong = above_log_sum > -torch.inf
     gap = torch.where(wrong, label_gap if top1 else above_log_sum + label_gap, 0.0)
-    misalignment = torch.where(wrong, reference.misalignment_of_gap(gap, variant), 0.0)
-    by_gap = torch.where(wrong, _slope(gap, variant), 0.0)
-    misalignment_by_scale = by_gap * ((max_s if top1 else above_mean) - label)
-    scale_gradients = torch.stack((by_scale, misalignment_by_scale))
-    kept = torch.stack((statistics[0], log_sum, torch.where(wrong, above_log_sum, 0.0)))
-    return cross_entropy, misalignment, by_gap, scale_gradients, kept, similarity
+    misalignment, by_gap = gap, wrong.to(gap.dtype)
+    if variant != "neg_log_ratio":
+        misalignment, by_gap = by_gap * reference.misalignment_of_gap(gap, variant), by_gap * _slope(gap, variant)
+    by_misalignment = by_gap * ((max_s if top1 else above_mean) - label)
+    if label_smoothing:
+        label_gap, label = (
+            torch.lerp(label_gap, mean_gap, label_smoothing),
+            torch.lerp(label, row_mean, label_smoothing),
+        )
+    by_scale = torch.stack((mean - label, by_misalignment))
+    return log_sum + label_gap, misalignment, by_gap, by_scale, statistics[:3].clone(), exponentials
 
 
 def _classification_gradient(
-    g, h, x, w, scale, bias, labels, top1, label_smoothing, by_gap, by_scale, kept, similarity
+    g, h, x, w, scale, bias, labels, top1, label_smoothing, by_gap, by_scale, kept, exponentials
 ):
-    ds = scale_gradient(scale, (g, by_scale[0]), (h, by_scale[1]))
+    ds = _scale_gradient(scale, g, h, by_scale)
+    highest, log_sum, above_log_sum = kept
     g, c = g.to(kept.dtype), h.to(kept.dtype) * by_gap
-    uniform = g * (label_smoothing / len(w))
-    coefficients = torch.stack((*kept, g, (1 - label_smoothing) * g, uniform, torch.zeros_like(g), c))
-    gradients = torch.ops.robustft.class_gradient(x, w, scale, bias, labels, None, similarity, coefficients, top1)
+    uniform = zero = torch.zeros_like(g)
+    label = g
+    if label_smoothing:
+        label, uniform = (1 - label_smoothing) * g, g * (label_smoothing / len(w))
+    coefficients = torch.stack((highest, log_sum, above_log_sum, g, label, uniform, zero, c))
+    precision = torch.get_float32_matmul_precision()
+    gradients = torch.ops.robustft.class_gradient(
+        x, w, scale, bias, labels, None, 1, exponentials, coefficients, top1, precision
+    )
     return *gradients, ds
 
 
-def _soft_classification_loss(x, w, scale, targets, keep):
-    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    statistics, similarity = torch.ops.robustft.class_statistics(x, w, scale, None, labels, targets, keep)
-    q_sum, q_gap, q_s = statistics[10:]
-    loss = q_sum * statistics[1] + q_gap
-    scale_gradient = q_sum * statistics[2] - q_s
-    return loss, scale_gradient, torch.stack((statistics[0], statistics[1], q_sum)), similarity
+def _dual_risk(x, w, scale, labels, core, keep):
+    targets = core if core.dim() == 2 else None
+    precision = torch.get_float32_matmul_precision()
+    statistics, exponentials = torch.ops.robustft.class_statistics(
+        x, w, scale, None, labels, targets, 2, False, False, keep, precision
+    )
+    highest, log_sum, _, mean, label_gap, label = statistics[:6]
+    core_highest, core_log_sum, _, core_mean, core_label_gap, core_label = statistics[_STATISTICS : _STATISTICS + 6]
+    if targets is None:
+        mass = core.to(statistics.dtype)
+        gap, target = mass * core_label_gap, mass * core_label
+    else:
+        mass, gap, target = statistics[2 * _STATISTICS :]
+    by_scale = torch.stack((mean - label, mass * core_mean - target))
+    kept = torch.stack((highest, log_sum, core_highest, core_log_sum, mass))
+    return log_sum + label_gap, mass * core_log_sum + gap, by_scale, kept, exponentials
 
 
-def _soft_classification_gradient(g, x, w, scale, targets, by_scale, kept, similarity):
-    ds = scale_gradient(scale, (g, by_scale))
-    g = g.to(kept.dtype)
-    zero = torch.zeros_like(g)
-    coefficients = torch.stack((kept[0], kept[1], zero, g * kept[2], zero, zero, g, zero))
-    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    gradients = torch.ops.robustft.class_gradient(x, w, scale, None, labels, targets, similarity, coefficients, False)
-    return *gradients[:2], ds
+def _scale_gradient(scale, g, h, by_scale):
+    return (torch.stack((g, h)) * by_scale).sum().to(scale.dtype).reshape(scale.shape)
 
 
-def _fake_statistics(x, w, scale, bias, labels, targets, keep):
+def _dual_gradient(g, h, x, w, scale, labels, core, by_scale, kept, exponentials):
+    ds = _scale_gradient(scale, g, h, by_scale)
+    highest, log_sum, core_highest, core_log_sum, mass = kept
+    g, h = g.to(kept.dtype), h.to(kept.dtype)
+    zero, p = torch.zeros_like(g), h * mass
+    one_hot, soft, targets = (zero, h, core) if core.dim() == 2 else (p, zero, None)
+    first = (highest, log_sum, zero, g, g, zero, zero, zero)
+    second = (core_highest, core_log_sum, zero, p, one_hot, zero, soft, zero)
+    precision = torch.get_float32_matmul_precision()
+    dx, dw, _ = torch.ops.robustft.class_gradient(
+        x, w, scale, None, labels, targets, 2, exponentials, torch.stack((*first, *second)), False, precision
+    )
+    return dx, dw, ds
+
+
+def _fake_statistics(x, w, scale, bias, labels, targets, heads, misranked, means, keep, precision):
     dtype = accumulation_dtype(x.dtype)
-    kinds = _HARD_STATISTICS if targets is None else _SOFT_STATISTICS
+    kinds = heads * _STATISTICS + (0 if targets is None else _TARGET_STATISTICS)
     n = x.shape[0]
     return x.new_empty(kinds, n, dtype=dtype), x.new_empty(n if keep else 0, w.shape[0], dtype=dtype)
 
@@ -101,15 +145,16 @@ def _fake_gradient(x, w):
 
 def _fake_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep):
     n = x.shape[0]
-    statistics, similarity = _fake_statistics(x, w, scale, bias, labels, None, keep)
+    statistics, exponentials = _fake_statistics(x, w, scale, bias, labels, None, 1, True, True, keep, None)
     new = statistics.new_empty
-    return new(n), new(n), new(n), new(2, n), new(3, n), similarity
+    return new(n), new(n), new(n), new(2, n), new(3, n), exponentials
 
 
-def _fake_soft_loss(x, w, scale, targets, keep):
+def _fake_dual_risk(x, w, scale, labels, core, keep):
     n = x.shape[0]
-    statistics, similarity = _fake_statistics(x, w, scale, None, None, targets, keep)
-    return statistics.new_empty(n), statistics.new_empty(n), statistics.new_empty(3, n), similarity
+    statistics, exponentials = _fake_statistics(x, w, scale, None, labels, None, 2, False, False, keep, None)
+    new = statistics.new_empty
+    return new(n), new(n), new(2, n), new(5, n), exponentials
 
 
 def _setup(ctx, inputs, output):
@@ -127,15 +172,15 @@ def _backward(ctx, g, h, *_):
     return dx, dw, ds, None if bias is None else db.to(bias.dtype), None, None, None, None, None
 
 
-def _setup_soft(ctx, inputs, output):
+def _setup_dual(ctx, inputs, output):
     *tensors, _ = inputs
-    _, *kept = output
+    _, _, *kept = output
     ctx.save_for_backward(*tensors, *kept)
     ctx.mark_non_differentiable(*kept)
 
 
-def _backward_soft(ctx, g, *_):
-    return *torch.ops.robustft.soft_classification_loss_backward(g, *ctx.saved_tensors), None, None
+def _backward_dual(ctx, g, h, *_):
+    return *torch.ops.robustft.dual_risk_backward(g, h, *ctx.saved_tensors), None, None, None
 
 
 def register() -> None:
@@ -148,11 +193,8 @@ def register() -> None:
         (_classification_gradient, lambda g, h, x, w, scale, *_: (*_fake_gradient(x, w), torch.empty_like(scale))),
     )
     differentiable(
-        "soft_classification_loss",
-        (_soft_classification_loss, _fake_soft_loss),
-        (_setup_soft, _backward_soft),
-        (
-            _soft_classification_gradient,
-            lambda g, x, w, scale, *_: (*_fake_gradient(x, w)[:2], torch.empty_like(scale)),
-        ),
+        "dual_risk",
+        (_dual_risk, _fake_dual_risk),
+        (_setup_dual, _backward_dual),
+        (_dual_gradient, lambda g, h, x, w, scale, *_: (*_fake_gradient(x, w)[:2], torch.empty_like(scale))),
     )

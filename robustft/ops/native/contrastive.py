@@ -22,7 +22,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustft.ops.native.registration import accumulation_dtype, differentiable, fake, scale_gradient
+from robustft.ops.native.registration import accumulation_dtype, call, differentiable, fake, scale_gradient
+
+
+def contrastive_loss(x, t, scale, labels, label_smoothing, keep) -> Tensor:
+    """(n,) per-sample losses."""
+    return call("contrastive_loss", x, t, scale, labels, label_smoothing, keep)[0]
+
+
+def contrastive_distillation_loss(x, t, scale, xt, tt, st, labels, keep) -> tuple[Tensor, Tensor]:
+    """Two (n,): contrastive and distillation."""
+    return call("contrastive_distillation_loss", x, t, scale, xt, tt, st, labels, keep)[:2]
 
 
 def label_counts(labels: Tensor | None, n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,13 @@ def fake(name: str, function: Callable) -> None:
     torch.library.register_fake(f"robustft::{name}", function, lib=_library)
 
 
+def composite(name: str, body: Callable | None, fake_body: Callable) -> None:
+    """A body in Python that serves every device, below autograd; None stands in csrc."""
+    if body is not None:
+        _library.impl(name, body, "CompositeExplicitAutograd")
+    fake(name, fake_body)
+
+
 def autograd(name: str, setup: Callable, backward: Callable) -> None:
     torch.library.register_autograd(f"robustft::{name}", backward, setup_context=setup, lib=_library)
 
@@ -42,9 +49,7 @@ def differentiable(
     to be differentiated.
     """
     for operator, (body, fake_body) in ((name, forward), (f"{name}_backward", gradient)):
-        if body is not None:
-            _library.impl(operator, body, "CompositeExplicitAutograd")
-        fake(operator, fake_body)
+        composite(operator, body, fake_body)
     autograd(name, *autograd_formula)
     _direct[name] = _direct_function(name, *autograd_formula)
     autograd(f"{name}_backward", lambda ctx, inputs, output: None, _no_second_derivative)

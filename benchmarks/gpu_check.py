@@ -1,0 +1,184 @@
+"""All that a GPU can tell, in one command and within minutes: build, tests, sanitizer, the bar's GPU rows.
+
+    python -m benchmarks.gpu_check                # about ten minutes; --minutes 5 leaves out what does not fit
+    python -m benchmarks.gpu_check --only rows    # some of: build, rates, tests, sanitizer, rows, host
+
+Needs torch with CUDA, Triton, nvcc, CMake and pytest; neither open_clip nor a network. Each step is a process of its
+own with a time limit, and results/<gpu>.json is rewritten after each, so that a step that hangs, crashes or is cut off
+costs only itself. Times are medians over rounds in which ours and the peers take turns, by CUDA events; a row whose
+result differs from the reference's is an error, not a time. The host's CPU rows are measured too where it has AMX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = ("build", "rates", "tests", "sanitizer", "rows", "host")
+
+
+class Check:
+    """The results so far, in memory and in the file, and the time that is left."""
+
+    def __init__(self, path: Path | None, minutes: float) -> None:
+        self.deadline = time.monotonic() + 60 * minutes
+        self.path = path
+        self.results: dict[str, Any] = {"command": "python -m benchmarks.gpu_check"}
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def keep(self, step: str, result: Any) -> None:
+        self.results[step] = result
+        print(f"-- {step}: {json.dumps(result)[:2000]}", flush=True)
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.results, indent=1) + "\n")
+        os.replace(temporary, self.path)
+
+    def run(self, command: list[str], limit: float, **environment: str) -> dict[str, Any]:
+        """{"seconds", "status", "output"}: status is the exit status, or "cut off" at the limit."""
+        limit, start = min(limit, self.left()), time.monotonic()
+        if limit < 5:
+            return {"seconds": 0.0, "status": "no time left", "output": ""}
+        env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONUNBUFFERED": "1"} | environment
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=limit)
+            status: int | str = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            output, status = process.communicate()[0], "cut off"
+        return {"seconds": round(time.monotonic() - start, 1), "status": status, "output": output}
+
+
+def build(check: Check) -> None:
+    run = check.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 240)
+    say = "import robustft, json; print(json.dumps(robustft.build_info(), default=str))"
+    info = check.run([sys.executable, "-c", say], 60)
+    run["output"] = run["output"][-1500:] if run["status"] else ""
+    try:
+        run["info"] = json.loads(info["output"].splitlines()[-1])
+    except (ValueError, IndexError):
+        run["info"] = info["output"][-500:]
+    check.keep("build", run)
+
+
+def tests(check: Check) -> None:
+    """The suites with GPU cases: all that take the `device` fixture, on cuda, and the kernels' own."""
+    folders = ["tests/ops", "tests/test_functional.py", "tests/test_class_losses.py", "tests/test_risks.py"]
+    folders += [name for name in ("tests/test_scores.py", "tests/test_neighbors.py") if (ROOT / name).exists()]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=30", "-k", "cuda", *folders]
+    run = check.run(command, 200)
+    lines = run.pop("output").splitlines()
+    run["failures"] = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    run["summary"] = next((line for line in reversed(lines) if re.search(r"passed|failed|error|no tests", line)), "")
+    if run["status"] not in (0, 5):
+        run["tail"] = lines[-60:]
+    check.keep("tests", run)
+
+
+def sanitizer(check: Check) -> None:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        check.keep("sanitizer", "not measured: no compute-sanitizer")
+        return
+    found = {}
+    for kind in ("memcheck", "racecheck"):
+        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_rows", "small"]
+        run = check.run(command, 75)
+        run["output"] = run["output"][-1500:] if run["status"] else run["output"][-200:]
+        found[kind] = run
+    check.keep("sanitizer", found)
+
+
+def rows(check: Check) -> None:
+    """Each row in its own process, the bar's first."""
+    listed = check.run([sys.executable, "-m", "benchmarks.gpu_rows", "list"], 60)
+    measured: dict[str, Any] = {}
+    for name in listed["output"].split():
+        run = check.run([sys.executable, "-m", "benchmarks.gpu_rows", name], 75)
+        try:
+            measured[name] = json.loads(run["output"].splitlines()[-1]) | {"seconds": run["seconds"]}
+        except (ValueError, IndexError):
+            measured[name] = {"status": run["status"], "output": run["output"][-1500:]}
+        check.keep("rows", measured)
+
+
+def rates(check: Check) -> None:
+    run = check.run([sys.executable, "-m", "benchmarks.gpu_rows", "rates"], 60)
+    try:
+        check.keep("rates", json.loads(run["output"].splitlines()[-1]))
+    except (ValueError, IndexError):
+        check.keep("rates", run)
+
+
+def host(check: Check) -> None:
+    """The CPU's bar, where this host is what it was set for."""
+    say = "import robustft; print(robustft.build_info()['active_isa'])"
+    isa = check.run([sys.executable, "-c", say], 60)["output"].split()[-1:]
+    if isa != ["amx"]:
+        check.keep("host", f"not measured: the host's CPU runs {isa}")
+        return
+    output = str((check.path.parent if check.path else ROOT) / "host")
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--threads", "2", "--output", output]
+    run = check.run(command, max(30.0, check.left() - 5))
+    run["output"] = run["output"][-6000:]
+    check.keep("host", run)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = ["| row | ours | peers (time over ours) | bar | share of roofline |", "|---|---:|---|---|---:|"]
+    for name, row in results.get("rows", {}).items():
+        if "milliseconds" not in row:
+            lines.append(f"| {name} | not measured | {row.get('status', row.get('output', ''))} | | |")
+            continue
+        times = dict(row["milliseconds"])
+        ours = times.pop("robustft")
+        peers = ", ".join(
+            f"{peer} {t / ours:.2f}x" if isinstance(t, float) else f"{peer}: {t}" for peer, t in times.items()
+        )
+        share = f"{100 * row['share']:.0f} %" if row.get("share") else ""
+        lines.append(f"| {name} | {ours:.3f} ms | {peers} | {row.get('verdict', '')} | {share} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=9.5, help="stop after this many")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, help="these steps alone")
+    parser.add_argument("--output", type=Path, default=None, help="folder of the results (default benchmarks/results)")
+    options = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("no GPU that torch can use: nothing is measured")
+        return 2
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    folder = options.output or ROOT / "benchmarks" / "results"
+    check = Check(folder / f"{name}.json", options.minutes)
+    for step in (step for step in STEPS if step in options.only):
+        globals()[step](check)
+    text = table(check.results)
+    (folder / f"{name}.md").write_text(text)
+    print(text)
+    return 0 if check.results.get("tests", {}).get("status", 0) == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,397 @@
+"""The rows of `benchmarks.gpu_check`, one process each: `python -m benchmarks.gpu_rows NAME` prints one line of JSON.
+
+A row gives the median milliseconds of each candidate over rounds in which they take turns, its bar, and the share of
+the roofline: the least time by the card's measured bf16 product and copy rates, over ours. `NAME` may also be `list`,
+`rates`, or `small`, which runs every kernel once on a small case, for compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import robustft
+from robustft import functional as rf
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SECONDS = 8.0
+"""Of timed rounds of a row, at most."""
+
+
+class Bar(NamedTuple):
+    """Must and moonshot in milliseconds, and how many times faster than eager and than any other peer."""
+
+    milliseconds: float | None = None
+    eager: float | None = None
+    peers: float | None = None
+
+
+Candidates = dict[str, Callable[[], Any]]
+
+
+def unit(n: int, d: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return F.normalize(torch.randn(n, d, generator=generator, device=DEVICE), dim=1).to(dtype)
+
+
+def pairs(n: int, d: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Pairs with a cosine near .2, as planted in the CPU's rows."""
+    x = unit(n, d, seed, torch.float32)
+    t = F.normalize(x + 5 * unit(n, d, seed + 1, torch.float32), dim=1)
+    return x.to(dtype).requires_grad_(), t.to(dtype).requires_grad_()
+
+
+def backward(loss: Callable[[], Tensor], *leaves: Tensor) -> Callable[[], list[Tensor]]:
+    return lambda: [value := loss(), *torch.autograd.grad(value, leaves)]
+
+
+def eager_contrastive(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    z = s.to(x.dtype) * x @ t.T
+    y = torch.arange(len(x), device=x.device)
+    return (F.cross_entropy(z.float(), y) + F.cross_entropy(z.T.float(), y)) / 2
+
+
+def eager_distillation(x: Tensor, t: Tensor, s: Tensor, xt: Tensor, tt: Tensor, st: float) -> Tensor:
+    z, zt = (s.to(x.dtype) * x @ t.T).float(), (st * xt @ tt.T).float()
+    soft = sum(-(q.softmax(1) * p.log_softmax(1)).sum(1).mean() for p, q in ((z, zt), (z.T, zt.T)))
+    return eager_contrastive(x, t, s) + 1.5 * soft
+
+
+def contrastive_peers(x: Tensor, t: Tensor, s: Tensor) -> Candidates:
+    """What can be installed beside torch, each called for both directions."""
+    y = torch.arange(len(x), device=x.device)
+    compiled = torch.compile(eager_contrastive, dynamic=False)
+    found: Candidates = {"torch.compile": backward(lambda: compiled(x, t, s), x, t, s)}
+
+    def twice(one: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Any]:
+        scaled = s.to(x.dtype)
+        return backward(lambda: (one(scaled * x, t) + one(scaled * t, x)) / 2, x, t, s)
+
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["torch chunked"] = twice(lambda a, b: F.linear_cross_entropy(a, b, y, options=options))
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        found["Liger"] = twice(lambda a, b: liger(b, a, y))
+    except ImportError:
+        pass
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+
+        found["Cut Cross-Entropy"] = twice(lambda a, b: linear_cross_entropy(a, b, y, filter_eps=None))
+    except ImportError:
+        pass
+    try:
+        from inf_cl import cal_flash_loss
+
+        found["Inf-CL"] = backward(
+            lambda: (cal_flash_loss(x, t, y, s) + cal_flash_loss(t, x, y, s)).mean() / 2, x, t, s
+        )
+    except ImportError:
+        pass
+    return found
+
+
+def contrastive(n: int, d: int, dtype: torch.dtype, memory: str | int = "auto", peers: bool = True) -> Candidates:
+    x, t = pairs(n, d, dtype)
+    s = torch.tensor(50.0, device=DEVICE, requires_grad=True)
+    found: Candidates = {"robustft": backward(lambda: rf.contrastive_loss(x, t, s, memory=memory), x, t, s)}
+    if peers:
+        found |= {"eager": backward(lambda: eager_contrastive(x, t, s), x, t, s), **contrastive_peers(x, t, s)}
+    return found
+
+
+def distillation(n: int, d: int, dtype: torch.dtype) -> Candidates:
+    x, t = pairs(n, d, dtype)
+    xt, tt = (f.detach() for f in pairs(n, d, dtype, seed=7))
+    s = torch.tensor(50.0, device=DEVICE, requires_grad=True)
+
+    def ours() -> Tensor:
+        terms = rf.contrastive_distillation_loss(x, t, s, xt, tt, 40.0)
+        return terms.contrastive + 1.5 * terms.distillation
+
+    compiled = torch.compile(eager_distillation, dynamic=False)
+    return {
+        "robustft": backward(ours, x, t, s),
+        "eager": backward(lambda: eager_distillation(x, t, s, xt, tt, 40.0), x, t, s),
+        "torch.compile": backward(lambda: compiled(x, t, s, xt, tt, 40.0), x, t, s),
+    }
+
+
+def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The run as a CUDA graph; a host synchronisation in it would fail here."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return lambda: (graph.replay(), result)[1]
+
+
+def classes(n: int, k: int, d: int) -> Candidates:
+    w = unit(k, d, 1).requires_grad_()
+    y = torch.randint(k, (n,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+    x = F.normalize(w.detach().float()[y] + 7 * unit(n, d, 2, torch.float32), dim=1).bfloat16().requires_grad_()
+    s = torch.tensor(50.0, device=DEVICE, requires_grad=True)
+
+    def eager() -> Tensor:
+        z = (s.to(x.dtype) * x @ w.T).float()
+        z_label = z.gather(1, y[:, None])
+        above = z > z_label
+        penalty = torch.where(above.any(1), z.masked_fill(~above, -torch.inf).logsumexp(1) - z_label[:, 0], 0)
+        return F.cross_entropy(z, y) + penalty.nan_to_num(neginf=0).mean()
+
+    return {
+        "robustft": backward(lambda: sum(rf.classification_loss(x, w, y, s)), x, w, s),
+        "eager": backward(eager, x, w, s),
+    }
+
+
+def scores(n: int, k: int, d: int) -> Candidates:
+    x, w = unit(n, d, 1), unit(k, d, 2)
+
+    def eager() -> tuple[Tensor, ...]:
+        cosines = (x @ w.T).float()
+        z, p = 50 * cosines, (50 * cosines).softmax(1)
+        top = cosines.max(1)
+        return (
+            top.values,
+            cosines.softmax(1).amax(1),
+            p.amax(1),
+            z.logsumexp(1) / 50,
+            -torch.special.entr(p).sum(1),
+            top.indices,
+        )
+
+    return {"robustft": lambda: rf.concept_scores(x, w, logit_scale=50.0), "eager": eager}
+
+
+def neighbors(q: int, n: int, d: int, k: int) -> Candidates:
+    queries, points = unit(q, d, 1, torch.float32), unit(n, d, 2, torch.float32)
+    index = robustft.NeighborIndex(points)
+
+    def torch_topk() -> Tensor:
+        half = points.square().sum(1) / 2
+        found = []
+        for block in queries.split(1024):
+            score = block.bfloat16() @ points_half.T - half
+            found.append(score.topk(k, 1).values[:, -1])
+        return torch.cat(found)
+
+    points_half = points.bfloat16()
+    return {
+        "robustft": lambda: index.kth_distance(queries, k),
+        "robustft with packing": lambda: rf.kth_neighbor_distance(queries, points, k),
+        "torch mm + topk (bf16, inexact)": torch_topk,
+    }
+
+
+class Towers(nn.Module):
+    """Two transformers of the shapes of CLIP's ViT-B/16: what a training step costs besides its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def tower(width: int, heads: int) -> nn.TransformerEncoder:
+            layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+            return nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
+
+        self.patches, self.image = nn.Conv2d(3, 768, 16, 16), tower(768, 12)
+        self.words, self.text = nn.Embedding(49408, 512), tower(512, 8)
+        self.image_projection, self.text_projection = nn.Linear(768, 512, False), nn.Linear(512, 512, False)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        seen = self.image(self.patches(images).flatten(2).transpose(1, 2))[:, 0]
+        read = self.text(self.words(tokens))[:, -1]
+        return F.normalize(self.image_projection(seen), dim=1), F.normalize(self.text_projection(read), dim=1)
+
+
+def step(batch: int) -> Candidates:
+    """A CaRot step (student, EMA teacher's forward, fused loss) beside a FLYP step, both with robustft's losses."""
+    student, teacher = Towers().to(DEVICE), Towers().to(DEVICE)
+    images, tokens = torch.randn(batch, 3, 224, 224, device=DEVICE), torch.randint(49408, (batch, 77), device=DEVICE)
+    s = torch.tensor(50.0, device=DEVICE, requires_grad=True)
+
+    def run(carot: bool) -> Callable[[], None]:
+        def one() -> None:
+            with torch.autocast(DEVICE, torch.bfloat16):
+                x, t = student(images, tokens)
+                if carot:
+                    with torch.no_grad():
+                        xt, tt = teacher(images, tokens)
+                    terms = rf.contrastive_distillation_loss(x, t, s, xt, tt, 40.0)
+                    loss = terms.contrastive + 1.5 * terms.distillation
+                    loss = loss + 0.2 * rf.orthogonality_penalty(student.image_projection.weight.T)
+                else:
+                    loss = rf.contrastive_loss(x, t, s)
+            loss.backward()
+            student.zero_grad(set_to_none=True)
+
+        return one
+
+    return {"robustft": run(True), "FLYP step": run(False)}
+
+
+BF16 = torch.bfloat16
+ROWS: dict[str, tuple[Callable[[], Candidates], Bar, float]] = {
+    # name: (candidates, bar, multiply-adds times two of the least work, in bfloat16)
+    "contrastive-bf16-32768": (lambda: contrastive(32768, 512, BF16), Bar(6.5, 4.0, 2.0), 6.0 * 32768**2 * 512),
+    "distillation-bf16-32768": (lambda: distillation(32768, 512, BF16), Bar(9.0), 8.0 * 32768**2 * 512),
+    "graph-bf16-512": (
+        lambda: {k: graphed(f) for k, f in contrastive(512, 512, BF16, peers=False).items()},
+        Bar(0.060),
+        6.0 * 512**2 * 512,
+    ),
+    "kth-neighbor-50k-1M": (
+        lambda: neighbors(50_000, 1_000_000, 512, 300),
+        Bar(300.0, None, 4.0),
+        2.0 * 5e4 * 1e6 * 512,
+    ),
+    "carot-step-512": (lambda: step(512), Bar(), 0.0),
+    "contrastive-bf16-1M": (lambda: contrastive(2**20, 512, BF16, 0, False), Bar(), 8.0 * 2.0**40 * 512),
+    "contrastive-panel-32768": (lambda: contrastive(32768, 512, BF16, 0, False), Bar(), 8.0 * 32768**2 * 512),
+    "contrastive-fp32-8192": (lambda: contrastive(8192, 512, torch.float32), Bar(), 0.0),
+    "contrastive-bf16-2048": (lambda: contrastive(2048, 512, BF16), Bar(), 6.0 * 2048**2 * 512),
+    "contrastive-bf16-512": (lambda: contrastive(512, 512, BF16), Bar(), 6.0 * 512**2 * 512),
+    "classes-bf16-4096": (lambda: classes(4096, 1000, 512), Bar(), 6.0 * 4096 * 1000 * 512),
+    "scores-bf16-65536": (lambda: scores(65536, 1000, 512), Bar(), 2.0 * 65536 * 1000 * 512),
+}
+
+
+def timed(run: Callable[[], Any], repeats: int) -> float:
+    """Milliseconds of one run."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / repeats
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def rates() -> dict[str, Any]:
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BF16) for _ in range(2))
+    source, target = (torch.empty(2**30, device=DEVICE, dtype=torch.uint8) for _ in range(2))
+    product = median([timed(lambda: a @ b, 5) for _ in range(7)])
+    copy = median([timed(lambda: target.copy_(source), 5) for _ in range(7)])
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "bf16_tflops": round(2 * 8192**3 / product / 1e9, 1),
+        "copy_tb_per_second": round(2 * 2**30 / copy / 1e9, 3),
+    }
+
+
+def measure(name: str) -> dict[str, Any]:
+    make, bar, flops = ROWS[name]
+    candidates = make()
+    first: dict[str, Any] = {}
+    times: dict[str, Any] = {}
+    for candidate, run in list(candidates.items()):
+        try:
+            run()  # compiles
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            result = run()
+            torch.cuda.synchronize()
+            first[candidate] = {
+                "value": float(result[0]) if isinstance(result, list) else None,
+                "extra_mb": round((torch.cuda.max_memory_allocated() - before) / 1e6, 1),
+            }
+        except Exception as error:  # a peer that cannot is no reason to lose the row
+            if candidate == "robustft":
+                raise
+            times[candidate] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            del candidates[candidate]
+    expected = first.get("eager", {}).get("value")
+    if expected is not None and abs(first["robustft"]["value"] - expected) > 0.02 * abs(expected) + 1e-3:
+        raise AssertionError(f"{name}: loss {first['robustft']['value']}, eager {expected}")
+    once = {c: timed(run, 1) for c, run in candidates.items()}
+    repeats = {c: max(1, min(50, int(20 / max(t, 1e-3)))) for c, t in once.items()}
+    rounds = max(3, min(21, int(1e3 * SECONDS / sum(once[c] * repeats[c] for c in once))))
+    taken: dict[str, list[float]] = {c: [] for c in candidates}
+    for _ in range(rounds):
+        for candidate, run in candidates.items():
+            taken[candidate].append(timed(run, repeats[candidate]))
+    times = {c: round(median(t), 5) for c, t in taken.items()} | times
+    record: dict[str, Any] = {"milliseconds": times, "rounds": rounds, "first": first}
+    if flops:
+        record["share"] = round(flops / (rates()["bf16_tflops"] * 1e9) / times["robustft"], 3)
+    record["verdict"] = verdict(bar, times)
+    return record
+
+
+def verdict(bar: Bar, times: dict[str, Any]) -> str:
+    """Each demand, met or by how much not."""
+    ours, said = times["robustft"], []
+    if bar.milliseconds is not None:
+        met = ours <= bar.milliseconds
+        said.append(
+            f"{bar.milliseconds:g} ms " + ("met" if met else f"not met, {ours / bar.milliseconds:.2f} times that")
+        )
+    for peer, t in times.items():
+        wanted = bar.eager if peer == "eager" else bar.peers
+        if peer.startswith("robustft") or wanted is None or not isinstance(t, float):
+            continue
+        said.append(f"{wanted:g}x {peer} " + ("met" if t / ours >= wanted else f"not met, {t / ours:.2f}x"))
+    if "FLYP step" in times:
+        ratio = ours / times["FLYP step"]
+        said.append(f"1.45 of a FLYP step {'met' if ratio <= 1.45 else 'not met'}, {ratio:.2f}")
+    return "; ".join(said)
+
+
+def small() -> None:
+    """Every kernel once, on sizes that are no multiple of anything."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for candidates in (contrastive(333, 37, dtype, "auto", False), contrastive(333, 37, dtype, 0, False)):
+            candidates["robustft"]()
+        x, t = pairs(333, 37, dtype)
+        sum(rf.contrastive_distillation_loss(x, t, 20.0, x.detach(), t.detach(), 10.0)).backward()
+    classes(333, 47, 40)["robustft"]()
+    scores(333, 47, 40)["robustft"]()
+    queries, points = unit(77, 40, 1, torch.float32), unit(3001, 40, 2, torch.float32)
+    rf.kth_neighbor_distance(queries, points, 30)
+    losses = torch.rand(1000, device=DEVICE, requires_grad=True)
+    groups = torch.arange(1000, device=DEVICE) % 7
+    (rf.cvar(losses, 0.1) + rf.group_risk(losses, groups, 7).worst).backward()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    print("done")
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["list"]:
+            print(*ROWS)
+        case ["rates"]:
+            print(json.dumps(rates()))
+        case ["small"]:
+            small()
+        case [name] if name in ROWS:
+            print(json.dumps(measure(name)))
+        case arguments:
+            raise SystemExit(f"arguments are {arguments}; expected one of list, rates, small, {', '.join(ROWS)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+// Nearest neighbours: the loops over rows, compiled once per instruction set. See neighbors.cpp for the mathematics.
+#pragma once
+#include <cstdint>
+
+namespace robustft {
+
+// A point whose score reached a query's threshold.
+template <class T>
+struct Hit {
+  T score;
+  int32_t point;
+};
+
+// What the bound on a row's scores needs: |x - c|^2 and |x - c - bf16(x - c)|^2, or NaN where the row is not finite.
+struct RowNorms {
+  double squared, residual;
+};
+
+// Products (rows, cols), leading dimension ld, of queries by the points from `first` on.
+template <class T>
+struct Scores {
+  T* products;
+  const T* bias;  // (cols): score = product - bias
+  int64_t rows, cols, ld, first;
+};
+
+#define ROBUSTFT_DECLARE_NEIGHBORS(isa)                                                                       \
+  namespace isa {                                                                                             \
+  template <class T>                                                                                          \
+  void centre_row(const T* x, const T* c, int64_t d, bool bf16, T* out, RowNorms* norms);                     \
+  template <class T>                                                                                          \
+  void score_reached(const T* products, const T* bias, int64_t count, int64_t rank, T* score);                \
+  template <class T>                                                                                          \
+  void collect(const Scores<T>& scores, const T* thresholds, Hit<T>* const* hits, int64_t* counts);           \
+  template <class T>                                                                                          \
+  void squared_distances(const double* query, const T* points, int64_t d, const int32_t* rows, int64_t count, \
+                         double* out);                                                                        \
+  }
+ROBUSTFT_DECLARE_NEIGHBORS(portable)
+ROBUSTFT_DECLARE_NEIGHBORS(avx2)
+ROBUSTFT_DECLARE_NEIGHBORS(avx512)
+#undef ROBUSTFT_DECLARE_NEIGHBORS
+
+}  // namespace robustft

@@ -1,0 +1,178 @@
+// Nearest neighbours' loops over rows: norms, thresholds, scores above them, distances. Compiled once per instruction
+// set.
+#include "lanes.h"
+#include "neighbors.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace robustft {
+namespace ROBUSTFT_ISA {
+namespace {
+
+// One bit a lane. The vector extension has no such operation, and without it scores are tested at half the speed.
+#if defined(__AVX512DQ__)
+inline uint64_t lane_bits(Mask<float> m) { return _mm512_movepi32_mask((__m512i)m); }
+inline uint64_t lane_bits(Mask<double> m) { return _mm512_movepi64_mask((__m512i)m); }
+#elif defined(__AVX2__)
+inline uint64_t lane_bits(Mask<float> m) { return unsigned(_mm256_movemask_ps((__m256)m)); }
+inline uint64_t lane_bits(Mask<double> m) { return unsigned(_mm256_movemask_pd((__m256d)m)); }
+#else
+template <class M>
+inline uint64_t lane_bits(M m) {
+  uint64_t bits = 0;
+  for (unsigned l = 0; l < sizeof(M) / sizeof(m[0]); ++l) bits |= uint64_t(m[l] & 1) << l;
+  return bits;
+}
+#endif
+
+// As many numbers of T as there are lanes of double.
+template <class T>
+struct Narrow {
+  typedef T Vec __attribute__((vector_size(ROBUSTFT_VECTOR_BYTES / 8 * sizeof(T))));
+};
+template <class T>
+using NarrowVec = typename Narrow<T>::Vec;
+
+// gcc 12 converts vectors in halves and joins them.
+#if defined(__AVX512F__)
+inline Vec<double> widen(NarrowVec<float> v) { return (Vec<double>)_mm512_maskz_cvtps_pd(0xff, (__m256)v); }
+#elif defined(__AVX2__)
+inline Vec<double> widen(NarrowVec<float> v) { return (Vec<double>)_mm256_cvtps_pd((__m128)v); }
+#else
+inline Vec<double> widen(NarrowVec<float> v) { return __builtin_convertvector(v, Vec<double>); }
+#endif
+inline Vec<double> widen(Vec<double> v) { return v; }
+
+// v less v rounded to bfloat16, rounded as amx_kernels.cpp does.
+inline NarrowVec<float> bf16_residual(NarrowVec<float> v) {
+  typedef uint32_t Words __attribute__((vector_size(sizeof(v))));
+  const Words bits = (Words)v;
+  return v - (NarrowVec<float>)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
+}
+inline Vec<double> bf16_residual(Vec<double>) { return Vec<double>{}; }  // double is never rounded
+
+constexpr int64_t kWide = kLanes<double>;
+
+}  // namespace
+
+// out = x - c, where c is given; the norms are of x - c and exact but for rounding to double.
+template <class T>
+void centre_row(const T* x, const T* c, int64_t d, bool bf16, T* out, RowNorms* norms) {
+  using N = NarrowVec<T>;
+  Vec<double> squared{}, residual{};
+  N finite{};  // stays 0 unless the row holds NaN or infinity
+  for (int64_t j = 0; j < d; j += kWide) {
+    const int64_t lanes = d - j < kWide ? d - j : kWide;
+    N v = lanes == kWide ? load<N>(x + j) : load_partial<N>(x + j, lanes, T(0));
+    finite += v * T(0);
+    if (c) {
+      v -= lanes == kWide ? load<N>(c + j) : load_partial<N>(c + j, lanes, T(0));
+      lanes == kWide ? store(out + j, v) : store_partial(out + j, v, lanes);
+    }
+    squared += widen(v) * widen(v);
+    if (bf16) {
+      const Vec<double> e = widen(bf16_residual(v));
+      residual += e * e;
+    }
+  }
+  const double nothing = reduce_sum<double>(widen(finite));
+  *norms = {reduce_sum<double>(squared) + nothing, reduce_sum<double>(residual) + nothing};
+}
+
+// A value that at least `rank` of the scores reach, and not many more: bisection between the least and the greatest.
+template <class T>
+void score_reached(const T* products, const T* bias, int64_t count, int64_t rank, T* score) {
+  const T infinity = __builtin_inf();
+  Vec<T> least = Vec<T>{} + infinity, greatest = -least;
+  auto scores = [&](int64_t j, int64_t lanes, T fill) {
+    return load_lanes<Vec<T>>(products + j, lanes, fill) - load_lanes<Vec<T>>(bias + j, lanes, T(0));
+  };
+  for_each_vector<T>(count, [&](int64_t j, int64_t lanes) {
+    const Vec<T> v = scores(j, lanes, infinity);
+    least = v < least ? v : least;
+    greatest = (v > greatest) & (v != infinity) ? v : greatest;
+  });
+  T low = -reduce_max<T>(-least), high = reduce_max<T>(greatest);
+  constexpr int kSteps = 14;
+  for (int step = 0; step < kSteps; ++step) {
+    const T middle = low + (high - low) / 2;
+    Mask<T> above{};
+    for_each_vector<T>(count, [&](int64_t j, int64_t lanes) {
+      above -= scores(j, lanes, -infinity) >= middle;  // true is -1
+    });
+    int64_t reached = 0;
+    for (int64_t l = 0; l < kLanes<T>; ++l) reached += above[l];
+    (reached >= rank ? low : high) = middle;
+    if (reached >= rank && reached <= rank + rank / 4 + 2) break;
+  }
+  *score = low;
+}
+
+// Appends each row's scores of at least its threshold; there must be room for `cols` more.
+template <class T>
+void collect(const Scores<T>& scores, const T* thresholds, Hit<T>* const* hits, int64_t* counts) {
+  constexpr int64_t kStep = kLanes<T>, kGroup = 4 * kStep;
+  for (int64_t r = 0; r < scores.rows; ++r) {
+    const T* s = scores.products + r * scores.ld;
+    const T* b = scores.bias;
+    const T least = thresholds[r];
+    Hit<T>* out = hits[r] + counts[r];
+    auto append = [&](int64_t j, uint64_t bits) {
+      for (; bits; bits &= bits - 1) {
+        const int64_t i = j + __builtin_ctzll(bits);
+        *out++ = {s[i] - b[i], int32_t(scores.first + i)};
+      }
+    };
+    int64_t j = 0;
+    for (; j + kGroup <= scores.cols; j += kGroup) {
+      Mask<T> m[4];
+      for (int64_t u = 0; u < 4; ++u) m[u] = load<Vec<T>>(s + j + u * kStep) - load<Vec<T>>(b + j + u * kStep) >= least;
+      if (!lane_bits(m[0] | m[1] | m[2] | m[3])) continue;
+      uint64_t bits = 0;
+      for (int64_t u = 0; u < 4; ++u) bits |= lane_bits(m[u]) << (u * kStep);
+      append(j, bits);
+    }
+    for (; j < scores.cols; ++j) append(j, s[j] - b[j] >= least);
+    counts[r] = out - hits[r];
+  }
+}
+
+// out[i] = |query - points[rows[i]]|^2, or of row i without `rows`: differences and sums in double, so that nothing
+// cancels and the result is that of float64 but for the last bits.
+template <class T>
+void squared_distances(const double* query, const T* points, int64_t d, const int32_t* rows, int64_t count,
+                       double* out) {
+  constexpr int64_t kSums = 8, kAhead = 2, kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; ++i) {
+    const T* x = points + (rows ? rows[i] : i) * d;
+    if (rows && i + kAhead < count) {
+      const T* later = points + rows[i + kAhead] * d;
+      for (int64_t j = 0; j < d; j += kLine) __builtin_prefetch(later + j);
+    }
+    Vec<double> sums[kSums] = {};
+    int64_t j = 0;
+    for (; j + kSums * kWide <= d; j += kSums * kWide)
+      for (int64_t u = 0; u < kSums; ++u) {
+        const int64_t o = j + u * kWide;
+        const Vec<double> e = load<Vec<double>>(query + o) - widen(load<NarrowVec<T>>(x + o));
+        sums[u] += e * e;
+      }
+    double sum =
+        reduce_sum<double>(((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])));
+    for (; j < d; ++j) sum += (query[j] - x[j]) * (query[j] - x[j]);
+    out[i] = sum;
+  }
+}
+
+#define ROBUSTFT_INSTANTIATE(T)                                                   \
+  template void centre_row<T>(const T*, const T*, int64_t, bool, T*, RowNorms*);  \
+  template void score_reached<T>(const T*, const T*, int64_t, int64_t, T*);       \
+  template void collect<T>(const Scores<T>&, const T*, Hit<T>* const*, int64_t*); \
+  template void squared_distances<T>(const double*, const T*, int64_t, const int32_t*, int64_t, double*);
+ROBUSTFT_INSTANTIATE(float)
+ROBUSTFT_INSTANTIATE(double)
+
+}  // namespace ROBUSTFT_ISA
+}  // namespace robustft

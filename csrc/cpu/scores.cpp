@@ -1,0 +1,72 @@
+// Streamed class scores: out-of-distribution scores of x (n, d) against class embeddings w (k, d), both of unit norm.
+//
+//   c = x w^T,  m = max c,  a = 1 / temperature,  s scale,  p = softmax(s c)
+//   max_cosine = m                                mcm = max softmax(a c) = 1 / sum exp(a (c - m))
+//   energy = (1/s) logsumexp(s c)                 msp = max p            = 1 / sum exp(s (c - m))
+//   entropy = sum p log p (not positive)          prediction = the first c that is m
+//
+// A thread multiplies a panel of rows by all classes and sweeps over its rows twice while it is in cache: for m, then
+// for the sums. No (n, k) matrix exists. Features that are not in the dtype of the computation are converted a stretch
+// of rows at a time.
+#include "scores.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "dispatch.h"
+#include "tile.h"
+
+namespace robustft {
+namespace {
+
+constexpr int64_t kPanelBytes = 1 << 19;
+constexpr int64_t kMinRows = 32, kMaxRows = 128;
+constexpr int64_t kStretchRows = 8192;
+
+template <class T>
+std::tuple<Tensor, Tensor> scores(const Tensor& features, const Tensor& embeddings, double temperature,
+                                  const Tensor& logit_scale, const std::string& precision) {
+  const int64_t n = features.size(0), k = embeddings.size(0);
+  const Arithmetic arithmetic = arithmetic_of(features.scalar_type(), precision);
+  Tensor out = torch::stable::new_empty(features, {class_score::kCount, n}, scalar_type<T>());
+  Tensor prediction = torch::stable::new_empty(features, {n}, ScalarType::Long);
+  CosinePanel<T> shape{};
+  shape.n = n, shape.k = k, shape.inverse_temperature = T(1 / temperature);
+  shape.scale = T(*contiguous_as(logit_scale, ScalarType::Double).template const_data_ptr<double>());
+  const Tensor w = contiguous_as(embeddings, scalar_type<T>());
+  const RightMatrix<T> right(w, RightMatrix<T>::kColumns, arithmetic);
+  const int64_t rows = std::clamp(kPanelBytes / int64_t(sizeof(T)) / k / kMinRows * kMinRows, kMinRows, kMaxRows);
+  T* result = out.mutable_data_ptr<T>();
+  int64_t* classes = prediction.mutable_data_ptr<int64_t>();
+  Pool<Buffer<T>> pool;
+  for (int64_t first = 0; first < n; first += kStretchRows) {
+    const int64_t count = std::min(kStretchRows, n - first);
+    const Tensor x = contiguous_as(narrow_rows(features, first, count), scalar_type<T>());
+    torch::stable::parallel_for(0, (count + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
+      auto cosines = pool.take([&] { return Buffer<T>(rows * k); });
+      for (int64_t i = begin * rows; i < std::min(end * rows, count); i += rows) {
+        CosinePanel<T> panel = shape;
+        panel.cosines = cosines->get(), panel.row0 = first + i, panel.rows = std::min(rows, count - i);
+        const LeftRows<T> left(x, i, panel.rows, arithmetic);
+        multiply(left, 0, panel.rows, right, 0, k, cosines->get(), k);
+        ROBUSTFT_CALL(class_scores<T>, panel, result, classes);
+      }
+    });
+  }
+  return {out, prediction};
+}
+
+std::tuple<Tensor, Tensor> class_scores(const Tensor& x, const Tensor& w, double temperature, const Tensor& scale,
+                                        std::string precision) {
+  STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1) && w.size(0) > 0,
+                  "class_scores: x and w must be (n, d) and (k, d), k at least 1");
+  STD_TORCH_CHECK(x.scalar_type() == w.scalar_type(), "class_scores: x and w differ in dtype");
+  STD_TORCH_CHECK(scale.numel() == 1, "class_scores: scale must have one element");
+  return x.scalar_type() == ScalarType::Double ? scores<double>(x, w, temperature, scale, precision)
+                                               : scores<float>(x, w, temperature, scale, precision);
+}
+
+}  // namespace
+}  // namespace robustft
+
+STABLE_TORCH_LIBRARY_IMPL(robustft, CPU, m) { m.impl("class_scores", TORCH_BOX(&robustft::class_scores)); }

@@ -1,0 +1,153 @@
+"""Out-of-distribution scores of one sweep: against the float64 reference, robustft.detection, and their properties."""
+
+from __future__ import annotations
+
+import planted
+import pytest
+import torch
+
+import robustft
+from robustft import detection
+from robustft import functional as rf
+from robustft.ops import reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# N, K, D: below, at and above a panel's rows (128), a vector, and the eight vectors in which a maximum is looked for.
+SHAPES = [(1, 1, 1), (1, 2, 37), (7, 10, 128), (127, 3, 37), (129, 257, 512), (300, 1031, 37)]
+SCALES = [(1.0, None), (1.0, 100.0), (0.01, 14.3), (0.01, 100.0)]
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request):
+    with robustft.backend(request.param):
+        yield request.param
+
+
+def unit(n: int, k: int, d: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features near their class's embedding."""
+    w, _ = planted.pairs(k, d)
+    x = torch.nn.functional.normalize(w[torch.arange(n) % k] + planted.pairs(n, d, seed=3)[0], dim=1)
+    return x.to(dtype), w.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scores_are_as_accurate_as_eager(shape, scales, dtype):
+    x, w = unit(*shape, dtype)
+    temperature, scale = scales
+    with robustft.backend("native"):
+        ours = rf.concept_scores(x, w, temperature=temperature, logit_scale=scale)
+    with robustft.backend("reference"):
+        eager = rf.concept_scores(x, w, temperature=temperature, logit_scale=scale)
+    s = torch.tensor(1 / temperature if scale is None else scale, dtype=torch.float64)
+    exact = reference.concept_scores(x.double(), w.double(), temperature, s)
+    floor = 1e-13 if dtype == torch.float64 else 1e-6
+    for name, a, b, c in zip(ours._fields[:-1], ours, exact, eager, strict=False):
+        assert a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert (a - b).abs().max() <= 3 * (c - b).abs().max() + floor * (1 + b.abs().max()), name
+    cosines = x.double() @ w.double().T
+    assert (cosines.amax(1) - cosines.gather(1, ours.prediction[:, None])[:, 0]).max() < 1e-6
+
+
+def test_scores_are_those_of_detection(backend):
+    x, w = unit(50, 12, 32)
+    s, cosines = 30.0, x @ w.T
+    scores = rf.concept_scores(x, w, temperature=0.5, logit_scale=s)
+    torch.testing.assert_close(scores.max_cosine, detection.max_cosine(cosines))
+    torch.testing.assert_close(scores.mcm, detection.mcm(cosines, 0.5))
+    torch.testing.assert_close(scores.msp, detection.msp(s * cosines))
+    torch.testing.assert_close(scores.energy, detection.energy(cosines, 1 / s))
+    torch.testing.assert_close(s * scores.energy, detection.energy(s * cosines))
+    torch.testing.assert_close(scores.entropy, detection.entropy(s * cosines))
+    assert torch.equal(scores.prediction, cosines.argmax(1))
+
+
+def test_mcm_is_msp_at_the_inverse_temperature(backend):
+    x, w = unit(40, 9, 16)
+    without = rf.concept_scores(x, w, temperature=0.25)
+    assert torch.equal(without.mcm, without.msp)
+    torch.testing.assert_close(rf.concept_scores(x, w, logit_scale=4.0).msp, without.mcm)
+
+
+def test_of_equal_classes_the_first_is_predicted(backend):
+    x, w = unit(60, 70, 16, torch.float32)
+    assert (rf.concept_scores(x, torch.cat((w, w, w))).prediction < 70).all()
+
+
+def test_one_class_is_certain(backend):
+    scores = rf.concept_scores(*unit(5, 1, 3), logit_scale=100.0)
+    assert scores.mcm.tolist() == scores.msp.tolist() == [1.0] * 5 and scores.entropy.abs().max() == 0
+    torch.testing.assert_close(scores.energy, scores.max_cosine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_threads_gives_the_same_bits(dtype):
+    (x, w), before = unit(900, 40, 24, dtype), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(rf.concept_scores(x, w, logit_scale=50.0))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_rows_do_not_depend_on_their_batch():
+    x, w = unit(9000, 5, 8, torch.bfloat16)  # more rows than are converted at a time
+    everyone, last = rf.concept_scores(x, w), rf.concept_scores(x[8100:], w)
+    for a, b in zip(everyone, last, strict=True):
+        torch.testing.assert_close(a[8100:], b, rtol=1e-6, atol=1e-7)
+
+
+def test_any_strides_and_what_lies_around_change_nothing():
+    x, w = unit(70, 20, 24)
+    around = torch.full((134, 24), torch.nan, dtype=x.dtype)
+    around[32:102] = x
+    expected = rf.concept_scores(x, w)
+    for a in (around[32:102], x.T.contiguous().T, torch.stack((x, x), -1).flatten(-2)[:, ::2]):
+        for score, other in zip(rf.concept_scores(a, w.T.contiguous().T), expected, strict=True):
+            torch.testing.assert_close(score, other)
+
+
+def test_scores_have_no_gradient_and_ignore_autocast(backend):
+    x, w = (a.requires_grad_() for a in unit(30, 6, 16, torch.float32))
+    expected = rf.concept_scores(x, w, logit_scale=torch.tensor(20.0, requires_grad=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = rf.concept_scores(x, w, logit_scale=20.0)
+    assert not any(score.requires_grad for score in expected)
+    assert all(torch.equal(a, b) for a, b in zip(expected, under_autocast, strict=True))
+
+
+def test_mixed_dtypes_are_promoted(backend):
+    x, w = unit(30, 6, 16, torch.float32)
+    expected = reference.concept_scores(x.bfloat16(), w, 1.0, torch.tensor(1.0))
+    for a, b in zip(rf.concept_scores(x.bfloat16(), w), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+X, W = unit(4, 5, 3, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"features": 2 * X}, ValueError, "features has rows of norm 2 to 2; expected 1 within 0.001"),
+        (
+            {"features": X * torch.tensor([[1.0], [1.0], [torch.nan], [1.0]])},
+            ValueError,
+            "features has rows of norm nan",
+        ),
+        ({"class_embeddings": 0.98 * W.bfloat16()}, ValueError, "class_embeddings has rows of norm 0.9"),
+        ({"class_embeddings": W[:, :2]}, ValueError, "class_embeddings has 2 dimensions; expected 3"),
+        ({"features": X[0]}, ValueError, r"features has shape \(3,\)"),
+        ({"features": X.long()}, TypeError, "features is torch.int64"),
+        ({"temperature": 0.0}, ValueError, "temperature is 0.0; expected a positive number"),
+        ({"logit_scale": -1.0}, ValueError, "logit_scale is -1"),
+        ({"logit_scale": 0}, ValueError, "logit_scale is 0"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        rf.concept_scores(**({"features": X, "class_embeddings": W} | change))
