@@ -91,11 +91,15 @@ def _forward(of: Matrices, totals: bool, smoothing: float, keep: bool) -> tuple[
     down, across = _cdiv(panel, tile.bm), _cdiv(m, tile.bn)
     kinds = 3 * heads + (of.targets != PAIRS.value) + totals
     row_part, col_part = new(kinds * across * panel, dtype=f32), new(kinds * down * m, dtype=f32)
+    # Records of tiles are the whole matrix's if they are kept, else this panel's.
+    tiles_stride = 2 * across * (_cdiv(n, tile.bm) if keep else down)
+    records = tiles if keep else new(heads * tiles_stride, dtype=f32)
     switches = {"TARGETS": of.targets, "TEACHER": heads == 2, "TOTALS": totals}
     d_teacher = d if of.x_teacher is None else of.x_teacher.shape[1]
     for row0 in range(0, n, panel):
         rows = min(panel, n - row0)
         down = _cdiv(rows, tile.bm)
+        tiles_here = records[2 * across * (row0 // tile.bm) :] if keep else records
         launch(
             statistics_kernel,
             down * across,
@@ -103,7 +107,7 @@ def _forward(of: Matrices, totals: bool, smoothing: float, keep: bool) -> tuple[
                 "X": of.x, "T": of.t, "X_TEACHER": of.x_teacher, "T_TEACHER": of.t_teacher,
                 "SCALE": of.scale, "TEACHER_SCALE": of.teacher_scale,
                 "X_LABELS": of.x_labels, "T_LABELS": of.t_labels,
-                "ROW": row_part, "COL": col_part, "PAIR": row[8:], "KEPT": kept, "TILES": tiles,
+                "ROW": row_part, "COL": col_part, "PAIR": row[8:], "KEPT": kept, "TILES": tiles_here, "tiles_stride": tiles_stride,
                 "row0": row0, "rows": rows, "n": n, "m": m, "d": d, "d_teacher": d_teacher,
                 "x_stride": of.x.stride(0), "t_stride": of.t.stride(0),
                 "x_teacher_stride": _stride(of.x_teacher), "t_teacher_stride": _stride(of.t_teacher),
@@ -117,12 +121,12 @@ def _forward(of: Matrices, totals: bool, smoothing: float, keep: bool) -> tuple[
             combine_kernel,
             _cdiv(max(n, m), combine.bs),
             {
-                "ROW_PART": row_part, "COL_PART": col_part, "ROW": row, "COL": col,
+                "ROW_PART": row_part, "COL_PART": col_part, "TILES": tiles_here, "tiles_stride": tiles_stride, "ROW": row, "COL": col,
                 "SCALE": of.scale, "TEACHER_SCALE": of.teacher_scale, "LABELS_AT": of.x_labels,
                 "LOSS": losses[0], "DISTILLATION": losses[-1], "BY_SCALE": by_scale, "COUNTS": row[10],
                 "row0": row0, "rows": rows, "row_tiles": down, "col_tiles": across, "n": n, "m": m,
                 "smoothing": float(smoothing),
-                **switches, "BS": combine.bs, "BT": combine.bt, "BC": combine.bc,
+                **switches, "BM": tile.bm, "BN": tile.bn, "BS": combine.bs, "BT": combine.bt, "BC": combine.bc,
             },
             warps=combine.warps,
         )  # fmt: skip
@@ -179,7 +183,6 @@ def _backward(
                 "row0": row0, "rows": rows, "n": n, "m": m, "d": d,
                 "x_stride": of.x.stride(0), "t_stride": of.t.stride(0), "pitch": pitch,
                 "g_stride": _stride(g), "h_stride": _stride(h), "smoothing": float(smoothing),
-                "accumulate": row0 > 0,
                 "TARGETS": of.targets, "TEACHER": heads == 2, "SMOOTHED": totals,
                 "PRECISION": configs.dot_precision(arithmetic), "TILE_M": tile.bm, "TILE_N": tile.bn,
                 "BM": block.bm, "BD": block.bd, "BK": block.bk,

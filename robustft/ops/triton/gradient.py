@@ -18,6 +18,7 @@ import triton.language as tl
 from robustft.ops.triton.tile import (
     LABELS,
     LOG2E,
+    LOWEST,
     PAIRS,
     RECTANGLE,
     exponential,
@@ -44,11 +45,12 @@ def keep_kernel(
     scale = tl.load(SCALE).to(tl.float32)
     i = tl.minimum(row0 + r, n - 1)
     S = product(X, T, i, tl.minimum(j, m - 1), d, x_stride, t_stride, PRECISION, BM, BN, BK)
-    offset, step = record(S, valid, scale)
+    high = tl.max(tl.max(tl.where(valid, S, LOWEST), 1), 0)
+    offset, step = record(high, S, valid, scale)
     KEPT += p * long(BM) * pitch + q * BN
     at = tl.arange(0, BM)[:, None] * pitch + tl.arange(0, BN)[None, :]
     if step == 0.0:
-        keep_narrow(KEPT, at, valid, exponential(S, offset, scale, valid))
+        keep_narrow(KEPT, at, valid, exponential(S, offset, scale))
     else:
         keep_wide(KEPT, at, valid, S, offset, step)
     tile_at = TILES + (p * long(tl.cdiv(m, BN)) + q) * 2
@@ -115,11 +117,11 @@ def _head(kept, own_c, own_max, own_log, other_c, other_max, other_log, offset, 
 
 @triton.jit
 def _block(
-    OTHER, OWN, OUT, KEPT, TILES, OWN_OF, OTHER_OF, OWN_LABELS, OTHER_LABELS, G, H, COUNTS, PAIR,
+    OTHER, OUT, KEPT, TILES, OWN_OF, OTHER_OF, OWN_LABELS, OTHER_LABELS, G, H, COUNTS, PAIR,
     scale, teacher_scale,
     own0, own_count, other0, other_count,  # of the panel: positions in the whole, how many there are
-    own_length, other_length, block, part, n, d, other_stride, own_stride, pitch, heads_at, tiles_at, across,
-    g_stride, h_stride, smoothing, accumulate,
+    own_length, other_length, block, part, n, d, other_stride, pitch, heads_at, tiles_at, across,
+    g_stride, h_stride, smoothing,
     TARGETS: tl.constexpr, TEACHER: tl.constexpr, SMOOTHED: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
@@ -135,16 +137,43 @@ def _block(
     own_label = own0 + own
     if TARGETS != PAIRS:
         own_label = tl.load(OWN_LABELS + own0 + own, mask=in_own, other=0)
+    OTHER += other0 * long(other_stride)
+    KEPT += block * BM if TRANSPOSED else block * long(BM) * pitch
+    out = OUT + (own0 + own).to(tl.int64)[:, None] * d + k[None, :]
+    out_mask = in_own[:, None] & (k < d)[None, :]
     acc = tl.zeros((BM, BD), tl.float32)
+    if TARGETS != RECTANGLE:
+        # Own row i with itself: both sides' statistics of sample i, and S_ii. First, while registers are free.
+        twin_max, twin_log, twin_a, twin_b, twin_u, twin_tmax, twin_tlog, twin_c = _side(
+            OTHER_OF, other_length, own0 + own, in_own, G, H, g_stride, h_stride, COUNTS, n, smoothing,
+            TARGETS, TEACHER, SMOOTHED,
+        )  # fmt: skip
+        here = (own0 + own >= other0) & (own0 + own < other0 + other_count) & in_own
+        pair = tl.load(PAIR + own0 + own, mask=here, other=0.0)
+        on = (_factor(own_a, own_max, own_log, pair, scale) - own_b) + (
+            _factor(twin_a, twin_max, twin_log, pair, scale) - twin_b
+        )
+        if SMOOTHED:
+            on -= own_u + twin_u
+        if TEACHER:
+            pair = tl.load(PAIR + n + own0 + own, mask=here, other=0.0)
+            on -= _factor(own_c, own_tmax, own_tlog, pair, teacher_scale)
+            on -= _factor(twin_c, twin_tmax, twin_tlog, pair, teacher_scale)
+        twin_at = (own0 + own - other0).to(tl.int64)[:, None] * other_stride + k[None, :]
+        twin = tl.load(OTHER + twin_at, mask=here[:, None] & (k < d)[None, :], other=0.0)
+        acc = tl.where(here, on, 0.0)[:, None] * twin.to(tl.float32)
+    if TRANSPOSED:
+        if other0 > 0:
+            acc += tl.load(out, mask=out_mask, other=0.0).to(tl.float32)
     for start in range(0, other_count, BK):
         other = start + tl.arange(0, BK)
         in_other = other < other_count
         if TRANSPOSED:
-            kept_at = other.to(tl.int64)[:, None] * pitch + own[None, :]
+            kept_at = start * long(pitch) + (tl.arange(0, BK)[:, None] * pitch + tl.arange(0, BM)[None, :])
             inside = in_other[:, None] & in_own[None, :]
             tile_at = TILES + ((start // TILE_M) * long(across) + block * BM // TILE_N) * 2
         else:
-            kept_at = own.to(tl.int64)[:, None] * pitch + other[None, :]
+            kept_at = tl.arange(0, BM)[:, None] * pitch + other[None, :]
             inside = in_own[:, None] & in_other[None, :]
             tile_at = TILES + ((block * BM // TILE_M) * long(across) + start // TILE_N) * 2
         other_max, other_log, other_a, other_b, other_u, other_tmax, other_tlog, other_c = _side(
@@ -172,37 +201,15 @@ def _block(
             g -= own_u[:, None] + other_u[None, :]
         if TARGETS != RECTANGLE:
             g = tl.where((own0 + own)[:, None] == (other0 + other)[None, :], 0.0, g)
-        at = (other0 + other).to(tl.int64)[:, None] * other_stride + k[None, :]
+        at = start * long(other_stride) + (tl.arange(0, BK)[:, None] * other_stride + k[None, :])
         f = tl.load(OTHER + at, mask=in_other[:, None] & (k < d)[None, :], other=0.0)
         if f.dtype == tl.float16:  # its range cannot hold g; TF32 has its precision and float32's range
             f = f.to(tl.float32)
         acc = tl.dot(g.to(f.dtype), f, acc, input_precision=PRECISION)
-    out_mask = in_own[:, None] & (k < d)[None, :]
-    if TARGETS != RECTANGLE:
-        # Own row i with itself: both sides' statistics of sample i, and S_ii.
-        twin_max, twin_log, twin_a, twin_b, twin_u, twin_tmax, twin_tlog, twin_c = _side(
-            OTHER_OF, other_length, own0 + own, in_own, G, H, g_stride, h_stride, COUNTS, n, smoothing,
-            TARGETS, TEACHER, SMOOTHED,
-        )  # fmt: skip
-        here = (own0 + own >= other0) & (own0 + own < other0 + other_count) & in_own
-        pair = tl.load(PAIR + own0 + own, mask=here, other=0.0)
-        on = (_factor(own_a, own_max, own_log, pair, scale) - own_b) + (
-            _factor(twin_a, twin_max, twin_log, pair, scale) - twin_b
-        )
-        if SMOOTHED:
-            on -= own_u + twin_u
-        if TEACHER:
-            pair = tl.load(PAIR + n + own0 + own, mask=here, other=0.0)
-            on -= _factor(own_c, own_tmax, own_tlog, pair, teacher_scale)
-            on -= _factor(twin_c, twin_tmax, twin_tlog, pair, teacher_scale)
-        at = (own0 + own).to(tl.int64)[:, None] * other_stride + k[None, :]
-        f = tl.load(OTHER + at, mask=here[:, None] & (k < d)[None, :], other=0.0).to(tl.float32)
-        acc += tl.where(here, on, 0.0)[:, None] * f
-    out = OUT + (own0 + own).to(tl.int64)[:, None] * d + k[None, :]
-    acc *= scale
-    if TRANSPOSED:
-        if accumulate:
-            acc += tl.load(out, mask=out_mask, other=0.0).to(tl.float32)
+    if TRANSPOSED:  # panels add up, unscaled until the last
+        acc *= tl.where(other0 + other_count == n, scale, 1.0)
+    else:
+        acc *= scale
     tl.store(out, acc.to(OUT.dtype.element_ty), mask=out_mask)
 
 
@@ -228,7 +235,7 @@ def gradient_kernel(
     ROW, COL, PAIR, COUNTS,  # (8, n), (8, m), (2, n), (n,): statistics, or in a rectangle coefficients
     G, H, BY_SCALE,  # (n,), (n,), (1 or 2, n): gradients of the losses, and their derivatives by the scale
     DX, DT, DS,  # (n, d), (m, d), one element
-    row0, rows, n, m, d, x_stride, t_stride, pitch, g_stride, h_stride, smoothing, accumulate,
+    row0, rows, n, m, d, x_stride, t_stride, pitch, g_stride, h_stride, smoothing,
     TARGETS: tl.constexpr, TEACHER: tl.constexpr, SMOOTHED: tl.constexpr,
     PRECISION: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
@@ -244,17 +251,17 @@ def gradient_kernel(
     of_x = tl.cdiv(rows, BM) * parts
     if pid < of_x:
         _block(
-            T, X, DX, KEPT, TILES, ROW, COL, X_LABELS, T_LABELS, G, H, COUNTS, PAIR, scale, teacher_scale,
-            row0, rows, 0, m, n, m, pid // parts, pid % parts, n, d, t_stride, x_stride, pitch,
-            heads_at, tiles_at, across, g_stride, h_stride, smoothing, accumulate,
+            T, DX, KEPT, TILES, ROW, COL, X_LABELS, T_LABELS, G, H, COUNTS, PAIR, scale, teacher_scale,
+            row0, rows, 0, m, n, m, pid // parts, pid % parts, n, d, t_stride, pitch,
+            heads_at, tiles_at, across, g_stride, h_stride, smoothing,
             TARGETS, TEACHER, SMOOTHED, False, PRECISION, TILE_M, TILE_N, BM, BD, BK,
         )  # fmt: skip
     elif pid < of_x + tl.cdiv(m, BM) * parts:
         block = (pid - of_x) // parts
         _block(
-            X, T, DT, KEPT, TILES, COL, ROW, T_LABELS, X_LABELS, G, H, COUNTS, PAIR, scale, teacher_scale,
-            0, m, row0, rows, m, n, block, (pid - of_x) % parts, n, d, x_stride, t_stride, pitch,
-            heads_at, tiles_at, across, g_stride, h_stride, smoothing, accumulate,
+            X, DT, KEPT, TILES, COL, ROW, T_LABELS, X_LABELS, G, H, COUNTS, PAIR, scale, teacher_scale,
+            0, m, row0, rows, m, n, block, (pid - of_x) % parts, n, d, x_stride, pitch,
+            heads_at, tiles_at, across, g_stride, h_stride, smoothing,
             TARGETS, TEACHER, SMOOTHED, True, PRECISION, TILE_M, TILE_N, BM, BD, BK,
         )  # fmt: skip
     else:

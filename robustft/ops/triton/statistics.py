@@ -6,9 +6,10 @@
                         been seen, the losses and their derivatives by the scale
 
 Statistics are those of csrc/cpu/similarity.cpp, relative to the maximum of their row or column: max, log_sum, gap,
-target, total, and of the teacher max, log_sum, gap; the losses those of robustft/ops/native/contrastive.py. Between
-the two kernels, and in columns before the last panel of rows, a softmax is (max, sum, weighted), with
-sum = sum e, weighted = sum e (S - max) and e = exp(s (S - max)).
+target, total, and of the teacher max, log_sum, gap; the losses those of robustft/ops/native/contrastive.py. In columns,
+before the last panel of rows, a softmax is (max, sum, weighted) with e = exp(s (S - max)), sum = sum e and
+weighted = sum e (S - max); between the two kernels likewise, but a narrow tile's e is relative to the tile's offset,
+which keeps the maxima out of the registers that its sums need.
 """
 
 import triton
@@ -18,6 +19,7 @@ from robustft.ops.triton.tile import (
     LABELS,
     LN2,
     LOG2E,
+    LOWEST,
     PAIRS,
     RECTANGLE,
     exponential,
@@ -31,41 +33,31 @@ from robustft.ops.triton.tile import (
 
 
 @triton.jit
-def _relative(sums, weighted, shift, largest):
-    """sum, at least its largest term 1 (losses of hard labels are then never negative), and weighted."""
-    sums, weighted = sums / largest, (weighted + sums * shift) / largest
-    return tl.where(sums < 1.0, 1.0, sums), weighted  # NaN stays; tl.maximum would swallow it
-
-
-@triton.jit
-def _direction(of, highest, S, student_highest, scale, valid, AXIS: tl.constexpr):
-    """sum and weighted of the rows (AXIS 1) or columns (0) of a wide tile."""
-    e = tl.where(valid, tl.exp2((of - tl.expand_dims(highest, AXIS)) * (scale * LOG2E)), 0.0)
-    return tl.sum(e, AXIS), tl.sum(e * (S - tl.expand_dims(student_highest, AXIS)), AXIS)
-
-
-@triton.jit
 def _softmax(
     of, row_high, col_high, offset, step, scale,  # the matrix of the softmax, its maxima and record
     S, row_max, col_max, reference,  # the matrix that it weighs, its maxima, a number among its entries
-    valid, KEPT, at, KEEP: tl.constexpr,
+    row_at, col_at, row_plane, col_plane, in_row, in_col, KEPT, at, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """sum and weighted of the tile's rows and of its columns; keeps it."""
+    """Writes sum and weighted of the tile's rows and columns: of a narrow tile with e relative to the tile's offset and
+    S to the reference, of a wide one to their maxima. Keeps the tile."""
     if step == 0.0:
-        e = exponential(of, offset, scale, valid)
+        e = exponential(of, offset, scale)
         if KEEP:
-            keep_narrow(KEPT, at, valid, e)
-        weighted = e * (S - reference)
-        largest = tl.exp2((row_high - offset) * (scale * LOG2E))
-        row_sum, row_weighted = _relative(tl.sum(e, 1), tl.sum(weighted, 1), reference - row_max, largest)
-        largest = tl.exp2((col_high - offset) * (scale * LOG2E))
-        col_sum, col_weighted = _relative(tl.sum(e, 0), tl.sum(weighted, 0), reference - col_max, largest)
+            keep_narrow(KEPT, at, in_row[:, None] & in_col[None, :], e)
+        tl.store(row_at, tl.sum(e, 1), mask=in_row)
+        tl.store(col_at, tl.sum(e, 0), mask=in_col)
+        e *= S - reference
+        tl.store(row_at + row_plane, tl.sum(e, 1), mask=in_row)
+        tl.store(col_at + col_plane, tl.sum(e, 0), mask=in_col)
     else:
         if KEEP:
-            keep_wide(KEPT, at, valid, of, offset, step)
-        row_sum, row_weighted = _direction(of, row_high, S, row_max, scale, valid, 1)
-        col_sum, col_weighted = _direction(of, col_high, S, col_max, scale, valid, 0)
-    return row_sum, row_weighted, col_sum, col_weighted
+            keep_wide(KEPT, at, in_row[:, None] & in_col[None, :], of, offset, step)
+        e = exponential(of, row_high[:, None], scale)
+        tl.store(row_at, tl.sum(e, 1), mask=in_row)
+        tl.store(row_at + row_plane, tl.sum(e * (S - row_max[:, None]), 1), mask=in_row)
+        e = exponential(of, col_high[None, :], scale)
+        tl.store(col_at, tl.sum(e, 0), mask=in_col)
+        tl.store(col_at + col_plane, tl.sum(e * (S - col_max[None, :]), 0), mask=in_col)
 
 
 @triton.jit
@@ -75,7 +67,7 @@ def statistics_kernel(
     X_LABELS, T_LABELS,  # (n,), (m,)
     ROW, COL,  # (kinds, column tiles, rows), (kinds, row tiles, m)
     PAIR,  # (2, n): S_ii, and the teacher's
-    KEPT, TILES,  # (heads, n, pitch), (heads, row tiles of n, column tiles, 2)
+    KEPT, TILES, tiles_stride,  # (heads, n, pitch), (row tiles, column tiles, 2), to that of the teacher
     row0, rows,  # this panel of the n rows; row0 is a multiple of BM
     n, m, d, d_teacher, x_stride, t_stride, x_teacher_stride, t_teacher_stride, pitch,
     TARGETS: tl.constexpr, TEACHER: tl.constexpr, TOTALS: tl.constexpr, KEEP: tl.constexpr,
@@ -94,27 +86,19 @@ def statistics_kernel(
     # Within a tile 32 bits do, and leave registers free.
     corner = (row0 + p * long(BM)) * pitch + q * BN
     kept_at = tl.arange(0, BM)[:, None] * pitch + tl.arange(0, BN)[None, :]
-    tile_at = TILES + ((row0 // BM + p) * long(across) + q) * 2
+    tile_at = TILES + (p * long(across) + q) * 2
     crossed = (TARGETS != RECTANGLE) & (row0 + p * BM < (q + 1) * BN) & (q * BN < row0 + (p + 1) * BM)
     in_pair = in_row & (i >= q * BN) & (i < (q + 1) * BN)
 
     scale = tl.load(SCALE).to(tl.float32)
     S = product(X, T, i_read, j_read, d, x_stride, t_stride, PRECISION, BM, BN, BK)
-    offset, step = record(S, valid, scale)
-    inside = tl.where(valid, S, float("-inf"))
-    row_max, col_max = tl.max(inside, 1), tl.max(inside, 0)
-    row_sum, row_weighted, col_sum, col_weighted = _softmax(
-        S, row_max, col_max, offset, step, scale, S, row_max, col_max, offset, valid, KEPT + corner, kept_at, KEEP
-    )
+    S = tl.where(valid, S, LOWEST)
+    row_max, col_max = tl.max(S, 1), tl.max(S, 0)
+    offset, step = record(tl.max(row_max, 0), S, valid, scale)
+    tl.store(tile_at, offset)
+    tl.store(tile_at + 1, step)
     tl.store(row_at, row_max, mask=in_row)
-    tl.store(row_at + row_plane, row_sum, mask=in_row)
-    tl.store(row_at + 2 * row_plane, row_weighted, mask=in_row)
     tl.store(col_at, col_max, mask=in_col)
-    tl.store(col_at + col_plane, col_sum, mask=in_col)
-    tl.store(col_at + 2 * col_plane, col_weighted, mask=in_col)
-    if KEEP:
-        tl.store(tile_at, offset)
-        tl.store(tile_at + 1, step)
     if crossed:
         tl.store(PAIR + i, tl.sum(tl.where(i[:, None] == j[None, :], S, 0.0), 1), mask=in_pair)
     kinds: tl.constexpr = 6 if TEACHER else 3
@@ -128,35 +112,46 @@ def statistics_kernel(
         everything = tl.where(valid, S, 0.0)
         tl.store(row_at + total * row_plane, tl.sum(everything, 1), mask=in_row)
         tl.store(col_at + total * col_plane, tl.sum(everything, 0), mask=in_col)
+    _softmax(
+        S, row_max, col_max, offset, step, scale, S, row_max, col_max, offset,
+        row_at + row_plane, col_at + col_plane, row_plane, col_plane, in_row, in_col, KEPT + corner, kept_at, KEEP,
+    )  # fmt: skip
     if TEACHER:
         teacher_scale = tl.load(TEACHER_SCALE).to(tl.float32)
         other = product(
             X_TEACHER, T_TEACHER, i_read, j_read, d_teacher, x_teacher_stride, t_teacher_stride, PRECISION, BM, BN, BK
         )
-        other_offset, other_step = record(other, valid, teacher_scale)
-        inside = tl.where(valid, other, float("-inf"))
-        row_high, col_high = tl.max(inside, 1), tl.max(inside, 0)
-        row_sum, row_weighted, col_sum, col_weighted = _softmax(
-            other, row_high, col_high, other_offset, other_step, teacher_scale,
-            S, row_max, col_max, offset, valid, KEPT + long(n) * pitch + corner, kept_at, KEEP,
-        )  # fmt: skip
+        other = tl.where(valid, other, LOWEST)
+        row_high, col_high = tl.max(other, 1), tl.max(other, 0)
+        other_offset, other_step = record(tl.max(row_high, 0), other, valid, teacher_scale)
+        tl.store(tile_at + tiles_stride, other_offset)
+        tl.store(tile_at + tiles_stride + 1, other_step)
         tl.store(row_at + 3 * row_plane, row_high, mask=in_row)
-        tl.store(row_at + 4 * row_plane, row_sum, mask=in_row)
-        tl.store(row_at + 5 * row_plane, row_weighted, mask=in_row)
         tl.store(col_at + 3 * col_plane, col_high, mask=in_col)
-        tl.store(col_at + 4 * col_plane, col_sum, mask=in_col)
-        tl.store(col_at + 5 * col_plane, col_weighted, mask=in_col)
-        if KEEP:
-            teacher_tiles = long(tl.cdiv(n, BM)) * across * 2
-            tl.store(tile_at + teacher_tiles, other_offset)
-            tl.store(tile_at + teacher_tiles + 1, other_step)
         if crossed:
             tl.store(PAIR + n + i, tl.sum(tl.where(i[:, None] == j[None, :], other, 0.0), 1), mask=in_pair)
+        _softmax(
+            other, row_high, col_high, other_offset, other_step, teacher_scale, S, row_max, col_max, offset,
+            row_at + 4 * row_plane, col_at + 4 * col_plane, row_plane, col_plane, in_row, in_col,
+            KEPT + long(n) * pitch + corner, kept_at, KEEP,
+        )  # fmt: skip
+
+
+@triton.jit
+def _relative(sums, weighted, tile_max, reference, student_max, offset, step, scale):
+    """sum and weighted of tiles, narrow ones too, relative to their maxima."""
+    narrow = step == 0.0
+    largest = tl.where(narrow, tl.exp2((tile_max - offset) * (scale * LOG2E)), 1.0)
+    weighted = (weighted + sums * tl.where(narrow, reference - student_max, 0.0)) / largest
+    sums = sums / largest
+    # At least its largest term: losses of hard labels are then never negative. NaN stays; tl.maximum would swallow it.
+    return tl.where(sums < 1.0, 1.0, sums), weighted
 
 
 @triton.jit
 def _fold(
-    PART, tiles, length, at, inside, scale, teacher_scale, first,  # (kinds, tiles, length); first: (8,) so far
+    PART, TILES, tiles, length, at, inside, tile_stride, side_stride, teacher_stride,
+    scale, teacher_scale, first,  # (kinds, tiles, length), records of tiles; (8,) statistics so far
     TARGETS: tl.constexpr, TEACHER: tl.constexpr, TOTALS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """The tiles' statistics added to `first`: max, sum, weighted, target, total, and the teacher's first three."""
@@ -167,16 +162,21 @@ def _fold(
         tile = start + tl.arange(0, BT)
         valid = (tile < tiles)[:, None] & inside[None, :]
         here = PART + tile.to(tl.int64)[:, None] * length + at[None, :]
+        record_at = TILES + tile.to(tl.int64)[:, None] * tile_stride + side_stride[None, :]
+        offset = tl.load(record_at, mask=valid, other=0.0)
+        step = tl.load(record_at + 1, mask=valid, other=1.0)
         tile_max = tl.load(here, mask=valid, other=float("-inf"))
+        tile_sum = tl.load(here + plane, mask=valid, other=1.0)
+        tile_weighted = tl.load(here + 2 * plane, mask=valid, other=0.0)
+        tile_sum, tile_weighted = _relative(tile_sum, tile_weighted, tile_max, offset, tile_max, offset, step, scale)
         new_max = tl.maximum(highest, tl.max(tile_max, 0))
         # What was nothing so far must not meet -inf - -inf.
         old_shift = tl.where(highest == float("-inf"), 0.0, highest - new_max)
         shift = tl.where(valid, tile_max - new_max[None, :], 0.0)
         highest = new_max
-        keep_old, keep = tl.exp2(old_shift * (scale * LOG2E)), tl.exp2(shift * (scale * LOG2E))
-        tile_sum = tl.load(here + plane, mask=valid, other=0.0)
-        added = tl.load(here + 2 * plane, mask=valid, other=0.0) + tile_sum * shift
-        weighted = (weighted + sums * old_shift) * keep_old + tl.sum(added * keep, 0)
+        keep_old = tl.exp2(old_shift * (scale * LOG2E))
+        keep = tl.where(valid, tl.exp2(shift * (scale * LOG2E)), 0.0)
+        weighted = (weighted + sums * old_shift) * keep_old + tl.sum((tile_weighted + tile_sum * shift) * keep, 0)
         sums = sums * keep_old + tl.sum(tile_sum * keep, 0)
         if TARGETS != PAIRS:
             target += tl.sum(tl.load(here + kinds * plane, mask=valid, other=0.0), 0)
@@ -184,15 +184,22 @@ def _fold(
             last: tl.constexpr = kinds if TARGETS == PAIRS else kinds + 1
             total += tl.sum(tl.load(here + last * plane, mask=valid, other=0.0), 0)
         if TEACHER:
-            tile_max = tl.load(here + 3 * plane, mask=valid, other=float("-inf"))
-            new_max = tl.maximum(teacher_max, tl.max(tile_max, 0))
-            fade = tl.where(teacher_max == float("-inf"), 0.0, teacher_max - new_max)
-            keep_old = tl.exp2(fade * (teacher_scale * LOG2E))
-            keep = tl.exp2(tl.where(valid, tile_max - new_max[None, :], 0.0) * (teacher_scale * LOG2E))
+            offset_t = tl.load(record_at + teacher_stride, mask=valid, other=0.0)
+            step_t = tl.load(record_at + teacher_stride + 1, mask=valid, other=1.0)
+            high = tl.load(here + 3 * plane, mask=valid, other=float("-inf"))
+            tile_sum = tl.load(here + 4 * plane, mask=valid, other=1.0)
+            tile_weighted = tl.load(here + 5 * plane, mask=valid, other=0.0)
+            tile_sum, tile_weighted = _relative(
+                tile_sum, tile_weighted, high, offset, tile_max, offset_t, step_t, teacher_scale
+            )
+            new_max = tl.maximum(teacher_max, tl.max(high, 0))
+            old = tl.where(teacher_max == float("-inf"), 0.0, teacher_max - new_max)
+            keep_old = tl.exp2(old * (teacher_scale * LOG2E))
+            keep = tl.exp2(tl.where(valid, high - new_max[None, :], 0.0) * (teacher_scale * LOG2E))
+            keep = tl.where(valid, keep, 0.0)
             teacher_max = new_max
-            tile_sum = tl.load(here + 4 * plane, mask=valid, other=0.0)
-            added = tl.load(here + 5 * plane, mask=valid, other=0.0) + tile_sum * shift
-            teacher_weighted = (teacher_weighted + teacher_sums * old_shift) * keep_old + tl.sum(added * keep, 0)
+            tile_weighted += tile_sum * shift
+            teacher_weighted = (teacher_weighted + teacher_sums * old_shift) * keep_old + tl.sum(tile_weighted * keep, 0)
             teacher_sums = teacher_sums * keep_old + tl.sum(tile_sum * keep, 0)
     return highest, sums, weighted, target, total, teacher_max, teacher_sums, teacher_weighted
 
@@ -233,13 +240,13 @@ def _finished(of):
 
 @triton.jit
 def combine_kernel(
-    ROW_PART, COL_PART,  # what statistics_kernel wrote for this panel of rows
+    ROW_PART, COL_PART, TILES, tiles_stride,  # what statistics_kernel wrote for this panel of rows
     ROW, COL,  # (10, n) and (8, m), in (10, n) below them S_ii and the teacher's
     SCALE, TEACHER_SCALE, LABELS_AT,  # (n,)
     LOSS, DISTILLATION, BY_SCALE, COUNTS,  # (n,), (n,), (1 or 2, n), (n,)
     row0, rows, row_tiles, col_tiles, n, m, smoothing,
     TARGETS: tl.constexpr, TEACHER: tl.constexpr, TOTALS: tl.constexpr,
-    BS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * BS + tl.arange(0, BS)
     in_row, in_col = at < n, at < m
@@ -250,8 +257,8 @@ def combine_kernel(
     # A panel is a whole number of blocks: all of these rows are in it, or none.
     if (tl.program_id(0) * BS >= row0) & (tl.program_id(0) * BS < row0 + rows):
         row = _finished(
-            _fold(ROW_PART, col_tiles, rows, at - row0, in_row, scale, teacher_scale, _nothing(BS),
-                  TARGETS, TEACHER, TOTALS, BT)
+            _fold(ROW_PART, TILES, col_tiles, rows, at - row0, in_row, 2, (at - row0) // BM * long(col_tiles) * 2,
+                  tiles_stride, scale, teacher_scale, _nothing(BS), TARGETS, TEACHER, TOTALS, BT)
         )  # fmt: skip
         _store(ROW, n, at, in_row, row)
     else:
@@ -260,7 +267,8 @@ def combine_kernel(
         col = _nothing(BS)
     else:
         col = _load(COL, m, at, in_col)
-    col = _fold(COL_PART, row_tiles, m, at, in_col, scale, teacher_scale, col, TARGETS, TEACHER, TOTALS, BT)
+    col = _fold(COL_PART, TILES, row_tiles, m, at, in_col, long(col_tiles) * 2, at // BN * 2,
+                tiles_stride, scale, teacher_scale, col, TARGETS, TEACHER, TOTALS, BT)  # fmt: skip
     if row0 + rows < n:
         _store(COL, m, at, in_col, col)
     else:

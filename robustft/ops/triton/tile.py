@@ -18,6 +18,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 HALF_SPAN = tl.constexpr(64.0)  # e and its sums stay far from overflow, and so does what e is multiplied with later
+LOWEST = tl.constexpr(-3e38)  # of entries outside the matrix: finite, so that 0 times it is 0
 
 # Where the targets of the losses are.
 PAIRS = tl.constexpr(0)  # on the diagonal of a square matrix
@@ -62,9 +63,8 @@ def product(
 
 
 @triton.jit
-def record(S, valid, scale):
+def record(high, S, valid, scale):
     """offset and step of the tile (see above) for a plane of 16 bits, or, where wide, for one of 32."""
-    high = tl.max(tl.max(tl.where(valid, S, float("-inf")), 1), 0)
     low = tl.min(tl.min(tl.where(valid, S, float("inf")), 1), 0)
     half = (high - low) * 0.5
     # NaN is ignored by max and min, and shows in sums; an Inf makes the tile wide.
@@ -73,9 +73,9 @@ def record(S, valid, scale):
 
 
 @triton.jit
-def exponential(S, offset, scale, valid):
-    """e of a narrow tile, 0 outside the matrix."""
-    return tl.where(valid, tl.exp2((S - offset) * (scale * LOG2E)), 0.0)
+def exponential(S, offset, scale):
+    """exp(s (S - offset)): 0 of LOWEST, even where s is 0."""
+    return tl.exp2((S - offset) * tl.maximum(scale * LOG2E, 1e-30))
 
 
 @triton.jit
