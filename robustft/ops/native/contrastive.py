@@ -143,8 +143,8 @@ def _fake_kept(x: Tensor, t: Tensor, heads: int, keep: bool) -> tuple[Tensor, Te
 
 def _fake_sides(x: Tensor, kinds: int) -> tuple[Tensor, Tensor]:
     """row and col, which only a device's own backward reads."""
-    by_triton = triton.computes("contrastive_loss", x.device, x.dtype)
-    return tuple(x.new_empty(k, len(x), dtype=accumulation_dtype(x.dtype)) for k in ((11, 8) if by_triton else (kinds,) * 2))
+    rows = (11, 8) if triton.computes("contrastive_loss", x.device, x.dtype) else (kinds, kinds)
+    return tuple(x.new_empty(k, len(x), dtype=accumulation_dtype(x.dtype)) for k in rows)
 
 
 def _fake_contrastive_loss(x, t, scale, labels, label_smoothing, keep):

@@ -29,7 +29,7 @@ OPERATORS = {
 
 
 def status() -> str:
-    """"registered", or why nothing is."""
+    """ "registered", or why nothing is."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.version.cuda is None and not INTERPRETED:

@@ -70,7 +70,6 @@ KEPT = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.floa
 """What exponentials are kept in, by the features' dtype. float16 would lose bits to bfloat16 and range to float16."""
 
 
-
 def kept_pitch(m: int) -> int:
     """Entries from one kept row to the next: a multiple of 64, so that rows are aligned."""
     return -(-m // 64) * 64
@@ -110,20 +109,89 @@ def _at_most(side: int, size: int) -> int:
     return min(side, max(16, 1 << (size - 1).bit_length()))
 
 
-def tile(architecture: str, arithmetic: str, heads: int, small: bool, d: int) -> Tile:
-    best = TILES[architecture, arithmetic, heads, small] if architecture != "interpreter" else INTERPRETER_TILE
-    return best._replace(bk=_at_most(best.bk, d))
+def tiles(architecture: str, arithmetic: str, load: int, small: bool) -> tuple[dict, object]:
+    """The table and its row for a forward. Its load: 1, and 1 more with a teacher, and with labels or smoothing."""
+    return _row(INTERPRETER_TILES, HALF_TILES, FLOAT_TILES, architecture, arithmetic, load, small)
 
 
-def block(architecture: str, arithmetic: str, heads: int, small: bool, d: int) -> Block:
-    best = BLOCKS[architecture, arithmetic, heads, small] if architecture != "interpreter" else INTERPRETER_BLOCK
-    return best._replace(bd=_at_most(best.bd, d))
+def blocks(architecture: str, arithmetic: str, load: int, small: bool) -> tuple[dict, object]:
+    """The table of blocks and its row, for the backward."""
+    return _row(INTERPRETER_BLOCKS, HALF_BLOCKS, FLOAT_BLOCKS, architecture, arithmetic, load, small)
+
+
+def _row(interpreter: dict, half: dict, floats: dict, architecture: str, arithmetic: str, load: int, small: bool):
+    if architecture == "interpreter":
+        return interpreter, None
+    if arithmetic != "half":
+        return floats, (arithmetic, load)
+    # What is too much for a large tile is left to a small one.
+    return half, (architecture, min(load, 2), small or load == 3)
+
+
+def tile(d: int, *row) -> Tile:
+    """Of matrices of d columns."""
+    table, key = tiles(*row)
+    return table[key]._replace(bk=_at_most(table[key].bk, d))
+
+
+def block(d: int, *row) -> Block:
+    table, key = blocks(*row)
+    return table[key]._replace(bd=_at_most(table[key].bd, d))
 
 
 COMBINE = Combine()
-INTERPRETER_TILE = Tile(32, 32, 32, 1, 1)
-INTERPRETER_BLOCK = Block(32, 32, 32, 1, 1)
-TILES: dict[tuple[str, str, int, bool], Tile] = {}
-"""By architecture, arithmetic, number of matrices (2 with a teacher) and whether they are small."""
-BLOCKS: dict[tuple[str, str, int, bool], Block] = {}
-"""Likewise. A block's BM divides both sides of every tile of its row of the table, and so does BK."""
+INTERPRETER_TILES = {None: Tile(32, 32, 32, 1, 1)}
+INTERPRETER_BLOCKS = {None: Block(32, 32, 32, 1, 1)}
+
+# By architecture, load, and whether the matrices are small. A block's BM and BK divide both sides of its tiles.
+HALF_TILES = {
+    ("sm_80", 1, False): Tile(128, 128, 32, 8, 3),
+    ("sm_80", 1, True): Tile(64, 64, 64, 4, 3),
+    ("sm_80", 2, False): Tile(128, 64, 32, 8, 3),
+    ("sm_80", 2, True): Tile(64, 64, 32, 8, 3),
+    ("sm_90", 1, False): Tile(128, 128, 64, 8, 3),
+    ("sm_90", 1, True): Tile(64, 64, 64, 4, 3),
+    ("sm_90", 2, False): Tile(128, 64, 64, 8, 3),
+    ("sm_90", 2, True): Tile(64, 64, 64, 8, 3),
+    ("sm_100", 1, False): Tile(128, 64, 64, 8, 3),
+    ("sm_100", 1, True): Tile(64, 64, 64, 4, 3),
+    ("sm_100", 2, False): Tile(128, 64, 64, 8, 3),
+    ("sm_100", 2, True): Tile(64, 64, 64, 8, 3),
+}
+HALF_BLOCKS = {
+    ("sm_80", 1, False): Block(128, 128, 32, 8, 3),
+    ("sm_80", 1, True): Block(64, 64, 32, 4, 3),
+    ("sm_80", 2, False): Block(64, 128, 32, 4, 3),
+    ("sm_80", 2, True): Block(64, 64, 32, 4, 3),
+    ("sm_90", 1, False): Block(128, 128, 64, 8, 3),
+    ("sm_90", 1, True): Block(64, 64, 64, 4, 3),
+    ("sm_90", 2, False): Block(64, 128, 32, 4, 3),
+    ("sm_90", 2, True): Block(64, 64, 32, 4, 3),
+    ("sm_100", 1, False): Block(64, 128, 32, 4, 3),
+    ("sm_100", 1, True): Block(64, 64, 32, 4, 3),
+    ("sm_100", 2, False): Block(64, 128, 32, 4, 3),
+    ("sm_100", 2, True): Block(64, 64, 32, 4, 3),
+}
+# float32 factors on any architecture, of any size.
+FLOAT_TILES = {
+    ("tf32", 1): Tile(64, 64, 32, 4, 3),
+    ("tf32", 2): Tile(64, 64, 32, 8, 3),
+    ("tf32", 3): Tile(64, 64, 32, 8, 3),
+    ("tf32x3", 1): Tile(64, 64, 32, 8, 2),
+    ("tf32x3", 2): Tile(32, 64, 32, 8, 2),
+    ("tf32x3", 3): Tile(32, 64, 32, 8, 2),
+    ("ieee", 1): Tile(64, 64, 16, 8, 2),
+    ("ieee", 2): Tile(64, 64, 16, 8, 2),
+    ("ieee", 3): Tile(64, 64, 16, 8, 2),
+}
+FLOAT_BLOCKS = {
+    ("tf32", 1): Block(64, 64, 32, 4, 3),
+    ("tf32", 2): Block(64, 64, 32, 4, 3),
+    ("tf32", 3): Block(64, 64, 32, 4, 3),
+    ("tf32x3", 1): Block(64, 64, 32, 8, 2),
+    ("tf32x3", 2): Block(32, 64, 16, 4, 2),
+    ("tf32x3", 3): Block(32, 64, 16, 4, 2),
+    ("ieee", 1): Block(64, 64, 16, 8, 2),
+    ("ieee", 2): Block(32, 64, 16, 4, 2),
+    ("ieee", 3): Block(32, 64, 16, 4, 2),
+}

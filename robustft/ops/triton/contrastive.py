@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robustft.ops.triton import configs
+from robustft.ops.triton import autotune, configs
 from robustft.ops.triton.gradient import gradient_kernel, keep_kernel
 from robustft.ops.triton.launch import architecture, launch
 from robustft.ops.triton.statistics import combine_kernel, statistics_kernel
@@ -44,15 +44,27 @@ class Matrices(NamedTuple):
         return 1 if self.x_teacher is None else 2
 
     @property
-    def small(self) -> bool:
-        return max(len(self.x), len(self.t)) <= configs.SMALL
-
-    @property
     def arithmetic(self) -> str:
         return configs.arithmetic(self.x.dtype, self.precision)
 
-    def tile(self, heads: int) -> configs.Tile:
-        return configs.tile(architecture(self.x.device), self.arithmetic, heads, self.small, self.x.shape[1])
+    @property
+    def gradient_arithmetic(self) -> str:
+        return configs.gradient_arithmetic(self.x.dtype, self.precision)
+
+    def load(self, totals: bool) -> int:
+        """What a tile has to hold at a time: the matrices, and, as much as one, labels or uniform targets."""
+        return self.heads + (totals or self.targets != PAIRS.value)
+
+    def row(self, arithmetic: str, load: int) -> tuple:
+        """Of the tables in configs.py."""
+        small = max(len(self.x), len(self.t)) <= configs.SMALL
+        return architecture(self.x.device), arithmetic, load, small
+
+    def tile(self, load: int) -> configs.Tile:
+        return configs.tile(self.x.shape[1], *self.row(self.arithmetic, load))
+
+    def block(self, load: int) -> configs.Block:
+        return configs.block(self.x.shape[1], *self.row(self.gradient_arithmetic, load))
 
 
 def _matrices(x, t, scale, x_labels, t_labels, xt, tt, st, targets, precision=None) -> Matrices:
@@ -81,7 +93,7 @@ def _stride(tensor: Tensor | None) -> int:
 def _forward(of: Matrices, totals: bool, smoothing: float, keep: bool) -> tuple[Tensor, ...]:
     """row, col, tiles, kept, and unless the targets are a rectangle's the losses and their derivatives by scale."""
     (n, d), m, heads = of.x.shape, len(of.t), of.heads
-    tile, combine = of.tile(heads), configs.COMBINE
+    tile, combine = of.tile(of.load(totals)), configs.COMBINE
     new = of.x.new_empty
     tiles, kept = (new(shape, dtype=dtype) for shape, dtype in configs.kept_like(n, m, heads, keep, of.x.dtype))
     f32 = torch.float32
@@ -107,7 +119,8 @@ def _forward(of: Matrices, totals: bool, smoothing: float, keep: bool) -> tuple[
                 "X": of.x, "T": of.t, "X_TEACHER": of.x_teacher, "T_TEACHER": of.t_teacher,
                 "SCALE": of.scale, "TEACHER_SCALE": of.teacher_scale,
                 "X_LABELS": of.x_labels, "T_LABELS": of.t_labels,
-                "ROW": row_part, "COL": col_part, "PAIR": row[8:], "KEPT": kept, "TILES": tiles_here, "tiles_stride": tiles_stride,
+                "ROW": row_part, "COL": col_part, "PAIR": row[8:], "KEPT": kept,
+                "TILES": tiles_here, "tiles_stride": tiles_stride,
                 "row0": row0, "rows": rows, "n": n, "m": m, "d": d, "d_teacher": d_teacher,
                 "x_stride": of.x.stride(0), "t_stride": of.t.stride(0),
                 "x_teacher_stride": _stride(of.x_teacher), "t_teacher_stride": _stride(of.t_teacher),
@@ -121,7 +134,8 @@ def _forward(of: Matrices, totals: bool, smoothing: float, keep: bool) -> tuple[
             combine_kernel,
             _cdiv(max(n, m), combine.bs),
             {
-                "ROW_PART": row_part, "COL_PART": col_part, "TILES": tiles_here, "tiles_stride": tiles_stride, "ROW": row, "COL": col,
+                "ROW_PART": row_part, "COL_PART": col_part, "TILES": tiles_here, "tiles_stride": tiles_stride,
+                "ROW": row, "COL": col,
                 "SCALE": of.scale, "TEACHER_SCALE": of.teacher_scale, "LABELS_AT": of.x_labels,
                 "LOSS": losses[0], "DISTILLATION": losses[-1], "BY_SCALE": by_scale, "COUNTS": row[10],
                 "row0": row0, "rows": rows, "row_tiles": down, "col_tiles": across, "n": n, "m": m,
@@ -140,9 +154,8 @@ def _backward(
     (n, d), m, heads = of.x.shape, len(of.t), of.heads
     keep = len(kept) > 0
     # Kept by statistics_kernel, or now by keep_kernel, one matrix at a time.
-    tile = of.tile(heads if keep else 1)
-    arithmetic = configs.gradient_arithmetic(of.x.dtype, of.precision)
-    block = configs.block(architecture(of.x.device), arithmetic, heads, of.small, d)
+    tile = of.tile(of.load(totals) if keep else 1)
+    block = of.block(of.load(totals))
     dx, dt = (torch.empty_like(f, memory_format=torch.contiguous_format) for f in (of.x, of.t))
     ds = None if by_scale is None else torch.empty_like(of.scale)
     dtype = configs.KEPT[of.x.dtype]
@@ -163,7 +176,8 @@ def _backward(
                 keep_kernel,
                 down * across,
                 {
-                    "X": x, "T": t, "SCALE": scale, "KEPT": kept[head * rows :], "TILES": tiles[head * down * across * 2 :],
+                    "X": x, "T": t, "SCALE": scale, 
+                    "KEPT": kept[head * rows :], "TILES": tiles[head * down * across * 2 :],
                     "row0": row0, "rows": rows, "n": n, "m": m, "d": x.shape[1],
                     "x_stride": x.stride(0), "t_stride": t.stride(0), "pitch": pitch,
                     **tile.constants(of.arithmetic),
@@ -184,7 +198,7 @@ def _backward(
                 "x_stride": of.x.stride(0), "t_stride": of.t.stride(0), "pitch": pitch,
                 "g_stride": _stride(g), "h_stride": _stride(h), "smoothing": float(smoothing),
                 "TARGETS": of.targets, "TEACHER": heads == 2, "SMOOTHED": totals,
-                "PRECISION": configs.dot_precision(arithmetic), "TILE_M": tile.bm, "TILE_N": tile.bn,
+                "PRECISION": configs.dot_precision(of.gradient_arithmetic), "TILE_M": tile.bm, "TILE_N": tile.bn,
                 "BM": block.bm, "BD": block.bd, "BK": block.bk,
             },
             warps=block.warps,
@@ -205,8 +219,24 @@ def similarity_gradient(x, t, scale, x_labels, t_labels, xt, tt, st, row, col, t
     return _backward(of, row.contiguous(), col.contiguous(), tiles, kept, totals, 0.0)[:2]
 
 
+def _tune(of: Matrices) -> None:
+    """Where ROBUSTFT_AUTOTUNE asks for it: the tiles and blocks of a loss as it is called."""
+    load = of.load(False)
+    table, key = configs.tiles(*of.row(of.arithmetic, load))
+    autotune.tune(table, key, autotune.tiles(), lambda: _forward(of, False, 0.0, True))
+    row, col, tiles, kept, losses, by_scale = _forward(of, False, 0.0, True)
+    g = [torch.ones_like(loss) for loss in losses]
+    h = g[-1] if of.heads == 2 else None
+    best = of.tile(load)
+    table, key = configs.blocks(*of.row(of.gradient_arithmetic, load))
+    gradient = (of, row, col, tiles, kept, False, 0.0, g[0], h, by_scale)
+    autotune.tune(table, key, autotune.blocks(best), lambda: _backward(*gradient))
+
+
 def contrastive_loss(x, t, scale, labels, label_smoothing, keep):
     of = _pairs(x, t, scale, labels)
+    if autotune.WANTED:
+        _tune(of)
     row, col, tiles, kept, losses, by_scale = _forward(of, label_smoothing > 0, label_smoothing, keep)
     return losses[0], by_scale[0], row, col, tiles, kept
 
@@ -218,6 +248,8 @@ def contrastive_loss_backward(grad, x, t, scale, labels, label_smoothing, by_sca
 
 def contrastive_distillation_loss(x, t, scale, xt, tt, st, labels, keep):
     of = _pairs(x, t, scale, labels, xt, tt, st)
+    if autotune.WANTED:
+        _tune(of)
     row, col, tiles, kept, losses, by_scale = _forward(of, False, 0.0, keep)
     return losses[0], losses[1], by_scale, row, col, tiles, kept
 

@@ -199,7 +199,9 @@ def _fold(
             keep = tl.where(valid, keep, 0.0)
             teacher_max = new_max
             tile_weighted += tile_sum * shift
-            teacher_weighted = (teacher_weighted + teacher_sums * old_shift) * keep_old + tl.sum(tile_weighted * keep, 0)
+            teacher_weighted = (teacher_weighted + teacher_sums * old_shift) * keep_old + tl.sum(
+                tile_weighted * keep, 0
+            )
             teacher_sums = teacher_sums * keep_old + tl.sum(tile_sum * keep, 0)
     return highest, sums, weighted, target, total, teacher_max, teacher_sums, teacher_weighted
 
