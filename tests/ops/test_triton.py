@@ -126,6 +126,22 @@ def test_importing_robustft_does_not_import_triton(tmp_path):
     assert run.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", triton.DTYPES)
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_blocks_divide_the_tiles_that_they_read(architecture, dtype, precision):
+    from robustft.ops.triton import configs
+
+    for small in (False, True):
+        for load in (1, 2, 3):
+            block = configs.block(512, architecture, configs.gradient_arithmetic(dtype, precision), load, small)
+            for kept_by in (1, load):  # keep_kernel, statistics_kernel
+                tile = configs.tile(512, architecture, configs.arithmetic(dtype, precision), kept_by, small)
+                for side in (tile.bm, tile.bn):
+                    assert side % block.bm == side % block.bk == 0 and side >= configs.LEAST_TILE
+                    assert configs.PANEL_ROWS % side == configs.PANEL_ROWS % configs.COMBINE.bs == 0
+
+
 def test_autotuning_takes_the_fastest_and_prints_its_row(monkeypatch, capsys):
     from robustft.ops.triton import autotune, configs
 
@@ -164,7 +180,7 @@ def test_the_table_of_resources_is_of_these_kernels_and_complete():
     assert set(measured()["cases"]) == {case.name for case in resources.cases()}
 
 
-@pytest.mark.parametrize("case", resources.cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(resources.cases()), ids=lambda case: case.name)
 def test_no_configuration_spills_or_exceeds_shared_memory(case):
     check(case, measured()["cases"][case.name])
 

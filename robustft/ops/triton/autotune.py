@@ -19,7 +19,7 @@ _tuned: set[tuple] = set()
 
 
 def tiles() -> Iterator[Tile]:
-    for bm, bn in ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 64), (256, 128)):
+    for bm, bn in ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 64), (256, 128)):
         for bk in (16, 32, 64):
             for warps in (4, 8):
                 for stages in (2, 3, 4):
@@ -28,7 +28,7 @@ def tiles() -> Iterator[Tile]:
 
 def blocks(tile: Tile) -> Iterator[Block]:
     """Those whose BM and BK divide both sides of the tile."""
-    for bm in (64, 128):
+    for bm in (32, 64, 128):
         for bd in (64, 128, 256):
             for bk in (16, 32, 64):
                 if tile.bm % bm == tile.bn % bm == tile.bm % bk == tile.bn % bk == 0:
@@ -57,6 +57,6 @@ def tune(table: dict, key: object, candidates: Iterator, run: Callable[[], objec
         table[key] = candidate
         return _milliseconds(run)
 
-    times = {candidate: time(candidate) for candidate in (table[key], *candidates)}
+    times = {candidate: time(candidate) for candidate in candidates}
     table[key] = min(times, key=times.__getitem__)
     print(f"{name}[{key!r}] = {table[key]}  # {times[table[key]]:.3f} ms")
