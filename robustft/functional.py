@@ -129,8 +129,8 @@ def contrastive_loss(
         from robustft.ops.sharded import sharded_contrastive_loss
 
         return sharded_contrastive_loss(x, t, s, labels, label_smoothing, weight, reduction, group, memory)
-    if use_native("similarity_statistics", x.device):
-        keep = arguments.keeps(memory, n, n, x.dtype, 1) and torch.is_grad_enabled()
+    if use_native("similarity_statistics", x.device, x.dtype):
+        keep = arguments.keeps(memory, "contrastive_loss", n, n, x, 1) and torch.is_grad_enabled()
         losses = contrastive.contrastive_loss(x, t, s, labels, label_smoothing, keep)
     else:
         losses = reference.contrastive_loss(x, t, s, labels, label_smoothing)
@@ -189,8 +189,8 @@ def contrastive_distillation_loss(
         return ContrastiveTerms(
             *sharded_contrastive_distillation_loss(*matrices, labels, weight, reduction, group, memory)
         )
-    if use_native("similarity_statistics", x.device):
-        keep = arguments.keeps(memory, n, n, x.dtype, 2) and torch.is_grad_enabled()
+    if use_native("similarity_statistics", x.device, x.dtype):
+        keep = arguments.keeps(memory, "contrastive_loss", n, n, x, 2) and torch.is_grad_enabled()
         terms = contrastive.contrastive_distillation_loss(x, t, s, xt, tt, st, labels, keep)
     else:
         terms = reference.contrastive_distillation_loss(x, t, s, xt, tt, st, labels)
@@ -247,7 +247,7 @@ def classification_loss(
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
     if use_native("class_statistics", x.device):
-        keep = arguments.keeps(memory, n, k, x.dtype, 1) and torch.is_grad_enabled()
+        keep = arguments.keeps(memory, "classification_loss", n, k, x, 1) and torch.is_grad_enabled()
         terms = classification.classification_loss(x, w, s, bias, y, variant, top1, label_smoothing, keep)
     else:
         z = reference.class_logits(x, w, s, bias)
@@ -349,7 +349,7 @@ def dual_risk(
     arguments.check_weight(weight, n, x.device)
     core = core_labels.detach()
     if use_native("class_statistics", x.device):
-        keep = arguments.keeps(memory, n, k, x.dtype, 2) and torch.is_grad_enabled()
+        keep = arguments.keeps(memory, "classification_loss", n, k, x, 2) and torch.is_grad_enabled()
         terms = classification.dual_risk(x, torch.cat((w, v)), s, y, core, keep)
     else:
         terms = reference.dual_risk(x, w, v, s, y, core)

@@ -85,7 +85,8 @@ def test_the_memory_table_is_written_between_its_comments(tmp_path, monkeypatch)
         memory.main()
         lines = readme.read_text().splitlines()
         assert lines[:2] == ["before", "<!-- memory -->"] and lines[-2:] == ["<!-- end of memory -->", "after"]
-        assert "| 4,096 | 12 MB | not measured | not measured | not measured | not measured | not measured |" in lines and "old" not in lines
+        row = "| 4,096 | 12 MB |" + " not measured |" * 5
+        assert row in lines and "old" not in lines
     readme.write_text("no place for it")
     with pytest.raises(ValueError, match="0 places"):
         memory.main()

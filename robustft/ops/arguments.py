@@ -8,11 +8,15 @@ from functools import wraps
 import torch
 from torch import Tensor
 
+from robustft.ops import triton
+from robustft.ops.triton import configs
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 VARIANTS = ("neg_log_ratio", "neg_ratio", "softplus", "ratio")
 """Forms of the misalignment penalty."""
-AUTO_MEMORY = 512 * 2**20
-"""What `memory="auto"` lets a loss keep for its backward, in bytes: 11,585 x 11,585 similarities of float32."""
+AUTO_MEMORY, AUTO_GPU_MEMORY = 2**29, 2**32
+"""What `memory="auto"` lets a loss keep for its backward, in bytes: on the CPU 11,585 x 11,585 similarities of float32,
+on a GPU two matrices of 32,768 x 32,768 in bfloat16."""
 
 
 def own_precision(function: Callable) -> Callable:
@@ -197,18 +201,21 @@ def check_weight(weight: Tensor | None, n: int, device: torch.device) -> None:
         raise ValueError(f"weight is {tuple(weight.shape)} on {weight.device}; expected ({n},) on {device}")
 
 
-def memory_budget(memory: str | int) -> int:
+def memory_budget(memory: str | int, device: torch.device) -> int:
     """`memory` in bytes."""
     if memory == "auto":
-        return AUTO_MEMORY
+        return AUTO_MEMORY if device.type == "cpu" else AUTO_GPU_MEMORY
     if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
         raise ValueError(f"memory is {memory!r}; expected 'auto' or a number of bytes, 0 to keep nothing")
     return memory
 
 
-def keeps(memory: str | int, n: int, m: int, dtype: torch.dtype, matrices: int) -> bool:
-    """Whether that many (n, m) matrices, in the dtype in which the kernels add, fit into `memory`."""
-    return matrices * n * m * (8 if dtype == torch.float64 else 4) <= memory_budget(memory)
+def keeps(memory: str | int, op: str, n: int, m: int, features: Tensor, matrices: int) -> bool:
+    """Whether that many (n, m) matrices, in the dtype in which the operator keeps them, fit into `memory`."""
+    dtype, device = features.dtype, features.device
+    by_triton = triton.computes(op, device, dtype)
+    size = configs.KEPT[dtype].itemsize if by_triton else 8 if dtype == torch.float64 else 4
+    return matrices * n * m * size <= memory_budget(memory, device)
 
 
 def neighbor_points(points: Tensor, name: str = "points", may_be_empty: bool = False) -> Tensor:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from robustft.ops import native
+from robustft.ops import native, triton
+from robustft.ops.native.registration import library
 
 BACKENDS = ("auto", "reference", "native", "triton", "cuda")
 ISA_NAMES = ("portable", "avx2", "avx512", "amx")
@@ -69,6 +70,7 @@ LIBRARIES = _load_libraries()
 
 if LIBRARIES["cpu"] == "loaded":
     native.register()
+    triton.register(library)
 
 _KERNELS = {
     (op, device): LIBRARIES["cpu"] == "loaded"
@@ -83,25 +85,29 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
-def use_native(op: str, device: torch.device) -> bool:
-    """Whether `op` runs compiled on this device; warns once where a compiled form was to be expected."""
+def use_native(op: str, device: torch.device, dtype: torch.dtype | None = None) -> bool:
+    """Whether `op` runs compiled on this device, for features of this dtype; warns once where it was to be expected."""
     if _choice == "reference":
         return False
+    by_triton = triton.computes(op, device)
     # "native" is the compiled body of any device; "triton" and "cuda" name a GPU's.
-    suits = _choice in ("auto", "native") or (_choice == "cuda" and device.type == "cuda")
-    if suits and _KERNELS.get((op, device.type), False):
+    suits = _choice in ("auto", "native")
+    suits |= by_triton if _choice == "triton" else _choice == "cuda" and device.type == "cuda" and not by_triton
+    exists = _KERNELS.get((op, device.type), False)
+    if suits and exists and (not by_triton or triton.computes(op, device, dtype)):
         return True
+    tensors = f"{device.type} tensors" if dtype is None else f"{device.type} tensors of {dtype}"
     if _choice == "auto":
         if torch.compiler.is_compiling():  # a warning would break the graph
             return False
         why = LIBRARIES.get(device.type, "does not exist for this device type")
-        reason = f"has no kernel of {op}" if why == "loaded" else why
+        reason = f"has no kernel of {op} for {tensors}" if exists or why == "loaded" else why
         _warn_once(
             f"robustft's compiled library for {device.type} {reason}; using the eager reference, which is slower and "
             "stores N x N matrices. `robustft doctor` tells more."
         )
         return False
-    raise RuntimeError(f"backend is {_choice!r}, but there is no such kernel of {op} for {device.type} tensors")
+    raise RuntimeError(f"backend is {_choice!r}, but there is no such kernel of {op} for {tensors}")
 
 
 def build_info() -> dict[str, object]:
@@ -117,5 +123,6 @@ def build_info() -> dict[str, object]:
         "detected_isa": _C.detected_isa(),
         "active_isa": _C.active_isa(),
         "libraries": LIBRARIES,
+        "triton": triton.STATUS,
         "torch": torch.__version__,
     }

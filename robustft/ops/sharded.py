@@ -68,14 +68,14 @@ class _ShardedTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, t, scale, labels, label_smoothing, xt, tt, st, group, memory):
         n, rank, world = len(x), dist.get_rank(group), dist.get_world_size(group)
-        keep = keeps(memory, n, world * n, x.dtype, 1 if xt is None else 2)
+        keep = keeps(memory, "similarity_statistics", n, world * n, x, 1 if xt is None else 2)
         mine = slice(rank * n, (rank + 1) * n)
         texts, teacher_texts = _gather(t, group), None if tt is None else _gather(tt, group)
         labels = None if labels is None else _gather(labels, group)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         index, counts = label_counts(labels, world * n, x.device, dtype)
         matrices = (x, texts, scale, index[mine], index, xt, teacher_texts, st)
-        native = use_native("similarity_statistics", x.device)
+        native = use_native("similarity_statistics", x.device, x.dtype)
         if native:
             options = label_smoothing > 0, keep, torch.get_float32_matmul_precision()
             row, col, *kept = torch.ops.robustft.similarity_statistics(*matrices, *options)

@@ -22,7 +22,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from robustft.ops import triton
 from robustft.ops.native.registration import accumulation_dtype, call, differentiable, fake, scale_gradient
+from robustft.ops.triton import configs
 
 
 def contrastive_loss(x, t, scale, labels, label_smoothing, keep) -> Tensor:
@@ -36,9 +38,13 @@ def contrastive_distillation_loss(x, t, scale, xt, tt, st, labels, keep) -> tupl
 
 
 def label_counts(labels: Tensor | None, n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Labels renumbered from 0 (the kernels compare 32-bit integers) and how often each sample's label occurs."""
+    """Labels and how often each sample's occurs; on the CPU renumbered from 0, since its kernels compare 32 bits."""
     if labels is None:
         return torch.arange(n, device=device), torch.ones(n, dtype=dtype, device=device)
+    if device.type != "cpu":  # torch.unique would wait for the device
+        ordered = labels.sort().values
+        counts = torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
+        return labels, counts.to(dtype)
     _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
     return index, counts[index].to(dtype)
 
@@ -127,23 +133,29 @@ def _contrastive_distillation_gradient(g, h, x, t, scale, xt, tt, st, labels, by
 
 
 def _fake_kept(x: Tensor, t: Tensor, heads: int, keep: bool) -> tuple[Tensor, Tensor]:
-    """centers, one for every 64 x 128 logits of each matrix and two more a row, and kept."""
+    """centers, one for every 64 x 128 logits and two more a row, and kept; of Triton's own shapes where it computes."""
     n, m, dtype = x.shape[0], t.shape[0], accumulation_dtype(x.dtype)
+    if triton.computes("contrastive_loss", x.device, x.dtype):
+        return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in configs.kept_like(n, m, heads, keep, x.dtype))
     centers = x.new_empty(heads, (n + 63) // 64, (m + 127) // 128 + 2, dtype=dtype)
     return centers, x.new_empty(heads * n if keep else 0, m, dtype=dtype)
 
 
+def _fake_sides(x: Tensor, kinds: int) -> tuple[Tensor, Tensor]:
+    """row and col, which only a device's own backward reads."""
+    rows = (11, 8) if triton.computes("contrastive_loss", x.device, x.dtype) else (kinds, kinds)
+    return tuple(x.new_empty(k, len(x), dtype=accumulation_dtype(x.dtype)) for k in rows)
+
+
 def _fake_contrastive_loss(x, t, scale, labels, label_smoothing, keep):
     vector = x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
-    new = vector.new_empty
-    return vector, torch.empty_like(vector), new(2, len(x)), new(2, len(x)), *_fake_kept(x, t, 1, keep)
+    return vector, torch.empty_like(vector), *_fake_sides(x, 2), *_fake_kept(x, t, 1, keep)
 
 
 def _fake_contrastive_distillation_loss(x, t, scale, xt, tt, st, labels, keep):
     vector = x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
-    new = vector.new_empty
-    vectors = vector, torch.empty_like(vector), new(2, len(x)), new(4, len(x)), new(4, len(x))
-    return *vectors, *_fake_kept(x, t, 2, keep)
+    vectors = vector, torch.empty_like(vector), vector.new_empty(2, len(x))
+    return *vectors, *_fake_sides(x, 4), *_fake_kept(x, t, 2, keep)
 
 
 def _fake_gradient(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("robustft", "FRAGMENT")
+library = torch.library.Library("robustft", "FRAGMENT")
 _direct: dict[str, type[torch.autograd.Function]] = {}
 
 
@@ -23,18 +23,18 @@ def scale_gradient(scale: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
 
 def fake(name: str, function: Callable) -> None:
     """Shapes and dtypes of an operator's results, for tracing."""
-    torch.library.register_fake(f"robustft::{name}", function, lib=_library)
+    torch.library.register_fake(f"robustft::{name}", function, lib=library)
 
 
 def composite(name: str, body: Callable | None, fake_body: Callable) -> None:
     """A body in Python that serves every device, below autograd; None stands in csrc."""
     if body is not None:
-        _library.impl(name, body, "CompositeExplicitAutograd")
+        library.impl(name, body, "CompositeExplicitAutograd")
     fake(name, fake_body)
 
 
 def autograd(name: str, setup: Callable, backward: Callable) -> None:
-    torch.library.register_autograd(f"robustft::{name}", backward, setup_context=setup, lib=_library)
+    torch.library.register_autograd(f"robustft::{name}", backward, setup_context=setup, lib=library)
 
 
 def differentiable(

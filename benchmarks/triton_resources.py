@@ -1,0 +1,203 @@
+"""What every shipped Triton configuration takes of a GPU that need not be there: registers, spills, shared memory.
+
+    python -m benchmarks.triton_resources          # compiles all of them, writes results/triton_resources.json
+    python -m benchmarks.triton_resources --table  # prints that file as a table
+
+The launches are those of robustft/ops/triton/contrastive.py itself, recorded on meta tensors instead of run, and
+compiled for their architecture with the specialisations that such tensors get: 16-byte aligned pointers, sizes that 16
+divides. Compiled twice, for the diagonal's targets and for labels with smoothing, the costliest; the worst counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from robustft.ops.triton import configs
+
+RESULTS = Path(__file__).parent / "results" / "triton_resources.json"
+KERNELS = Path(configs.__file__).parent
+ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+"""Bytes a block may have. sm_80's entries serve sm_86, sm_89 and sm_120 too, where it is 99 KB and not 163."""
+TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+
+
+class Case(NamedTuple):
+    """What a user may ask for; the launches follow from it."""
+
+    architecture: str
+    dtype: str
+    precision: str
+    heads: int
+    small: bool
+    labels: bool = False
+
+    @property
+    def name(self) -> str:
+        size = "small" if self.small else "large"
+        kind = self.dtype if self.dtype != "float32" else f"float32 {self.precision}"
+        return f"{self.architecture}, {kind}, {'teacher' if self.heads == 2 else 'student'}, {size}" + (
+            ", labels" if self.labels else ""
+        )
+
+
+def cases() -> Iterator[Case]:
+    """At least one for every row of the table; float16, whose forward is bfloat16's, has float32 planes behind it."""
+    for architecture in ARCHITECTURES:
+        for heads in (1, 2):
+            for labels in (False, True):
+                yield Case(architecture, "bfloat16", "highest", heads, False, labels)
+                for precision in ("highest", "high", "medium"):
+                    yield Case(architecture, "float32", precision, heads, True, labels)
+            yield Case(architecture, "bfloat16", "highest", heads, True)
+            yield Case(architecture, "float16", "highest", heads, True)
+
+
+def launches(case: Case) -> dict[str, object]:
+    """The first launch of every kernel, forward and backward, with and without kept exponentials."""
+    from robustft.ops.triton import contrastive
+    from robustft.ops.triton.launch import recorded
+
+    n, d, dtype = 1024 if case.small else 32768, 512, getattr(torch, case.dtype)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, t, s, g = new(n, d, dtype=dtype), new(n, d, dtype=dtype), new(()), new(n)
+    labels = new(n, dtype=torch.int64) if case.labels else None
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(case.precision)
+    try:
+        with recorded(case.architecture) as found:
+            for keep in (True, False):
+                if case.heads == 2:
+                    out = contrastive.contrastive_distillation_loss(x, t, s, x, t, s, labels, keep)
+                    inputs = (g, g, x, t, s, x, t, s, labels, *out[2:])
+                    contrastive.contrastive_distillation_loss_backward(*inputs)
+                else:
+                    smoothing = 0.1 if case.labels else 0.0
+                    out = contrastive.contrastive_loss(x, t, s, labels, smoothing, keep)
+                    contrastive.contrastive_loss_backward(g, x, t, s, labels, smoothing, *out[1:])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    first: dict[str, object] = {}
+    for launch in found:
+        first.setdefault(launch.kernel.__name__, launch)
+    return first
+
+
+def source(launch):
+    """The launch as Triton's compiler takes it."""
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for k, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            attributes[(k,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(k,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def resources(architecture: str, launch) -> dict[str, int]:
+    """Registers, bytes of stack (spills), bytes of shared memory and counts of some instructions."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", ARCHITECTURES[architecture], 32)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        compiled = triton.compile(source(launch), target=target, options=launch.options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("--dump-resource-usage", "-sass")
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    counts = {op: len(re.findall(rf"\b{op}\b", sass)) for op in (*TENSOR_CORES.values(), "LDGSTS", "STL")}
+    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared, **counts}
+
+
+def measure(case: Case, only: str | None = None) -> dict[str, dict[str, object]]:
+    """By kernel: its resources and its configuration."""
+    result = {}
+    for name, launch in launches(case).items():
+        if only is None or name == only:
+            sides = {k: launch.arguments[k] for k in ("BM", "BN", "BD", "BK") if k in launch.arguments}
+            result[name] = {**sides, **launch.options, **resources(case.architecture, launch)}
+    return result
+
+
+def sources() -> str:
+    """A fingerprint of the kernels and of the table: what was measured of others is out of date."""
+    files = sorted(KERNELS.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def table(results: dict) -> str:
+    lines = [
+        "| case | kernel | tile | warps, stages | registers | stack | shared KB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case, kernels in results["cases"].items():
+        for name, r in kernels.items():
+            tile = "x".join(str(r[k]) for k in ("BM", "BN", "BD", "BK") if k in r)
+            shared = f"{r['shared'] / 1024:.0f}"
+            lines.append(
+                f"| {case} | {name} | {tile} | {r['num_warps']}, {r['num_stages']} | {r['registers']} | {r['stack']} "
+                f"| {shared} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the committed results")
+    if parser.parse_args().table:
+        print(table(json.loads(RESULTS.read_text())))
+        return
+    import triton
+
+    wanted = list(cases())
+    found = {}
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        for case, result in zip(wanted, pool.map(measure, wanted), strict=True):
+            found[case.name] = result
+            print(table({"cases": {case.name: result}}).split("\n", 2)[2], file=sys.stderr, flush=True)
+    results = {"command": "python -m benchmarks.triton_resources", "triton": triton.__version__, "sources": sources()}
+    RESULTS.write_text(json.dumps({**results, "cases": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Triton bodies of operators that csrc/ops.cpp declares: which there are, and their registration.
+
+Triton itself is imported when the first of them runs. Under TRITON_INTERPRET=1 they are registered for CPU tensors,
+which Triton's interpreter computes with: so they are tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+OPERATORS = {
+    "similarity_statistics": "contrastive",
+    "similarity_gradient": "contrastive",
+    "contrastive_loss": "contrastive",
+    "contrastive_loss_backward": "contrastive",
+    "contrastive_distillation_loss": "contrastive",
+    "contrastive_distillation_loss_backward": "contrastive",
+}
+"""Each operator with a Triton body, and the module here that has it, under the operator's name."""
+
+
+def status() -> str:
+    """ "registered", or why nothing is."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.version.cuda is None and not INTERPRETED:
+        return "this torch has no CUDA"
+    return "registered"
+
+
+def computes(op: str, device: torch.device, dtype: torch.dtype | None = None) -> bool:
+    """Whether `op` has a Triton body for such tensors."""
+    suits = STATUS == "registered" and device.type == DEVICE and op in OPERATORS
+    return suits and (dtype is None or dtype in DTYPES)
+
+
+def _body(op: str) -> Callable:
+    def body(*arguments):
+        return getattr(import_module(f"robustft.ops.triton.{OPERATORS[op]}"), op)(*arguments)
+
+    return body
+
+
+def register(library: torch.library.Library) -> None:
+    """Called once, by `robustft.ops.dispatch`."""
+    if STATUS == "registered":
+        for op in OPERATORS:
+            library.impl(op, _body(op), DEVICE.upper(), allow_override=INTERPRETED)
+
+
+STATUS = status()

@@ -1,0 +1,259 @@
+"""The contrastive losses on a GPU: two launches a panel of rows forward, one backward.
+
+    forward     statistics_kernel, combine_kernel; `keep` leaves (heads, n, pitch) exponentials behind
+    backward    gradient_kernel; without kept exponentials keep_kernel before it, a panel of rows at a time
+
+Nothing here waits for the device, so the losses can be captured in a CUDA graph. Memory beyond results and what is
+kept: statistics of tiles and, in the backward without kept exponentials, a panel of them (configs.py), both
+proportional to the larger of n and m once that is large.
+
+`row` is (11, n): the eight statistics of statistics.py, S_ii, the teacher's S_ii, and how often sample i's label
+occurs. `col` is (8, m).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from robustft.ops.triton import autotune, configs
+from robustft.ops.triton.gradient import gradient_kernel, keep_kernel
+from robustft.ops.triton.launch import architecture, launch
+from robustft.ops.triton.statistics import combine_kernel, statistics_kernel
+from robustft.ops.triton.tile import LABELS, PAIRS, RECTANGLE
+
+
+class Matrices(NamedTuple):
+    """What the matrices of similarities are made of, and where their targets are."""
+
+    x: Tensor
+    t: Tensor
+    scale: Tensor
+    x_teacher: Tensor | None
+    t_teacher: Tensor | None
+    teacher_scale: Tensor | None
+    x_labels: Tensor | None
+    t_labels: Tensor | None
+    targets: int
+    precision: str
+
+    @property
+    def heads(self) -> int:
+        return 1 if self.x_teacher is None else 2
+
+    @property
+    def arithmetic(self) -> str:
+        return configs.arithmetic(self.x.dtype, self.precision)
+
+    @property
+    def gradient_arithmetic(self) -> str:
+        return configs.gradient_arithmetic(self.x.dtype, self.precision)
+
+    def load(self, totals: bool) -> int:
+        """What a tile has to hold at a time: the matrices, and, as much as one, labels or uniform targets."""
+        return self.heads + (totals or self.targets != PAIRS.value)
+
+    def row(self, arithmetic: str, load: int) -> tuple:
+        """Of the tables in configs.py."""
+        small = max(len(self.x), len(self.t)) <= configs.SMALL
+        return architecture(self.x.device), arithmetic, load, small
+
+    def tile(self, load: int) -> configs.Tile:
+        return configs.tile(self.x.shape[1], *self.row(self.arithmetic, load))
+
+    def block(self, load: int) -> configs.Block:
+        return configs.block(self.x.shape[1], *self.row(self.gradient_arithmetic, load))
+
+
+def _matrices(x, t, scale, x_labels, t_labels, xt, tt, st, targets, precision=None) -> Matrices:
+    def rows(features: Tensor | None) -> Tensor | None:
+        return features if features is None or features.stride(1) == 1 else features.contiguous()
+
+    def flat(labels: Tensor | None) -> Tensor | None:
+        return labels if labels is None else labels.contiguous()
+
+    precision = precision or torch.get_float32_matmul_precision()
+    return Matrices(rows(x), rows(t), scale, rows(xt), rows(tt), st, flat(x_labels), flat(t_labels), targets, precision)
+
+
+def _pairs(x, t, scale, labels, xt=None, tt=None, st=None) -> Matrices:
+    return _matrices(x, t, scale, labels, labels, xt, tt, st, (PAIRS if labels is None else LABELS).value)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def _forward(of: Matrices, totals: bool, smoothing: float, keep: bool) -> tuple[Tensor, ...]:
+    """row, col, tiles, kept, and unless the targets are a rectangle's the losses and their derivatives by scale."""
+    (n, d), m, heads = of.x.shape, len(of.t), of.heads
+    tile, combine = of.tile(of.load(totals)), configs.COMBINE
+    new = of.x.new_empty
+    tiles, kept = (new(shape, dtype=dtype) for shape, dtype in configs.kept_like(n, m, heads, keep, of.x.dtype))
+    f32 = torch.float32
+    row, col = new(11, n, dtype=f32), new(8, m, dtype=f32)
+    losses, by_scale = [new(n, dtype=f32) for _ in range(heads)], new(heads, n, dtype=f32)
+    panel = min(configs.panel_rows(m, kept.element_size()), n)
+    down, across = _cdiv(panel, tile.bm), _cdiv(m, tile.bn)
+    kinds = 3 * heads + (of.targets != PAIRS.value) + totals
+    row_part, col_part = new(kinds * across * panel, dtype=f32), new(kinds * down * m, dtype=f32)
+    # Records of tiles are the whole matrix's if they are kept, else this panel's.
+    tiles_stride = 2 * across * (_cdiv(n, tile.bm) if keep else down)
+    records = tiles if keep else new(heads * tiles_stride, dtype=f32)
+    switches = {"TARGETS": of.targets, "TEACHER": heads == 2, "TOTALS": totals}
+    d_teacher = d if of.x_teacher is None else of.x_teacher.shape[1]
+    for row0 in range(0, n, panel):
+        rows = min(panel, n - row0)
+        down = _cdiv(rows, tile.bm)
+        tiles_here = records[2 * across * (row0 // tile.bm) :] if keep else records
+        launch(
+            statistics_kernel,
+            down * across,
+            {
+                "X": of.x, "T": of.t, "X_TEACHER": of.x_teacher, "T_TEACHER": of.t_teacher,
+                "SCALE": of.scale, "TEACHER_SCALE": of.teacher_scale,
+                "X_LABELS": of.x_labels, "T_LABELS": of.t_labels,
+                "ROW": row_part, "COL": col_part, "PAIR": row[8:], "KEPT": kept,
+                "TILES": tiles_here, "tiles_stride": tiles_stride,
+                "row0": row0, "rows": rows, "n": n, "m": m, "d": d, "d_teacher": d_teacher,
+                "x_stride": of.x.stride(0), "t_stride": of.t.stride(0),
+                "x_teacher_stride": _stride(of.x_teacher), "t_teacher_stride": _stride(of.t_teacher),
+                "pitch": kept.shape[1],
+                **switches, "KEEP": keep, **tile.constants(of.arithmetic),
+            },
+            warps=tile.warps,
+            stages=tile.stages,
+        )  # fmt: skip
+        launch(
+            combine_kernel,
+            _cdiv(max(n, m), combine.bs),
+            {
+                "ROW_PART": row_part, "COL_PART": col_part, "TILES": tiles_here, "tiles_stride": tiles_stride,
+                "ROW": row, "COL": col,
+                "SCALE": of.scale, "TEACHER_SCALE": of.teacher_scale, "LABELS_AT": of.x_labels,
+                "LOSS": losses[0], "DISTILLATION": losses[-1], "BY_SCALE": by_scale, "COUNTS": row[10],
+                "row0": row0, "rows": rows, "row_tiles": down, "col_tiles": across, "n": n, "m": m,
+                "smoothing": float(smoothing),
+                **switches, "BM": tile.bm, "BN": tile.bn, "BS": combine.bs, "BT": combine.bt, "BC": combine.bc,
+            },
+            warps=combine.warps,
+        )  # fmt: skip
+    return row, col, tiles, kept, losses, by_scale
+
+
+def _backward(
+    of: Matrices, row, col, tiles, kept, totals: bool, smoothing: float, g=None, h=None, by_scale=None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dx, dt and, where there are losses, ds. row and col are coefficients if the targets are a rectangle's."""
+    (n, d), m, heads = of.x.shape, len(of.t), of.heads
+    keep = len(kept) > 0
+    # Kept by statistics_kernel, or now by keep_kernel, one matrix at a time.
+    tile = of.tile(of.load(totals) if keep else 1)
+    block = of.block(of.load(totals))
+    dx, dt = (torch.empty_like(f, memory_format=torch.contiguous_format) for f in (of.x, of.t))
+    ds = None if by_scale is None else torch.empty_like(of.scale)
+    dtype = configs.KEPT[of.x.dtype]
+    panel = n if keep else min(configs.panel_rows(m, dtype.itemsize), n)
+    # More than one panel add to dt, in float32.
+    sums = dt if panel == n else torch.empty_like(dt, dtype=torch.float32)
+    across, parts = _cdiv(m, tile.bn), _cdiv(d, block.bd)
+    if not keep:
+        tiles = of.x.new_empty(heads * _cdiv(panel, tile.bm) * across * 2, dtype=torch.float32)
+        kept = of.x.new_empty(heads * panel, configs.kept_pitch(m), dtype=dtype)
+    matrices = ((of.x, of.t, of.scale), (of.x_teacher, of.t_teacher, of.teacher_scale))[:heads]
+    pitch = kept.shape[1]
+    for row0 in range(0, n, panel):
+        rows = min(panel, n - row0)
+        down = _cdiv(rows, tile.bm)
+        for head, (x, t, scale) in enumerate(() if keep else matrices):
+            launch(
+                keep_kernel,
+                down * across,
+                {
+                    "X": x, "T": t, "SCALE": scale, 
+                    "KEPT": kept[head * rows :], "TILES": tiles[head * down * across * 2 :],
+                    "row0": row0, "rows": rows, "n": n, "m": m, "d": x.shape[1],
+                    "x_stride": x.stride(0), "t_stride": t.stride(0), "pitch": pitch,
+                    **tile.constants(of.arithmetic),
+                },
+                warps=tile.warps,
+                stages=tile.stages,
+            )  # fmt: skip
+        blocks = _cdiv(rows, block.bm) + _cdiv(m, block.bm)
+        launch(
+            gradient_kernel,
+            blocks * parts + (ds is not None and row0 == 0),
+            {
+                "X": of.x, "T": of.t, "SCALE": of.scale, "TEACHER_SCALE": of.teacher_scale,
+                "X_LABELS": of.x_labels, "T_LABELS": of.t_labels, "KEPT": kept, "TILES": tiles,
+                "ROW": row, "COL": col, "PAIR": row[8:], "COUNTS": row[10:], "G": g, "H": h, "BY_SCALE": by_scale,
+                "DX": dx, "DT": sums, "DS": ds,
+                "row0": row0, "rows": rows, "n": n, "m": m, "d": d,
+                "x_stride": of.x.stride(0), "t_stride": of.t.stride(0), "pitch": pitch,
+                "g_stride": _stride(g), "h_stride": _stride(h), "smoothing": float(smoothing),
+                "TARGETS": of.targets, "TEACHER": heads == 2, "SMOOTHED": totals,
+                "PRECISION": configs.dot_precision(of.gradient_arithmetic), "TILE_M": tile.bm, "TILE_N": tile.bn,
+                "BM": block.bm, "BD": block.bd, "BK": block.bk,
+            },
+            warps=block.warps,
+            stages=block.stages,
+        )  # fmt: skip
+    return dx, sums.to(dt.dtype), ds
+
+
+def similarity_statistics(x, t, scale, x_labels, t_labels, xt, tt, st, totals, keep, precision):
+    of = _matrices(x, t, scale, x_labels, t_labels, xt, tt, st, RECTANGLE.value, precision)
+    row, col, tiles, kept, *_ = _forward(of, totals, 0.0, keep)
+    kinds = 5 if xt is None else 8
+    return row[:kinds], col[:kinds], tiles, kept
+
+
+def similarity_gradient(x, t, scale, x_labels, t_labels, xt, tt, st, row, col, tiles, kept, totals, precision):
+    of = _matrices(x, t, scale, x_labels, t_labels, xt, tt, st, RECTANGLE.value, precision)
+    return _backward(of, row.contiguous(), col.contiguous(), tiles, kept, totals, 0.0)[:2]
+
+
+def _tune(of: Matrices) -> None:
+    """Where ROBUSTFT_AUTOTUNE asks for it: the tiles and blocks of a loss as it is called."""
+    load = of.load(False)
+    table, key = configs.tiles(*of.row(of.arithmetic, load))
+    autotune.tune(table, key, autotune.tiles(), lambda: _forward(of, False, 0.0, True))
+    row, col, tiles, kept, losses, by_scale = _forward(of, False, 0.0, True)
+    g = [torch.ones_like(loss) for loss in losses]
+    h = g[-1] if of.heads == 2 else None
+    best = of.tile(load)
+    table, key = configs.blocks(*of.row(of.gradient_arithmetic, load))
+    gradient = (of, row, col, tiles, kept, False, 0.0, g[0], h, by_scale)
+    autotune.tune(table, key, autotune.blocks(best), lambda: _backward(*gradient))
+
+
+def contrastive_loss(x, t, scale, labels, label_smoothing, keep):
+    of = _pairs(x, t, scale, labels)
+    if autotune.WANTED:
+        _tune(of)
+    row, col, tiles, kept, losses, by_scale = _forward(of, label_smoothing > 0, label_smoothing, keep)
+    return losses[0], by_scale[0], row, col, tiles, kept
+
+
+def contrastive_loss_backward(grad, x, t, scale, labels, label_smoothing, by_scale, row, col, tiles, kept):
+    of = _pairs(x, t, scale, labels)
+    return _backward(of, row, col, tiles, kept, label_smoothing > 0, label_smoothing, grad, None, by_scale)
+
+
+def contrastive_distillation_loss(x, t, scale, xt, tt, st, labels, keep):
+    of = _pairs(x, t, scale, labels, xt, tt, st)
+    if autotune.WANTED:
+        _tune(of)
+    row, col, tiles, kept, losses, by_scale = _forward(of, False, 0.0, keep)
+    return losses[0], losses[1], by_scale, row, col, tiles, kept
+
+
+def contrastive_distillation_loss_backward(g, h, x, t, scale, xt, tt, st, labels, by_scale, row, col, tiles, kept):
+    of = _pairs(x, t, scale, labels, xt, tt, st)
+    return _backward(of, row, col, tiles, kept, False, 0.0, g, h, by_scale)

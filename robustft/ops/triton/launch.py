@@ -1,0 +1,62 @@
+"""How a kernel is launched: on the tensors' device, or, for tests and tables of resources, recorded instead of run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from robustft.ops.triton import INTERPRETED
+
+
+class Launch(NamedTuple):
+    """A launch as recorded: the kernel, the number of programs, its arguments by name and its options."""
+
+    kernel: object
+    programs: int
+    arguments: dict[str, object]
+    options: dict[str, int]
+
+
+_recording: tuple[str, list[Launch]] | None = None
+
+
+@contextmanager
+def recorded(architecture: str) -> Iterator[list[Launch]]:
+    """Launches in this block are listed as for that architecture, and not run: their tensors may be meta tensors."""
+    global _recording
+    _recording = architecture, []
+    try:
+        yield _recording[1]
+    finally:
+        _recording = None
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    return 10 * torch.cuda.get_device_capability(device)[0]
+
+
+def architecture(device: torch.device) -> str:
+    """Of the table in configs.py: the newest that is not newer than the device, or "interpreter"."""
+    if _recording is not None:
+        return _recording[0]
+    if INTERPRETED:
+        return "interpreter"
+    known = _capability(device)
+    return "sm_100" if known >= 100 else "sm_90" if known >= 90 else "sm_80"
+
+
+def launch(kernel, programs: int, arguments: dict[str, object], *, warps: int, stages: int = 1) -> None:
+    """Runs `programs` programs of the kernel on its first argument's device."""
+    options = {"num_warps": warps, "num_stages": stages}
+    if _recording is not None:
+        _recording[1].append(Launch(kernel, programs, arguments, options))
+        return
+    first: Tensor = next(iter(arguments.values()))
+    with torch.cuda.device_of(first):
+        kernel[(programs,)](**arguments, **options)

@@ -1,0 +1,122 @@
+"""The Triton kernels' own tests, run by test_triton.py in a process under TRITON_INTERPRET=1.
+
+What every body of the operators must do is in tests/test_contrastive.py; here is what only these can: panels of rows,
+16-bit planes, rectangles, and the operators as torch sees them.
+"""
+
+from __future__ import annotations
+
+import planted
+import pytest
+import torch
+from targets import INTERPRETED, gradients
+
+import robustft
+from robustft import functional as rf
+from robustft.ops import dispatch, reference, triton
+from robustft.ops.triton import configs
+
+assert INTERPRETED and triton.STATUS == "registered"
+
+
+def pairs(n: int, d: int, seed: int = 0):
+    return [f.float() for f in planted.pairs(n, d, seed=seed)]
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    """Panels of 64 rows."""
+    monkeypatch.setattr(configs, "PANEL_ROWS", 64)
+    monkeypatch.setattr(configs, "PANEL_BYTES", 1)
+
+
+def losses(n: int = 70, memory: str | int = "auto", s: float = 40.0):
+    labels = torch.arange(n) // 2
+
+    def function(x, t):
+        teacher = (x.detach() + 0.01, t.detach(), 0.8 * s)
+        terms = rf.contrastive_distillation_loss(x, t, s, *teacher, labels=labels, memory=memory)
+        return *terms, rf.contrastive_loss(x, t, s, label_smoothing=0.1, memory=memory)
+
+    with robustft.backend("triton"):
+        return gradients(function, *pairs(n, 16))
+
+
+def test_panels_of_rows_add_up(request):
+    whole = losses()
+    request.getfixturevalue("panels")
+    for memory in ("auto", 0):
+        for a, b in zip(losses(memory=memory), whole, strict=True):
+            assert (a - b).abs().max() <= 2e-6 * (1 + b.abs().max())
+
+
+@pytest.mark.parametrize("s", [40.0, 100.0, 400.0])  # 400: logits of a tile span several hundred
+def test_planes_of_16_bits_cost_half_a_percent_of_the_gradient(s, monkeypatch):
+    whole = losses(s=s)
+    monkeypatch.setitem(configs.KEPT, torch.float32, torch.bfloat16)
+    value, *halves = losses(s=s)
+    assert torch.equal(value, whole[0])
+    for a, b in zip(halves, whole[1:], strict=True):  # the interpreter truncates, which doubles the error of rounding
+        assert (a - b).norm() <= 5e-3 * b.norm()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_rectangles_are_as_the_reference(keep, with_teacher, panels):
+    (x, t), (xt, tt), s, st = pairs(75, 12), pairs(75, 9, 1), torch.tensor(30.0), torch.tensor(20.0)
+    labels = torch.arange(75) % 7 * 10**11
+    matrices = [x[:69], t, s, labels[:69], labels, *((xt[:69], tt, st) if with_teacher else (None,) * 3)]
+    exact = [m.double() if m is not None and m.is_floating_point() else m for m in matrices]
+    row, col, *kept = torch.ops.robustft.similarity_statistics(*matrices, True, keep, "highest")
+    statistics = reference.similarity_statistics(*exact)
+    for ours, theirs in zip((row, col), statistics, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    coefficients = [torch.rand(side.shape) for side in (row, col)]
+    for c, side in zip(coefficients, (row, col), strict=True):
+        for kind in (0, 1, 5, 6)[: len(side) // 2]:
+            c[kind] = side[kind]
+    gradient = torch.ops.robustft.similarity_gradient(*matrices, *coefficients, *kept, True, "highest")
+    expected = reference.similarity_gradient(*exact, *(c.double() for c in coefficients))
+    for ours, theirs in zip(gradient, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 3e-6 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_operators_pass_opcheck(keep):
+    x, t = (f.requires_grad_() for f in pairs(9, 5))
+    s = torch.tensor(7.0, requires_grad=True)
+    losses, teacher = torch.ops.robustft, (*pairs(9, 6, 1), torch.tensor(5.0))
+    # Not those that compare results twice computed: of what is kept, the rims are never written, or read.
+    checks = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
+    torch.library.opcheck(losses.contrastive_loss.default, (x, t, s, torch.arange(9) // 2, 0.1, keep), **checks)
+    torch.library.opcheck(losses.contrastive_distillation_loss.default, (x, t, s, *teacher, None, keep), **checks)
+
+
+def test_losses_compile_without_a_graph_break():
+    x, t = (f.requires_grad_() for f in pairs(40, 8))
+
+    def objective(x, t):
+        terms = rf.contrastive_distillation_loss(x, t, 20.0, t, x, 9.0)
+        return terms.contrastive + 2 * terms.distillation + rf.contrastive_loss(x, t, 30.0, label_smoothing=0.1)
+
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(f(x, t), (x, t)) for f in (objective, compiled)]
+    torch.testing.assert_close(*results)
+
+
+def test_scale_of_zero_and_identical_rows_are_exact():
+    x, t = pairs(40, 8)
+    with robustft.backend("triton"):
+        for a, b, s in ((x, t, 0.0), (x[:1].expand(40, 8), t[:1].expand(40, 8), 100.0)):
+            each = rf.contrastive_loss(a, b, s, reduction="none")
+            torch.testing.assert_close(each, torch.full((40,), 40.0).log(), rtol=1e-6, atol=0)
+
+
+def test_float64_is_left_to_the_reference():
+    x, t = planted.pairs(9, 5)
+    assert not triton.computes("contrastive_loss", x.device, x.dtype)
+    with robustft.backend("triton"), pytest.raises(RuntimeError, match="no such kernel .* torch.float64"):
+        rf.contrastive_loss(x, t, 10.0)
+    dispatch._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="has no kernel of similarity_statistics for cpu tensors of torch.float64"):
+        assert rf.contrastive_loss(x, t, 10.0).dtype == torch.float64

@@ -1,0 +1,205 @@
+"""The Triton kernels where there is no GPU: values by Triton's interpreter, resources by compiling for one.
+
+And what can be known of their launches: these are recorded, on tensors without data, instead of run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import robustft
+from robustft.ops import dispatch, triton
+
+TESTS = Path(__file__).parent.parent
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(dispatch.LIBRARIES["cpu"] != "loaded", reason="installed without compiled code (no compiler)"),
+]
+
+
+@pytest.mark.parametrize("suite", ["test_contrastive.py", "ops/interpreted_triton.py"])
+def test_interpreted_kernels_pass(suite, tmp_path):
+    # Whether a kernel is interpreted is decided when it is defined: hence a process of its own.
+    path = os.pathsep.join((str(Path(robustft.__file__).parent.parent), str(TESTS)))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    # Of what is computed beside the matrix and thrown away, numpy says that it divides by zero.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
+    run = subprocess.run([*command, str(TESTS / suite)], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert " passed" in run.stdout and " skipped" not in run.stdout
+
+
+def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def recorded(n: int, *, d: int = 512, teacher: bool = False, labels: bool = False, keep: bool = True):
+    """The launches of a bfloat16 loss, forward and backward."""
+    from robustft.ops.triton import contrastive
+    from robustft.ops.triton.launch import recorded
+
+    x, t, s, g = new(n, d, dtype=torch.bfloat16), new(n, d, dtype=torch.bfloat16), new(()), new(n)
+    y = new(n, dtype=torch.int64) if labels else None
+    with recorded("sm_90") as forward:
+        if teacher:
+            out = contrastive.contrastive_distillation_loss(x, t, s, x, t, s, y, keep)
+        else:
+            out = contrastive.contrastive_loss(x, t, s, y, 0.0, keep)
+    with recorded("sm_90") as backward:
+        if teacher:
+            inputs = (g, g, x, t, s, x, t, s, y, *out[2:])
+            contrastive.contrastive_distillation_loss_backward(*inputs)
+        else:
+            contrastive.contrastive_loss_backward(g, x, t, s, y, 0.0, *out[1:])
+    return forward, backward
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("n", [1, 512, 2047])
+def test_small_losses_take_two_launches_and_one(n, labels, teacher):
+    # Tensors without data also prove that nothing asks for a value, which would wait for the device.
+    forward, backward = recorded(n, labels=labels, teacher=teacher)
+    assert [launch.kernel.__name__ for launch in forward] == ["statistics_kernel", "combine_kernel"]
+    assert [launch.kernel.__name__ for launch in backward] == ["gradient_kernel"]
+
+
+def test_every_row_is_in_one_panel():
+    for keep in (True, False):
+        forward, backward = recorded(50_001, keep=keep)
+        for kernel, of in (("statistics_kernel", forward), ("gradient_kernel", backward)):
+            panels = [(a["row0"], a["rows"]) for name, _, a, _ in of if name.__name__ == kernel]
+            assert [row0 + rows for row0, rows in panels] == [*(row0 for row0, _ in panels[1:]), 50_001]
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_without_kept_exponentials_memory_grows_with_n(teacher):
+    def memory(n: int) -> int:
+        tensors = {
+            id(of.untyped_storage()): of.untyped_storage().nbytes()
+            for launches in recorded(n, teacher=teacher, keep=False)
+            for launch in launches
+            for of in launch.arguments.values()
+            if isinstance(of, torch.Tensor)
+        }
+        return sum(tensors.values())
+
+    a, b = memory(2**19), memory(2**20)
+    assert b <= 2.01 * a
+    assert b < 40e9  # a million pairs, with features and gradients, in half of an 80 GB card
+
+
+def test_memory_budgets_and_fakes_follow_the_device():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from robustft.ops import arguments
+
+    with FakeTensorMode():
+        x = torch.empty(96, 8, dtype=torch.bfloat16, device="cuda" if torch.version.cuda else "cpu")
+        if triton.computes("contrastive_loss", x.device, x.dtype):
+            outputs = torch.ops.robustft.contrastive_loss(x, x, torch.empty((), device=x.device), None, 0.0, True)
+            assert [o.shape for o in outputs[2:4]] == [(11, 96), (8, 96)]
+            assert outputs[-1].shape == (96, 128) and outputs[-1].dtype == torch.bfloat16
+            assert arguments.keeps("auto", "contrastive_loss", 32768, 32768, x, 2)
+            assert not arguments.keeps("auto", "contrastive_loss", 32768, 32769, x, 2)
+
+
+def test_importing_robustft_does_not_import_triton(tmp_path):
+    # torch itself may: what counts is that robustft adds no module of Triton's.
+    code = (
+        "import sys, torch; before = {m for m in sys.modules if m.startswith('triton')}; import robustft;"
+        "print(sorted(m for m in sys.modules if m.startswith('triton') and m not in before))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(robustft.__file__).parent.parent)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+    )
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", triton.DTYPES)
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_blocks_divide_the_tiles_that_they_read(architecture, dtype, precision):
+    from robustft.ops.triton import configs
+
+    for small in (False, True):
+        for load in (1, 2, 3):
+            block = configs.block(512, architecture, configs.gradient_arithmetic(dtype, precision), load, small)
+            for kept_by in (1, load):  # keep_kernel, statistics_kernel
+                tile = configs.tile(512, architecture, configs.arithmetic(dtype, precision), kept_by, small)
+                for side in (tile.bm, tile.bn):
+                    assert side % block.bm == side % block.bk == 0 and side >= configs.LEAST_TILE
+                    assert configs.PANEL_ROWS % side == configs.PANEL_ROWS % configs.COMBINE.bs == 0
+
+
+def test_autotuning_takes_the_fastest_and_prints_its_row(monkeypatch, capsys):
+    from robustft.ops.triton import autotune, configs
+
+    monkeypatch.setattr(configs, "HALF_TILES", dict(configs.HALF_TILES))
+    monkeypatch.setattr(configs, "HALF_BLOCKS", dict(configs.HALF_BLOCKS))
+    monkeypatch.setattr(autotune, "WANTED", True)
+    monkeypatch.setattr(autotune, "_tuned", set())
+    runs = Counter()
+
+    def milliseconds(run) -> float:
+        run()
+        runs["timed"] += 1
+        return 1000.0 / runs["timed"] if runs["timed"] < 40 else 99.0
+
+    monkeypatch.setattr(autotune, "_milliseconds", milliseconds)
+    recorded(4096)
+    tile = configs.HALF_TILES["sm_90", 1, False]
+    block = configs.HALF_BLOCKS["sm_90", 1, False]
+    assert tile in autotune.tiles() and block in autotune.blocks(tile)
+    printed = capsys.readouterr().out
+    assert f"HALF_TILES[('sm_90', 1, False)] = {tile}" in printed and "HALF_BLOCKS" in printed
+    before = runs["timed"]
+    recorded(4096)
+    assert runs["timed"] == before  # once a row
+
+
+resources = pytest.importorskip("benchmarks.triton_resources", reason="not in the source tree")
+
+
+def measured() -> dict:
+    return json.loads(resources.RESULTS.read_text())
+
+
+def test_the_table_of_resources_is_of_these_kernels_and_complete():
+    assert measured()["sources"] == resources.sources(), "run python -m benchmarks.triton_resources"
+    assert set(measured()["cases"]) == {case.name for case in resources.cases()}
+
+
+@pytest.mark.parametrize("case", list(resources.cases()), ids=lambda case: case.name)
+def test_no_configuration_spills_or_exceeds_shared_memory(case):
+    check(case, measured()["cases"][case.name])
+
+
+def check(case, kernels: dict) -> None:
+    ieee = case.dtype == "float32" and case.precision == "highest"
+    for name, of in kernels.items():
+        assert of["shared"] <= resources.SHARED[case.architecture], name
+        if case.architecture != "sm_100":
+            assert of["stack"] == 0, name
+        if name != "combine_kernel" and not ieee:
+            assert of["HMMA"] + of["HGMMA"] + of["UTCHMMA"] > 0, name
+        if name == "statistics_kernel" and case.dtype == "bfloat16":
+            assert of[resources.TENSOR_CORES[case.architecture]] > 0
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_compiling_here_gives_what_the_table_says(architecture, heads):
+    # The rows that most losses take; the whole table is minutes of compiling.
+    case = resources.Case(architecture, "bfloat16", "highest", heads, True)
+    check(case, resources.measure(case))
