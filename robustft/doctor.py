@@ -109,6 +109,7 @@ def _build() -> Iterator[Check]:
         needed = torch.cuda.is_available()
         cure = f"install a CUDA compiler (nvcc), then {REINSTALL}"
         yield Check("compiled CUDA operators", False if needed else None, str(libraries["cuda"]), cure)
+    yield Check("Triton kernels", None, str(info.get("triton")))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     yield Check("GPU", None, gpu)
     yield Check("threads", None, f"{torch.get_num_threads()} (set OMP_NUM_THREADS to change)")

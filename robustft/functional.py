@@ -9,7 +9,8 @@ The compiled operators compute an N x N or N x K matrix a tile at a time. What t
 bounded by their `memory`, and is nothing at `memory=0`; the eager reference stores several such matrices. See
 `robustft.backend`. Products of float32 features follow `torch.set_float32_matmul_precision`: "highest" is IEEE float32;
 on processors with a matrix unit (AMX) "high" splits each factor into two bfloat16 (cosines of 512 dimensions within
-2e-6) and "medium" rounds them to bfloat16. Elsewhere all three are IEEE.
+2e-6) and "medium" rounds them to bfloat16; on a GPU "high" is TF32 three times and "medium" TF32. Elsewhere all three
+are IEEE.
 """
 
 from __future__ import annotations
@@ -109,9 +110,10 @@ def contrastive_loss(
             "sum" likewise, "none" the local losses. Gradients are those of that global value with respect to the
             local features, so summing parameter gradients over ranks (not averaging: multiply the loss by the
             world size under DistributedDataParallel) gives exactly the single-process gradient.
-        memory: bytes that may be kept from the forward to the backward, or "auto", 512 MiB. If N^2 exponentials (4
-            bytes each, 8 for float64) fit, they are kept, and forward and backward take 6 N^2 D flops. If not, as
-            with 0, the similarities are computed again: 8 N^2 D flops, and nothing grows with N^2.
+        memory: bytes that may be kept from the forward to the backward, or "auto", 512 MiB, on a GPU 4 GiB. If N^2
+            exponentials (4 bytes each, 8 for float64, on a GPU 2 for bfloat16) fit, they are kept, and forward and
+            backward take 6 N^2 D flops. If not, as with 0, the similarities are computed again: 8 N^2 D flops, and
+            nothing grows with N^2.
 
     Gradients reach both features, `logit_scale` and `weight`.
     Memory: what `memory` allows, the features' gradients, O(N), and a tile of 512 KB a thread; half-precision features

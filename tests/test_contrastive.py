@@ -171,7 +171,7 @@ def test_gradient_errors_are_small_against_the_gradients_themselves(size, target
         ours = gradients(loss, x, t, torch.tensor(50.0, device=target.device))
     with robustft.backend("reference"):
         exact = gradients(loss, x.double(), t.double(), torch.tensor(50.0, dtype=torch.float64, device=target.device))
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(target.dtype, 1e-2)
+    tolerance = {torch.float64: 1e-7, torch.float32: 1e-5}.get(target.dtype, 1e-2)
     for a, b in zip(ours, exact, strict=True):
         assert (a - b).norm() <= tolerance * b.norm()
 
@@ -190,4 +190,5 @@ def test_gradients_of_single_losses_and_of_none_are_right(target):
     with robustft.backend(target.backend):
         ours = values()
     with robustft.backend("reference"):
-        torch.testing.assert_close(ours, values(), rtol=1e-4, atol=1e-5)
+        for a, b in zip(ours, values(), strict=True):
+            assert (a - b).abs().max() <= 1e-5 * (1 + b.abs().max())

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ pytestmark = [
 
 @pytest.mark.parametrize("suite", ["test_contrastive.py", "ops/interpreted_triton.py"])
 def test_interpreted_kernels_pass(suite, tmp_path):
+    if version("triton") < "3.7" and tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4):
+        pytest.skip("Triton 3.6's interpreter needs NumPy before 2.4")
     # Whether a kernel is interpreted is decided when it is defined: hence a process of its own.
     path = os.pathsep.join((str(Path(robustft.__file__).parent.parent), str(TESTS)))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
