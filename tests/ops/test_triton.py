@@ -32,7 +32,8 @@ def test_interpreted_kernels_pass(suite, tmp_path):
     if version("triton") < "3.7" and tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4):
         pytest.skip("Triton 3.6's interpreter needs NumPy before 2.4")
     # Whether a kernel is interpreted is decided when it is defined: hence a process of its own.
-    path = os.pathsep.join((str(Path(robustft.__file__).parent.parent), str(TESTS)))
+    paths = (str(Path(robustft.__file__).parent.parent), str(TESTS), os.environ.get("PYTHONPATH", ""))
+    path = os.pathsep.join(paths).rstrip(os.pathsep)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     # Of what is computed beside the matrix and thrown away, numpy says that it divides by zero.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider"]
