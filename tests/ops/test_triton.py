@@ -32,10 +32,12 @@ def test_interpreted_kernels_pass(suite, tmp_path):
     if version("triton") < "3.7" and tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4):
         pytest.skip("Triton 3.6's interpreter needs NumPy before 2.4")
     # Whether a kernel is interpreted is decided when it is defined: hence a process of its own.
-    path = os.pathsep.join((str(Path(robustft.__file__).parent.parent), str(TESTS)))
+    paths = (str(Path(robustft.__file__).parent.parent), str(TESTS), os.environ.get("PYTHONPATH", ""))
+    path = os.pathsep.join(paths).rstrip(os.pathsep)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     # Of what is computed beside the matrix and thrown away, numpy says that it divides by zero.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command += ["-W", "ignore::RuntimeWarning"]
     run = subprocess.run([*command, str(TESTS / suite)], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert run.returncode == 0, run.stdout[-4000:]
     assert " passed" in run.stdout and " skipped" not in run.stdout

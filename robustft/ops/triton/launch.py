@@ -19,7 +19,7 @@ class Launch(NamedTuple):
     kernel: object
     programs: int
     arguments: dict[str, object]
-    options: dict[str, int]
+    options: dict[str, object]
 
 
 _recording: tuple[str, list[Launch]] | None = None
@@ -53,7 +53,8 @@ def architecture(device: torch.device) -> str:
 
 def launch(kernel, programs: int, arguments: dict[str, object], *, warps: int, stages: int = 1) -> None:
     """Runs `programs` programs of the kernel on its first argument's device."""
-    options = {"num_warps": warps, "num_stages": stages}
+    # Fused multiply-adds by name: their default changes with Triton 3.10, and with it the last bits of a result.
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if _recording is not None:
         _recording[1].append(Launch(kernel, programs, arguments, options))
         return
