@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 # Set before torch starts its pool: on a busy machine two threads that wait for each other are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# `benchmarks` beside the tests; last, so that robustft is the installed one.
+sys.path.append(str(Path(__file__).parent.parent))
 
 import pytest  # noqa: E402  (the environment above must come first)
 import torch  # noqa: E402

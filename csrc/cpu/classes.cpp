@@ -9,9 +9,9 @@
 // A panel of rows holds all classes of all heads (some MB, at least kMinRows rows); the thread that owns it
 // multiplies it and sweeps over its rows while it is in cache. The gradient goes by stretches of panels: first their
 // owners write G and its dx, then, G of the whole stretch being there, threads own blocks of classes and add to dw. For
-// few classes dw is summed in `parts` over the rows of a stretch, to give all threads something to do. Every size here
-// follows from the shapes alone, never from the threads, and so do the bits of the result (but where the whole product
-// is too small to be shared out here, aten may share it out, and round otherwise).
+// few classes dw is summed in `parts` over the rows of a stretch, to give all threads something to do. Sizes
+// follow from the shapes, and so do the bits of the result; only with more than two threads may panels get smaller, and
+// where the whole product is too small to be shared out here aten may share it out: both round otherwise.
 //
 // With `keep` e = exp(z - max z) (n, h k) is returned, and the gradient reads it instead of multiplying again.
 #include "classes.h"
