@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from robustft.ops import reference
-from robustft.ops.native.registration import accumulation_dtype, call, differentiable, fake
+from robustft.ops.native.registration import accumulation_dtype, both, call, differentiable, fake
 
 # Rows of the kernels' statistics and coefficients: class_statistic and class_coefficient in csrc/cpu/classes.h.
 _STATISTICS, _TARGET_STATISTICS = 10, 3
@@ -162,9 +162,13 @@ def _setup(ctx, inputs, output):
     _, _, *kept = output
     ctx.save_for_backward(*tensors, *kept)
     ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # else the backward would be given zeros of the size of what is kept
 
 
 def _backward(ctx, g, h, *_):
+    if g is None and h is None:
+        return (None,) * 9
+    g, h = both(g, h)
     x, w, scale, bias, labels, *kept = ctx.saved_tensors
     dx, dw, db, ds = torch.ops.robustft.classification_loss_backward(
         g, h, x, w, scale, bias, labels, ctx.top1, ctx.label_smoothing, *kept
@@ -177,9 +181,13 @@ def _setup_dual(ctx, inputs, output):
     _, _, *kept = output
     ctx.save_for_backward(*tensors, *kept)
     ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # else the backward would be given zeros of the size of what is kept
 
 
 def _backward_dual(ctx, g, h, *_):
+    if g is None and h is None:
+        return (None,) * 6
+    g, h = both(g, h)
     return *torch.ops.robustft.dual_risk_backward(g, h, *ctx.saved_tensors), None, None, None
 
 

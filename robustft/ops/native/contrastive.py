@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from robustft.ops import triton
-from robustft.ops.native.registration import accumulation_dtype, call, differentiable, fake, scale_gradient
+from robustft.ops.native.registration import accumulation_dtype, both, call, differentiable, fake, scale_gradient
 from robustft.ops.triton import configs
 
 
@@ -168,9 +168,12 @@ def _setup_contrastive(ctx, inputs, output):
     _, *kept = output
     ctx.save_for_backward(*tensors, *kept)
     ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # else the backward would be given zeros of the size of what is kept
 
 
 def _backward_contrastive(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 6
     x, t, scale, labels, *kept = ctx.saved_tensors
     gradients = torch.ops.robustft.contrastive_loss_backward(grad, x, t, scale, labels, ctx.label_smoothing, *kept)
     return *gradients, None, None, None
@@ -181,9 +184,13 @@ def _setup_distillation(ctx, inputs, output):
     _, _, *kept = output
     ctx.save_for_backward(*tensors, *kept)
     ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
 
 
 def _backward_distillation(ctx, g, h, *_):
+    if g is None and h is None:
+        return (None,) * 8
+    g, h = both(g, h)
     gradients = torch.ops.robustft.contrastive_distillation_loss_backward(g, h, *ctx.saved_tensors)
     return *gradients, *[None] * 5
 

@@ -21,6 +21,11 @@ def scale_gradient(scale: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
     return sum((g * by_scale).sum() for g, by_scale in pairs).to(scale.dtype).reshape(scale.shape)
 
 
+def both(g: Tensor | None, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradients of two losses of which one may not have been used."""
+    return (torch.zeros_like(h) if g is None else g), (torch.zeros_like(g) if h is None else h)
+
+
 def fake(name: str, function: Callable) -> None:
     """Shapes and dtypes of an operator's results, for tracing."""
     torch.library.register_fake(f"robustft::{name}", function, lib=library)
