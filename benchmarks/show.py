@@ -115,7 +115,9 @@ def markdown(machine: Record, records: Sequence[Record], quick: bool, plots: Map
     lines = [
         f"# Benchmarks: {machine['cpu']}",
         "",
-        f"{where}; torch {machine['torch']}, robustft {machine['robustft']}.",
+        f"{where}; torch {machine['torch']}, robustft {machine['robustft']}, its code {machine['code']}.",
+        "",
+        'A row: `python -m benchmarks --threads THREADS --only "WORK ROW"`' + (" with `--quick`." if quick else "."),
     ]
     lines += ["", CAPTION, "", "```", verdicts(machine, records, quick), "```"]
     for work in dict.fromkeys(r["row"]["work"] for r in records):

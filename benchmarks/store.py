@@ -33,6 +33,9 @@ def _code() -> str:
     return digest.hexdigest()
 
 
+COMMAND = 'python -m benchmarks --threads THREADS --only "NAME", with both as in the record'
+
+
 class Store:
     """The file at `path`.
 
@@ -67,7 +70,9 @@ class Store:
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"machine": self.machine, "records": self.records}, indent=1) + "\n")
+        temporary.write_text(
+            json.dumps({"command": COMMAND, "machine": self.machine, "records": self.records}, indent=1) + "\n"
+        )
         os.replace(temporary, self.path)
 
 

@@ -12,9 +12,9 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "Tensor? x_teacher, Tensor? t_teacher, Tensor? teacher_scale, Tensor row, Tensor col, Tensor centers, "
       "Tensor kept, bool totals, str precision) -> (Tensor dx, Tensor dt)");
   m.def("vector_exp(Tensor x) -> Tensor");
-  // tile.h, for the tests of its products and for build_info(): whether the matrix unit is used
+  // cpu/tile.cpp, for the tests: a tile's products, and which arithmetic they have
   m.def("tile_products(Tensor x, Tensor t, Tensor g, str precision) -> (Tensor s, Tensor dx, Tensor dt)");
-  m.def("matrix_unit(Tensor x, str precision) -> Tensor");
+  m.def("product_arithmetic(Tensor x, str precision) -> Tensor");
   // cpu/classes.cpp
   m.def(
       "class_statistics(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, Tensor? targets, int heads, "

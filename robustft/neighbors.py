@@ -107,7 +107,7 @@ class NeighborIndex:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                if metadata != _FORMAT or "points" not in file.keys():  # noqa: SIM118
+                if metadata != _FORMAT or "points" not in file.keys():
                     raise ValueError(f"{path} holds no NeighborIndex; its metadata are {metadata}, expected {_FORMAT}")
                 return cls(file.get_tensor("points"))
         except SafetensorError as error:

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-gpu_check = pytest.importorskip("benchmarks.gpu_check", reason="not in the source tree")
-gpu_rows = pytest.importorskip("benchmarks.gpu_rows", reason="not in the source tree")
+from benchmarks import gpu_check, gpu_rows
 
 
 def values(run) -> list[torch.Tensor]:

@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> tile_products(const Tensor& x, const Tensor& 
 }
 
 // (1,) int64: the Arithmetic of products of tensors like x.
-Tensor matrix_unit(const Tensor& x, std::string precision) {
+Tensor product_arithmetic(const Tensor& x, std::string precision) {
   Tensor out = torch::stable::new_empty(x, {1}, ScalarType::Long);
   *out.mutable_data_ptr<int64_t>() = int64_t(arithmetic_of(x.scalar_type(), precision));
   return out;
@@ -180,5 +180,5 @@ Tensor matrix_unit(const Tensor& x, std::string precision) {
 
 STABLE_TORCH_LIBRARY_IMPL(robustft, CPU, m) {
   m.impl("tile_products", TORCH_BOX(&robustft::tile_products));
-  m.impl("matrix_unit", TORCH_BOX(&robustft::matrix_unit));
+  m.impl("product_arithmetic", TORCH_BOX(&robustft::product_arithmetic));
 }

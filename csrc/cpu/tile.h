@@ -81,14 +81,14 @@ class LeftRows {
 };
 
 // A whole matrix (m, d) on the right: as columns of t^T in `multiply`, as rows of t in `add_product`. Packs in
-// parallel; 2 bytes an element and use for bf16, 4 for bf16x3.
+// parallel (on one thread where it is made by one of many); 2 bytes an element and use for bf16, 4 for bf16x3.
 template <class T>
 class RightMatrix {
  public:
   enum Use { kColumns, kRows };
   RightMatrix(const Tensor& matrix, Use use, Arithmetic arithmetic)
       : RightMatrix(matrix, 0, matrix.size(0), use, arithmetic) {}
-  // Rows [begin, begin + count) only, on the calling thread.
+  // Rows [begin, begin + count) only.
   RightMatrix(const Tensor& matrix, int64_t begin, int64_t count, Use use, Arithmetic arithmetic);
   // A kColumns of `count` rows, packed for bf16 earlier (amx::pack_rows_as_columns) or, where null, not at all. Both
   // must outlive this.

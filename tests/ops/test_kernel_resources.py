@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
-if not (ROOT / "csrc" / "cuda").exists():
-    pytest.skip("csrc/ is not beside the tests", allow_module_level=True)
+from benchmarks import cuda_resources
 
-from benchmarks import cuda_resources  # noqa: E402  (it lies beside csrc/)
-
+ROOT = cuda_resources.ROOT
 SOURCES = [pytest.param(source, id=source.stem) for source in cuda_resources.SOURCES]
 
 

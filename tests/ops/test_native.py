@@ -132,10 +132,12 @@ def test_second_derivative_is_refused_not_wrong():
 def test_losses_compile_without_a_graph_break(dynamic):
     def objective(x, t, s, xt, tt):
         terms = rf.contrastive_distillation_loss(x, t, s.exp(), xt, tt, 5.0)
-        classes = rf.classification_loss(x, t[:4], torch.arange(len(x)) % 4, s.exp(), variant="neg_ratio")
-        classes += rf.dual_risk(x, t[:4], t[4:8], torch.arange(len(x)) % 4, torch.ones(len(x), 4) / 4, s.exp())
-        classes += (rf.concept_scores(x, t[:4], logit_scale=s.exp()).mcm.sum() * s,)
-        return terms.contrastive + 1.5 * terms.distillation + rf.contrastive_loss(x, t, s.exp()) + sum(classes)
+        y = torch.arange(len(x)) % 4
+        classes = rf.classification_loss(x, t[:4], y, s.exp(), variant="neg_ratio")
+        risks = rf.dual_risk(x, t[:4], t[4:8], y, torch.ones(len(x), 4) / 4, s.exp())
+        score = rf.concept_scores(x, t[:4], logit_scale=s.exp()).mcm.sum() * s
+        heads = (*classes, *risks, score)
+        return terms.contrastive + 1.5 * terms.distillation + rf.contrastive_loss(x, t, s.exp()) + sum(heads)
 
     compiled = torch.compile(objective, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for n in (9, 12):

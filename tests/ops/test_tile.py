@@ -22,7 +22,7 @@ ERROR = {IEEE: 4e-7, BF16: 2**-8, BF16X3: 3 * 2**-18}
 
 
 def arithmetic(dtype: torch.dtype, precision: str) -> int:
-    return torch.ops.robustft.matrix_unit(torch.zeros(1, dtype=dtype), precision).item()
+    return torch.ops.robustft.product_arithmetic(torch.zeros(1, dtype=dtype), precision).item()
 
 
 @pytest.fixture(params=PRECISIONS)

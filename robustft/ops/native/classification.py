@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from robustft.ops import reference
-from robustft.ops.native.registration import accumulation_dtype, both, call, differentiable, fake
+from robustft.ops.native.registration import accumulation_dtype, both, call, contiguous_like, differentiable, fake
 
 # Rows of the kernels' statistics and coefficients: class_statistic and class_coefficient in csrc/cpu/classes.h.
 _STATISTICS, _TARGET_STATISTICS = 10, 3
@@ -137,10 +137,7 @@ def _fake_statistics(x, w, scale, bias, labels, targets, heads, misranked, means
 
 
 def _fake_gradient(x, w):
-    def like(a):
-        return torch.empty_like(a, memory_format=torch.contiguous_format)
-
-    return like(x), like(w), w.new_empty(w.shape[0], dtype=accumulation_dtype(w.dtype))
+    return contiguous_like(x), contiguous_like(w), w.new_empty(w.shape[0], dtype=accumulation_dtype(w.dtype))
 
 
 def _fake_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep):

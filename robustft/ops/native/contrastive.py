@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from robustft.ops import triton
-from robustft.ops.native.registration import accumulation_dtype, both, call, differentiable, fake, scale_gradient
+from robustft.ops.native.registration import (
+    accumulation_dtype,
+    both,
+    call,
+    contiguous_like,
+    differentiable,
+    fake,
+    scale_gradient,
+)
 from robustft.ops.triton import configs
 
 
@@ -159,8 +167,7 @@ def _fake_contrastive_distillation_loss(x, t, scale, xt, tt, st, labels, keep):
 
 
 def _fake_gradient(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    return torch.empty_like(x, memory_format=contiguous), torch.empty_like(t, memory_format=contiguous)
+    return contiguous_like(x), contiguous_like(t)
 
 
 def _setup_contrastive(ctx, inputs, output):

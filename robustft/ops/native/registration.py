@@ -26,6 +26,11 @@ def both(g: Tensor | None, h: Tensor | None) -> tuple[Tensor, Tensor]:
     return (torch.zeros_like(h) if g is None else g), (torch.zeros_like(g) if h is None else h)
 
 
+def contiguous_like(tensor: Tensor) -> Tensor:
+    """An empty tensor of its shape and dtype, as kernels return them, for fakes."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def fake(name: str, function: Callable) -> None:
     """Shapes and dtypes of an operator's results, for tracing."""
     torch.library.register_fake(f"robustft::{name}", function, lib=library)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from robustft.ops import reference
-from robustft.ops.native.registration import accumulation_dtype, call, differentiable, fake
+from robustft.ops.native.registration import accumulation_dtype, call, contiguous_like, differentiable, fake
 
 
 def group_risk(losses, groups, num_groups):
@@ -105,12 +105,8 @@ def _fake_cvar(losses, alpha):
     return losses.new_empty((), dtype=dtype), losses.new_empty(2, dtype=torch.float64)
 
 
-def _like(tensor):
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
 def register() -> None:
-    fake("vector_exp", _like)
+    fake("vector_exp", contiguous_like)
     fake("group_sums", _fake_sums)
     differentiable(
         "group_risk",
@@ -122,11 +118,11 @@ def register() -> None:
         "misalignment_penalty",
         (None, _fake_misalignment),
         (_setup_misalignment, _backward_misalignment),
-        (None, lambda grad, logits, *_: _like(logits)),
+        (None, lambda grad, logits, *_: contiguous_like(logits)),
     )
     differentiable(
         "cvar",
         (None, _fake_cvar),
         (_setup_cvar, _backward_cvar),
-        (None, lambda grad, losses, *_: _like(losses)),
+        (None, lambda grad, losses, *_: contiguous_like(losses)),
     )

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 
 import torch
 
@@ -39,8 +41,20 @@ def status() -> str:
 
 def computes(op: str, device: torch.device, dtype: torch.dtype | None = None) -> bool:
     """Whether `op` has a Triton body for such tensors."""
-    suits = STATUS == "registered" and device.type == DEVICE and op in OPERATORS
+    suits = STATUS == "registered" and device.type == DEVICE and op in OPERATORS and _compiles_for(device)
     return suits and (dtype is None or dtype in DTYPES)
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """Whose configurations a device takes. sm_120 has no tensor memory and takes those of sm_80."""
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+
+
+@torch.compiler.assume_constant_result
+def _compiles_for(device: torch.device) -> bool:
+    # Before Triton 3.8 its compiler fails at every tile that is reduced out of sm_100's tensor memory.
+    return INTERPRETED or TENSOR_MEMORY or architecture(device) != "sm_100"
 
 
 def _body(op: str) -> Callable:
@@ -58,3 +72,5 @@ def register(library: torch.library.Library) -> None:
 
 
 STATUS = status()
+TENSOR_MEMORY = STATUS == "registered" and tuple(map(int, version("triton").split(".")[:2])) >= (3, 8)
+"""Whether this Triton compiles the kernels for sm_100."""

@@ -6,8 +6,8 @@ A matrix is `small` while large tiles would leave most of the processors idle.
 Evidence. Every entry compiles, offline, without spilling on sm_80 and sm_90 and within the shared memory a block may
 have; registers, shared memory and instructions of each are in benchmarks/results/triton_resources.json, written by
 `python -m benchmarks.triton_resources` and held by tests/ops/test_triton.py. No entry has been timed: choices follow
-from registers alone. What spills: tiles of 128 x 256, and gradient blocks of 128 x 256 (200 bytes of a thread's stack
-on sm_90, 50 on sm_80; with BK = 32 and without the diagonal 24).
+from registers alone. What spills: tiles of 128 x 256, and gradient blocks of 128 x 256 (312 bytes of a thread's stack
+on sm_90, 56 on sm_80; with BK = 32 and without the diagonal 24).
 
 Prediction (not measured). H100, 800 TFLOP/s of bfloat16, N = 32768, D = 512: the 6 N^2 D flops of a loss take 4.1 ms;
 storing and loading its exponentials, 6 bytes a logit, takes 2.2 ms, behind the products; the tile pass writes and reads

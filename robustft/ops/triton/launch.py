@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from robustft.ops import triton
 from robustft.ops.triton import INTERPRETED
 
 
@@ -36,19 +36,11 @@ def recorded(architecture: str) -> Iterator[list[Launch]]:
         _recording = None
 
 
-@cache
-def _capability(device: torch.device) -> int:
-    return 10 * torch.cuda.get_device_capability(device)[0]
-
-
 def architecture(device: torch.device) -> str:
-    """Of the table in configs.py: the newest that is not newer than the device, or "interpreter"."""
+    """Of the table in configs.py: the device's, or "interpreter"."""
     if _recording is not None:
         return _recording[0]
-    if INTERPRETED:
-        return "interpreter"
-    known = _capability(device)
-    return "sm_100" if known >= 100 else "sm_90" if known >= 90 else "sm_80"
+    return "interpreter" if INTERPRETED else triton.architecture(device)
 
 
 def launch(kernel, programs: int, arguments: dict[str, object], *, warps: int, stages: int = 1) -> None:
