@@ -24,6 +24,8 @@ from robustft.methods.carot import CaRot
 from robustft.methods.fine_tune import FineTune
 from robustft.methods.flyp import FLYP
 from robustft.methods.output_ensemble import Mixture, OutputEnsemble
+from robustft.methods.vrf import VRF, VRFClassifier
+from robustft.methods.vrf_features import RatioBin, VRFFeatures
 from robustft.methods.wise_ft import WiSEFT
 from robustft.methods.zero_shot import zero_shot_classifier
 
@@ -37,7 +39,11 @@ __all__ = [
     "OutputEnsemble",
     "Outputs",
     "Predictor",
+    "RatioBin",
     "Step",
+    "VRF",
+    "VRFClassifier",
+    "VRFFeatures",
     "WiSEFT",
     "load_classifier",
     "zero_shot_classifier",

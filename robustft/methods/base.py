@@ -151,7 +151,10 @@ class Classifier(Predictor):
 
     def outputs(self, images: Tensor) -> Outputs:
         with evaluating(self.model):
-            features = clip.encode_images(self.model, images)
+            return self.head_outputs(clip.encode_images(self.model, images))
+
+    def head_outputs(self, features: Tensor) -> Outputs:
+        """Outputs of unit features (N, D) that exist already, such as `robustft.features.encode` keeps."""
         w = self.class_embeddings.to(features.dtype)
         with torch.autocast(features.device.type, enabled=False):
             cosines = features @ F.normalize(w, dim=-1).T
