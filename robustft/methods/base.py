@@ -224,6 +224,8 @@ class Method(nn.Module):
         seed: of everything random in `step`.
     """
 
+    takes_features = False  # whether a batch may hold unit features (N, D) in the images' place: with a frozen tower
+
     def __init__(
         self,
         model: nn.Module,
@@ -265,7 +267,7 @@ class Method(nn.Module):
 
     def checked(self, batch: Any) -> Batch:
         """The batch's parts, or an error that says what is wrong with them."""
-        images, labels, texts = unpack(batch)
+        images, labels, texts = unpack(batch, self.takes_features)
         weight = next(self.model.parameters())
         if images.device != weight.device:
             raise ValueError(f"images are on {images.device}, the model is on {weight.device}")
