@@ -26,7 +26,7 @@ import pickle
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -380,20 +380,7 @@ def interpolate_state(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
-    differences = (
-        _few([key for key in zero_shot if key not in fine_tuned], "keys only in zero_shot"),
-        _few([key for key in fine_tuned if key not in zero_shot], "keys only in fine_tuned"),
-        _few(
-            [
-                f"{key} {tuple(zero_shot[key].shape)} {zero_shot[key].dtype} and {tuple(ft.shape)} {ft.dtype}"
-                for key, ft in fine_tuned.items()
-                if key in zero_shot and (zero_shot[key].shape, zero_shot[key].dtype) != (ft.shape, ft.dtype)
-            ],
-            "different shapes or dtypes",
-        ),
-    )
-    if any(differences):
-        raise ValueError(f"zero_shot and fine_tuned do not match: {'; '.join(filter(None, differences))}")
+    _check_match(zero_shot, fine_tuned, "zero_shot", "fine_tuned")
 
     def mix(zs: Tensor, ft: Tensor) -> Tensor:
         if alpha in (0, 1) or not ft.is_floating_point():
@@ -403,6 +390,45 @@ def interpolate_state(
         return torch.lerp(zs.detach().to(ft.device, wide), ft.detach().to(wide), float(alpha)).to(ft.dtype)
 
     return {key: mix(zero_shot[key], ft) for key, ft in fine_tuned.items()}
+
+
+def average_states(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of the states of models of one architecture, as new tensors on the first's devices.
+
+    Floating-point entries, buffers too, are averaged in at least float32; integer ones are the first's. Entries equal
+    in all stay as they are, bit for bit. No gradient. One state is held at a time beside the mean. Raises ValueError
+    when there is none, or keys, shapes or dtypes differ, naming them.
+    """
+    states = iter(states)
+    first = next(states, None)
+    if first is None:
+        raise ValueError("states: expected at least one")
+    first = dict(first)
+    wide = {key: torch.promote_types(x.dtype, torch.float32) for key, x in first.items() if x.is_floating_point()}
+    means = {key: first[key].detach().to(dtype, copy=True) for key, dtype in wide.items()}
+    for n, state in enumerate(states, start=2):
+        _check_match(first, state, "the first state", f"state {n}")
+        for key, mean in means.items():
+            mean.lerp_(state[key].detach().to(mean), 1.0 / n)  # of equals lerp is exact
+    return {key: means[key].to(x.dtype) if key in means else x.detach().clone() for key, x in first.items()}
+
+
+def _check_match(a: Mapping[str, Tensor], b: Mapping[str, Tensor], a_name: str, b_name: str) -> None:
+    """Raises ValueError naming the keys, shapes and dtypes in which two states differ."""
+    differences = (
+        _few([key for key in a if key not in b], f"keys only in {a_name}"),
+        _few([key for key in b if key not in a], f"keys only in {b_name}"),
+        _few(
+            [
+                f"{key} {tuple(a[key].shape)} {a[key].dtype} and {tuple(x.shape)} {x.dtype}"
+                for key, x in b.items()
+                if key in a and (a[key].shape, a[key].dtype) != (x.shape, x.dtype)
+            ],
+            "different shapes or dtypes",
+        ),
+    )
+    if any(differences):
+        raise ValueError(f"{a_name} and {b_name} do not match: {'; '.join(filter(None, differences))}")
 
 
 def export(

@@ -143,7 +143,7 @@ def fit(
     where = method.steps.device
     if callable(getattr(data, "tensors", None)):
         data = data.tensors(*image_statistics(method.model))
-    samples, described = _describe(data, len(method.class_names))
+    samples, described = _describe(data, method)
     if dry_run:
         epochs, limit_batches = 1, 1
     per_epoch = steps_per_epoch(samples, batch_size, limit_batches)
@@ -402,7 +402,7 @@ def _to(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _describe(data: Any, classes: int) -> tuple[int, dict[str, Any]]:
+def _describe(data: Any, method: Method) -> tuple[int, dict[str, Any]]:
     """How many samples, and what a resumed run must find the same."""
     if not _is_tensors(data):
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
@@ -410,10 +410,10 @@ def _describe(data: Any, classes: int) -> tuple[int, dict[str, Any]]:
         if len(data) == 0:
             raise ValueError("data is empty")
         return len(data), {"samples": len(data)}
-    images, labels, _ = unpack(data)
+    images, labels, _ = unpack(data, method.takes_features)
     if labels is None:
         raise ValueError("data of two tensors must be (images, labels): labels (n,) of class indices")
-    check_labels(labels, classes)
+    check_labels(labels, len(method.class_names))
     finite = images.flatten(1).isfinite().all(1)
     if not finite.all():
         raise ValueError(f"images must be finite: image {int(finite.logical_not().nonzero()[0])} is not")

@@ -21,9 +21,14 @@ without more ado:
 
 from robustft.methods.base import Classifier, Method, Outputs, Predictor, Step, load_classifier
 from robustft.methods.carot import CaRot
-from robustft.methods.fine_tune import FineTune
+from robustft.methods.fine_tune import LPFT, FineTune
 from robustft.methods.flyp import FLYP
+from robustft.methods.linear_probe import LinearProbe
 from robustft.methods.output_ensemble import Mixture, OutputEnsemble
+from robustft.methods.soups import GreedySoup, greedy_soup, uniform_soup
+from robustft.methods.temperature import TemperatureScaling
+from robustft.methods.vrf import VRF, VRFClassifier
+from robustft.methods.vrf_features import RatioBin, VRFFeatures
 from robustft.methods.wise_ft import WiSEFT
 from robustft.methods.zero_shot import zero_shot_classifier
 
@@ -32,13 +37,23 @@ __all__ = [
     "Classifier",
     "FLYP",
     "FineTune",
+    "GreedySoup",
+    "LPFT",
+    "LinearProbe",
     "Method",
     "Mixture",
     "OutputEnsemble",
     "Outputs",
     "Predictor",
+    "RatioBin",
     "Step",
+    "TemperatureScaling",
+    "VRF",
+    "VRFClassifier",
+    "VRFFeatures",
     "WiSEFT",
+    "greedy_soup",
     "load_classifier",
+    "uniform_soup",
     "zero_shot_classifier",
 ]

@@ -151,7 +151,10 @@ class Classifier(Predictor):
 
     def outputs(self, images: Tensor) -> Outputs:
         with evaluating(self.model):
-            features = clip.encode_images(self.model, images)
+            return self.head_outputs(clip.encode_images(self.model, images))
+
+    def head_outputs(self, features: Tensor) -> Outputs:
+        """Outputs of unit features (N, D) that exist already, such as `robustft.features.encode` keeps."""
         w = self.class_embeddings.to(features.dtype)
         with torch.autocast(features.device.type, enabled=False):
             cosines = features @ F.normalize(w, dim=-1).T
@@ -221,6 +224,8 @@ class Method(nn.Module):
         seed: of everything random in `step`.
     """
 
+    takes_features = False  # whether a batch may hold unit features (N, D) in the images' place: with a frozen tower
+
     def __init__(
         self,
         model: nn.Module,
@@ -262,7 +267,7 @@ class Method(nn.Module):
 
     def checked(self, batch: Any) -> Batch:
         """The batch's parts, or an error that says what is wrong with them."""
-        images, labels, texts = unpack(batch)
+        images, labels, texts = unpack(batch, self.takes_features)
         weight = next(self.model.parameters())
         if images.device != weight.device:
             raise ValueError(f"images are on {images.device}, the model is on {weight.device}")

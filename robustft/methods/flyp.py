@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from robustft import clip
 from robustft.functional import contrastive_loss
 from robustft.methods.base import Classifier, Method, Step, stateless_generator
+from robustft.methods.l2_sp import L2SP, check_l2_sp
 from robustft.methods.zero_shot import zero_shot_classifier
 from robustft.prompts import PromptTable
 
@@ -45,6 +46,7 @@ class FLYP(Method):
         targets: "diagonal", each image's own caption is its one positive (as released), or "label", captions
             of the same class share the target.
         label_smoothing: e mixes the targets as (1 - e) target + e / N.
+        l2_sp: weight of half the squared distance of all trained parameters to their start (`l2_sp.L2SP`).
     """
 
     def __init__(
@@ -58,11 +60,13 @@ class FLYP(Method):
         seed: int = 0,
         targets: Literal["diagonal", "label"] = "diagonal",
         label_smoothing: float = 0.0,
+        l2_sp: float = 0.0,
     ) -> None:
         if targets not in ("diagonal", "label"):
             raise ValueError(f'targets must be "diagonal" or "label", got {targets!r}')
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        check_l2_sp(l2_sp)
         super().__init__(
             model,
             tokenizer=tokenizer,
@@ -74,9 +78,11 @@ class FLYP(Method):
         self.targets = targets
         self.label_smoothing = label_smoothing
         self.prompts = PromptTable(tokenizer, class_names, templates)
+        self.l2_sp = L2SP(self, l2_sp) if l2_sp else None
         self.config |= {
             "targets": targets,
             "label_smoothing": label_smoothing,
+            "l2_sp": l2_sp,
             "prompts": _digest(self.prompts),
         }
 
@@ -86,7 +92,8 @@ class FLYP(Method):
         loss = contrastive_loss(
             u, t, clip.logit_scale(self.model), labels=pairs.labels, label_smoothing=self.label_smoothing
         )
-        return Step(loss, {"contrastive": loss.detach()})
+        out = Step(loss, {"contrastive": loss.detach()})
+        return out if self.l2_sp is None else self.l2_sp.added(out, self)
 
     def classifier(self) -> Classifier:
         """The fine-tuned image tower, and the prompts' class embeddings under the fine-tuned text tower."""
