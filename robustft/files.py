@@ -36,7 +36,8 @@ def load_fitted(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor
     try:
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})[_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # Copies, because the file's own memory is aligned to 8 bytes, and products of it can differ in the last bit.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         found = settings.pop("kind")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: truncated, or no {kind} saved by robustft: {error!r:.200}") from error

@@ -99,7 +99,9 @@ class NegLabel(Score):
 
     def __init__(self, negative_embeddings: Tensor | None = None, **options: Any) -> None:
         super().__init__(**Pointwise(ood_scores.neg_label, ("cosines", "negative_cosines"), **options).options)
-        self.negative_embeddings = None if negative_embeddings is None else negative_embeddings.detach().cpu()
+        if negative_embeddings is not None:
+            negative_embeddings = negative_embeddings.detach().cpu().contiguous().clone()
+        self.negative_embeddings = negative_embeddings
 
     def __call__(self, evidence: Evidence) -> Tensor:
         if self.negative_embeddings is None:
