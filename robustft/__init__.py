@@ -25,6 +25,7 @@ _LAZY = {
     **dict.fromkeys(("ContrastiveLoss", "CaRotLoss"), "robustft.losses"),
     **dict.fromkeys(("calibration_report", "fit_temperature"), "robustft.calibration"),
     **dict.fromkeys(("ood_metrics",), "robustft.detection"),
+    "Detector": "robustft.detector",
     "fit": "robustft.train",
     "NeighborIndex": "robustft.neighbors",
 }
@@ -33,13 +34,16 @@ _MODULES = (
     "clip",
     "data",
     "detection",
+    "detector",
     "evaluate",
     "features",
     "losses",
     "methods",
     "neighbors",
+    "ood_scores",
     "prompts",
     "report",
+    "scoring",
     "train",
 )
 
