@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     **dict.fromkeys(
-        ("FineTune", "FLYP", "CaRot", "WiSEFT", "OutputEnsemble", "zero_shot_classifier"), "robustft.methods"
+        ("FineTune", "FLYP", "CaRot", "DRM", "WiSEFT", "OutputEnsemble", "zero_shot_classifier"), "robustft.methods"
     ),
     **dict.fromkeys(("ContrastiveLoss", "CaRotLoss"), "robustft.losses"),
     **dict.fromkeys(("calibration_report", "fit_temperature"), "robustft.calibration"),

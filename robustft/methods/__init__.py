@@ -21,6 +21,9 @@ without more ado:
 
 from robustft.methods.base import Classifier, Method, Outputs, Predictor, Step, load_classifier
 from robustft.methods.carot import CaRot
+from robustft.methods.core_proxy import CoreProxy, core_labels
+from robustft.methods.drm import DRM
+from robustft.methods.dual_classifier import DualClassifier
 from robustft.methods.fine_tune import FineTune
 from robustft.methods.flyp import FLYP
 from robustft.methods.output_ensemble import Mixture, OutputEnsemble
@@ -30,6 +33,9 @@ from robustft.methods.zero_shot import zero_shot_classifier
 __all__ = [
     "CaRot",
     "Classifier",
+    "CoreProxy",
+    "DRM",
+    "DualClassifier",
     "FLYP",
     "FineTune",
     "Method",
@@ -39,6 +45,7 @@ __all__ = [
     "Predictor",
     "Step",
     "WiSEFT",
+    "core_labels",
     "load_classifier",
     "zero_shot_classifier",
 ]
