@@ -16,13 +16,13 @@ __version__ = "0.1.0"
 
 _LAZY = {
     **dict.fromkeys(
-        ("FineTune", "FLYP", "CaRot", "WiSEFT", "OutputEnsemble", "zero_shot_classifier"), "robustft.methods"
+        ("FineTune", "FLYP", "CaRot", "DRM", "WiSEFT", "OutputEnsemble", "zero_shot_classifier"), "robustft.methods"
     ),
     **dict.fromkeys(
         ("LinearProbe", "LPFT", "VRF", "VRFFeatures", "TemperatureScaling", "uniform_soup", "greedy_soup"),
         "robustft.methods",
     ),
-    **dict.fromkeys(("ContrastiveLoss", "CaRotLoss"), "robustft.losses"),
+    **dict.fromkeys(("ContrastiveLoss", "CaRotLoss", "ClassificationLoss", "DualRiskLoss"), "robustft.losses"),
     **dict.fromkeys(("calibration_report", "fit_temperature"), "robustft.calibration"),
     **dict.fromkeys(("ood_metrics",), "robustft.detection"),
     "Detector": "robustft.detector",

@@ -21,6 +21,9 @@ without more ado:
 
 from robustft.methods.base import Classifier, Method, Outputs, Predictor, Step, load_classifier
 from robustft.methods.carot import CaRot
+from robustft.methods.core_proxy import CoreProxy, core_labels
+from robustft.methods.drm import DRM
+from robustft.methods.dual_classifier import DualClassifier
 from robustft.methods.fine_tune import LPFT, FineTune
 from robustft.methods.flyp import FLYP
 from robustft.methods.linear_probe import LinearProbe
@@ -35,6 +38,9 @@ from robustft.methods.zero_shot import zero_shot_classifier
 __all__ = [
     "CaRot",
     "Classifier",
+    "CoreProxy",
+    "DRM",
+    "DualClassifier",
     "FLYP",
     "FineTune",
     "GreedySoup",
@@ -52,6 +58,7 @@ __all__ = [
     "VRFClassifier",
     "VRFFeatures",
     "WiSEFT",
+    "core_labels",
     "greedy_soup",
     "load_classifier",
     "uniform_soup",
