@@ -1,6 +1,7 @@
 """CLIP models of any open_clip architecture: load, encode, build heads from prompts, interpolate, export.
 
     u = normalise(f(x))                                          image features (N, D)
+    l = normalise(value path of f's last attention)              patch features (N, P, D), `robustft.patches`
     v = normalise(g(t))                                          text features (M, D)
     w_c = normalise(mean_t normalise(g(template_t(name_c))))     class embeddings (K, D)
     z = s u w^T,  s = exp(model.logit_scale)                     zero-shot logits (N, K)
@@ -35,12 +36,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustft import patches
 from robustft.prompts import Template, Tokenizer, captions, check_captions
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 CARD_FILE = "README.md"
 CLASSIFIER_FILE = "classifier.safetensors"  # the head of a `methods.Classifier`; open_clip does not look at it
+
+
+class LocalFeatures(NamedTuple):
+    """Image features (N, D) and the features of their patches (N, P, D)."""
+
+    image_features: Tensor
+    patch_features: Tensor
 
 
 class Bundle(NamedTuple):
@@ -259,6 +268,28 @@ def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -
     parameter = next(getattr(model, "visual", model).parameters(), images)
     features = _pooled(model.encode_image(images.to(parameter.dtype)))
     return F.normalize(_at_least_float32(features), dim=-1) if normalize else features
+
+
+def encode_patches(model: nn.Module, images: Tensor, *, normalize: bool = True) -> Tensor:
+    """Patch features (N, P, D) of transformed images, comparable with text features; gradients as in `encode_images`.
+
+    P patches row by row: (H / patch)^2 for a ViT, (H / 32)^2 for a ModifiedResNet. They are the value path of the last
+    attention, as in GL-MCM and LoCoOp (`robustft.patches` has the formulas). The model stays as it is. images,
+    normalize: as in `encode_images`. Costs one pass and the last block once more: `encode_images_and_patches` gives
+    the image features of that pass too. ValueError for towers without such patches (timm, Hugging Face, CoCa).
+    """
+    return encode_images_and_patches(model, images, normalize=normalize).patch_features
+
+
+def encode_images_and_patches(model: nn.Module, images: Tensor, *, normalize: bool = True) -> LocalFeatures:
+    """`encode_images` and `encode_patches` in one pass. Memory: N P D floats for the patches."""
+    visual = unwrap(model).visual
+    with patches.last_inputs(visual) as inputs:
+        image_features = encode_images(model, images, normalize=normalize)
+    patch_features = patches.local_features(visual, inputs[0])
+    if normalize:
+        patch_features = F.normalize(_at_least_float32(patch_features), dim=-1)
+    return LocalFeatures(image_features, patch_features)
 
 
 def encode_texts(model: nn.Module, tokens: Tensor, *, normalize: bool = True) -> Tensor:
