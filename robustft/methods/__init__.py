@@ -21,8 +21,10 @@ without more ado:
 
 from robustft.methods.base import Classifier, Method, Outputs, Predictor, Step, load_classifier
 from robustft.methods.carot import CaRot
+from robustft.methods.coop import CoOp, KgCoOp
 from robustft.methods.fine_tune import FineTune
 from robustft.methods.flyp import FLYP
+from robustft.methods.frozen import load_predictor
 from robustft.methods.output_ensemble import Mixture, OutputEnsemble
 from robustft.methods.wise_ft import WiSEFT
 from robustft.methods.zero_shot import zero_shot_classifier
@@ -30,8 +32,10 @@ from robustft.methods.zero_shot import zero_shot_classifier
 __all__ = [
     "CaRot",
     "Classifier",
+    "CoOp",
     "FLYP",
     "FineTune",
+    "KgCoOp",
     "Method",
     "Mixture",
     "OutputEnsemble",
@@ -40,5 +44,6 @@ __all__ = [
     "Step",
     "WiSEFT",
     "load_classifier",
+    "load_predictor",
     "zero_shot_classifier",
 ]
