@@ -21,16 +21,21 @@ without more ado:
 
 from robustft.methods.base import Classifier, Method, Outputs, Predictor, Step, load_classifier
 from robustft.methods.carot import CaRot
+from robustft.methods.clip_adapter import AdapterClassifier, CLIPAdapter
 from robustft.methods.coop import CoOp, KgCoOp
 from robustft.methods.fine_tune import FineTune
 from robustft.methods.flyp import FLYP
 from robustft.methods.frozen import load_predictor
 from robustft.methods.output_ensemble import Mixture, OutputEnsemble
+from robustft.methods.tip_adapter import CacheClassifier, TipAdapter, TipAdapterF
 from robustft.methods.wise_ft import WiSEFT
 from robustft.methods.zero_shot import zero_shot_classifier
 
 __all__ = [
+    "AdapterClassifier",
+    "CLIPAdapter",
     "CaRot",
+    "CacheClassifier",
     "Classifier",
     "CoOp",
     "FLYP",
@@ -42,6 +47,8 @@ __all__ = [
     "Outputs",
     "Predictor",
     "Step",
+    "TipAdapter",
+    "TipAdapterF",
     "WiSEFT",
     "load_classifier",
     "load_predictor",

@@ -23,7 +23,6 @@ from robustft.methods.frozen import FrozenModel
 from robustft.methods.prompt_learning import ContextTexts, Position, initial_context, random_context
 from robustft.methods.zero_shot import zero_shot_classifier
 from robustft.objective import Objective
-from robustft.prompts import captions
 
 
 class CoOp(FrozenModel):
@@ -120,7 +119,7 @@ class KgCoOp(CoOp):
             self.model, tokenizer=self.tokenizer, class_names=self.class_names, templates=self.templates
         )
         self.register_buffer("hand_embeddings", hand.class_embeddings, persistent=False)
-        self.config |= {"weight": weight, "templates": stateless_seed(0, captions(self.class_names, self.templates))}
+        self.config |= {"weight": weight, **self.described_prompts()}
 
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.methods.base import Classifier, Method, Predictor, evaluating, load_classifier
+from robustft.methods.base import Classifier, Method, Predictor, evaluating, load_classifier, stateless_seed
 from robustft.objective import Objective
+from robustft.prompts import captions
 
 PREDICTORS: dict[str, type[FrozenPredictor]] = {}
 
@@ -66,6 +67,10 @@ class FrozenModel(Method):
         if labels is None:
             raise ValueError(f"{type(self).__name__} needs labels in the batch, which has texts only")
         return images, labels
+
+    def described_prompts(self) -> dict[str, int]:
+        """A digest of the hand-written prompts for the configuration, for those that use them."""
+        return {"prompts": stateless_seed(0, captions(self.class_names, self.templates))}
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
@@ -166,6 +171,10 @@ def load_predictor(
         raise ValueError(f"{path}: truncated, or no predictor: {error!r:.200}") from error
     model = clip.load(f"local-dir:{directory}", device=device, dtype=dtype).model
     return kind(model, classes, **tensors, **settings)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def seeded_linear(inputs: int, outputs: int, generator: torch.Generator, *, bias: bool = True) -> nn.Linear:
