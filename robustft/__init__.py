@@ -23,6 +23,7 @@ _LAZY = {
         "robustft.methods",
     ),
     **dict.fromkeys(("ContrastiveLoss", "CaRotLoss", "ClassificationLoss", "DualRiskLoss"), "robustft.losses"),
+    **dict.fromkeys(("CoOp", "KgCoOp", "CLIPAdapter", "TipAdapter", "TipAdapterF"), "robustft.methods"),
     **dict.fromkeys(("calibration_report", "fit_temperature"), "robustft.calibration"),
     **dict.fromkeys(("ood_metrics",), "robustft.detection"),
     "Detector": "robustft.detector",

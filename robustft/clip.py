@@ -303,6 +303,66 @@ def encode_texts(model: nn.Module, tokens: Tensor, *, normalize: bool = True) ->
     return F.normalize(_at_least_float32(features), dim=-1) if normalize else features
 
 
+def token_embedding(model: nn.Module) -> nn.Embedding:
+    """The table (vocabulary, width) of token embeddings, of open_clip's own text tower.
+
+    Found in `CLIP` and in `CustomTextCLIP`. ValueError for other towers, such as Hugging Face ones.
+    """
+    table = getattr(_text_tower(model), "token_embedding", None)
+    if not isinstance(table, nn.Embedding):
+        raise ValueError(
+            f"model: texts are embedded by open_clip's own text tower, which this {type(model).__name__} lacks "
+            "(no token_embedding in it or in its .text): prompts cannot be learnt for it"
+        )
+    return table
+
+
+def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, *, normalize: bool = True) -> Tensor:
+    """Text features (M, D) of embeddings (M, L, width) that stand in for those of the tokens (M, L).
+
+    Positions, masks, layers, pooling and projection are the tower's own: embeddings looked up in `token_embedding`
+    give `encode_texts`. The tokens say where a text ends and what is padding. The gradient reaches the embeddings,
+    which may be wider than the tower's weights; `normalize` as in `encode_texts`. Under a causal mask nothing
+    after the place of pooling is looked at, and it is not computed: short prompts in a long context cost little.
+    ValueError for shapes that do not fit and for towers without `token_embedding`.
+    """
+    table = token_embedding(model)
+    if embeddings.shape != (*tokens.shape, table.embedding_dim) or tokens.ndim != 2:
+        raise ValueError(
+            f"embeddings: expected (M, L, {table.embedding_dim}) for tokens (M, L), got {tuple(embeddings.shape)} "
+            f"for {tuple(tokens.shape)}"
+        )
+    tower = _text_tower(model)
+    length = _pooled_length(tower, tokens)
+
+    def cut(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
+        mask = keywords["attn_mask"][..., :length, :length].contiguous()
+        return (arguments[0][:, :length].contiguous(), *arguments[1:]), {**keywords, "attn_mask": mask}
+
+    with contextlib.ExitStack() as hooks:
+        replaced = table.register_forward_hook(lambda _module, _tokens, found: embeddings.to(found.dtype))
+        hooks.callback(replaced.remove)
+        if length is not None:
+            hooks.callback(tower.transformer.register_forward_pre_hook(cut, with_kwargs=True).remove)
+        return encode_texts(model, tokens, normalize=normalize)
+
+
+def _text_tower(model: nn.Module) -> nn.Module:
+    """What holds the text transformer: `CustomTextCLIP` has a tower of its own, `CLIP` is one."""
+    model = unwrap(model)
+    return getattr(model, "text", model)
+
+
+def _pooled_length(tower: nn.Module, tokens: Tensor) -> int | None:
+    """How many leading tokens the pooled features of a batch depend on, None if that is not known to be less than all.
+
+    CLIP pools at the largest token, and a causal mask lets nothing after it matter.
+    """
+    pooling = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
+    return int(tokens.argmax(-1).max()) + 1 if causal and pooling == "argmax" else None
+
+
 def class_embeddings(
     model: nn.Module,
     tokenizer: Tokenizer,
