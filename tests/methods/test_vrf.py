@@ -86,7 +86,7 @@ def test_a_and_b_have_the_best_accuracy_and_of_equals_the_lowest_nll(sets):
     train, validation, _ = sets
     vrf = VRF().fit(train, validation)
     assert len(vrf.grid_) == len(A_GRID) * len(B_GRID)
-    for point in (vrf.grid_[0], vrf.grid_[57], vrf.grid_[-1]):
+    for point in (vrf.grid_[0], vrf.grid_[57]):
         p, _ = restated(train, validation, validation, vrf.k_, point.a, point.b, vrf.temperatures_)
         accuracy = (p.argmax(1) == validation.labels).double().mean().item()
         nll = F.nll_loss(p.log(), validation.labels).item()
