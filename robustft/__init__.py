@@ -37,6 +37,7 @@ _MODULES = (
     "methods",
     "neighbors",
     "ood_scores",
+    "posthoc",
     "prompts",
     "report",
     "scoring",

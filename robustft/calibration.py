@@ -105,7 +105,7 @@ def calibration_report(
     for name, value in (("bins", bins), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    p, y = _checked(probabilities, labels, "probabilities")
+    p, y = check_labelled(probabilities, labels, "probabilities")
 
     # One pass over the rows: top-label confidence and correctness, proper scores, one-vs-rest sums per class
     # and bin.
@@ -166,7 +166,7 @@ def fit_temperature(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) ->
     chance. Where NLL does not depend on T (one class, constant rows) T is 1. RuntimeError if NLL would rise
     over T = 1. Source: Guo et al. 2017, section 4.2.
     """
-    z, y = _checked(logits, labels, "logits")
+    z, y = check_labelled(logits, labels, "logits")
 
     def slope(beta: float) -> float:
         return _temperature_sums(z, y, beta).slope
@@ -190,7 +190,7 @@ def temperature_matching_confidence(logits: Tensor | np.ndarray, labels: Tensor 
     Where no T in the range meets it (accuracy below 1/K), the nearer end is returned with a RuntimeWarning.
     Source: VRF, arXiv 2411.06966.
     """
-    z, y = _checked(logits, labels, "logits")
+    z, y = check_labelled(logits, labels, "logits")
     at_one = _temperature_sums(z, y, 1.0)
     if at_one.spread == 0.0:
         return 1.0
@@ -261,7 +261,7 @@ def _increasing_root(function: Callable[[float], float], target: float, failure:
     return math.exp(guess)
 
 
-def _checked(values: Tensor | np.ndarray, labels: Tensor | np.ndarray, name: str) -> tuple[Tensor, Tensor]:
+def check_labelled(values: Tensor | np.ndarray, labels: Tensor | np.ndarray, name: str) -> tuple[Tensor, Tensor]:
     values, labels = torch.as_tensor(values).detach(), torch.as_tensor(labels).detach()
     if values.ndim != 2 or 0 in values.shape:
         raise ValueError(f"{name} must be a non-empty (N, K) array, got shape {tuple(values.shape)}")
