@@ -2,10 +2,11 @@
 
 With probabilities p (N, K), labels y, confidence c_i = max_k p_ik, correctness a_i = [argmax_k p_ik = y_i]:
 
-    ECE   = sum_b (n_b / N) |mean_b a - mean_b c|        b runs over right-closed bins of c; c = 1 is in the
-    last MCE   = max_b |mean_b a - mean_b c|                  over the bins that hold a sample ACE   = ECE
-    over bins of equal mass; samples of equal confidence share a bin Brier = mean_i sum_k (p_ik - [k = y_i])^2
-    0 .. 2 NLL   = mean_i -log p_iy
+    ECE     sum_b (n_b / N) |mean_b a - mean_b c|      b runs over right-closed bins of c; c = 1 is in the last
+    MCE     max_b |mean_b a - mean_b c|                over the bins that hold a sample
+    ACE     ECE over bins of equal mass                samples of equal confidence share a bin
+    Brier   mean_i sum_k (p_ik - [k = y_i])^2          0 .. 2
+    NLL     mean_i -log p_iy
 
 The noise floor is E[ECE] of a model with the very same confidences that is perfectly calibrated, a_i ~
 Bernoulli(c_i). An ECE near its floor says nothing but that N is small. It is computed, not simulated: in each
@@ -28,6 +29,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from robustft.conventions import CONVENTIONS
 
 TEMPERATURES = (1e-3, 1e3)
 """Every fitted temperature lies in this range; a fit whose optimum is outside returns the nearer end and
@@ -84,6 +87,7 @@ def calibration_report(
     scheme: str = "width",
     protocol: str = "full",
     batch_size: int = 512,
+    convention: str | None = None,
 ) -> CalibrationReport:
     """Measures how well `probabilities` (N, K) predict `labels` (N,) and themselves.
 
@@ -91,13 +95,23 @@ def calibration_report(
     share a bin). `protocol="full"` looks at the whole set once. `protocol="per_batch"` averages ECE, MCE,
     ACE, classwise ECE and noise floor over consecutive batches of `batch_size`, weighted by size: CaRot's
     released evaluation (with 10 bins). A perfectly calibrated model scores several times its true ECE that
-    way, so it serves for comparison with published numbers only. A zero probability of the true class counts
+    way, so it serves for comparison with published numbers only. `convention` is the name of a paper in
+    `robustft.conventions`, which says what it distorts: "carot", "dac" (CMP's too), "clipcalib" or "c-tpt"; it
+    fixes the four before it, and the report's `protocol` is its name. A zero probability of the true class counts
     as the smallest normal float32 (87.3 nats), which keeps the NLL finite.
 
     Rows must be distributions: ValueError for negative values, NaN or sums other than 1, as logits and
     cosines have. Memory: O(N) plus a float64 copy of 8192 rows. Sources: Naeini et al. 2015; Guo et al. 2017
     (ECE, MCE); Nguyen & O'Connor 2015 (equal mass); Kull et al. 2019 (classwise).
     """
+    published = None
+    if convention is not None:
+        if convention not in CONVENTIONS:
+            raise ValueError(f"convention must be one of {sorted(CONVENTIONS)}, got {convention!r}")
+        if (bins, scheme, protocol, batch_size) != (15, "width", "full", 512):
+            raise ValueError(f"convention {convention!r} fixes bins, scheme, protocol and batch_size: leave them out")
+        published = CONVENTIONS[convention]
+        bins, protocol = published.bins, published.protocol
     if scheme not in ("width", "mass"):
         raise ValueError(f"scheme must be 'width' or 'mass', got {scheme!r}")
     if protocol not in ("full", "per_batch"):
@@ -139,6 +153,8 @@ def calibration_report(
         measures = [(r.ece, r.mce, r.mass_weighted_mce, r.ace, r.classwise_ece, r.noise_floor) for r in parts]
         averages = np.average(measures, axis=0, weights=[r.count for r in parts])
         ece, mce, mass_weighted, ace, classwise, floor = averages.tolist()
+    if published is not None and published.measures is not None:
+        ece, mce, ace = published.measures(confidence, correct, bins)
     return CalibrationReport(
         count=count,
         accuracy=accuracy,
@@ -153,7 +169,7 @@ def calibration_report(
         nll=float(nll / count),
         bins=table,
         scheme=scheme,
-        protocol=protocol,
+        protocol=protocol if convention is None else convention,
     )
 
 
