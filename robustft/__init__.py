@@ -42,6 +42,7 @@ _MODULES = (
     "methods",
     "neighbors",
     "ood_scores",
+    "posthoc",
     "prompts",
     "report",
     "scoring",

@@ -36,7 +36,7 @@ def load_fitted(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor
     try:
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})[_KEY])
-            # Copies: the file's own memory is aligned to 8 bytes, and products of it can differ in the last bit.
+            # Copies: the file's own memory is aligned to 8 bytes, and products of it can differ in their last bits.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         found = settings.pop("kind")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:

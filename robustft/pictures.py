@@ -2,7 +2,7 @@
 
     frontier      ID against mean-OOD accuracy: a point a model, a curve an ensemble over its mixing weight
     reliability   accuracy over confidence, ID and pooled shifts, with the share of samples in each bin below
-    scores        MCM scores of the ID set against each semantic-OOD set, with the threshold at 95 % TPR
+    scores        OOD scores of the ID set against each semantic-OOD set, with the threshold at 95 % TPR
     samples       a strip of images for each set
 
 Margins are set in inches, for a layout engine takes longer than all the drawing. One ink, one paper and Okabe
@@ -130,9 +130,8 @@ def reliability(models: Mapping[str, ModelResult]) -> Figure:
     return figure
 
 
-def scores(models: Mapping[str, ModelResult]) -> Figure:
-    """Histograms of MCM scores of the ID set and the OOD sets, a panel a model; every model must have
-    `scores`."""
+def scores(models: Mapping[str, ModelResult], score: str = "MCM") -> Figure:
+    """Histograms of the OOD scores of the ID set and the OOD sets, a panel a model; every model must have `scores`."""
     columns = _columns(len(models))
     figure, axes = panels(len(models), columns, panel=(2.2, 1.7), left=0.15, bottom=0.5, gap=(0.25, 0.4), top=0.28)
     for ax, (name, model) in zip(axes, models.items(), strict=False):
@@ -165,7 +164,7 @@ def scores(models: Mapping[str, ModelResult]) -> Figure:
                 fontsize=8,
                 fontweight="bold",
             )
-    figure.supxlabel(f"MCM score; dotted: the threshold that keeps {TPR:.0%} of ID", fontsize=9, y=0.01)
+    figure.supxlabel(f"{score} score; dotted: the threshold that keeps {TPR:.0%} of ID", fontsize=9, y=0.01)
     return figure
 
 

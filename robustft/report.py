@@ -82,7 +82,7 @@ _RELIABILITY = (
     "ECE is not the table's mean."
 )
 _SCORES = (
-    "MCM of the ID test set and of sets without any known class. What lies right of the dotted line is "
+    "{score} of the ID test set and of sets without any known class. What lies right of the dotted line is "
     "accepted as in-distribution."
 )
 _SAMPLES = "The first images of each set."
@@ -128,7 +128,9 @@ def write_report(
         drawings.append(Drawing("frontier", "In distribution and under shift", _FRONTIER, draw))
     drawings.append(Drawing("reliability", "Reliability", _RELIABILITY, partial(pictures.reliability, shown)))
     if scored:
-        drawings.append(Drawing("scores", "Detection", _SCORES, partial(pictures.scores, scored)))
+        label = evaluation.score_label
+        caption, draw = _SCORES.format(score=label), partial(pictures.scores, scored, label)
+        drawings.append(Drawing("scores", "Detection", caption, draw))
     if samples:
         drawings.append(Drawing("samples", "The sets", _SAMPLES, partial(pictures.samples, samples)))
 
