@@ -16,10 +16,12 @@ __version__ = "0.1.0"
 
 _LAZY = {
     **dict.fromkeys(
-        ("FineTune", "FLYP", "CaRot", "DRM", "WiSEFT", "OutputEnsemble", "zero_shot_classifier"), "robustft.methods"
+        ("FineTune", "FLYP", "CaRot", "DRM", "WorstCaseFineTune", "WiSEFT", "OutputEnsemble", "zero_shot_classifier"),
+        "robustft.methods",
     ),
     **dict.fromkeys(("ContrastiveLoss", "CaRotLoss", "ClassificationLoss", "DualRiskLoss"), "robustft.losses"),
     **dict.fromkeys(("calibration_report", "fit_temperature"), "robustft.calibration"),
+    **dict.fromkeys(("macro_f1", "worst_group_accuracy"), "robustft.metrics"),
     **dict.fromkeys(("ood_metrics",), "robustft.detection"),
     "fit": "robustft.train",
     "NeighborIndex": "robustft.neighbors",
@@ -33,6 +35,7 @@ _MODULES = (
     "features",
     "losses",
     "methods",
+    "metrics",
     "neighbors",
     "prompts",
     "report",

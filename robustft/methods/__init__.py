@@ -28,9 +28,11 @@ from robustft.methods.fine_tune import FineTune
 from robustft.methods.flyp import FLYP
 from robustft.methods.output_ensemble import Mixture, OutputEnsemble
 from robustft.methods.wise_ft import WiSEFT
+from robustft.methods.worst_case import CVaR, GroupDRO, Risk, WorstCaseFineTune, WorstGroup
 from robustft.methods.zero_shot import zero_shot_classifier
 
 __all__ = [
+    "CVaR",
     "CaRot",
     "Classifier",
     "CoreProxy",
@@ -38,13 +40,17 @@ __all__ = [
     "DualClassifier",
     "FLYP",
     "FineTune",
+    "GroupDRO",
     "Method",
     "Mixture",
     "OutputEnsemble",
     "Outputs",
     "Predictor",
+    "Risk",
     "Step",
     "WiSEFT",
+    "WorstCaseFineTune",
+    "WorstGroup",
     "core_labels",
     "load_classifier",
     "zero_shot_classifier",
