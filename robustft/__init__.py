@@ -16,7 +16,8 @@ __version__ = "0.1.0"
 
 _LAZY = {
     **dict.fromkeys(
-        ("FineTune", "FLYP", "CaRot", "DRM", "WiSEFT", "OutputEnsemble", "zero_shot_classifier"), "robustft.methods"
+        ("FineTune", "FLYP", "CaRot", "DRM", "WorstCaseFineTune", "WiSEFT", "OutputEnsemble", "zero_shot_classifier"),
+        "robustft.methods",
     ),
     **dict.fromkeys(
         ("LinearProbe", "LPFT", "VRF", "VRFFeatures", "TemperatureScaling", "uniform_soup", "greedy_soup"),
@@ -25,6 +26,7 @@ _LAZY = {
     **dict.fromkeys(("ContrastiveLoss", "CaRotLoss", "ClassificationLoss", "DualRiskLoss"), "robustft.losses"),
     **dict.fromkeys(("CoOp", "KgCoOp", "CLIPAdapter", "TipAdapter", "TipAdapterF"), "robustft.methods"),
     **dict.fromkeys(("calibration_report", "fit_temperature"), "robustft.calibration"),
+    **dict.fromkeys(("macro_f1", "worst_group_accuracy"), "robustft.metrics"),
     **dict.fromkeys(("ood_metrics",), "robustft.detection"),
     "Detector": "robustft.detector",
     "fit": "robustft.train",
@@ -40,6 +42,7 @@ _MODULES = (
     "features",
     "losses",
     "methods",
+    "metrics",
     "neighbors",
     "ood_scores",
     "posthoc",

@@ -37,11 +37,13 @@ from robustft.methods.tip_adapter import CacheClassifier, TipAdapter, TipAdapter
 from robustft.methods.vrf import VRF, VRFClassifier
 from robustft.methods.vrf_features import RatioBin, VRFFeatures
 from robustft.methods.wise_ft import WiSEFT
+from robustft.methods.worst_case import CVaR, GroupDRO, Risk, WorstCaseFineTune, WorstGroup
 from robustft.methods.zero_shot import zero_shot_classifier
 
 __all__ = [
     "AdapterClassifier",
     "CLIPAdapter",
+    "CVaR",
     "CaRot",
     "CacheClassifier",
     "Classifier",
@@ -52,6 +54,7 @@ __all__ = [
     "FLYP",
     "FineTune",
     "GreedySoup",
+    "GroupDRO",
     "KgCoOp",
     "LPFT",
     "LinearProbe",
@@ -61,6 +64,7 @@ __all__ = [
     "Outputs",
     "Predictor",
     "RatioBin",
+    "Risk",
     "Step",
     "TemperatureScaling",
     "TipAdapter",
@@ -69,6 +73,8 @@ __all__ = [
     "VRFClassifier",
     "VRFFeatures",
     "WiSEFT",
+    "WorstCaseFineTune",
+    "WorstGroup",
     "core_labels",
     "greedy_soup",
     "load_classifier",
