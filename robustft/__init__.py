@@ -18,7 +18,8 @@ _LAZY = {
     **dict.fromkeys(
         ("FineTune", "FLYP", "CaRot", "WiSEFT", "OutputEnsemble", "zero_shot_classifier"), "robustft.methods"
     ),
-    **dict.fromkeys(("CoOp", "KgCoOp", "CLIPAdapter", "TipAdapter", "TipAdapterF"), "robustft.methods"),
+    **dict.fromkeys(("CoOp", "KgCoOp", "CoCoOp", "LoCoOp", "ProDA", "MaPLe"), "robustft.methods"),
+    **dict.fromkeys(("CLIPAdapter", "TipAdapter", "TipAdapterF"), "robustft.methods"),
     **dict.fromkeys(("ContrastiveLoss", "CaRotLoss"), "robustft.losses"),
     **dict.fromkeys(("calibration_report", "fit_temperature"), "robustft.calibration"),
     **dict.fromkeys(("ood_metrics",), "robustft.detection"),

@@ -22,11 +22,15 @@ without more ado:
 from robustft.methods.base import Classifier, Method, Outputs, Predictor, Step, load_classifier
 from robustft.methods.carot import CaRot
 from robustft.methods.clip_adapter import AdapterClassifier, CLIPAdapter
+from robustft.methods.cocoop import CoCoOp, CoCoOpClassifier
 from robustft.methods.coop import CoOp, KgCoOp
 from robustft.methods.fine_tune import FineTune
 from robustft.methods.flyp import FLYP
 from robustft.methods.frozen import load_predictor
+from robustft.methods.locoop import LoCoOp
+from robustft.methods.maple import MaPLe, MaPLeClassifier
 from robustft.methods.output_ensemble import Mixture, OutputEnsemble
+from robustft.methods.proda import ProDA
 from robustft.methods.tip_adapter import CacheClassifier, TipAdapter, TipAdapterF
 from robustft.methods.wise_ft import WiSEFT
 from robustft.methods.zero_shot import zero_shot_classifier
@@ -37,15 +41,21 @@ __all__ = [
     "CaRot",
     "CacheClassifier",
     "Classifier",
+    "CoCoOp",
+    "CoCoOpClassifier",
     "CoOp",
     "FLYP",
     "FineTune",
     "KgCoOp",
+    "LoCoOp",
+    "MaPLe",
+    "MaPLeClassifier",
     "Method",
     "Mixture",
     "OutputEnsemble",
     "Outputs",
     "Predictor",
+    "ProDA",
     "Step",
     "TipAdapter",
     "TipAdapterF",
