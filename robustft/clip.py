@@ -308,7 +308,7 @@ def token_embedding(model: nn.Module) -> nn.Embedding:
 
     Found in `CLIP` and in `CustomTextCLIP`. ValueError for other towers, such as Hugging Face ones.
     """
-    table = getattr(_text_tower(model), "token_embedding", None)
+    table = getattr(text_tower(model), "token_embedding", None)
     if not isinstance(table, nn.Embedding):
         raise ValueError(
             f"model: texts are embedded by open_clip's own text tower, which this {type(model).__name__} lacks "
@@ -332,7 +332,7 @@ def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, 
             f"embeddings: expected (M, L, {table.embedding_dim}) for tokens (M, L), got {tuple(embeddings.shape)} "
             f"for {tuple(tokens.shape)}"
         )
-    tower = _text_tower(model)
+    tower = text_tower(model)
     length = _pooled_length(tower, tokens)
 
     def cut(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
@@ -347,7 +347,7 @@ def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, 
         return encode_texts(model, tokens, normalize=normalize)
 
 
-def _text_tower(model: nn.Module) -> nn.Module:
+def text_tower(model: nn.Module) -> nn.Module:
     """What holds the text transformer: `CustomTextCLIP` has a tower of its own, `CLIP` is one."""
     model = unwrap(model)
     return getattr(model, "text", model)

@@ -22,6 +22,7 @@ without more ado:
 from robustft.methods.base import Classifier, Method, Outputs, Predictor, Step, load_classifier
 from robustft.methods.carot import CaRot
 from robustft.methods.clip_adapter import AdapterClassifier, CLIPAdapter
+from robustft.methods.cocoop import CoCoOp, CoCoOpClassifier
 from robustft.methods.coop import CoOp, KgCoOp
 from robustft.methods.core_proxy import CoreProxy, core_labels
 from robustft.methods.drm import DRM
@@ -30,7 +31,10 @@ from robustft.methods.fine_tune import LPFT, FineTune
 from robustft.methods.flyp import FLYP
 from robustft.methods.frozen import load_predictor
 from robustft.methods.linear_probe import LinearProbe
+from robustft.methods.locoop import LoCoOp
+from robustft.methods.maple import MaPLe, MaPLeClassifier
 from robustft.methods.output_ensemble import Mixture, OutputEnsemble
+from robustft.methods.proda import ProDA
 from robustft.methods.soups import GreedySoup, greedy_soup, uniform_soup
 from robustft.methods.temperature import TemperatureScaling
 from robustft.methods.tip_adapter import CacheClassifier, TipAdapter, TipAdapterF
@@ -47,6 +51,8 @@ __all__ = [
     "CaRot",
     "CacheClassifier",
     "Classifier",
+    "CoCoOp",
+    "CoCoOpClassifier",
     "CoOp",
     "CoreProxy",
     "DRM",
@@ -58,11 +64,15 @@ __all__ = [
     "KgCoOp",
     "LPFT",
     "LinearProbe",
+    "LoCoOp",
+    "MaPLe",
+    "MaPLeClassifier",
     "Method",
     "Mixture",
     "OutputEnsemble",
     "Outputs",
     "Predictor",
+    "ProDA",
     "RatioBin",
     "Risk",
     "Step",

@@ -28,8 +28,9 @@ Position = Literal["end", "middle", "front"]
 class ContextTexts(nn.Module):
     """K captions with places for n context tokens, to be encoded with whatever context.
 
-    `tokens` (K, L) holds any word of the class in the places, `positions` (K, n) says where these are. Raises
-    ValueError, naming the class, when a name leaves fewer than n tokens.
+    `tokens` (K, L) holds any word in the places, `positions` (K, n) says where these are. With `nameless` there is one
+    caption, of what follows the name alone. Raises ValueError, naming the class, for a name that leaves fewer than n
+    tokens.
     """
 
     def __init__(
@@ -39,10 +40,15 @@ class ContextTexts(nn.Module):
         template: Template,
         length: int,
         position: Position = "end",
+        *,
+        nameless: bool = False,
     ) -> None:
         super().__init__()
         layout = _layout(tokenizer)
         texts = _names_and_rests(class_names, template)
+        if nameless:
+            name, whole = texts[0]
+            texts, class_names = [("", whole[len(name) :])], ("the caption without a name",)
         names, wholes = (tokenizer(list(column)).tolist() for column in zip(*texts, strict=True))
         rows = [
             _with_places(layout, whole, len(layout.content(name)), length, position, class_name)
@@ -107,11 +113,12 @@ def random_context(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device
 
 
 class _Layout(NamedTuple):
-    """How a tokenizer frames a text: numbers of tokens before and after it, and the token that fills the row."""
+    """How a tokenizer frames a text: numbers of tokens before and after it, the token that fills a row, and a word."""
 
     opening: int
     closing: int
     padding: int
+    word: int
 
     def spare(self, row: Sequence[int]) -> int:
         """How many tokens of padding a row ends in."""
@@ -124,7 +131,7 @@ class _Layout(NamedTuple):
 def _layout(tokenizer: Tokenizer) -> _Layout:
     empty, a, b = tokenizer(["", "a", "b"]).tolist()
     opening = next((i for i, column in enumerate(zip(empty, a, b, strict=True)) if len(set(column)) > 1), len(empty))
-    layout = _Layout(opening, 0, empty[-1])
+    layout = _Layout(opening, 0, empty[-1], a[opening])
     return layout._replace(closing=len(layout.content(empty)))
 
 
@@ -155,7 +162,6 @@ def _with_places(
     before = {"end": length, "middle": length // 2, "front": 0}[position]
     start, after = layout.opening, layout.opening + before + name_length
     places = [*range(start, start + before), *range(after, after + length - before)]
-    word = row[layout.opening]  # any word will do: its embedding is replaced
     for place in places:
-        row = [*row[:place], word, *row[place:]]
+        row = [*row[:place], layout.word, *row[place:]]  # any word will do: its embedding is replaced
     return row[: len(row) - length], places

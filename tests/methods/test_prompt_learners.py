@@ -8,68 +8,21 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_prompts import (
+    plain_captions,
+    plain_head,
+    plain_image_tower,
+    plain_objective,
+    plain_text_tower,
+    train_beside,
+)
 
 from robustft import clip
-from robustft.methods import CoOp, KgCoOp, zero_shot_classifier
+from robustft.methods import CoCoOp, CoOp, KgCoOp, LoCoOp, MaPLe, ProDA, zero_shot_classifier
+from robustft.methods.proda import difference_variance
 from robustft.objective import Objective
 
 CONTEXT = 3
-
-
-def plain_text_tower(model, embeddings, closing, deep=()):
-    """CLIP's text transformer from embeddings (M, L, width), written out; `deep` replaces tokens 0 .. n of layers."""
-    x = embeddings + model.positional_embedding
-    for layer, block in enumerate(model.transformer.resblocks):
-        if layer and layer <= len(deep):
-            prompt = deep[layer - 1]
-            x = torch.cat([prompt.expand(len(x), -1, -1), x[:, len(prompt) :]], 1)
-        h = block.ln_1(x)
-        x = x + block.attn(h, h, h, attn_mask=model.attn_mask, need_weights=False)[0]
-        x = x + block.mlp(block.ln_2(x))
-    return model.ln_final(x)[torch.arange(len(x)), closing] @ model.text_projection
-
-
-def plain_captions(model, prompts, context, position="end"):
-    """Embeddings (K, L, width) of the captions around a context (n, width) or (K, n, width), and where they end."""
-    rows, closing = [], []
-    for c, name in enumerate(prompts["class_names"]):
-        tokens = prompts["tokenizer"]([name])[0]
-        words, end = model.token_embedding(tokens[: len(name)]), model.token_embedding(tokens[len(name) :])
-        v = context if context.ndim == 2 else context[c]
-        half = {"end": len(v), "middle": len(v) // 2, "front": 0}[position]
-        row = torch.cat([v[:half], words, v[half:], end])
-        rows.append(row[: len(tokens)])
-        closing.append(len(v) + len(name))
-    return torch.stack(rows), torch.tensor(closing)
-
-
-def plain_head(model, prompts, context, position="end"):
-    embeddings, closing = plain_captions(model, prompts, context, position)
-    return F.normalize(plain_text_tower(model, embeddings, closing), dim=-1)
-
-
-def plain_objective(logits, labels, misalignment=0.0):
-    """Cross-entropy plus lambda times the mean of logsumexp over the classes above the true one, minus its logit."""
-    loss = F.cross_entropy(logits, labels)
-    for z, y in zip(logits, labels, strict=True):
-        above = z[z > z[y]]
-        if misalignment and len(above):
-            loss = loss + misalignment * (above.logsumexp(0) - z[y]) / len(logits)
-    return loss
-
-
-def train_beside(method, trained, batches, plain_loss, lr=0.05):
-    """Steps of a method and of a restatement of it, compared at every one."""
-    optimizers = [torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=lr)]
-    optimizers.append(torch.optim.SGD(trained, lr=lr))
-    for step, (images, labels) in enumerate(batches):
-        out, loss = method.step((images, labels)), plain_loss(images, labels, step)
-        torch.testing.assert_close(out.loss, loss, rtol=1e-9, atol=1e-11)
-        for optimizer, value in zip(optimizers, (out.loss, loss), strict=True):
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-        method.after_step()
 
 
 @pytest.fixture
@@ -206,6 +159,173 @@ def test_only_the_context_is_trained_and_saved(clip_model, hosts, batches):
         method.step((batches[0][0], ["a"] * 6))
     with pytest.raises(RuntimeError, match="context"):
         method.load_state_dict({"steps": torch.tensor(3)})
+
+
+def test_cocoop_equals_its_plain_restatement_at_every_step(clip_model, hosts, batches):
+    method = CoCoOp(clip_model, context=CONTEXT, objective=Objective(misalignment=0.5), **hosts)
+    trained = [method.context, method.narrow.weight, method.narrow.bias, method.shift.weight, method.shift.bias]
+    parts = [part.detach().clone().requires_grad_() for part in trained]
+    context, v, a, up, b = parts
+    assert v.shape == (1, 8) and up.shape == (8, 1)
+    scale = clip_model.logit_scale.exp().detach()
+
+    def plain_logits(images):
+        rows = []
+        for u in F.normalize(clip_model.encode_image(images), dim=-1).detach():
+            shifted = context + up @ torch.relu(v @ u + a) + b
+            rows.append(scale * plain_head(clip_model, hosts, shifted) @ u)
+        return torch.stack(rows)
+
+    train_beside(method, parts, batches[:4], lambda x, y, _: plain_objective(plain_logits(x), y, 0.5))
+    torch.testing.assert_close(trained, parts, rtol=1e-8, atol=1e-10)
+    images = batches[8][0]
+    classifier, expected = method.classifier(), plain_logits(images).detach()
+    torch.testing.assert_close(classifier.logits(images), expected)
+    classifier.captions = 7  # two images at a time
+    torch.testing.assert_close(classifier.logits(images), expected)
+    torch.testing.assert_close(classifier.restrict(["cow", "ant"]).logits(images), expected[:, [2, 0]])
+
+
+def test_locoop_equals_its_plain_restatement_at_every_step(clip_model, hosts, batches):
+    method = LoCoOp(clip_model, context=CONTEXT, weight=0.25, top_k=2, **hosts)
+    context = method.context.detach().clone().requires_grad_()
+    scale, chosen = clip_model.logit_scale.exp().detach(), []
+
+    def plain_loss(images, labels, _step):
+        u = F.normalize(clip_model.encode_image(images), dim=-1).detach()
+        patches = clip.encode_patches(clip_model, images).detach()
+        w = plain_head(clip_model, hosts, context)
+        entropies = []
+        for local, y in zip(patches, labels, strict=True):
+            for p in (scale * local @ w.T).softmax(-1):
+                if int(y) not in p.topk(2).indices.tolist():
+                    entropies.append(-(p * p.log()).sum())
+        chosen.append(len(entropies))
+        return F.cross_entropy(scale * u @ w.T, labels) - 0.25 * torch.stack(entropies).mean()
+
+    train_beside(method, [context], batches[:5], plain_loss)
+    torch.testing.assert_close(method.context, context, rtol=1e-8, atol=1e-10)
+    assert 0 < min(chosen) and max(chosen) < 6 * 4, "some patches are background, some are not"
+
+
+def test_locoop_without_background_is_coop_and_its_default_is_a_fifth_of_the_classes(clip_model, hosts, batches):
+    coop, locoop = CoOp(clip_model, context=CONTEXT, **hosts), LoCoOp(clip_model, context=CONTEXT, top_k=3, **hosts)
+    losses = [method.step(batches[0]) for method in (coop, locoop)]
+    assert torch.equal(losses[0].loss, losses[1].loss) and losses[1].terms["background_entropy"] == 0
+    names = tuple("abcdefghijklmnopqrst")
+    assert LoCoOp(clip_model, context=CONTEXT, **{**hosts, "class_names": names}).top_k == 4
+    assert LoCoOp(clip_model, context=CONTEXT, **hosts).top_k == 1
+
+
+def test_proda_equals_its_plain_restatement_at_every_step(clip_model, prompts, batches):
+    prompts = {**prompts, "templates": ("a {}s",)}
+    method = ProDA(clip_model, context=CONTEXT, prompts=8, prompt_batch=4, weight=0.1, **prompts)
+    contexts = method.contexts.detach().clone().requires_grad_()
+    places = ["front"] * 2 + ["middle"] * 2 + ["end"] * 4
+    scale, turns = clip_model.logit_scale.exp().detach(), []
+
+    def head(p):
+        return plain_head(clip_model, prompts, contexts[p], places[p], rest="s")
+
+    def plain_loss(images, labels, _step):
+        chosen = method.chosen().tolist()
+        turns.append(chosen)
+        u = F.normalize(clip_model.encode_image(images), dim=-1).detach()
+        w = torch.stack([head(p) for p in chosen], 1)  # (K, P, D)
+        mean = w.mean(1)
+        # The covariance between classes, one of each feature: (D, K, K), and of the image's logits: (N, K, K).
+        covariance = torch.einsum("ipd,jpd->dij", w - mean[:, None], w - mean[:, None]) / 5
+        of_logits = torch.einsum("nd,dij->nij", u**2, covariance)
+        z = scale * u @ mean.T
+        rows = []
+        for n, y in enumerate(labels):
+            variance = torch.stack([of_logits[n, c, c] + of_logits[n, y, y] - 2 * of_logits[n, c, y] for c in range(3)])
+            rows.append(z[n] + scale**2 / 2 * variance)
+        nameless = {**prompts, "class_names": ("",)}
+        v = [plain_head(clip_model, nameless, contexts[p], rest="s")[0] for p in chosen]
+        overlap = torch.stack([(v[i] @ v[j]).abs() for i in range(4) for j in range(4) if i != j]).mean()
+        return F.cross_entropy(torch.stack(rows), labels) + 0.1 * overlap
+
+    train_beside(method, [contexts], batches[:4], plain_loss, lr=0.01)
+    torch.testing.assert_close(method.contexts, contexts, rtol=1e-8, atol=1e-10)
+    assert sorted(turns[0] + turns[1]) == sorted(turns[2] + turns[3]) == list(range(8))
+    expected = torch.stack([head(p) for p in range(8)]).mean(0)
+    torch.testing.assert_close(method.classifier().class_embeddings, expected.detach(), rtol=1e-8, atol=1e-10)
+
+
+def test_the_variance_of_a_difference_is_that_of_the_prompts_logits():
+    u, w = torch.randn(5, 4, dtype=torch.float64), torch.randn(6, 3, 4, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    found = difference_variance(u, w - w.mean(0), labels)
+    torch.testing.assert_close(found.gather(1, labels[:, None]), torch.zeros(5, 1, dtype=torch.float64))
+    for n, y in enumerate(labels):
+        # One feature at a time, as the covariance is diagonal in them.
+        differences = u[n] * (w - w[:, y : y + 1])
+        torch.testing.assert_close(found[n], (differences.var(0, correction=0) * 6 / 7).sum(-1))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_maple_equals_its_plain_restatement_at_every_step(hosts, batches, depth):
+    model = deep_model()
+    method = MaPLe(model, context=CONTEXT, depth=depth, **hosts)
+    trained = [method.context, *method.deep]
+    for coupling in method.couplings:
+        trained += [coupling.weight, coupling.bias]
+    parts = [part.detach().clone().requires_grad_() for part in trained]
+    texts, maps = parts[:depth], parts[depth:]
+    scale = model.logit_scale.exp().detach()
+
+    def plain_logits(images):
+        visual = [p @ maps[2 * j].T + maps[2 * j + 1] for j, p in enumerate(texts)]
+        u = F.normalize(plain_image_tower(model, images, visual), dim=-1)
+        embeddings, closing = plain_captions(model, hosts, texts[0])
+        w = F.normalize(plain_text_tower(model, embeddings, closing, texts[1:]), dim=-1)
+        return scale * u @ w.T
+
+    train_beside(method, parts, batches[:4], lambda x, y, _: F.cross_entropy(plain_logits(x), y))
+    torch.testing.assert_close(trained, parts, rtol=1e-7, atol=1e-9)
+    images = batches[8][0]
+    classifier, expected = method.classifier(), plain_logits(images).detach()
+    torch.testing.assert_close(classifier.logits(images), expected)
+    torch.testing.assert_close(classifier.restrict([2]).logits(images), expected[:, [2]])
+
+
+def test_deep_prompts_leave_the_model_as_it_was(hosts, batches):
+    model = deep_model()
+    method = MaPLe(model, context=CONTEXT, **hosts)
+    assert len(method.couplings) == 2, "three quarters of the shallower tower's three blocks"
+    inputs = ((clip.encode_images, batches[0][0]), (clip.encode_texts, hosts["tokenizer"](["ant"])))
+    before = [encode(method.model, x) for encode, x in inputs]
+    method.step(batches[0])
+    assert all(torch.equal(encode(method.model, x), y) for (encode, x), y in zip(inputs, before, strict=True))
+
+
+def test_what_a_host_cannot_do_is_refused(clip_model, resnet_model, hosts):
+    checkpointed = deep_model()
+    checkpointed.set_grad_checkpointing(True)
+    for host, model, arguments, message in (
+        (MaPLe, resnet_model, {}, "open_clip's own ViT as image tower, got ModifiedResNet"),
+        (MaPLe, clip_model, {"depth": 2}, r"depth must lie in \[1, 1\]"),
+        (MaPLe, clip_model, {"position": "front"}, "position: the context of MaPLe"),
+        (MaPLe, checkpointed, {}, "gradient checkpointing off"),
+        (CoCoOp, clip_model, {"class_specific": True}, "class_specific"),
+        (LoCoOp, clip_model, {"top_k": 0}, "top_k"),
+        (LoCoOp, clip_model, {"weight": -1.0}, "weight"),
+        (ProDA, clip_model, {"prompts": 6, "prompt_batch": 4}, "prompts must be a multiple of prompt_batch"),
+        (ProDA, clip_model, {"prompts": 2, "prompt_batch": 1}, "at least 2"),
+        (ProDA, clip_model, {"context": "a photo"}, "context must be a number of tokens"),
+        (ProDA, clip_model, {"weight": float("nan")}, "weight"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            host(model, **{"context": 2, **arguments}, **hosts)
+
+
+def deep_model():
+    """The tiny CLIP with towers of three and four blocks."""
+    torch.manual_seed(0)
+    vision = {"image_size": 8, "patch_size": 4, "width": 16, "head_width": 8, "layers": 4}
+    text = {"context_length": 15, "vocab_size": 30, "width": 8, "heads": 2, "layers": 3}
+    return open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text).double()
 
 
 # Embedded texts
