@@ -26,6 +26,13 @@ OPERATORS = {
     "contrastive_loss_backward": "contrastive",
     "contrastive_distillation_loss": "contrastive",
     "contrastive_distillation_loss_backward": "contrastive",
+    "classification_loss": "classes",
+    "classification_loss_backward": "classes",
+    "dual_risk": "classes",
+    "dual_risk_backward": "classes",
+    "class_scores": "scores",
+    "misalignment_penalty": "misalignment",
+    "misalignment_penalty_backward": "misalignment",
 }
 """Each operator with a Triton body, and the module here that has it, under the operator's name."""
 
