@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from robustft.methods import VRF, Classifier, OutputEnsemble, VRFFeatures, WiSEFT
-from robustft.methods.output_ensemble import mixture_log_probabilities
+from robustft.evaluate import Frontier, frontier
+from robustft.methods import VRF, OutputEnsemble, VRFFeatures, WiSEFT
 from robustft.quickstart import Tensors
 from robustft.study.findings import Claim, Curve, Measured, Plot, Section, Table, falls, higher
 from robustft.study.world import World, columns
 
-ALPHAS = tuple(i / 10 for i in range(11))
 FINE_TUNED = ("FT", "FLYP", "CaRot")
 ABLATED = "FLYP"
 VARIANTS = {
@@ -50,8 +48,6 @@ class Comparison(NamedTuple):
 def compare(world: World, name: str) -> Comparison:
     """Every ensemble of one fine-tuned model with the zero-shot one."""
     zero_shot, fine_tuned, data = world.zero_shot, world.classifier(name), world.data
-    sets = {"ID": data.test.id, **data.test.shifts}
-    test = {key: VRFFeatures.of(zero_shot, fine_tuned, pair) for key, pair in sets.items()}
     train, validation = (VRFFeatures.of(zero_shot, fine_tuned, pair) for pair in (data.train, data.validation))
     vrf = VRF().fit(train, validation)
     wise = WiSEFT(zero_shot, fine_tuned).fit(data.validation)
@@ -70,14 +66,15 @@ def compare(world: World, name: str) -> Comparison:
             predictors[variant] = VRF(**options).fit(train, validation).classifier(zero_shot, fine_tuned)
     table = columns({row: world.suite(predictor) for row, predictor in predictors.items()})
 
-    frontiers = {
-        "WSE": frontier(lambda a: by_weights(wise.at(a), sets)),
-        "OSE": frontier(lambda a: by_outputs(test, a, (1.0, 1.0))),
-        "OSE, temperatures": frontier(lambda a: by_outputs(test, a, calibrated.temperatures_)),
-        "VRF": frontier(lambda a: by_distance(vrf.at(a), test)),
+    ensembles = {
+        "WSE": wise,
+        "OSE": ose,
+        "OSE, temperatures": calibrated,
+        "VRF": predictors["VRF"],
     }
-    for row, curve in frontiers.items():
-        table[row]["best OOD"] = best(curve, fine_tuned=table[name]["acc ID"])
+    frontiers = {row: curve(frontier(e, id=data.test.id, shifts=data.test.shifts)) for row, e in ensembles.items()}
+    for row, points in frontiers.items():
+        table[row]["best OOD"] = best(points, fine_tuned=table[name]["acc ID"])
     bins = vrf.accuracy_ratio(VRFFeatures.of(zero_shot, fine_tuned, pooled(data.test.shifts)), BINS)
     return Comparison(table, frontiers, ([0.5 * (b.lower + b.upper) for b in bins], [b.ratio for b in bins]))
 
@@ -88,32 +85,9 @@ def pooled(shifts: Mapping[str, Tensors]) -> Tensors:
     return torch.cat(images), torch.cat(labels)
 
 
-def right(log_probabilities: Tensor, labels: Tensor) -> float:
-    """Accuracy in %."""
-    return 100 * (log_probabilities.argmax(-1) == labels).double().mean().item()
-
-
-def frontier(accuracies: Callable[[float], Mapping[str, float]]) -> Curve:
-    """ID accuracy and mean accuracy over the shifts, at every mixing weight."""
-    points = [accuracies(alpha) for alpha in ALPHAS]
-    shifts = [[accuracy for name, accuracy in point.items() if name != "ID"] for point in points]
-    return [point["ID"] for point in points], [sum(s) / len(s) for s in shifts]
-
-
-def by_weights(classifier: Classifier, sets: Mapping[str, Tensors]) -> dict[str, float]:
-    with torch.no_grad():
-        return {name: right(classifier.logits(images), labels) for name, (images, labels) in sets.items()}
-
-
-def by_distance(vrf: VRF, test: Mapping[str, VRFFeatures]) -> dict[str, float]:
-    return {name: right(vrf.log_probabilities(f), f.labels) for name, f in test.items()}
-
-
-def by_outputs(test: Mapping[str, VRFFeatures], alpha: float, temperatures: tuple[float, float]) -> dict[str, float]:
-    return {
-        name: right(mixture_log_probabilities(f.zero_shot_logits, f.fine_tuned_logits, alpha, temperatures), f.labels)
-        for name, f in test.items()
-    }
+def curve(frontier: Frontier) -> Curve:
+    """Its points (ID, mean over the shifts), in %."""
+    return [100 * x for x in frontier.id_accuracy], [100 * y for y in frontier.ood_accuracy]
 
 
 def best(curve: Curve, fine_tuned: float) -> float:

@@ -120,7 +120,12 @@ class World:
 
 
 def _count(data: Any) -> int:
-    return len(data[0]) if isinstance(data, tuple) else len(data)
+    match data:
+        case tuple():
+            return len(data[0])
+        case dict():
+            return len(data["image"])
+    return len(data)
 
 
 def _built(options: Mapping[str, Any]) -> dict[str, Any]:
