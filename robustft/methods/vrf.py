@@ -59,7 +59,9 @@ class VRF:
     a = 1.5, b = 0.6 belong to features of one model on ImageNet; elsewhere distances have another scale (CIFAR-10:
     0.3 and 0.3). So a and b are searched over a grid that is moved and stretched with the validation distances
     (`vrf_weights.grid`). The released code chooses them, and the temperatures, on the ID test set; here it is held-out
-    ID data, by accuracy, then NLL.
+    ID data, by accuracy. Many pairs tie there, as they do in the paper's table, and the paper does not say which to
+    take; here it is the one with the smallest mean weight of the fine-tuned model: what ID data cannot decide is left
+    to the model that has seen more than ID data. `grid_` has the scores for another choice.
 
     Args:
         k: which neighbour; None for the paper's max(1, floor(0.001 M)), "released" for max(1, round(1000 M / N)), of
@@ -118,12 +120,13 @@ class VRF:
         pairs = grid(self.validation_distances_, self.a, self.b, self.weighting)
         if len(pairs) > 1 and bool((zero_shot & fine_tuned).all()):
             warnings.warn(
-                f"neither classifier errs on any of the {len(validation)} validation samples, so a and b are chosen by "
-                "NLL alone: hold out more data, that the fine-tuning has not seen, or pass a and b",
+                f"neither classifier errs on any of the {len(validation)} validation samples, which cannot tell one a "
+                "and b from another, so those that lean most on the zero-shot classifier are taken: hold out more "
+                "data, that the fine-tuning has not seen, or pass a and b",
                 stacklevel=2,
             )
         self.grid_ = scores(pairs, validation, self.validation_distances_, self.temperatures_, self.weighting)
-        best = min(self.grid_, key=lambda point: (-point.accuracy, point.nll))
+        best = min(self.grid_, key=lambda point: (-point.accuracy, point.weight, point.nll))
         self.a_, self.b_ = best.a, best.b
         return self
 

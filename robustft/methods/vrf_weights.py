@@ -4,7 +4,8 @@ sigmoid   w = 1 / (1 + exp((d - a) / b))
 linear    w = clip(1/2 - (d - a) / 4b, 0, 1)          the sigmoid's tangent at a
 binary    w = 1 where d <= a, else 0                  b -> 0
 
-a and b are those of the best accuracy, then NLL, of p = w p_ft + (1 - w) p_zs on held-out ID data, over
+a and b are those of the best accuracy of p = w p_ft + (1 - w) p_zs on held-out ID data; of equals, often many, those
+that leave the zero-shot model the largest share, and then of the lower NLL. They are sought over
 
 a = l + (a' - 0.4) (h - l) / 1.2,   b = b' (h - l) / 1.2        a' in A_GRID, b' in B_GRID
 
@@ -32,11 +33,12 @@ ROWS = 4096  # of logits, held in float64 at a time
 
 
 class GridPoint(NamedTuple):
-    """One (a, b) and what it scores on the validation set: accuracy, and mean NLL in nats."""
+    """One (a, b) on the validation set: accuracy, mean weight of the fine-tuned model, mean NLL in nats."""
 
     a: float
     b: float
     accuracy: float
+    weight: float
     nll: float
 
 
@@ -82,16 +84,17 @@ def scores(
     temperatures: tuple[float, float],
     weighting: str,
 ) -> tuple[GridPoint, ...]:
-    """Accuracy and NLL at every (a, b), in float64; each softmax is taken once. Memory: 4096 rows of three (N, K)."""
-    hits, nll = [0] * len(pairs), [0.0] * len(pairs)
+    """What every (a, b) scores, in float64; each softmax is taken once. Memory: 4096 rows of three (N, K)."""
+    sums = torch.zeros(len(pairs), 3, dtype=torch.float64)
     for part, d in zip(validation.rows(ROWS), distances.double().split(ROWS), strict=True):
         zs = (part.zero_shot_logits.double() / temperatures[0]).softmax(-1)
         ft = (part.fine_tuned_logits.double() / temperatures[1]).softmax(-1)
         labels = part.labels.long()
         for i, (a, b) in enumerate(pairs):
-            p = torch.lerp(zs, ft, weigh(d, a, b, weighting)[:, None])
-            hits[i] += int((p.argmax(-1) == labels).sum())
+            w = weigh(d, a, b, weighting)
+            p = torch.lerp(zs, ft, w[:, None])
             true = p.gather(1, labels[:, None]).clamp_min(torch.finfo(p.dtype).tiny)
-            nll[i] -= float(true.log().sum())
-    n = len(validation)
-    return tuple(GridPoint(a, b, hits[i] / n, nll[i] / n) for i, (a, b) in enumerate(pairs))
+            sums[i] += torch.stack([(p.argmax(-1) == labels).double().sum(), w.sum(), -true.log().sum()]).cpu()
+    return tuple(
+        GridPoint(a, b, *means) for (a, b), means in zip(pairs, (sums / len(validation)).tolist(), strict=True)
+    )

@@ -82,7 +82,7 @@ def test_neighbour_rules_of_paper_and_released_code():
     assert {k: fit.k_ for k, fit in fits.items()} == {None: size // 1000, "released": round(1000 * size / 3000), 7: 7}
 
 
-def test_a_and_b_have_the_best_accuracy_and_of_equals_the_lowest_nll(sets):
+def test_a_and_b_have_the_best_accuracy_and_of_equals_the_least_fine_tuned_weight(sets):
     train, validation, _ = sets
     vrf = VRF().fit(train, validation)
     assert len(vrf.grid_) == len(A_GRID) * len(B_GRID)
@@ -90,11 +90,11 @@ def test_a_and_b_have_the_best_accuracy_and_of_equals_the_lowest_nll(sets):
         p, _ = restated(train, validation, validation, vrf.k_, point.a, point.b, vrf.temperatures_)
         accuracy = (p.argmax(1) == validation.labels).double().mean().item()
         nll = F.nll_loss(p.log(), validation.labels).item()
-        assert (point.accuracy, point.nll) == pytest.approx((accuracy, nll), rel=1e-9)
-    best = max(point.accuracy for point in vrf.grid_)
-    lowest = min(point.nll for point in vrf.grid_ if point.accuracy == best)
+        weight = weigh(vrf.distances(validation.features), point.a, point.b, "sigmoid").mean().item()
+        assert (point.accuracy, point.weight, point.nll) == pytest.approx((accuracy, weight, nll), rel=1e-9)
+    ties = [point for point in vrf.grid_ if point.accuracy == max(p.accuracy for p in vrf.grid_)]
     chosen = next(point for point in vrf.grid_ if (point.a, point.b) == (vrf.a_, vrf.b_))
-    assert (chosen.accuracy, chosen.nll) == (best, lowest)
+    assert chosen in ties and chosen.weight == min(point.weight for point in ties) == pytest.approx(vrf.alpha_)
 
 
 def test_the_grid_is_the_papers_where_distances_are_and_moves_with_their_scale():
@@ -225,7 +225,7 @@ def test_validation_data_without_errors(sets):
     train, validation, _ = sets
     right = 5.0 * F.one_hot(validation.labels, CLASSES).double()
     perfect = changed(validation, zero_shot_logits=right, fine_tuned_logits=2.0 * right)
-    with pytest.warns(UserWarning, match="neither classifier errs.*NLL alone"):
+    with pytest.warns(UserWarning, match="neither classifier errs.*lean most on the zero-shot"):
         VRF().fit(train, perfect)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
