@@ -173,7 +173,8 @@ class HistogramBinning(Calibrator):
     """Confidence becomes the held-out accuracy of its bin; the other classes share the rest as they did before.
 
     Bins of equal mass, as those of `calibration_report(scheme="mass")`. A prediction changes only where the accuracy of
-    its bin is less than what the runner-up then gets. Learnt: the bins' `upper_` ends and `accuracy_`. Source: Zadrozny
+    its bin is less than what the runner-up then gets. A bin without errors says 1, which costs NLL dearly when it is
+    wrong: have enough samples a bin. Learnt: the bins' `upper_` ends and `accuracy_`. Source: Zadrozny
     and Elkan 2001, on the top label as Gupta and Ramdas 2022 (arXiv 2107.08353) argue; the one-vs-rest form of Guo et
     al. takes B numbers for each class, and changes predictions.
 
