@@ -328,7 +328,7 @@ def dual_risk(
     Both heads are one product, forward and backward.
     Gradients reach features, both embeddings, logit_scale and weight, not core_labels.
     Memory: as `classification_loss`, for 2K classes, and both embeddings once more.
-    Source: DRM, Wang et al. 2024 (arXiv 2411.19757), equations of the two risks.
+    Source: DRM, Li et al. 2024 (arXiv 2411.19757), equations of the two risks.
     Raises: ValueError or TypeError naming the argument.
     """
     x, w, s = arguments.class_inputs(features, class_embeddings, logit_scale)

@@ -4,9 +4,9 @@
     a_i  = (c_iy - low_y) / (high_y - low_y)  y = y_i; low and high over the training images of class y:  "affinity"
     r_ik = softmax_k(n_ik / tau)              n_ik = c_ik, from 0 to 1 over all training images:          "soft"
 
-    "affinity"   q_i = a_i on y_i; of the rest, 1 - a_i, nothing, or with `spread` its share r_ik / sum_{k != y} r_ik
+    "affinity"   q_i = a_i on y_i, and on class k of the others (1 - a_i) r_ik / sum_{k != y} r_ik, or nothing
     "soft"       q_i = r_i
-    then         q_i <- (1 - m) q_i + m onehot(y_i)
+    then         q_i <- (1 - m) q_i + m onehot(y_i),   m = 1/2
 
 A description speaks of shape and parts, hardly of the ground that an object stands on, so c_iy is low for an image
 that its class owes to its background. Similarities of different classes have different offsets and spreads: hence the
@@ -41,22 +41,24 @@ class Ranges(NamedTuple):
 class CoreProxy:
     """Which proxy, as in the formulas above; `core_labels` computes it for a data set, `DRM` batch by batch.
 
-    The paper's normalisation of affinities could not be recovered (its training code was never released), so the
-    forms are offered by name, and which one helps is to be chosen on held-out data.
+    The paper's training code was never released, and how exactly it normalises affinities is not known: the forms are
+    offered by name. The defaults are robustft's own choice, made on GlyphWorld (docs/drm.md): mass that is dropped
+    rather than spread only weighs the images, which changed nothing there, and with half of it on the label no image
+    is taught that it is of another class.
 
     Args:
         kind: "affinity" or "soft".
         temperature: tau, of normalised similarities: they lie in [0, 1].
         one_hot: m, the share of the label itself; 1 makes the worst-case risk plain cross-entropy.
-        spread: for "affinity", spread the remaining mass over the other classes rather than drop it.
+        spread: of "affinity": spread the remaining mass over the other classes, or drop it.
 
     Raises ValueError naming what is out of range.
     """
 
     kind: Literal["affinity", "soft"] = "affinity"
     temperature: float = 0.1
-    one_hot: float = 0.0
-    spread: bool = False
+    one_hot: float = 0.5
+    spread: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in ("affinity", "soft"):
@@ -65,8 +67,6 @@ class CoreProxy:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if not 0.0 <= self.one_hot <= 1.0:
             raise ValueError(f"one_hot must lie in [0, 1], got {self.one_hot}")
-        if self.spread and self.kind == "soft":
-            raise ValueError('spread is for kind="affinity": soft labels leave no mass to spread')
 
     def __call__(self, similarities: Tensor, labels: Tensor, ranges: Ranges) -> Tensor:
         """q of similarities (N, K) and labels (N,): (N,) confidences of the label, or (N, K) soft labels.

@@ -13,6 +13,7 @@ from robustft.prompts import read_descriptions
 from robustft.train import fit
 
 DESCRIPTIONS = {"ant": ("six legs", "dark and thin"), "bee": "striped", "cow": ("horns", "large", "it moos")}
+AFFINITY = CoreProxy(one_hot=0.0, spread=False)
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def plain_affinity(model, images, labels, prompts):
 def test_drm_equals_its_plain_restatement_at_every_step(clip_model, described, batches, weight, on_the_fly):
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     q = plain_affinity(clip_model, images, labels, described)
-    method = DRM(clip_model, worst_case_weight=weight, proxy=CoreProxy() if on_the_fly else None, **described)
+    method = DRM(clip_model, worst_case_weight=weight, proxy=AFFINITY if on_the_fly else None, **described)
     if on_the_fly:
         method.prepare((images, labels))
     student = copy.deepcopy(clip_model)
@@ -100,14 +101,14 @@ def test_affinity_by_hand():
     ranges = CoreProxy.ranges(similarities, labels)
     assert ranges.own.tolist() == [[0.2, 0.5], [0.6, 0.5]]
     assert ranges.all.tolist() == [[0.1, 0.0], [0.8, 0.9]]
-    q = CoreProxy()(similarities, labels, ranges)
+    q = AFFINITY(similarities, labels, ranges)
     torch.testing.assert_close(q, torch.tensor([0.0, 0.25, 1.0, 1.0, 1.0], dtype=torch.float64))  # a point is 1
-    mixed = CoreProxy(one_hot=0.2)(similarities, labels, ranges)
+    mixed = CoreProxy(one_hot=0.2, spread=False)(similarities, labels, ranges)
     torch.testing.assert_close(mixed, 0.8 * q + 0.2)
-    beyond = CoreProxy()(torch.tensor([[-1.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 0]), ranges)
+    beyond = AFFINITY(torch.tensor([[-1.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 0]), ranges)
     assert beyond.tolist() == [0.0, 1.0]
     # Of two classes, the other one takes all that is left.
-    spread = CoreProxy(spread=True)(similarities, labels, ranges)
+    spread = CoreProxy(one_hot=0.0)(similarities, labels, ranges)
     torch.testing.assert_close(
         spread, torch.stack((q, 1 - q), 1)[torch.arange(5)[:, None], [[0, 1]] * 3 + [[1, 0]] * 2]
     )
@@ -116,7 +117,7 @@ def test_affinity_by_hand():
 def test_soft_labels_by_hand_do_not_depend_on_a_class_offset_or_spread():
     similarities = torch.tensor([[0.2, 0.9, 0.5], [0.3, 0.0, 0.1], [0.6, 0.1, 0.3]], dtype=torch.float64)
     labels = torch.tensor([0, 1, 2])
-    soft = CoreProxy("soft", temperature=0.5)
+    soft = CoreProxy("soft", temperature=0.5, one_hot=0.0)
     ranges = CoreProxy.ranges(similarities, labels)
     q = soft(similarities, labels, ranges)
     first = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64) / 0.5
@@ -133,23 +134,30 @@ def test_spread_shares_the_rest_in_proportion_to_the_soft_labels():
     torch.manual_seed(0)
     similarities, labels = torch.rand(20, 5, dtype=torch.float64), torch.arange(20) % 5
     ranges = CoreProxy.ranges(similarities, labels)
-    q = CoreProxy(spread=True, temperature=0.01)(similarities, labels, ranges)
-    soft = CoreProxy("soft", temperature=0.01)(similarities, labels, ranges)
+    q = CoreProxy(temperature=0.01, one_hot=0.0)(similarities, labels, ranges)
+    soft = CoreProxy("soft", temperature=0.01, one_hot=0.0)(similarities, labels, ranges)
     own = F.one_hot(labels).bool()
-    torch.testing.assert_close(q[own], CoreProxy()(similarities, labels, ranges))
+    torch.testing.assert_close(q[own], AFFINITY(similarities, labels, ranges))
     torch.testing.assert_close(q.sum(1), torch.ones(20, dtype=torch.float64))
     rest = soft.masked_fill(own, 0.0)
     rest = rest / rest.sum(1, keepdim=True)
     torch.testing.assert_close(q.masked_fill(own, 0.0), rest * (1 - q[own])[:, None])
 
 
+def test_by_default_no_image_is_taught_another_class():
+    torch.manual_seed(0)
+    similarities, labels = torch.rand(200, 5), torch.arange(200) % 5
+    q = CoreProxy()(similarities, labels, CoreProxy.ranges(similarities, labels))
+    assert torch.equal(q.argmax(1), labels) and q.gather(1, labels[:, None]).min() >= 0.5
+
+
 def test_a_class_without_images_counts_in_full_when_one_turns_up():
     similarities = torch.rand(4, 3)
     ranges = CoreProxy.ranges(similarities, torch.tensor([0, 0, 1, 1]))
-    assert CoreProxy()(similarities[:1], torch.tensor([2]), ranges).tolist() == [1.0]
+    assert AFFINITY(similarities[:1], torch.tensor([2]), ranges).tolist() == [1.0]
 
 
-@pytest.mark.parametrize("proxy", [CoreProxy(), CoreProxy("soft"), CoreProxy(spread=True, one_hot=0.1)])
+@pytest.mark.parametrize("proxy", [AFFINITY, CoreProxy("soft"), CoreProxy(one_hot=0.1)])
 def test_the_proxy_on_the_fly_is_the_one_computed_once(clip_model, described, batches, proxy, tmp_path):
     data = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
     names = {key: value for key, value in described.items() if key != "templates"}
@@ -207,7 +215,7 @@ def test_run_that_stops_resumes_bit_for_bit(clip_model, described, batches, tmp_
     data, settings = (images, labels), {"epochs": 2, "batch_size": 6, "lr": 1e-2, "progress": False}
 
     def make():
-        return DRM(clip_model, proxy=CoreProxy(spread=True), **described)
+        return DRM(clip_model, **described)
 
     whole = make().prepare(data)
     history = fit(whole, data, output=tmp_path / "whole", **settings)
@@ -318,7 +326,6 @@ def test_arguments_out_of_range_are_refused(clip_model, described, arguments, me
         ({"kind": "hard"}, "kind must be"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"one_hot": 1.5}, "one_hot must lie in"),
-        ({"kind": "soft", "spread": True}, "spread is for"),
     ],
 )
 def test_proxies_out_of_range_are_refused(arguments, message):
