@@ -28,8 +28,7 @@ from robustft.methods.zero_shot import zero_shot_classifier
 from robustft.objective import Objective
 
 ALPHA, BETA = 1.17, 1.0  # the released configuration of most data sets
-ALPHAS = tuple(i / 10 for i in range(1, 31))
-BETAS = tuple(i / 10 for i in range(1, 71))
+ALPHAS = BETAS = tuple(i / 5 for i in range(1, 51))  # the widest of the released ranges, up to 10
 
 
 class TipAdapter:

@@ -18,6 +18,7 @@ from plain_prompts import (
 )
 
 from robustft import clip
+from robustft.data import glyphworld
 from robustft.methods import CoCoOp, CoOp, KgCoOp, LoCoOp, MaPLe, ProDA, zero_shot_classifier
 from robustft.methods.proda import difference_variance
 from robustft.objective import Objective
@@ -106,6 +107,37 @@ def test_what_follows_the_name_in_the_template_follows_it_here(clip_model, hosts
         method = CoOp(clip_model, context="of", position=position, **{**hosts, "templates": ("a {}now",)})
         expected = zero_shot_classifier(clip_model, **{**hosts, "templates": (template,)})
         torch.testing.assert_close(method.classifier().class_embeddings, expected.class_embeddings)
+
+
+def test_words_of_clips_own_tokenizer_start_as_the_zero_shot_classifier_too():
+    bundle = glyphworld.load_clip()
+    prompts = {"tokenizer": bundle.tokenizer, "class_names": glyphworld.CLASS_NAMES}
+    for template, words in (("{}", "a picture of"), ("an image of {}, drawn.", "A blurry  picture of")):
+        method = CoOp(bundle.model, context=words, templates=(template,), **prompts)
+        expected = template.replace("an image of ", "").replace("{}", f"{words} {{}}")
+        zero_shot = zero_shot_classifier(bundle.model, templates=(expected,), **prompts)
+        torch.testing.assert_close(method.class_embeddings(), zero_shot.class_embeddings, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="'the digit zero' takes 5 of the 20 tokens and leaves 15"):
+        CoOp(bundle.model, context=16, templates=("{}",), **prompts)
+
+
+def test_a_tokenizer_without_opening_and_closing_tokens_is_understood(prompts):
+    """As SigLIP's: texts are closed and filled by one token, nothing opens them, and the last token is pooled."""
+
+    def filled(texts):
+        rows = [[2 + (ord(c) - 97) % 27 for c in text[:15]] for text in texts]
+        return torch.tensor([row + [1] * (15 - len(row)) for row in rows])
+
+    torch.manual_seed(0)
+    vision = {"image_size": 8, "patch_size": 4, "width": 16, "head_width": 8, "layers": 1}
+    text = {"context_length": 15, "vocab_size": 30, "width": 8, "heads": 2, "layers": 2}
+    text |= {"no_causal_mask": True, "pool_type": "last", "pad_id": 1}
+    model = open_clip.CustomTextCLIP(embed_dim=8, vision_cfg=vision, text_cfg=text).double()
+    prompts = {**prompts, "tokenizer": filled, "templates": ("{}x",)}
+    for position, template in (("end", "of{}x"), ("front", "{}ofx")):
+        found = CoOp(model, context="of", position=position, **prompts).class_embeddings()
+        expected = zero_shot_classifier(model, **{**prompts, "templates": (template,)})
+        torch.testing.assert_close(found, expected.class_embeddings)
 
 
 def test_the_initial_context_is_a_function_of_the_seed_with_standard_deviation_two_hundredths(clip_model, hosts):
