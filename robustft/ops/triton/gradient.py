@@ -214,7 +214,7 @@ def _block(
 
 
 @triton.jit
-def scale_gradient(G, H, BY_SCALE, DS, n, g_stride, h_stride, TEACHER: tl.constexpr, BS: tl.constexpr):
+def _scale_gradient(G, H, BY_SCALE, DS, n, g_stride, h_stride, TEACHER: tl.constexpr, BS: tl.constexpr):
     at = tl.arange(0, BS)
     total = tl.zeros((BS,), tl.float32)
     for start in range(0, n, BS):
@@ -265,4 +265,4 @@ def gradient_kernel(
             TARGETS, TEACHER, SMOOTHED, True, PRECISION, TILE_M, TILE_N, BM, BD, BK,
         )  # fmt: skip
     else:
-        scale_gradient(G, H, BY_SCALE, DS, n, g_stride, h_stride, TEACHER, 1024)
+        _scale_gradient(G, H, BY_SCALE, DS, n, g_stride, h_stride, TEACHER, 1024)

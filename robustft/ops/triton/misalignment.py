@@ -60,7 +60,7 @@ def misalignment_kernel(
     wrong = in_row & ~(total == 0.0)
     log_sum = tl.where(wrong, tl.log2(tl.where(wrong, total, 1.0)) * LN2, float("-inf"))
     if TOP1:
-        offset = highest
+        offset = tl.where(total == total, highest, total)  # a maximum ignores NaN
         log_sum = tl.where(wrong, tl.where(total == total, 0.0, total), float("-inf"))
     penalty, slope = penalty_of_gap(tl.where(wrong, log_sum + (offset - label), 0.0), VARIANT)
     tl.store(PENALTY + i, tl.where(wrong, penalty, 0.0), mask=in_row)
