@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from robustft.features import write_file
-from robustft.study import carot, detection, drm, vrf
+from robustft.study import carot, cmp, compositions, detection, drm, vrf
 from robustft.study.findings import Measured
 from robustft.study.page import Answer, markdown, page, summary
 from robustft.study.world import World
 
-SECTIONS = {module.SECTION.name: module.SECTION for module in (carot, vrf, drm, detection)}
+SECTIONS = {module.SECTION.name: module.SECTION for module in (carot, vrf, drm, cmp, detection, compositions)}
 SEEDS = (0, 1, 2)
 
 
