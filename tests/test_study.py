@@ -77,11 +77,11 @@ def test_study_writes_its_pages_and_goes_on_where_it_was(toy, monkeypatch, tmp_p
 
     monkeypatch.setitem(study.SECTIONS, "toy", replace(TOY, measure=killed))
     with pytest.raises(KeyboardInterrupt):
-        study.study(folder, sections=["toy"], seeds=(0, 1), log=done.append)
+        study.study(folder, sections=["toy"], seeds=(0, 1), workers=1, log=done.append)
     monkeypatch.setitem(study.SECTIONS, "toy", TOY)
     with pytest.raises(FileExistsError, match="--resume"):
         study.study(folder, sections=["toy"], seeds=(0, 1), log=done.append)
-    answers = study.study(folder, sections=["toy"], seeds=(0, 1), resume=True, log=done.append)
+    answers = study.study(folder, sections=["toy"], seeds=(0, 1), resume=True, workers=1, log=done.append)
     assert [line for line in done if line.startswith("measured")] == ["measured 0", "measured 1"]
     assert [f.verdict for f in answers[0].findings] == ["appears", "the opposite appears"]
 

@@ -13,7 +13,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+
+import torch
 
 from robustft.features import write_file
 from robustft.study import carot, cmp, compositions, detection, drm, vrf
@@ -32,6 +37,7 @@ def study(
     sections: Sequence[str] = tuple(SECTIONS),
     quick: bool = False,
     resume: bool = False,
+    workers: int | None = None,
     log: Callable[[str], None] = print,
 ) -> list[Answer]:
     """Runs the sections on the seeds and writes study.html, study.md, results.json and figures/ into `output`.
@@ -42,7 +48,9 @@ def study(
         sections: some of `SECTIONS`.
         quick: fewer epochs and test images: minutes, for a look.
         resume: go on with the study in `output`, under the same configuration.
-        log: receives one line of text at a time.
+        workers: processes, each with a seed at a time and its share of the cores; by default as many as there are of
+            either. With one, everything runs in this process.
+        log: receives one line of text at a time; lines of other processes are printed.
 
     Raises: ValueError for unknown sections or no seed, FileExistsError for a folder that holds something else, OSError
     for one that cannot be written.
@@ -57,40 +65,45 @@ def study(
     folder = Path(output)
     open_folder(folder, {"quick": quick, "seeds": list(seeds), "sections": list(sections)}, resume)
     started = time.monotonic()
-    measured = {(name, seed): _measured(folder, name, seed) for seed in seeds for name in sections}
-    for seed in seeds:
-        world = World(folder / f"seed-{seed}", seed, quick=quick, log=log)
-        for name in sections:
-            if measured[name, seed] is None:
-                log(f"seed {seed}: {SECTIONS[name].title}")
-                measured[name, seed] = SECTIONS[name].measure(world)
-                _keep(folder, name, seed, measured[name, seed])
-        shutil.rmtree(world.folder, ignore_errors=True)  # every section of the seed is on disk
-    answers = [Answer(SECTIONS[name], [measured[name, seed] for seed in seeds]) for name in sections]
+    cores = len(os.sched_getaffinity(0))
+    workers = workers or min(len(seeds), cores)
+    if workers == 1:
+        for seed in seeds:
+            _measure(folder, sections, seed, quick, log)
+    else:
+        with ProcessPoolExecutor(
+            workers, get_context("spawn"), torch.set_num_threads, (max(1, cores // workers),)
+        ) as pool:
+            list(pool.map(partial(_measure, folder, sections, quick=quick), seeds))
+    answers = [Answer(SECTIONS[name], [_measured(folder, name, seed) for seed in seeds]) for name in sections]
     _write(folder, answers, _command(quick, seeds, sections))
     log(summary(answers))
     log(f"\nstudy: {folder / 'study.html'}   ({time.monotonic() - started:.0f} s)")
     return answers
 
 
+def _measure(folder: Path, sections: Sequence[str], seed: int, quick: bool, log: Callable[[str], None] = print) -> None:
+    """Measures what is missing of a seed; each section is on disk as soon as it is done."""
+    world = World(folder / f"seed-{seed}", seed, quick=quick, log=log)
+    for name in sections:
+        if not _path(folder, name, seed).exists():
+            started = time.monotonic()
+            measured = SECTIONS[name].measure(world)
+            write_file(_path(folder, name, seed), json.dumps(measured._asdict(), indent=1, allow_nan=False).encode())
+            log(f"seed {seed}: {SECTIONS[name].title} ({time.monotonic() - started:.0f} s)")
+    shutil.rmtree(world.folder, ignore_errors=True)
+
+
 def _path(folder: Path, name: str, seed: int) -> Path:
     return folder / "results" / f"{name}-{seed}.json"
 
 
-def _measured(folder: Path, name: str, seed: int) -> Measured | None:
-    path = _path(folder, name, seed)
-    return Measured(**json.loads(path.read_text())) if path.exists() else None
-
-
-def _keep(folder: Path, name: str, seed: int, measured: Measured) -> None:
-    text = json.dumps(measured._asdict(), indent=1, allow_nan=False)
-    write_file(_path(folder, name, seed), text.encode())
+def _measured(folder: Path, name: str, seed: int) -> Measured:
+    return Measured(**json.loads(_path(folder, name, seed).read_text()))
 
 
 def _write(folder: Path, answers: Sequence[Answer], command: str) -> None:
-    import torch
-
-    machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    machine = f"torch {torch.__version__}, {len(os.sched_getaffinity(0))} cores"
     text, images = page(answers, command, machine)
     for name, png in images.items():
         write_file(folder / "figures" / f"{name}.png", png)

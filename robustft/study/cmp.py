@@ -122,7 +122,7 @@ SECTION = Section(
         ),
     ),
     notes={
-        HOSTED: "CMP: weight 1, the log-ratio. ECE ID, temperature: with the temperature of lowest NLL on ID validation, "
-        "which costs nothing and is what a penalty competes with.",
+        HOSTED: "CMP: weight 1, the log-ratio. ECE ID, temperature: with the temperature of lowest NLL on ID "
+        "validation, which costs nothing and is what a penalty competes with.",
     },
 )

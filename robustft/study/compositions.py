@@ -121,7 +121,7 @@ SECTION = Section(
     claims=tuple(Claim(f"{name} beats every single method at everything", dominates(name)) for name in NAMES),
     notes={
         SINGLES: "AUROC: MCM.",
-        COMPOSED: f"AUROC: MCM, unless another detector is named. WiSE {HALF}: the weight that WiSE-FT recommends where no "
-        "data tell; it is not chosen. Margin of a claim: the least of the four leads over the best single method.",
+        COMPOSED: f"AUROC: MCM, unless another detector is named. WiSE {HALF}: the weight that WiSE-FT recommends "
+        "where no data tell; it is not chosen. Margin of a claim: the least of the four leads over the best single method.",
     },
 )

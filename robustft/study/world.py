@@ -69,7 +69,7 @@ class World:
         """
         data = self.data.train if data is None else data
         if self.quick:
-            recipe = replace(recipe, epochs=min(recipe.epochs, QUICK_EPOCHS))
+            recipe = replace(recipe, epochs=max(1, recipe.epochs * QUICK_EPOCHS // RECIPES["FT"].epochs))
         text = json.dumps([asdict(recipe), what, self.seed, self.quick], sort_keys=True, default=str)
         key = f"{recipe.method}-{what}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         if key not in self._methods:
