@@ -1,6 +1,7 @@
 """CLIP models of any open_clip architecture: load, encode, build heads from prompts, interpolate, export.
 
     u = normalise(f(x))                                          image features (N, D)
+    l = normalise(value path of f's last attention)              patch features (N, P, D), `robustft.patches`
     v = normalise(g(t))                                          text features (M, D)
     w_c = normalise(mean_t normalise(g(template_t(name_c))))     class embeddings (K, D)
     z = s u w^T,  s = exp(model.logit_scale)                     zero-shot logits (N, K)
@@ -34,13 +35,24 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
+from robustft import patches
 from robustft.prompts import Template, Tokenizer, captions, check_captions
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 CARD_FILE = "README.md"
 CLASSIFIER_FILE = "classifier.safetensors"  # the head of a `methods.Classifier`; open_clip does not look at it
+DETECTOR_FILE = "detector.safetensors"  # a `Detector` for that classifier, no weights either
+HEAD_FILES = {CLASSIFIER_FILE, DETECTOR_FILE}
+
+
+class LocalFeatures(NamedTuple):
+    """Image features (N, D) and the features of their patches (N, P, D)."""
+
+    image_features: Tensor
+    patch_features: Tensor
 
 
 class Bundle(NamedTuple):
@@ -185,7 +197,7 @@ def _weights_in(folder: Path) -> Path:
         return path.suffix != ".safetensors", "open_clip" not in path.name, path.name
 
     suffixes = {".safetensors", ".bin", ".pt", ".pth"}
-    found = [path for path in folder.iterdir() if path.suffix in suffixes and path.name != CLASSIFIER_FILE]
+    found = [path for path in folder.iterdir() if path.suffix in suffixes and path.name not in HEAD_FILES]
     if not found:
         raise FileNotFoundError(f"{folder}: no weights; expected {WEIGHTS_FILE}")
     return min(found, key=rank)
@@ -261,12 +273,94 @@ def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -
     return F.normalize(_at_least_float32(features), dim=-1) if normalize else features
 
 
+def encode_patches(model: nn.Module, images: Tensor, *, normalize: bool = True) -> Tensor:
+    """Patch features (N, P, D) of transformed images, comparable with text features; gradients as in `encode_images`.
+
+    P patches row by row: (H / patch)^2 for a ViT, (H / 32)^2 for a ModifiedResNet. They are the value path of the last
+    attention, as in GL-MCM and LoCoOp (`robustft.patches` has the formulas). The model stays as it is. images,
+    normalize: as in `encode_images`. Costs one pass and the last block once more: `encode_images_and_patches` gives
+    the image features of that pass too. ValueError for towers without such patches (timm, Hugging Face, CoCa).
+    """
+    return encode_images_and_patches(model, images, normalize=normalize).patch_features
+
+
+def encode_images_and_patches(model: nn.Module, images: Tensor, *, normalize: bool = True) -> LocalFeatures:
+    """`encode_images` and `encode_patches` in one pass. Memory: N P D floats for the patches."""
+    visual = unwrap(model).visual
+    with patches.last_inputs(visual) as inputs:
+        image_features = encode_images(model, images, normalize=normalize)
+    patch_features = patches.local_features(visual, inputs[0])
+    if normalize:
+        patch_features = F.normalize(_at_least_float32(patch_features), dim=-1)
+    return LocalFeatures(image_features, patch_features)
+
+
 def encode_texts(model: nn.Module, tokens: Tensor, *, normalize: bool = True) -> Tensor:
     """Text features (M, D) of tokenised captions (M, L), with `normalize` as in `encode_images`."""
     if tokens.ndim != 2 or tokens.is_floating_point():
         raise ValueError(f"tokens: expected (M, L) integers, got {tuple(tokens.shape)} {tokens.dtype}")
     features = _pooled(model.encode_text(tokens))
     return F.normalize(_at_least_float32(features), dim=-1) if normalize else features
+
+
+def token_embedding(model: nn.Module) -> nn.Embedding:
+    """The table (vocabulary, width) of token embeddings, of open_clip's own text tower.
+
+    Found in `CLIP` and in `CustomTextCLIP`. ValueError for other towers, such as Hugging Face ones.
+    """
+    table = getattr(text_tower(model), "token_embedding", None)
+    if not isinstance(table, nn.Embedding):
+        raise ValueError(
+            f"model: texts are embedded by open_clip's own text tower, which this {type(model).__name__} lacks "
+            "(no token_embedding in it or in its .text): prompts cannot be learnt for it"
+        )
+    return table
+
+
+def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, *, normalize: bool = True) -> Tensor:
+    """Text features (M, D) of embeddings (M, L, width) that stand in for those of the tokens (M, L).
+
+    Positions, masks, layers, pooling and projection are the tower's own: embeddings looked up in `token_embedding`
+    give `encode_texts`. The tokens say where a text ends and what is padding. The gradient reaches the embeddings,
+    which may be wider than the tower's weights; `normalize` as in `encode_texts`. Under a causal mask nothing
+    after the place of pooling is looked at, and it is not computed: short prompts in a long context cost little.
+    ValueError for shapes that do not fit and for towers without `token_embedding`.
+    """
+    table = token_embedding(model)
+    if embeddings.shape != (*tokens.shape, table.embedding_dim) or tokens.ndim != 2:
+        raise ValueError(
+            f"embeddings: expected (M, L, {table.embedding_dim}) for tokens (M, L), got {tuple(embeddings.shape)} "
+            f"for {tuple(tokens.shape)}"
+        )
+    tower = text_tower(model)
+    length = _pooled_length(tower, tokens)
+
+    def cut(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
+        mask = keywords["attn_mask"][..., :length, :length].contiguous()
+        return (arguments[0][:, :length].contiguous(), *arguments[1:]), {**keywords, "attn_mask": mask}
+
+    with contextlib.ExitStack() as hooks:
+        replaced = table.register_forward_hook(lambda _module, _tokens, found: embeddings.to(found.dtype))
+        hooks.callback(replaced.remove)
+        if length is not None:
+            hooks.callback(tower.transformer.register_forward_pre_hook(cut, with_kwargs=True).remove)
+        return encode_texts(model, tokens, normalize=normalize)
+
+
+def text_tower(model: nn.Module) -> nn.Module:
+    """What holds the text transformer: `CustomTextCLIP` has a tower of its own, `CLIP` is one."""
+    model = unwrap(model)
+    return getattr(model, "text", model)
+
+
+def _pooled_length(tower: nn.Module, tokens: Tensor) -> int | None:
+    """How many leading tokens the pooled features of a batch depend on, None if that is not known to be less than all.
+
+    CLIP pools at the largest token, and a causal mask lets nothing after it matter.
+    """
+    pooling = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
+    return int(tokens.argmax(-1).max()) + 1 if causal and pooling == "argmax" else None
 
 
 def class_embeddings(
@@ -288,23 +382,73 @@ def class_embeddings(
 
 
 def caption_embeddings(
-    model: nn.Module, tokenizer: Tokenizer, captions: Sequence[Sequence[str]], *, batch_size: int = 256
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    captions: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 256,
+    checkpoint: bool = False,
 ) -> Tensor:
     """A head (K, D) from ready captions, such as concept descriptions: one or more of them a class.
 
-    Otherwise as `class_embeddings`.
+    checkpoint: as in `encode_captions`. Otherwise as `class_embeddings`.
     """
+    return grouped_embeddings(model, group_captions(tokenizer, captions), batch_size=batch_size, checkpoint=checkpoint)
+
+
+class CaptionGroups(NamedTuple):
+    """Tokens (P, L) of the captions of G distinct groups, one after the other; sizes of the groups; group of each
+    class (K,)."""
+
+    tokens: Tensor
+    sizes: tuple[int, ...]
+    rows: Tensor
+
+    def of(self, classes: Tensor) -> CaptionGroups:
+        """The captions of some classes (C,), in that order."""
+        groups, rows = self.rows[classes.to(self.rows.device)].unique(return_inverse=True)
+        parts = self.tokens.split(self.sizes)
+        return CaptionGroups(
+            torch.cat([parts[g] for g in groups.tolist()]), tuple(self.sizes[g] for g in groups.tolist()), rows
+        )
+
+
+def group_captions(tokenizer: Tokenizer, captions: Sequence[Sequence[str]]) -> CaptionGroups:
+    """The captions of K classes, tokenised: classes of the same captions share a group."""
     check_captions(captions)
+    distinct = {texts: row for row, texts in enumerate(dict.fromkeys(map(tuple, captions)))}
+    return CaptionGroups(
+        tokenizer([text for group in distinct for text in group]),
+        tuple(map(len, distinct)),
+        torch.tensor([distinct[tuple(group)] for group in captions]),
+    )
+
+
+def grouped_embeddings(
+    model: nn.Module, groups: CaptionGroups, *, batch_size: int = 256, checkpoint: bool = False
+) -> Tensor:
+    """`caption_embeddings` of captions that are tokenised already, to be encoded again at every step of a training."""
+    features = encode_captions(model, groups.tokens, batch_size=batch_size, checkpoint=checkpoint)
+    means = torch.stack([group.mean(dim=0) for group in features.split(groups.sizes)])
+    # F.embedding, because the gradient of means[rows] adds up in no fixed order on several threads.
+    return F.embedding(groups.rows.to(means.device), F.normalize(means, dim=-1))
+
+
+def encode_captions(model: nn.Module, tokens: Tensor, *, batch_size: int = 256, checkpoint: bool = False) -> Tensor:
+    """Unit text features (P, D) of tokenised captions (P, L) on any device, `batch_size` of them at a time.
+
+    checkpoint: in a training, keep no activations of the tower and encode each batch once more in the backward, under
+    the same random numbers: the same gradients for half as much time again, and the activations of one batch instead
+    of all P captions. Has no effect without gradients.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    distinct = {texts: row for row, texts in enumerate(dict.fromkeys(map(tuple, captions)))}
-    texts = [text for group in distinct for text in group]
     device = next(model.parameters()).device
-    batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-    features = torch.cat([encode_texts(model, tokenizer(batch).to(device)) for batch in batches])
-    means = torch.stack([group.mean(dim=0) for group in features.split([len(group) for group in distinct])])
-    rows = torch.tensor([distinct[tuple(group)] for group in captions], device=device)
-    return F.normalize(means, dim=-1)[rows]
+    chunks = [chunk.to(device) for chunk in tokens.split(batch_size)]
+    if not (checkpoint and torch.is_grad_enabled()):
+        return torch.cat([encode_texts(model, chunk) for chunk in chunks])
+    again = functools.partial(recomputed, encode_texts, model, use_reentrant=False)
+    return torch.cat([again(chunk) for chunk in chunks])
 
 
 def visual_projection(model: nn.Module) -> Tensor:
@@ -447,8 +591,8 @@ def export(
     one. classifier: content of classifier.safetensors, as `methods.Classifier.save` gives it; None writes none.
 
     The directory is built beside its place and then renamed, so that it is whole or not there. An earlier
-    export is replaced. Raises FileExistsError when `directory` holds anything else, ValueError when `config`
-    is incomplete. Memory: one copy of the weights on the CPU.
+    export is replaced, with its classifier and detector. Raises FileExistsError when `directory` holds anything
+    else, ValueError when `config` is incomplete. Memory: one copy of the weights on the CPU.
     """
     from safetensors.torch import save_file
 
@@ -466,7 +610,7 @@ def export(
             (fresh / CLASSIFIER_FILE).write_bytes(classifier)
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(fresh)
-        _check_replaceable(directory, {path.name for path in fresh.iterdir()} | {WEIGHTS_FILE, CLASSIFIER_FILE})
+        _check_replaceable(directory, {path.name for path in fresh.iterdir()} | {WEIGHTS_FILE} | HEAD_FILES)
         # Copies, because safetensors refuses tensors that share memory.
         state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
         save_file(state, fresh / WEIGHTS_FILE, metadata={"format": "pt"})

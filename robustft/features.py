@@ -8,7 +8,8 @@ holds whatever the features depend on, so a second checkpoint never meets the fi
 written under another name and then renamed; one that turns out to be cut off is written anew.
 
 A data set is any of
-    (images, labels)                     tensors (N, C, H, W), already normalised for the model, and (N,)
+    (images, labels)                     tensors (N, C, H, W), already normalised for the model, and (N,); also as
+                                         {"image": ..., "label": ...}, whatever else the dictionary holds
     object with .tensors(mean, std)      the same tensors, normalised by the given statistics
     map-style data set                   items (image, label), torchvision's convention; `transform` makes an image a
                                          tensor
@@ -18,9 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from robustft import clip
+from robustft.files import write_file
 
 # The parts of open_clip's evaluation transforms: deterministic, and told wholly by their attributes.
 STANDARD_TRANSFORMS = frozenset(
@@ -197,27 +198,6 @@ def fingerprint(dataset: Any) -> str:
     return digest.hexdigest()
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file under another name in its folder, made if need be, and renames it: it is whole or as it
-    was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are the owner's alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _batches(
     dataset: Any, pair: tuple[Tensor, Tensor] | None, transform: Any, count: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -235,7 +215,9 @@ def _batches(
 
 
 def _pair(dataset: Any) -> tuple[Tensor, Tensor] | None:
-    """Images and labels of a pair of tensors or of a TensorDataset."""
+    """Images and labels of a pair of tensors, of a TensorDataset, or of a dictionary of tensors."""
+    if isinstance(dataset, Mapping):
+        dataset = dataset.get("image"), dataset.get("label")
     if isinstance(dataset, torch.utils.data.TensorDataset):
         dataset = dataset.tensors
     if not (isinstance(dataset, (tuple, list)) and len(dataset) == 2 and isinstance(dataset[0], Tensor)):

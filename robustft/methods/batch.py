@@ -1,4 +1,8 @@
-"""What a batch may be: (images, labels), (images, texts) or {"image": ..., "label" and / or "text": ...}."""
+"""What a batch may be: (images, labels), (images, texts) or {"image": ..., "label" and / or "text": ...}.
+
+A dictionary may carry more, which the methods that know it take and the others leave: "group" (N,), "core" (N,) or
+(N, K).
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,17 @@ def check_labels(labels: Tensor, classes: int) -> None:
     if low < 0 or high >= classes:
         bad = low if low < 0 else high
         raise ValueError(f"labels must lie in [0, K) with K = {classes} classes, got {bad}")
+
+
+def column(batch: Any, name: str, images: Tensor) -> Tensor | None:
+    """A further tensor of a dictionary batch, one row for each image, on their device; None where there is none."""
+    if not isinstance(batch, Mapping) or name not in batch:
+        return None
+    value = batch[name]
+    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != len(images):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f'batch["{name}"] must be a tensor with a row for each of the {len(images)} images, got {got}')
+    return value.to(images.device)
 
 
 def unpack(batch: Any, features: bool = False) -> Batch:
