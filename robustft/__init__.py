@@ -21,6 +21,9 @@ _LAZY = {
     **dict.fromkeys(("ContrastiveLoss", "CaRotLoss"), "robustft.losses"),
     **dict.fromkeys(("calibration_report", "fit_temperature"), "robustft.calibration"),
     **dict.fromkeys(("ood_metrics",), "robustft.detection"),
+    **dict.fromkeys(
+        ("HistogramBinning", "IsotonicCalibration", "TemperatureScaling", "VectorScaling"), "robustft.posthoc"
+    ),
     "Detector": "robustft.detector",
     "fit": "robustft.train",
     "NeighborIndex": "robustft.neighbors",

@@ -41,11 +41,12 @@ def evidence(
 
     The head's rows are normalised for the cosines and taken as they are for the logits, which need `logit_scale`.
     """
-    unit = F.normalize(class_embeddings, dim=-1).T
+    head = class_embeddings.to(features.dtype)
+    unit = F.normalize(head, dim=-1).T
     return Evidence(
         features,
         features @ unit,
-        None if logit_scale is None else logit_scale * (features @ class_embeddings.T),
+        None if logit_scale is None else logit_scale * (features @ head.T),
         None if patch_features is None else patch_features @ unit,
         labels,
     )
@@ -183,12 +184,16 @@ def register(name: str, function: Callable[..., Tensor], reads: tuple[str, ...])
     """
     if unknown := [field for field in reads if field not in Evidence._fields]:
         raise ValueError(f"reads must name fields of Evidence, {Evidence._fields}, got {unknown}")
+    if name in _OWN:
+        raise ValueError(f"name must not be that of one of robustft's own scores, {sorted(_OWN)}, got {name!r}")
     SCORES[name] = functools.partial(Pointwise, function, tuple(reads))
 
 
+_OWN: set[str] = set()  # filled below
 for _function in (ood_scores.mcm, ood_scores.max_cosine, ood_scores.variance):
     register(_function.__name__, _function, ("cosines",))
 for _function in (ood_scores.msp, ood_scores.energy, ood_scores.entropy):
     register(_function.__name__, _function, ("logits",))
 register("l_mcm", ood_scores.local_mcm, ("patch_cosines",))
 register("gl_mcm", ood_scores.gl_mcm, ("cosines", "patch_cosines"))
+_OWN |= SCORES.keys()
