@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _METHODS = (
     *("FineTune", "FLYP", "CaRot", "DRM", "WorstCaseFineTune", "LinearProbe", "LPFT"),
     *("CoOp", "KgCoOp", "CoCoOp", "LoCoOp", "ProDA", "MaPLe", "CLIPAdapter", "TipAdapter", "TipAdapterF"),
-    *("VRF", "VRFFeatures", "WiSEFT", "OutputEnsemble", "TemperatureScaling", "uniform_soup", "greedy_soup"),
+    *("VRF", "VRFFeatures", "WiSEFT", "OutputEnsemble", "Tempering", "uniform_soup", "greedy_soup"),
     "zero_shot_classifier",
 )
 _LAZY = {
@@ -26,6 +26,9 @@ _LAZY = {
     **dict.fromkeys(("calibration_report", "fit_temperature"), "robustft.calibration"),
     **dict.fromkeys(("macro_f1", "worst_group_accuracy"), "robustft.metrics"),
     "ood_metrics": "robustft.detection",
+    **dict.fromkeys(
+        ("HistogramBinning", "IsotonicCalibration", "TemperatureScaling", "VectorScaling"), "robustft.posthoc"
+    ),
     "Detector": "robustft.detector",
     "Objective": "robustft.objective",
     "fit": "robustft.train",

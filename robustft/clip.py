@@ -38,14 +38,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from robustft import patches
+from robustft.files import CALIBRATOR_FILE, DETECTOR_FILE
 from robustft.prompts import Template, Tokenizer, captions, check_captions
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 CARD_FILE = "README.md"
 CLASSIFIER_FILE = "classifier.safetensors"  # the head of a `methods.Classifier`; open_clip does not look at it
-DETECTOR_FILE = "detector.safetensors"  # a `Detector` for that classifier, no weights either
-HEAD_FILES = {CLASSIFIER_FILE, DETECTOR_FILE}
+COMPANIONS = {CLASSIFIER_FILE, DETECTOR_FILE, CALIBRATOR_FILE}  # beside the weights, and replaced with them
 
 
 class LocalFeatures(NamedTuple):
@@ -197,7 +197,7 @@ def _weights_in(folder: Path) -> Path:
         return path.suffix != ".safetensors", "open_clip" not in path.name, path.name
 
     suffixes = {".safetensors", ".bin", ".pt", ".pth"}
-    found = [path for path in folder.iterdir() if path.suffix in suffixes and path.name not in HEAD_FILES]
+    found = [path for path in folder.iterdir() if path.suffix in suffixes and path.name not in COMPANIONS]
     if not found:
         raise FileNotFoundError(f"{folder}: no weights; expected {WEIGHTS_FILE}")
     return min(found, key=rank)
@@ -591,8 +591,8 @@ def export(
     one. classifier: content of classifier.safetensors, as `methods.Classifier.save` gives it; None writes none.
 
     The directory is built beside its place and then renamed, so that it is whole or not there. An earlier
-    export is replaced, with its classifier and detector. Raises FileExistsError when `directory` holds anything
-    else, ValueError when `config` is incomplete. Memory: one copy of the weights on the CPU.
+    export is replaced, with its classifier, detector and calibrator. Raises FileExistsError when `directory` holds
+    anything else, ValueError when `config` is incomplete. Memory: one copy of the weights on the CPU.
     """
     from safetensors.torch import save_file
 
@@ -610,7 +610,7 @@ def export(
             (fresh / CLASSIFIER_FILE).write_bytes(classifier)
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(fresh)
-        _check_replaceable(directory, {path.name for path in fresh.iterdir()} | {WEIGHTS_FILE} | HEAD_FILES)
+        _check_replaceable(directory, {path.name for path in fresh.iterdir()} | {WEIGHTS_FILE} | COMPANIONS)
         # Copies, because safetensors refuses tensors that share memory.
         state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
         save_file(state, fresh / WEIGHTS_FILE, metadata={"format": "pt"})

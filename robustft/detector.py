@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from robustft import clip, patches
 from robustft.detection import threshold
 from robustft.features import batches
-from robustft.files import load_fitted, save_fitted
+from robustft.files import DETECTOR_FILE, load_fitted, place, save_fitted
 from robustft.methods.base import evaluating
 from robustft.scoring import SCORES, Evidence
 
@@ -96,7 +96,7 @@ class Detector:
         path: a directory, such as `Classifier.save` wrote, where it becomes detector.safetensors, or a file.
         """
         self._check_fitted()
-        path = _file(path)
+        path = place(path, DETECTOR_FILE)
         settings = {
             "score": self.score,
             "tpr": self.tpr,
@@ -110,7 +110,7 @@ class Detector:
     @classmethod
     def load(cls, path: str | Path) -> Detector:
         """The detector that `save` wrote; its scores are the same bit for bit. ValueError for a damaged file."""
-        settings, tensors = load_fitted(_file(path), "Detector")
+        settings, tensors = load_fitted(place(path, DETECTOR_FILE), "Detector")
         detector = cls(settings["score"], tpr=settings["tpr"], **settings["options"])
         detector._score.restore(tensors)
         detector._widths = settings["widths"]
@@ -197,8 +197,3 @@ def _ready(source: Any) -> Evidence:
             f"expected a predictor, or an object with some of {Evidence._fields}, got {type(source).__name__}"
         )
     return Evidence(**found)
-
-
-def _file(path: str | Path) -> Path:
-    path = Path(path)
-    return path / clip.DETECTOR_FILE if path.is_dir() else path

@@ -17,6 +17,10 @@ from torch import Tensor
 
 _KEY = "robustft"
 
+# What may lie beside an exported model; none of it is weights.
+DETECTOR_FILE = "detector.safetensors"
+CALIBRATOR_FILE = "calibrator.safetensors"
+
 
 def save_fitted(path: Path, kind: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Writes a fitted object; `kind` is what `load_fitted` will ask for."""
@@ -25,6 +29,12 @@ def save_fitted(path: Path, kind: str, settings: Mapping[str, Any], tensors: Map
     # Copies, because safetensors refuses tensors that share memory.
     owned = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     write_file(path, save(owned, metadata={_KEY: json.dumps({"kind": kind, **settings})}))
+
+
+def place(path: str | Path, name: str) -> Path:
+    """The file `path`, or `name` in it where it is a directory."""
+    path = Path(path)
+    return path / name if path.is_dir() else path
 
 
 def load_fitted(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -18,12 +18,13 @@ the first five, the variance apart, without the matrix of cosines.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from robustft.neighbors import NeighborIndex
+if TYPE_CHECKING:
+    from robustft.neighbors import NeighborIndex
 
 _COSINE_TOLERANCE = 0.02  # half-precision unit vectors reach 1.01; scaled logits are an order of magnitude away
 _ELEMENTS = 1 << 23  # of a block of similarities; torch.quantile takes no more than 2^24 at a time

@@ -9,8 +9,8 @@ c = max_k softmax(z)_k is the confidence. All have one shape:
 
     calibrator = TemperatureScaling().fit(logits, labels)
     calibrator.probabilities(other_logits)              # (N, K) float64 on the logits' device; rows sum to 1
-    calibrator.save("calibrator.safetensors")
-    calibrator = robustft.posthoc.load("calibrator.safetensors")
+    calibrator.save("exported")                         # beside a classifier, or a file
+    calibrator = robustft.posthoc.load("exported")
 
 Fit on data that neither trained the model nor will measure it, and with few samples prefer few numbers. None of them
 sees a shift: what they learnt in distribution holds outside only as far as the model errs there as it did here.
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustft.calibration import calibration_report, check_labelled, fit_temperature
-from robustft.files import load_fitted, save_fitted
+from robustft.files import CALIBRATOR_FILE, load_fitted, place, save_fitted
 
 
 class Calibrator:
@@ -44,13 +44,18 @@ class Calibrator:
         """Calibrated probabilities (N, K), float64 on the logits' device, of the classes it was fitted on."""
         raise NotImplementedError
 
-    def save(self, path: str | Path) -> None:
-        """Writes one safetensors file, whole or not at all; `load` gives the calibrator back, bit for bit."""
+    def save(self, path: str | Path) -> Path:
+        """Writes one safetensors file, whole or not at all, and returns its path; `load` gives the calibrator back.
+
+        path: a directory, such as `Classifier.save` wrote, where it becomes calibrator.safetensors, or a file.
+        """
         self._check_fitted()
+        path = place(path, CALIBRATOR_FILE)
         learnt = {name: torch.as_tensor(getattr(self, f"{name}_"), dtype=torch.float64) for name in self._learnt}
         options = {name: value for name, value in vars(self).items() if not name.endswith("_")}
         settings = {"type": type(self).__name__, "options": options, "classes": self.classes_}
-        save_fitted(Path(path), "Calibrator", settings, learnt)
+        save_fitted(path, "Calibrator", settings, learnt)
+        return path
 
     def _training(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         z, y = check_labelled(logits, labels, "logits")
@@ -214,8 +219,11 @@ _TYPES = {c.__name__: c for c in (TemperatureScaling, VectorScaling, IsotonicCal
 
 
 def load(path: str | Path) -> Calibrator:
-    """The calibrator that `save` wrote. ValueError for a damaged file or another kind, FileNotFoundError for none."""
-    settings, learnt = load_fitted(Path(path), "Calibrator")
+    """The calibrator that `save` wrote, bit for bit, from a file or a directory.
+
+    ValueError for a damaged file or one of another kind, FileNotFoundError for none.
+    """
+    settings, learnt = load_fitted(place(path, CALIBRATOR_FILE), "Calibrator")
     calibrator = _TYPES[settings["type"]](**settings["options"])
     for name, value in learnt.items():
         setattr(calibrator, f"{name}_", value)

@@ -41,11 +41,12 @@ def evidence(
 
     The head's rows are normalised for the cosines and taken as they are for the logits, which need `logit_scale`.
     """
-    unit = F.normalize(class_embeddings, dim=-1).T
+    head = class_embeddings.to(features.dtype)
+    unit = F.normalize(head, dim=-1).T
     return Evidence(
         features,
         features @ unit,
-        None if logit_scale is None else logit_scale * (features @ class_embeddings.T),
+        None if logit_scale is None else logit_scale * (features @ head.T),
         None if patch_features is None else patch_features @ unit,
         labels,
     )
@@ -160,10 +161,8 @@ class KNN(Score):
         self.index = NeighborIndex(train.features.detach())
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        k = self.options["k"]
-        return ood_scores.knn_distance(
-            evidence.features, self.index, max(1, len(self.index) // 1000) if k is None else k
-        )
+        k = max(1, len(self.index) // 1000) if self.options["k"] is None else self.options["k"]
+        return ood_scores.knn_distance(evidence.features, self.index, k)
 
     def state(self) -> dict[str, Tensor]:
         return {"points": self.index.points}
@@ -172,8 +171,26 @@ class KNN(Score):
         self.index = NeighborIndex(state["points"])
 
 
-SCORES: dict[str, Callable[..., Score]] = {"mahalanobis": Mahalanobis, "knn": KNN, "neg_label": NegLabel}
-"""Scores by name: each makes a `Score` from its options."""
+def _pointwise(function: Callable[..., Tensor], *reads: str) -> Callable[..., Score]:
+    return functools.partial(Pointwise, function, reads)
+
+
+SCORES: dict[str, Callable[..., Score]] = {
+    "mcm": _pointwise(ood_scores.mcm, "cosines"),
+    "max_cosine": _pointwise(ood_scores.max_cosine, "cosines"),
+    "variance": _pointwise(ood_scores.variance, "cosines"),
+    "msp": _pointwise(ood_scores.msp, "logits"),
+    "energy": _pointwise(ood_scores.energy, "logits"),
+    "entropy": _pointwise(ood_scores.entropy, "logits"),
+    "l_mcm": _pointwise(ood_scores.local_mcm, "patch_cosines"),
+    "gl_mcm": _pointwise(ood_scores.gl_mcm, "cosines", "patch_cosines"),
+    "neg_label": NegLabel,
+    "mahalanobis": Mahalanobis,
+    "knn": KNN,
+}
+"""Scores by name: each makes a `Score` from its options. A subclass of `Score` is added as it is."""
+
+_OWN = frozenset(SCORES)
 
 
 def register(name: str, function: Callable[..., Tensor], reads: tuple[str, ...]) -> None:
@@ -183,12 +200,6 @@ def register(name: str, function: Callable[..., Tensor], reads: tuple[str, ...])
     """
     if unknown := [field for field in reads if field not in Evidence._fields]:
         raise ValueError(f"reads must name fields of Evidence, {Evidence._fields}, got {unknown}")
-    SCORES[name] = functools.partial(Pointwise, function, tuple(reads))
-
-
-for _function in (ood_scores.mcm, ood_scores.max_cosine, ood_scores.variance):
-    register(_function.__name__, _function, ("cosines",))
-for _function in (ood_scores.msp, ood_scores.energy, ood_scores.entropy):
-    register(_function.__name__, _function, ("logits",))
-register("l_mcm", ood_scores.local_mcm, ("patch_cosines",))
-register("gl_mcm", ood_scores.gl_mcm, ("cosines", "patch_cosines"))
+    if name in _OWN:
+        raise ValueError(f"name must not be that of one of robustft's own scores, {sorted(_OWN)}, got {name!r}")
+    SCORES[name] = _pointwise(function, *reads)

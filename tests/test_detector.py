@@ -136,6 +136,8 @@ def test_a_detector_lies_beside_an_exported_classifier_and_goes_with_it(classifi
     directory = classifier.save(tmp_path / "exported", CONFIG)
     fitted("mcm", classifier).save(directory)
     same = load_classifier(directory, dtype=torch.float64)  # does not take the detector for weights
+    theirs = open_clip.create_model(f"local-dir:{directory}").double()
+    assert clip.fingerprint(theirs) == clip.fingerprint(same.model)
     assert torch.equal(Detector.load(directory).scores(same, TEST), Detector.load(directory).scores(classifier, TEST))
     classifier.save(directory, CONFIG)  # replaces the export: a threshold of the model before would mislead
     with pytest.raises(FileNotFoundError, match="expected a Detector"):
@@ -183,6 +185,8 @@ def test_misuse_is_refused_with_a_way_out(classifier, tmp_path):
         Detector().fit(types.SimpleNamespace())
     with pytest.raises(ValueError, match="reads must name fields of Evidence"):
         scoring.register("x", ood_scores.mcm, ("pixels",))
+    with pytest.raises(ValueError, match="one of robustft's own scores.*got 'mcm'"):
+        scoring.register("mcm", ood_scores.max_cosine, ("cosines",))
 
 
 def test_a_failed_fit_leaves_no_threshold_of_an_earlier_one():

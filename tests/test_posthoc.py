@@ -130,10 +130,9 @@ def test_histogram_binning_of_certain_rows_shares_the_rest_evenly():
 @pytest.mark.parametrize("kind", ALL)
 def test_saved_calibrators_give_the_same_bits_and_equal_ones_equal_bytes(kind, tmp_path):
     one, two = kind().fit(*TRAIN), kind().fit(*TRAIN)
-    one.save(tmp_path / "one")
-    two.save(tmp_path / "two")
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    loaded = posthoc.load(tmp_path / "one")
+    assert two.save(tmp_path) == tmp_path / "calibrator.safetensors" and one.save(tmp_path / "one")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "calibrator.safetensors").read_bytes()
+    loaded = posthoc.load(tmp_path)
     assert type(loaded) is kind
     assert torch.equal(loaded.probabilities(TEST[0]), one.probabilities(TEST[0]))
     loaded.save(tmp_path / "three")

@@ -36,7 +36,7 @@ from robustft.methods.maple import MaPLe, MaPLeClassifier
 from robustft.methods.output_ensemble import Mixture, OutputEnsemble
 from robustft.methods.proda import ProDA
 from robustft.methods.soups import GreedySoup, greedy_soup, uniform_soup
-from robustft.methods.temperature import TemperatureScaling
+from robustft.methods.tempering import Tempering
 from robustft.methods.tip_adapter import CacheClassifier, TipAdapter, TipAdapterF
 from robustft.methods.vrf import VRF, VRFClassifier
 from robustft.methods.vrf_features import RatioBin, VRFFeatures
@@ -76,7 +76,7 @@ __all__ = [
     "RatioBin",
     "Risk",
     "Step",
-    "TemperatureScaling",
+    "Tempering",
     "TipAdapter",
     "TipAdapterF",
     "VRF",

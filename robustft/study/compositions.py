@@ -10,7 +10,7 @@ from robustft.detection import ood_metrics
 from robustft.detector import Detector
 from robustft.evaluate import evaluate_predictions
 from robustft.methods import VRF, CoreProxy, Predictor, VRFFeatures, WiSEFT, core_labels, uniform_soup
-from robustft.methods.temperature import TemperatureScaling
+from robustft.methods.tempering import Tempering
 from robustft.quickstart import RECIPES
 from robustft.study.drm import DRM
 from robustft.study.findings import Claim, Measured, Section, Table
@@ -43,7 +43,7 @@ def measure(world: World) -> Measured:
         replace(RECIPES["CaRot"], options={**RECIPES["CaRot"].options, "misalignment": 1.0})
     ).classifier()
     wise = {name: WiSEFT(zero_shot, p).at(HALF) for name, p in (("CaRot", carot), ("CMP", penalised))}
-    calibrated = TemperatureScaling(vrf(world, carot), rule="confidence").fit(world.data.validation).classifier()
+    calibrated = Tempering(vrf(world, carot), rule="confidence").fit(world.data.validation).classifier()
     composed = dict(
         zip(
             NAMES,
@@ -122,6 +122,6 @@ SECTION = Section(
     notes={
         SINGLES: "AUROC: MCM.",
         COMPOSED: f"AUROC: MCM, unless another detector is named. WiSE {HALF}: the weight that WiSE-FT recommends "
-        "where no data tell; it is not chosen. Margin of a claim: the least of the four leads over the best single method.",
+        "where no data tell. A claim's margin: the least of the four leads over the best single method.",
     },
 )

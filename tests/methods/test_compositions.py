@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import robustft
 from robustft.detection import mcm
 from robustft.evaluate import evaluate, frontier, predict
-from robustft.methods import OutputEnsemble, TemperatureScaling, VRFFeatures, WiSEFT, zero_shot_classifier
+from robustft.methods import OutputEnsemble, Tempering, VRFFeatures, WiSEFT, zero_shot_classifier
 
 pytestmark = pytest.mark.filterwarnings("ignore:the failure set has")
 
@@ -50,7 +50,7 @@ def test_carot_then_vrf_then_temperature_then_mcm(case, prompts):
     features = [VRFFeatures.of(*members, data) for data in (train, validation, test)]
     vrf = robustft.VRF().fit(*features[:2])
     ensemble = vrf.classifier(*members)
-    scaling = TemperatureScaling(ensemble).fit(validation)
+    scaling = Tempering(ensemble).fit(validation)
     calibrated = scaling.classifier()
     result = predict(calibrated, test)
 
@@ -186,7 +186,7 @@ def test_temperature_of_a_classifier_is_one_again_and_of_an_ensemble_divides_its
     images, labels = validation = data_for((zero_shot, probe), 80, 1)
     for predictor in (probe, OutputEnsemble(zero_shot, probe).at(0.5)):
         for rule in ("nll", "confidence"):
-            scaling = TemperatureScaling(predictor, rule).fit(validation)
+            scaling = Tempering(predictor, rule).fit(validation)
             scaled, t = scaling.classifier(), scaling.temperature_
             torch.testing.assert_close(scaled.logits(images), predictor.logits(images) / t)
             torch.testing.assert_close(scaled.outputs(images).cosines, predictor.outputs(images).cosines)
@@ -199,10 +199,10 @@ def test_temperature_of_a_classifier_is_one_again_and_of_an_ensemble_divides_its
             else:
                 accuracy = (scaled.logits(images).argmax(1) == labels).double().mean()
                 assert abs(scaled.probabilities(images).amax(1).mean() - accuracy) <= 1.1e-3
-    assert isinstance(TemperatureScaling(probe).at(2.0), robustft.methods.Classifier)
+    assert isinstance(Tempering(probe).at(2.0), robustft.methods.Classifier)
     with pytest.raises(ValueError, match="call fit"):
-        TemperatureScaling(probe).classifier()
+        Tempering(probe).classifier()
     with pytest.raises(ValueError, match="rule must be 'confidence' or 'nll'"):
-        TemperatureScaling(probe, "ece")
+        Tempering(probe, "ece")
     with pytest.raises(ValueError, match="temperature must be positive"):
-        TemperatureScaling(probe).at(0.0)
+        Tempering(probe).at(0.0)

@@ -16,7 +16,7 @@ from robustft.methods.base import Classifier, Outputs, Predictor
 from robustft.methods.output_ensemble import TEMPERATURE_RULES, TemperatureRule
 
 
-class TemperatureScaling:
+class Tempering:
     """A predictor whose confidence is to fit its accuracy. Learnt by `fit`: `temperature_`.
 
     Args:
@@ -31,7 +31,7 @@ class TemperatureScaling:
         self.predictor = predictor
         self.rule = rule
 
-    def fit(self, validation: Any) -> TemperatureScaling:
+    def fit(self, validation: Any) -> Tempering:
         """Choose temperature_ on held-out ID data, (images, labels) or a dataset."""
         outputs, labels = self.predictor.predict(validation)
         self.temperature_ = TEMPERATURE_RULES[self.rule](outputs.logits, labels)
@@ -52,7 +52,7 @@ class TemperatureScaling:
     def classifier(self) -> Predictor:
         """The predictor at the fitted temperature_."""
         if not hasattr(self, "temperature_"):
-            raise ValueError("TemperatureScaling has no temperature yet: call fit(validation), or at(temperature)")
+            raise ValueError("Tempering has no temperature yet: call fit(validation), or at(temperature)")
         return self.at(self.temperature_)
 
 
