@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 
 from robustft import clip
-from robustft.methods import DRM, FLYP, CoreProxy, DualClassifier, core_labels, load_classifier
+from robustft.methods import (
+    DRM,
+    FLYP,
+    CoreProxy,
+    DualClassifier,
+    OutputEnsemble,
+    WiSEFT,
+    core_labels,
+    load_classifier,
+    zero_shot_classifier,
+)
 from robustft.prompts import read_descriptions
 from robustft.train import fit
 
@@ -277,6 +287,19 @@ def test_one_image_pass_serves_both_heads(clip_model, described, batches, monkey
     monkeypatch.setattr(clip, "encode_images", lambda *a, **k: calls.append(1) or original(*a, **k))
     dual.outputs(batches[0][0])
     assert len(calls) == 1
+
+
+def test_heads_and_mixture_compose_with_the_ensembles(clip_model, described, batches):
+    images, labels = batches[0]
+    zero_shot = zero_shot_classifier(clip_model, **{k: v for k, v in described.items() if k != "descriptions"})
+    method = DRM(clip_model, proxy=None, **described)
+    with torch.no_grad():
+        method.model.visual.proj.mul_(-1)
+    dual = method.classifier()
+    half = OutputEnsemble(zero_shot, dual).at(0.5).probabilities(images)
+    torch.testing.assert_close(half, (zero_shot.probabilities(images) + dual.probabilities(images)) / 2)
+    torch.testing.assert_close(WiSEFT(zero_shot, dual.default).at(1.0).logits(images), dual.default.logits(images))
+    torch.testing.assert_close(dual.predict((images, labels))[0].logits, dual.logits(images))
 
 
 def test_a_dual_classifier_comes_back_bit_for_bit(tmp_path):
