@@ -2,10 +2,11 @@
 
 With probabilities p (N, K), labels y, confidence c_i = max_k p_ik, correctness a_i = [argmax_k p_ik = y_i]:
 
-    ECE   = sum_b (n_b / N) |mean_b a - mean_b c|        b runs over right-closed bins of c; c = 1 is in the
-    last MCE   = max_b |mean_b a - mean_b c|                  over the bins that hold a sample ACE   = ECE
-    over bins of equal mass; samples of equal confidence share a bin Brier = mean_i sum_k (p_ik - [k = y_i])^2
-    0 .. 2 NLL   = mean_i -log p_iy
+    ECE     sum_b (n_b / N) |mean_b a - mean_b c|      b runs over right-closed bins of c; c = 1 is in the last
+    MCE     max_b |mean_b a - mean_b c|                over the bins that hold a sample
+    ACE     ECE over bins of equal mass                samples of equal confidence share a bin
+    Brier   mean_i sum_k (p_ik - [k = y_i])^2          0 .. 2
+    NLL     mean_i -log p_iy
 
 The noise floor is E[ECE] of a model with the very same confidences that is perfectly calibrated, a_i ~
 Bernoulli(c_i). An ECE near its floor says nothing but that N is small. It is computed, not simulated: in each
@@ -28,6 +29,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from robustft.conventions import CONVENTIONS
 
 TEMPERATURES = (1e-3, 1e3)
 """Every fitted temperature lies in this range; a fit whose optimum is outside returns the nearer end and
@@ -84,6 +87,7 @@ def calibration_report(
     scheme: str = "width",
     protocol: str = "full",
     batch_size: int = 512,
+    convention: str | None = None,
 ) -> CalibrationReport:
     """Measures how well `probabilities` (N, K) predict `labels` (N,) and themselves.
 
@@ -91,13 +95,23 @@ def calibration_report(
     share a bin). `protocol="full"` looks at the whole set once. `protocol="per_batch"` averages ECE, MCE,
     ACE, classwise ECE and noise floor over consecutive batches of `batch_size`, weighted by size: CaRot's
     released evaluation (with 10 bins). A perfectly calibrated model scores several times its true ECE that
-    way, so it serves for comparison with published numbers only. A zero probability of the true class counts
+    way, so it serves for comparison with published numbers only. `convention` is the name of a paper in
+    `robustft.conventions`, which says what it distorts: "carot", "dac" (CMP's too), "clipcalib" or "c-tpt"; it
+    fixes the four before it, and the report's `protocol` is its name. A zero probability of the true class counts
     as the smallest normal float32 (87.3 nats), which keeps the NLL finite.
 
     Rows must be distributions: ValueError for negative values, NaN or sums other than 1, as logits and
     cosines have. Memory: O(N) plus a float64 copy of 8192 rows. Sources: Naeini et al. 2015; Guo et al. 2017
     (ECE, MCE); Nguyen & O'Connor 2015 (equal mass); Kull et al. 2019 (classwise).
     """
+    published = None
+    if convention is not None:
+        if convention not in CONVENTIONS:
+            raise ValueError(f"convention must be one of {sorted(CONVENTIONS)}, got {convention!r}")
+        if (bins, scheme, protocol, batch_size) != (15, "width", "full", 512):
+            raise ValueError(f"convention {convention!r} fixes bins, scheme, protocol and batch_size: leave them out")
+        published = CONVENTIONS[convention]
+        bins, protocol = published.bins, published.protocol
     if scheme not in ("width", "mass"):
         raise ValueError(f"scheme must be 'width' or 'mass', got {scheme!r}")
     if protocol not in ("full", "per_batch"):
@@ -105,7 +119,7 @@ def calibration_report(
     for name, value in (("bins", bins), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    p, y = _checked(probabilities, labels, "probabilities")
+    p, y = check_labelled(probabilities, labels, "probabilities")
 
     # One pass over the rows: top-label confidence and correctness, proper scores, one-vs-rest sums per class
     # and bin.
@@ -139,6 +153,8 @@ def calibration_report(
         measures = [(r.ece, r.mce, r.mass_weighted_mce, r.ace, r.classwise_ece, r.noise_floor) for r in parts]
         averages = np.average(measures, axis=0, weights=[r.count for r in parts])
         ece, mce, mass_weighted, ace, classwise, floor = averages.tolist()
+    if published is not None and published.measures is not None:
+        ece, mce, ace = published.measures(confidence, correct, bins)
     return CalibrationReport(
         count=count,
         accuracy=accuracy,
@@ -153,7 +169,7 @@ def calibration_report(
         nll=float(nll / count),
         bins=table,
         scheme=scheme,
-        protocol=protocol,
+        protocol=protocol if convention is None else convention,
     )
 
 
@@ -166,7 +182,7 @@ def fit_temperature(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) ->
     chance. Where NLL does not depend on T (one class, constant rows) T is 1. RuntimeError if NLL would rise
     over T = 1. Source: Guo et al. 2017, section 4.2.
     """
-    z, y = _checked(logits, labels, "logits")
+    z, y = check_labelled(logits, labels, "logits")
 
     def slope(beta: float) -> float:
         return _temperature_sums(z, y, beta).slope
@@ -190,7 +206,7 @@ def temperature_matching_confidence(logits: Tensor | np.ndarray, labels: Tensor 
     Where no T in the range meets it (accuracy below 1/K), the nearer end is returned with a RuntimeWarning.
     Source: VRF, arXiv 2411.06966.
     """
-    z, y = _checked(logits, labels, "logits")
+    z, y = check_labelled(logits, labels, "logits")
     at_one = _temperature_sums(z, y, 1.0)
     if at_one.spread == 0.0:
         return 1.0
@@ -261,7 +277,7 @@ def _increasing_root(function: Callable[[float], float], target: float, failure:
     return math.exp(guess)
 
 
-def _checked(values: Tensor | np.ndarray, labels: Tensor | np.ndarray, name: str) -> tuple[Tensor, Tensor]:
+def check_labelled(values: Tensor | np.ndarray, labels: Tensor | np.ndarray, name: str) -> tuple[Tensor, Tensor]:
     values, labels = torch.as_tensor(values).detach(), torch.as_tensor(labels).detach()
     if values.ndim != 2 or 0 in values.shape:
         raise ValueError(f"{name} must be a non-empty (N, K) array, got shape {tuple(values.shape)}")

@@ -1,6 +1,7 @@
 """CLIP models of any open_clip architecture: load, encode, build heads from prompts, interpolate, export.
 
     u = normalise(f(x))                                          image features (N, D)
+    l = normalise(value path of f's last attention)              patch features (N, P, D), `robustft.patches`
     v = normalise(g(t))                                          text features (M, D)
     w_c = normalise(mean_t normalise(g(template_t(name_c))))     class embeddings (K, D)
     z = s u w^T,  s = exp(model.logit_scale)                     zero-shot logits (N, K)
@@ -26,7 +27,7 @@ import pickle
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -36,12 +37,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from robustft import patches
 from robustft.prompts import Template, Tokenizer, captions, check_captions
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 CARD_FILE = "README.md"
 CLASSIFIER_FILE = "classifier.safetensors"  # the head of a `methods.Classifier`; open_clip does not look at it
+DETECTOR_FILE = "detector.safetensors"  # a `Detector` for that classifier, no weights either
+HEAD_FILES = {CLASSIFIER_FILE, DETECTOR_FILE}
+
+
+class LocalFeatures(NamedTuple):
+    """Image features (N, D) and the features of their patches (N, P, D)."""
+
+    image_features: Tensor
+    patch_features: Tensor
 
 
 class Bundle(NamedTuple):
@@ -186,7 +197,7 @@ def _weights_in(folder: Path) -> Path:
         return path.suffix != ".safetensors", "open_clip" not in path.name, path.name
 
     suffixes = {".safetensors", ".bin", ".pt", ".pth"}
-    found = [path for path in folder.iterdir() if path.suffix in suffixes and path.name != CLASSIFIER_FILE]
+    found = [path for path in folder.iterdir() if path.suffix in suffixes and path.name not in HEAD_FILES]
     if not found:
         raise FileNotFoundError(f"{folder}: no weights; expected {WEIGHTS_FILE}")
     return min(found, key=rank)
@@ -262,12 +273,94 @@ def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -
     return F.normalize(_at_least_float32(features), dim=-1) if normalize else features
 
 
+def encode_patches(model: nn.Module, images: Tensor, *, normalize: bool = True) -> Tensor:
+    """Patch features (N, P, D) of transformed images, comparable with text features; gradients as in `encode_images`.
+
+    P patches row by row: (H / patch)^2 for a ViT, (H / 32)^2 for a ModifiedResNet. They are the value path of the last
+    attention, as in GL-MCM and LoCoOp (`robustft.patches` has the formulas). The model stays as it is. images,
+    normalize: as in `encode_images`. Costs one pass and the last block once more: `encode_images_and_patches` gives
+    the image features of that pass too. ValueError for towers without such patches (timm, Hugging Face, CoCa).
+    """
+    return encode_images_and_patches(model, images, normalize=normalize).patch_features
+
+
+def encode_images_and_patches(model: nn.Module, images: Tensor, *, normalize: bool = True) -> LocalFeatures:
+    """`encode_images` and `encode_patches` in one pass. Memory: N P D floats for the patches."""
+    visual = unwrap(model).visual
+    with patches.last_inputs(visual) as inputs:
+        image_features = encode_images(model, images, normalize=normalize)
+    patch_features = patches.local_features(visual, inputs[0])
+    if normalize:
+        patch_features = F.normalize(_at_least_float32(patch_features), dim=-1)
+    return LocalFeatures(image_features, patch_features)
+
+
 def encode_texts(model: nn.Module, tokens: Tensor, *, normalize: bool = True) -> Tensor:
     """Text features (M, D) of tokenised captions (M, L), with `normalize` as in `encode_images`."""
     if tokens.ndim != 2 or tokens.is_floating_point():
         raise ValueError(f"tokens: expected (M, L) integers, got {tuple(tokens.shape)} {tokens.dtype}")
     features = _pooled(model.encode_text(tokens))
     return F.normalize(_at_least_float32(features), dim=-1) if normalize else features
+
+
+def token_embedding(model: nn.Module) -> nn.Embedding:
+    """The table (vocabulary, width) of token embeddings, of open_clip's own text tower.
+
+    Found in `CLIP` and in `CustomTextCLIP`. ValueError for other towers, such as Hugging Face ones.
+    """
+    table = getattr(text_tower(model), "token_embedding", None)
+    if not isinstance(table, nn.Embedding):
+        raise ValueError(
+            f"model: texts are embedded by open_clip's own text tower, which this {type(model).__name__} lacks "
+            "(no token_embedding in it or in its .text): prompts cannot be learnt for it"
+        )
+    return table
+
+
+def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, *, normalize: bool = True) -> Tensor:
+    """Text features (M, D) of embeddings (M, L, width) that stand in for those of the tokens (M, L).
+
+    Positions, masks, layers, pooling and projection are the tower's own: embeddings looked up in `token_embedding`
+    give `encode_texts`. The tokens say where a text ends and what is padding. The gradient reaches the embeddings,
+    which may be wider than the tower's weights; `normalize` as in `encode_texts`. Under a causal mask nothing
+    after the place of pooling is looked at, and it is not computed: short prompts in a long context cost little.
+    ValueError for shapes that do not fit and for towers without `token_embedding`.
+    """
+    table = token_embedding(model)
+    if embeddings.shape != (*tokens.shape, table.embedding_dim) or tokens.ndim != 2:
+        raise ValueError(
+            f"embeddings: expected (M, L, {table.embedding_dim}) for tokens (M, L), got {tuple(embeddings.shape)} "
+            f"for {tuple(tokens.shape)}"
+        )
+    tower = text_tower(model)
+    length = _pooled_length(tower, tokens)
+
+    def cut(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
+        mask = keywords["attn_mask"][..., :length, :length].contiguous()
+        return (arguments[0][:, :length].contiguous(), *arguments[1:]), {**keywords, "attn_mask": mask}
+
+    with contextlib.ExitStack() as hooks:
+        replaced = table.register_forward_hook(lambda _module, _tokens, found: embeddings.to(found.dtype))
+        hooks.callback(replaced.remove)
+        if length is not None:
+            hooks.callback(tower.transformer.register_forward_pre_hook(cut, with_kwargs=True).remove)
+        return encode_texts(model, tokens, normalize=normalize)
+
+
+def text_tower(model: nn.Module) -> nn.Module:
+    """What holds the text transformer: `CustomTextCLIP` has a tower of its own, `CLIP` is one."""
+    model = unwrap(model)
+    return getattr(model, "text", model)
+
+
+def _pooled_length(tower: nn.Module, tokens: Tensor) -> int | None:
+    """How many leading tokens the pooled features of a batch depend on, None if that is not known to be less than all.
+
+    CLIP pools at the largest token, and a causal mask lets nothing after it matter.
+    """
+    pooling = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
+    return int(tokens.argmax(-1).max()) + 1 if causal and pooling == "argmax" else None
 
 
 def class_embeddings(
@@ -431,20 +524,7 @@ def interpolate_state(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
-    differences = (
-        _few([key for key in zero_shot if key not in fine_tuned], "keys only in zero_shot"),
-        _few([key for key in fine_tuned if key not in zero_shot], "keys only in fine_tuned"),
-        _few(
-            [
-                f"{key} {tuple(zero_shot[key].shape)} {zero_shot[key].dtype} and {tuple(ft.shape)} {ft.dtype}"
-                for key, ft in fine_tuned.items()
-                if key in zero_shot and (zero_shot[key].shape, zero_shot[key].dtype) != (ft.shape, ft.dtype)
-            ],
-            "different shapes or dtypes",
-        ),
-    )
-    if any(differences):
-        raise ValueError(f"zero_shot and fine_tuned do not match: {'; '.join(filter(None, differences))}")
+    _check_match(zero_shot, fine_tuned, "zero_shot", "fine_tuned")
 
     def mix(zs: Tensor, ft: Tensor) -> Tensor:
         if alpha in (0, 1) or not ft.is_floating_point():
@@ -454,6 +534,45 @@ def interpolate_state(
         return torch.lerp(zs.detach().to(ft.device, wide), ft.detach().to(wide), float(alpha)).to(ft.dtype)
 
     return {key: mix(zero_shot[key], ft) for key, ft in fine_tuned.items()}
+
+
+def average_states(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of the states of models of one architecture, as new tensors on the first's devices.
+
+    Floating-point entries, buffers too, are averaged in at least float32; integer ones are the first's. Entries equal
+    in all stay as they are, bit for bit. No gradient. One state is held at a time beside the mean. Raises ValueError
+    when there is none, or keys, shapes or dtypes differ, naming them.
+    """
+    states = iter(states)
+    first = next(states, None)
+    if first is None:
+        raise ValueError("states: expected at least one")
+    first = dict(first)
+    wide = {key: torch.promote_types(x.dtype, torch.float32) for key, x in first.items() if x.is_floating_point()}
+    means = {key: first[key].detach().to(dtype, copy=True) for key, dtype in wide.items()}
+    for n, state in enumerate(states, start=2):
+        _check_match(first, state, "the first state", f"state {n}")
+        for key, mean in means.items():
+            mean.lerp_(state[key].detach().to(mean), 1.0 / n)  # of equals lerp is exact
+    return {key: means[key].to(x.dtype) if key in means else x.detach().clone() for key, x in first.items()}
+
+
+def _check_match(a: Mapping[str, Tensor], b: Mapping[str, Tensor], a_name: str, b_name: str) -> None:
+    """Raises ValueError naming the keys, shapes and dtypes in which two states differ."""
+    differences = (
+        _few([key for key in a if key not in b], f"keys only in {a_name}"),
+        _few([key for key in b if key not in a], f"keys only in {b_name}"),
+        _few(
+            [
+                f"{key} {tuple(a[key].shape)} {a[key].dtype} and {tuple(x.shape)} {x.dtype}"
+                for key, x in b.items()
+                if key in a and (a[key].shape, a[key].dtype) != (x.shape, x.dtype)
+            ],
+            "different shapes or dtypes",
+        ),
+    )
+    if any(differences):
+        raise ValueError(f"{a_name} and {b_name} do not match: {'; '.join(filter(None, differences))}")
 
 
 def export(
@@ -472,8 +591,8 @@ def export(
     one. classifier: content of classifier.safetensors, as `methods.Classifier.save` gives it; None writes none.
 
     The directory is built beside its place and then renamed, so that it is whole or not there. An earlier
-    export is replaced. Raises FileExistsError when `directory` holds anything else, ValueError when `config`
-    is incomplete. Memory: one copy of the weights on the CPU.
+    export is replaced, with its classifier and detector. Raises FileExistsError when `directory` holds anything
+    else, ValueError when `config` is incomplete. Memory: one copy of the weights on the CPU.
     """
     from safetensors.torch import save_file
 
@@ -491,7 +610,7 @@ def export(
             (fresh / CLASSIFIER_FILE).write_bytes(classifier)
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(fresh)
-        _check_replaceable(directory, {path.name for path in fresh.iterdir()} | {WEIGHTS_FILE, CLASSIFIER_FILE})
+        _check_replaceable(directory, {path.name for path in fresh.iterdir()} | {WEIGHTS_FILE} | HEAD_FILES)
         # Copies, because safetensors refuses tensors that share memory.
         state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
         save_file(state, fresh / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -2,7 +2,8 @@
 
     predictions: features u (N, D), cosines (N, K), logits (N, K), labels (N,)
     on the ID set and on each shift:   accuracy and calibration of softmax(logits)
-    ID against each semantic-OOD set:  AUROC and FPR95 of MCM = max softmax(cosines), tau = 1, ID positive
+    ID against each semantic-OOD set:  AUROC and FPR95 of a score, ID positive: MCM = max softmax(cosines), tau = 1,
+                                       or another of `robustft.scoring` that learns nothing and reads no patches
 
 "mean OOD" is the unweighted mean over the shifts (or over the OOD sets, for AUROC and FPR95). Every number is
 computed once over a whole set and carries its convention; ECE carries the noise floor of its set.
@@ -13,7 +14,7 @@ robustft.methods do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -23,8 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from robustft.calibration import Bin, CalibrationReport, calibration_report
-from robustft.detection import OODMetrics, mcm, ood_metrics
+from robustft.detection import OODMetrics, ood_metrics
 from robustft.features import batches
+from robustft.methods.output_ensemble import PairPredictor
+from robustft.methods.wise_ft import ALPHAS
+from robustft.scoring import SCORES, Evidence, Pointwise
 
 TPR = 0.95
 SCORE_BINS = 48
@@ -60,6 +64,12 @@ class Predictions:
         return self.logits.double().softmax(-1)
 
 
+class Ensemble(Protocol):
+    """Anything with a classifier at each alpha, 0 the zero-shot one and 1 the fine-tuned one."""
+
+    def at(self, alpha: float) -> Classifier: ...
+
+
 T = TypeVar("T")
 
 
@@ -82,8 +92,7 @@ class SetResult(NamedTuple):
 
 
 class ScoreHistogram(NamedTuple):
-    """MCM scores of one model in common bins: `edges` (B + 1), counts (B) of the ID set and of each OOD
-    set."""
+    """OOD scores of one model in common bins: `edges` (B + 1), counts (B) of the ID set and of each OOD set."""
 
     edges: tuple[float, ...]
     id: tuple[int, ...]
@@ -148,10 +157,17 @@ class Frontier:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found, by model name in the order given; `bins` is the number of ECE bins."""
+    """What `evaluate` found, by model name in the order given; `bins` is the number of ECE bins, `score` the name of
+    the OOD score."""
 
     models: dict[str, ModelResult]
     bins: int
+    score: str = "mcm"
+
+    @property
+    def score_label(self) -> str:
+        """The score's name as tables and pictures have it."""
+        return {"mcm": "MCM", "msp": "MSP"}.get(self.score, self.score.replace("_", " "))
 
     def conventions(self) -> tuple[str, ...]:
         """What the numbers mean, one sentence each: to be printed wherever the numbers are."""
@@ -164,15 +180,17 @@ class Evaluation:
             "the ECE of a perfectly calibrated model on as many samples."
         )
         if first.ood:
+            score = "MCM (tau = 1, on cosines)" if self.score == "mcm" else self.score_label
             lines.append(
-                "AUROC and FPR95: MCM (tau = 1, on cosines), mean over "
+                f"AUROC and FPR95: {score}, mean over "
                 f"{_join(first.ood)}; FPR95: ID positive, first threshold with TPR >= {TPR:.0%}."
             )
         return tuple(lines)
 
     def rows(self) -> tuple[tuple[str, ...], ...]:
         """The table's cells as text, header first."""
-        header = ("model", "acc ID", "acc OOD", "ECE ID (floor)", "ECE OOD (floor)", "MCM AUROC", "FPR95")
+        detection = (f"{self.score_label} AUROC", "FPR95")
+        header = ("model", "acc ID", "acc OOD", "ECE ID (floor)", "ECE OOD (floor)", *detection)
         body = (
             (
                 name,
@@ -215,8 +233,9 @@ class Evaluation:
         return {
             "conventions": list(self.conventions()),
             "bins": self.bins,
+            "score": self.score,
             "models": [
-                {"model": name, "summary": _summary(m), "scores": m.scores and m.scores._asdict()}
+                {"model": name, "summary": _summary(m, self.score), "scores": m.scores and m.scores._asdict()}
                 for name, m in self.models.items()
             ],
             "results": [
@@ -229,7 +248,7 @@ class Evaluation:
             ],
             "pooled": [{"model": name, **_fields(m.pooled)} for name, m in self.models.items() if m.pooled is not None],
             "ood": [
-                {"model": name, "dataset": set_name, "score": "mcm", **metrics._asdict()}
+                {"model": name, "dataset": set_name, "score": self.score, **metrics._asdict()}
                 for name, m in self.models.items()
                 for set_name, metrics in m.ood.items()
             ],
@@ -257,7 +276,7 @@ class Evaluation:
                     {k: tuple(v) for k, v in scores["ood"].items()},
                 ),
             )
-        return cls(models, data["bins"])
+        return cls(models, data["bins"], data.get("score", "mcm"))
 
 
 def evaluate(
@@ -267,6 +286,7 @@ def evaluate(
     shifts: Mapping[str, Any] | None = None,
     ood: Mapping[str, Any] | None = None,
     bins: int = 15,
+    score: str = "mcm",
     batch_size: int = 256,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Evaluation:
@@ -274,9 +294,11 @@ def evaluate(
     sets.
 
     Data sets are (images, labels) tensors or anything that `robustft.features.batches` takes; labels of OOD
-    sets are not looked at. `progress(done, total, what)` is called after each (classifier, set). Memory: one
-    classifier's predictions.
+    sets are not looked at. `score` tells ID from OOD: "mcm", "max_cosine", "msp", "energy", "entropy", "variance" or
+    one registered with `robustft.scoring.register`, at its defaults. `progress(done, total, what)` is called after
+    each (classifier, set). Memory: one classifier's predictions.
     """
+    _check_score(score)
     suite = Suite(id, shifts or {}, ood or {})
     total, done = len(classifiers) * (1 + len(suite.shifts) + len(suite.ood)), 0
     models = {}
@@ -297,13 +319,50 @@ def evaluate(
                 {k: run(d, k) for k, d in suite.ood.items()},
             ),
             bins,
+            score,
         )
-    return _evaluation(models, bins)
+    return _evaluation(models, bins, score)
 
 
-def evaluate_predictions(predictions: Mapping[str, Suite[Predictions]], bins: int = 15) -> Evaluation:
+def frontier(
+    ensemble: Ensemble,
+    *,
+    id: Any,
+    shifts: Mapping[str, Any],
+    alphas: Sequence[float] = ALPHAS,
+    name: str | None = None,
+    batch_size: int = 256,
+) -> Frontier:
+    """ID against mean-OOD accuracy of a `WiSEFT`, an `OutputEnsemble` or a `VRF.classifier` at every alpha.
+
+    The honest way to compare ensembles: each may pick another point of its curve. `chosen` is the alpha that the
+    ensemble has from held-out data, if it was fitted. Data sets as for `evaluate`; `name` defaults to the ensemble's
+    type. Mixtures of outputs encode every set once; WiSE-FT once for each alpha. Memory: two models' predictions on a
+    set.
+    """
+    if not shifts:
+        raise ValueError("shifts is empty: a frontier needs at least one shifted set")
+
+    def accuracies(dataset: Any) -> list[float]:
+        classifiers = (ensemble.at(alpha) for alpha in alphas)
+        return [_accuracy(p) for p in _predict_all(classifiers, dataset, batch_size)]
+
+    id_accuracy, *ood = (accuracies(dataset) for dataset in (id, *shifts.values()))
+    return Frontier(
+        name or type(ensemble).__name__,
+        tuple(alphas),
+        tuple(id_accuracy),
+        tuple(sum(column) / len(column) for column in zip(*ood, strict=True)),
+        getattr(ensemble, "alpha_", None),
+    )
+
+
+def evaluate_predictions(
+    predictions: Mapping[str, Suite[Predictions]], bins: int = 15, score: str = "mcm"
+) -> Evaluation:
     """`evaluate` from ready predictions, one `Suite` of them per model."""
-    return _evaluation({name: _measure(suite, bins) for name, suite in predictions.items()}, bins)
+    _check_score(score)
+    return _evaluation({name: _measure(suite, bins, score) for name, suite in predictions.items()}, bins, score)
 
 
 @torch.no_grad()
@@ -330,9 +389,44 @@ def predict(classifier: Classifier, dataset: Any, batch_size: int = 256) -> Pred
     return Predictions(cosines, logits, torch.cat(labels), features)
 
 
-def _measure(suite: Suite[Predictions], bins: int) -> ModelResult:
+def _predict_all(classifiers: Iterable[Classifier], dataset: Any, batch_size: int) -> Iterator[Predictions]:
+    """Each classifier's predictions; pairs of the same two members, mixed in several ways, are encoded once."""
+    members: dict[tuple[int, int], tuple[Predictions, Predictions]] = {}
+    for classifier in classifiers:
+        if not isinstance(classifier, PairPredictor):
+            yield predict(classifier, dataset, batch_size)
+            continue
+        pair = classifier.zero_shot, classifier.fine_tuned
+        key = id(pair[0]), id(pair[1])
+        if key not in members:
+            members[key] = tuple(predict(member, dataset, batch_size) for member in pair)
+        zs, ft = members[key]
+        out = classifier.combine(zs, ft)
+        yield Predictions(out.cosines, out.logits, ft.labels, out.features)
+
+
+def _accuracy(p: Predictions) -> float:
+    return float((p.logits.argmax(-1) == p.labels).double().mean())
+
+
+def _check_score(name: str) -> None:
+    made = {n: make() for n, make in SCORES.items()}
+    usable = sorted(n for n, s in made.items() if isinstance(s, Pointwise) and "patch_cosines" not in s.reads)
+    if name not in usable:
+        raise ValueError(
+            f"score must be one of {usable}, got {name!r}; for one that learns, or reads patches or negative texts, "
+            "fit a robustft.Detector and pass its scores to ood_metrics"
+        )
+
+
+def _measure(suite: Suite[Predictions], bins: int, score: str) -> ModelResult:
     shifts = list(suite.shifts.values())
-    id_scores, ood_scores = mcm(suite.id.cosines), {k: mcm(p.cosines) for k, p in suite.ood.items()}
+    function = SCORES[score]()
+
+    def scores(p: Predictions) -> Tensor:
+        return function(Evidence(p.features, p.cosines, p.logits))
+
+    id_scores, ood_scores = scores(suite.id), {k: scores(p) for k, p in suite.ood.items()}
     return ModelResult(
         id=_measure_set(suite.id, bins),
         shifts={k: _measure_set(p, bins) for k, p in suite.shifts.items()},
@@ -363,13 +457,13 @@ def _histogram(id_scores: Tensor, ood_scores: Mapping[str, Tensor]) -> ScoreHist
     return ScoreHistogram(tuple(edges.tolist()), counts[0], dict(zip(ood_scores, counts[1:], strict=True)))
 
 
-def _evaluation(models: dict[str, ModelResult], bins: int) -> Evaluation:
+def _evaluation(models: dict[str, ModelResult], bins: int, score: str) -> Evaluation:
     if not models:
         raise ValueError("there must be at least one model to evaluate")
-    return Evaluation(models, bins)
+    return Evaluation(models, bins, score)
 
 
-def _summary(m: ModelResult) -> dict[str, float | None]:
+def _summary(m: ModelResult, score: str) -> dict[str, float | None]:
     values = {
         "id_accuracy": m.id_accuracy,
         "ood_accuracy": m.ood_accuracy,
@@ -377,8 +471,8 @@ def _summary(m: ModelResult) -> dict[str, float | None]:
         "id_noise_floor": m.id.calibration.noise_floor,
         "ood_ece": m.ood_ece,
         "ood_noise_floor": m.ood_noise_floor,
-        "mcm_auroc": m.auroc,
-        "mcm_fpr95": m.fpr,
+        f"{score}_auroc": m.auroc,
+        f"{score}_fpr95": m.fpr,
     }
     return {key: None if np.isnan(value) else value for key, value in values.items()}
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from robustft import clip
+from robustft.files import write_file
 
 # The parts of open_clip's evaluation transforms: deterministic, and told wholly by their attributes.
 STANDARD_TRANSFORMS = frozenset(
@@ -196,27 +196,6 @@ def fingerprint(dataset: Any) -> str:
             "attribute (a string that changes with its images), or encode without cache"
         )
     return digest.hexdigest()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file under another name in its folder, made if need be, and renames it: it is whole or as it
-    was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are the owner's alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _batches(

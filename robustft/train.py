@@ -149,7 +149,7 @@ def fit(
         data = data.tensors(*image_statistics(method.model))
         if groups is not None and _is_tensors(data):
             data = {"image": data[0], "label": data[1], "group": groups}
-    samples, described = _describe(data, len(method.class_names))
+    samples, described = _describe(data, method)
     if dry_run:
         epochs, limit_batches = 1, 1
     per_epoch = steps_per_epoch(samples, batch_size, limit_batches)
@@ -409,7 +409,7 @@ def _to(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _describe(data: Any, classes: int) -> tuple[int, dict[str, Any]]:
+def _describe(data: Any, method: Method) -> tuple[int, dict[str, Any]]:
     """How many samples, and what a resumed run must find the same."""
     if not (_is_tensors(data) or isinstance(data, Mapping)):
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
@@ -417,13 +417,13 @@ def _describe(data: Any, classes: int) -> tuple[int, dict[str, Any]]:
         if len(data) == 0:
             raise ValueError("data is empty")
         return len(data), {"samples": len(data)}
-    images, labels, _ = unpack(data)
+    images, labels, _ = unpack(data, method.takes_features)
     if labels is None:
         raise ValueError("data of tensors must hold images and labels: labels (n,) of class indices")
     columns = {key: part for key, part in data.items() if key != "image"} if isinstance(data, Mapping) else {}
     for key in columns:
         column(data, key, images)
-    check_labels(labels, classes)
+    check_labels(labels, len(method.class_names))
     finite = images.flatten(1).isfinite().all(1)
     if not finite.all():
         raise ValueError(f"images must be finite: image {int(finite.logical_not().nonzero()[0])} is not")

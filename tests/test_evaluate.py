@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from robustft import detection
 from robustft.calibration import calibration_report
 from robustft.detection import mcm, ood_metrics
 from robustft.evaluate import (
@@ -205,3 +206,22 @@ def test_ood_labels_are_not_looked_at(suite):
 def test_predictions_hold_what_they_are_given():
     p = Predictions(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
     assert p.features is None and torch.equal(p.probabilities, torch.full((2, 3), 1 / 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("score", ["msp", "max_cosine", "energy"])
+def test_another_score_is_that_of_detection_and_named_everywhere(suite, score):
+    e = evaluate({"FT": Toy(1, scale=30.0)}, **suite, score=score)
+    known, letters = (predict(Toy(1, scale=30.0), d) for d in (suite["id"], suite["ood"]["letters"]))
+    function, field = getattr(detection, score), "cosines" if score == "max_cosine" else "logits"
+    assert e.models["FT"].ood["letters"] == ood_metrics(*(function(getattr(p, field)) for p in (known, letters)))
+    label = {"msp": "MSP", "max_cosine": "max cosine", "energy": "energy"}[score]
+    assert f"{label} AUROC" in e.table() and f"AUROC and FPR95: {label}, mean over" in e.table()
+    data = json.loads(json.dumps(e.to_dict(), allow_nan=False))
+    assert f"{score}_auroc" in data["models"][0]["summary"] and {o["score"] for o in data["ood"]} == {score}
+    assert Evaluation.from_dict(data) == e
+
+
+@pytest.mark.parametrize("score", ["MCM", "knn", "gl_mcm", "neg_label"])
+def test_scores_that_need_more_than_predictions_are_referred_to_the_detector(suite, score):
+    with pytest.raises(ValueError, match=f"score must be one of .*'mcm'.*got '{score}'; .* fit a robustft.Detector"):
+        evaluate({"FT": Toy(1)}, **suite, score=score)

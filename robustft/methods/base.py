@@ -151,7 +151,10 @@ class Classifier(Predictor):
 
     def outputs(self, images: Tensor) -> Outputs:
         with evaluating(self.model):
-            features = clip.encode_images(self.model, images)
+            return self.head_outputs(clip.encode_images(self.model, images))
+
+    def head_outputs(self, features: Tensor) -> Outputs:
+        """Outputs of unit features (N, D) that exist already, such as `robustft.features.encode` keeps."""
         cosines, logits = similarities(features, self.class_embeddings, self.logit_scale)
         return Outputs(features, cosines, logits if self.bias is None else logits + self.bias)
 
@@ -238,6 +241,8 @@ class Method(nn.Module):
         seed: of everything random in `step`.
     """
 
+    takes_features = False  # whether a batch may hold unit features (N, D) in the images' place: with a frozen tower
+
     def __init__(
         self,
         model: nn.Module,
@@ -279,7 +284,7 @@ class Method(nn.Module):
 
     def checked(self, batch: Any) -> Batch:
         """The batch's parts, or an error that says what is wrong with them."""
-        images, labels, texts = unpack(batch)
+        images, labels, texts = unpack(batch, self.takes_features)
         weight = next(self.model.parameters())
         if images.device != weight.device:
             raise ValueError(f"images are on {images.device}, the model is on {weight.device}")

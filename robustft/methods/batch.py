@@ -42,8 +42,8 @@ def column(batch: Any, name: str, images: Tensor) -> Tensor | None:
     return value.to(images.device)
 
 
-def unpack(batch: Any) -> Batch:
-    """The parts of a batch, checked as far as they can be without a model."""
+def unpack(batch: Any, features: bool = False) -> Batch:
+    """The parts of a batch, checked as far as they can be without a model; `features` (N, D) may stand for images."""
     if isinstance(batch, Mapping):
         if "image" not in batch or not ({"label", "text"} & batch.keys()):
             raise ValueError(f'batch must have "image" and "label" or "text", got the keys {sorted(batch)}')
@@ -57,9 +57,9 @@ def unpack(batch: Any) -> Batch:
             f"batch must be (images, labels), (images, texts) or a dictionary, got {type(batch).__name__}"
             + (f" of {len(batch)}" if isinstance(batch, Sequence) else "")
         )
-    if not isinstance(images, Tensor) or images.ndim != 4:
+    if not isinstance(images, Tensor) or not (images.ndim == 4 or features and images.ndim == 2):
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images must be a tensor (N, C, H, W), got {got}")
+        raise TypeError(f"images must be a tensor (N, C, H, W){' or features (N, D)' * features}, got {got}")
     if not images.is_floating_point():
         raise TypeError(f"images must be floating point (apply the model's transform first), got {images.dtype}")
     if len(images) == 0:
