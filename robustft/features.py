@@ -11,8 +11,8 @@ A data set is any of
     (images, labels)                     tensors (N, C, H, W), already normalised for the model, and (N,); also as
                                          {"image": ..., "label": ...}, whatever else the dictionary holds
     object with .tensors(mean, std)      the same tensors, normalised by the given statistics
-    map-style data set                   items (image, label), torchvision's convention; `transform` makes an image a
-                                         tensor
+    map-style data set                   items (image, label), torchvision's convention, or {"image": ..., "label":
+                                         ...}; `transform` makes an image a tensor
 """
 
 from __future__ import annotations
@@ -206,12 +206,16 @@ def _batches(
         if pair is not None:
             yield pair[0][start:stop], pair[1][start:stop].long()
             continue
-        items = [dataset[i] for i in range(start, stop)]
+        items = [_image_and_label(dataset[i]) for i in range(start, stop)]
         images = [item[0] if transform is None else transform(item[0]) for item in items]
         if not isinstance(images[0], Tensor) or not images[0].is_floating_point():
             got = images[0].dtype if isinstance(images[0], Tensor) else type(images[0]).__name__
             raise TypeError(f"images must be floating point tensors, got {got}: pass the model's transform")
         yield torch.stack(images), torch.tensor([int(item[1]) for item in items])
+
+
+def _image_and_label(item: Any) -> tuple[Any, Any]:
+    return (item["image"], item["label"]) if isinstance(item, Mapping) else (item[0], item[1])
 
 
 def _pair(dataset: Any) -> tuple[Tensor, Tensor] | None:

@@ -104,7 +104,7 @@ def core_labels(
     tokenizer: Any,
     class_names: Sequence[str],
     descriptions: Mapping[str, str | Sequence[str]] | Sequence[str | Sequence[str]],
-    proxy: CoreProxy | None = None,
+    proxy: CoreProxy = CoreProxy(),  # noqa: B008, it is frozen
     cache: str | Path | None = None,
     batch_size: int = 256,
 ) -> Tensor:
@@ -116,7 +116,7 @@ def core_labels(
         model: the zero-shot model; used in evaluation mode.
         data: the training images, as for `robustft.features.encode`, with the evaluation transform.
         tokenizer, class_names: as for `DRM`. descriptions: as for `DRM`.
-        proxy: `CoreProxy()` by default.
+        proxy: which one.
         cache, batch_size: of the image features, as for `robustft.features.encode`; a second call with another
             proxy or other descriptions encodes no image.
     """
@@ -124,7 +124,7 @@ def core_labels(
     with evaluating(model), torch.no_grad():
         embeddings = clip.caption_embeddings(model, tokenizer, descriptions, batch_size=batch_size)
     similarities, labels = core_similarities(model, data, embeddings, cache=cache, batch_size=batch_size)
-    return (proxy or CoreProxy())(similarities, labels, CoreProxy.ranges(similarities, labels))
+    return proxy(similarities, labels, CoreProxy.ranges(similarities, labels))
 
 
 def core_similarities(

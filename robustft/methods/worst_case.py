@@ -10,7 +10,6 @@ CVaR          mean of the worst fraction alpha of the losses, whatever their gro
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,44 +107,25 @@ class CVaR(Risk):
 
 
 class WorstCaseFineTune(FineTune):
-    """`FineTune` of a worst-case risk of the batch's cross-entropies instead of their mean.
+    """`FineTune` of a worst-case risk of the batch's losses instead of their mean.
 
     A grouped risk needs batches {"image", "label", "group"}; `robustft.fit` makes them from a dictionary of tensors, or
     from a data set with `groups`.
 
     Args:
-        model, tokenizer, class_names, templates, total_steps, seed: as for `FineTune`.
         risk: `GroupDRO`, `WorstGroup`, `CVaR` or a `Risk` of your own; copied, its state is part of `state_dict()`.
-        label_smoothing: e mixes the targets as (1 - e) one-hot + e / K.
+        others: as for `FineTune`. The objective may be cross-entropy with a misalignment penalty; its further terms
+            are means over a batch, not losses of samples, and are refused.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        tokenizer: Any,
-        class_names: Sequence[str],
-        templates: Sequence[Any],
-        risk: Risk,
-        total_steps: int | None = None,
-        seed: int = 0,
-        label_smoothing: float = 0.0,
-    ) -> None:
+    def __init__(self, model: nn.Module, *, risk: Risk, **options: Any) -> None:
         if not isinstance(risk, Risk):
             raise TypeError(f"risk must be a Risk, such as GroupDRO(num_groups), got {type(risk).__name__}")
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
-        super().__init__(
-            model,
-            tokenizer=tokenizer,
-            class_names=class_names,
-            templates=templates,
-            total_steps=total_steps,
-            seed=seed,
-        )
+        super().__init__(model, **options)
+        if any(self.objective.terms.values()):
+            raise ValueError(f"objective has terms without losses of single samples: {sorted(self.objective.terms)}")
         self.risk = copy.deepcopy(risk).to(self.head.device)
-        self.label_smoothing = label_smoothing
-        self.config |= {"label_smoothing": label_smoothing, "risk": risk.settings}
+        self.config |= {"risk": risk.settings}
 
     def step(self, batch: Any) -> Step:
         images, labels, _ = self.checked(batch)
@@ -154,12 +134,22 @@ class WorstCaseFineTune(FineTune):
         groups = column(batch, "group", images)
         if self.risk.grouped and groups is None:
             raise ValueError(f'{type(self.risk).__name__} needs batches with "group", (N,) integers')
-        features = clip.encode_images(self.model, images)
-        losses = classification_loss(
-            features, self.head, labels, 1.0, label_smoothing=self.label_smoothing, reduction="none"
-        ).cross_entropy
+        terms = classification_loss(
+            clip.encode_images(self.model, images),
+            self.head,
+            labels,
+            1.0,
+            bias=self.bias,
+            variant=self.objective.variant,
+            top1=self.objective.top1,
+            label_smoothing=self.objective.label_smoothing,
+            reduction="none",
+        )
+        weight = self.objective.misalignment
+        losses = terms.cross_entropy + weight * terms.misalignment if weight else terms.cross_entropy
         risk = self.risk(losses, groups)
-        return Step(risk, {"risk": risk.detach(), "cross_entropy": losses.detach().mean()})
+        out = Step(risk, {"risk": risk.detach(), "cross_entropy": terms.cross_entropy.detach().mean()})
+        return out if self.l2_sp is None else self.l2_sp.added(out, self)
 
     def after_step(self) -> None:
         """Counts the step, and moves the risk's state."""

@@ -2,13 +2,22 @@ from __future__ import annotations
 
 import copy
 
-import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 
 from robustft import clip
-from robustft.methods import DRM, FLYP, CoreProxy, DualClassifier, core_labels, load_classifier
+from robustft.methods import (
+    DRM,
+    FLYP,
+    CoreProxy,
+    DualClassifier,
+    OutputEnsemble,
+    WiSEFT,
+    core_labels,
+    load_classifier,
+    zero_shot_classifier,
+)
 from robustft.prompts import read_descriptions
 from robustft.train import fit
 
@@ -19,15 +28,6 @@ AFFINITY = CoreProxy(one_hot=0.0, spread=False)
 @pytest.fixture
 def described(prompts):
     return prompts | {"templates": ("a {}",), "descriptions": DESCRIPTIONS}
-
-
-@pytest.fixture
-def resnet():
-    """A CLIP with batch normalisation in its image tower, whose features depend on the mode."""
-    torch.manual_seed(0)
-    vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 2, "head_width": 8}
-    text = {"context_length": 15, "vocab_size": 30, "width": 8, "heads": 2, "layers": 1}
-    return open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text)
 
 
 def optimizer_of(method, lr=0.05):
@@ -237,9 +237,9 @@ def test_run_that_stops_resumes_bit_for_bit(clip_model, described, batches, tmp_
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resnet_is_trained_and_its_frozen_copy_stays(resnet, described, precision):
-    torch.manual_seed(1)
-    data = torch.randn(12, 3, 32, 32), torch.arange(12) % 3
+def test_a_resnet_is_trained_and_its_frozen_copy_stays(resnet_model, described, resnet_batches, precision):
+    resnet = resnet_model.float()
+    data = torch.cat([images for images, _ in resnet_batches[:2]]).float(), torch.arange(12) % 3
     before = copy.deepcopy(resnet.state_dict())
     method = DRM(resnet, **described).prepare(data)
     frozen = copy.deepcopy(method.zero_shot.state_dict())
@@ -277,6 +277,19 @@ def test_one_image_pass_serves_both_heads(clip_model, described, batches, monkey
     monkeypatch.setattr(clip, "encode_images", lambda *a, **k: calls.append(1) or original(*a, **k))
     dual.outputs(batches[0][0])
     assert len(calls) == 1
+
+
+def test_heads_and_mixture_compose_with_the_ensembles(clip_model, described, batches):
+    images, labels = batches[0]
+    zero_shot = zero_shot_classifier(clip_model, **{k: v for k, v in described.items() if k != "descriptions"})
+    method = DRM(clip_model, proxy=None, **described)
+    with torch.no_grad():
+        method.model.visual.proj.mul_(-1)
+    dual = method.classifier()
+    half = OutputEnsemble(zero_shot, dual).at(0.5).probabilities(images)
+    torch.testing.assert_close(half, (zero_shot.probabilities(images) + dual.probabilities(images)) / 2)
+    torch.testing.assert_close(WiSEFT(zero_shot, dual.default).at(1.0).logits(images), dual.default.logits(images))
+    torch.testing.assert_close(dual.predict((images, labels))[0].logits, dual.logits(images))
 
 
 def test_a_dual_classifier_comes_back_bit_for_bit(tmp_path):

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from robustft.data import ImageDataset
-from robustft.methods import CVaR, FineTune, GroupDRO, WorstCaseFineTune, WorstGroup
+from robustft.methods import Classifier, CVaR, FineTune, GroupDRO, WorstCaseFineTune, WorstGroup
+from robustft.objective import TERMS, Objective
 from robustft.train import fit
 
 
@@ -49,7 +50,8 @@ def plain_cvar(losses, groups, state):
     ids=["worst group", "group DRO", "CVaR"],
 )
 def test_worst_case_equals_its_plain_restatement_at_every_step(clip_model, prompts, batches, risk, plain_risk):
-    method = WorstCaseFineTune(clip_model, risk=risk, label_smoothing=0.1, **prompts)
+    penalised = Objective(label_smoothing=0.1, misalignment=0.5, variant="softplus")
+    method = WorstCaseFineTune(clip_model, risk=risk, objective=penalised, **prompts)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
     student, state = copy.deepcopy(clip_model), {}
     head = plain_head(student, prompts).requires_grad_()
@@ -57,10 +59,12 @@ def test_worst_case_equals_its_plain_restatement_at_every_step(clip_model, promp
     for batch in grouped(batches):
         out = method.step(batch)
         z = F.normalize(student.encode_image(batch["image"]), dim=-1) @ head.T
-        losses = F.cross_entropy(z, batch["label"], label_smoothing=0.1, reduction="none")
+        entropies, p = F.cross_entropy(z, batch["label"], label_smoothing=0.1, reduction="none"), z.softmax(1)
+        own = p.gather(1, batch["label"][:, None])
+        losses = entropies + 0.5 * ((p * (p > own)).sum(1) / own[:, 0]).log1p()
         loss = plain_risk(losses, batch["group"], state)
         torch.testing.assert_close(out.loss, loss, rtol=1e-6, atol=1e-9)  # the weights are float32
-        torch.testing.assert_close(out.terms["cross_entropy"], losses.detach().mean(), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(out.terms["cross_entropy"], entropies.detach().mean(), rtol=1e-6, atol=1e-9)
         for chosen, value in ((optimizer, out.loss), (plain, loss)):
             chosen.zero_grad()
             value.backward()
@@ -82,11 +86,14 @@ def test_a_step_without_after_step_leaves_the_weights(clip_model, prompts, batch
     assert not torch.equal(method.step(batch).loss, first)
 
 
-def test_the_mean_is_cvar_of_everything_and_fine_tuning(clip_model, prompts, batches):
-    mean = FineTune(clip_model, **prompts).step(batches[0]).loss
-    torch.testing.assert_close(
-        WorstCaseFineTune(clip_model, risk=CVaR(1.0), **prompts).step(batches[0]).loss, mean, rtol=1e-12, atol=0
-    )
+def test_cvar_of_everything_is_fine_tuning_from_a_probe_and_with_a_penalty_too(clip_model, prompts, batches):
+    probe = Classifier(clip_model, torch.randn(3, 8).double(), prompts["class_names"], bias=torch.randn(3).double())
+    options = prompts | {"start": probe, "l2_sp": 0.1, "label_smoothing": 0.2}
+    mean, risk = FineTune(clip_model, **options), WorstCaseFineTune(clip_model, risk=CVaR(1.0), **options)
+    for method in (mean, risk):
+        with torch.no_grad():
+            method.head.add_(0.1)  # away from its start, where the penalty is 0
+    torch.testing.assert_close(risk.step(batches[0]).loss, mean.step(batches[0]).loss, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("kind", [lambda: GroupDRO(4, 0.5), lambda: CVaR(0.5)])
@@ -145,6 +152,9 @@ def test_what_is_missing_or_out_of_range_is_said(clip_model, prompts, batches):
         dro.step(grouped(batches)[0] | {"group": torch.full((6,), 4)})
     with pytest.raises(TypeError, match="risk must be a Risk, .*got float"):
         WorstCaseFineTune(clip_model, risk=0.5, **prompts)
+    name = next(iter(TERMS))
+    with pytest.raises(ValueError, match=f"terms without losses of single samples: .*{name}"):
+        WorstCaseFineTune(clip_model, risk=CVaR(0.5), objective=Objective(terms={name: 1.0}), **prompts)
     for make, message in (
         (lambda: GroupDRO(0), "num_groups must be at least 1, got 0"),
         (lambda: GroupDRO(2, -1.0), "step_size must be finite and not negative"),
