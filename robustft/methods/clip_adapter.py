@@ -68,7 +68,7 @@ class CLIPAdapter(FrozenModel):
         self.up = seeded_linear(narrow, width, generator, bias=False).to(w)
         self.ratio = ratio
         self.register_buffer("class_embeddings", w, persistent=False)
-        self.config |= {"ratio": ratio, "reduction": reduction, **self.described_prompts()}
+        self.config |= {"ratio": ratio, "reduction": reduction}
 
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)

@@ -49,6 +49,7 @@ class FrozenModel(Method):
         seed: int = 0,
         objective: Objective = Objective(),
     ) -> None:
+        prompts = captions(class_names, templates)  # refuses what is no list of names or templates
         super().__init__(
             model,
             tokenizer=tokenizer,
@@ -59,7 +60,11 @@ class FrozenModel(Method):
         )
         self.model.requires_grad_(False).eval()
         self.objective = objective
-        self.config |= {"model": clip.fingerprint(self.model), "objective": asdict(objective)}
+        self.config |= {
+            "model": clip.fingerprint(self.model),
+            "prompts": stateless_seed(0, prompts),
+            "objective": asdict(objective),
+        }
 
     def labelled(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Images and labels of a batch; ValueError for one of texts."""
@@ -67,10 +72,6 @@ class FrozenModel(Method):
         if labels is None:
             raise ValueError(f"{type(self).__name__} needs labels in the batch, which has texts only")
         return images, labels
-
-    def described_prompts(self) -> dict[str, int]:
-        """A digest of the hand-written prompts for the configuration, for those that use them."""
-        return {"prompts": stateless_seed(0, captions(self.class_names, self.templates))}
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:

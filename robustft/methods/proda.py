@@ -120,8 +120,9 @@ class ProDA(FrozenModel):
             logits = s * (u @ mean.to(u.dtype).T) + s.square() / 2 * difference_variance(u, w - mean, labels)
         loss, terms = self.objective.of_logits(logits, labels)
         nameless = self.nameless(self.model, self.contexts[prompts], torch.zeros_like(prompts))
-        rows, columns = torch.triu_indices(len(prompts), len(prompts), 1, device=u.device)
-        overlap = F.cosine_similarity(nameless[rows], nameless[columns], dim=-1).abs().mean()
+        with torch.autocast(u.device.type, enabled=False):
+            rows, columns = torch.triu_indices(len(prompts), len(prompts), 1, device=u.device)
+            overlap = (nameless @ nameless.T)[rows, columns].abs().mean()
         return Step(loss + self.weight * overlap, {**terms, "overlap": overlap.detach()})
 
     @torch.no_grad()

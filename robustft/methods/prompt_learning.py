@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from robustft import clip
 from robustft.methods.base import stateless_generator
-from robustft.prompts import Template, Tokenizer, captions, format_template
+from robustft.prompts import Template, Tokenizer, format_template
 
 Position = Literal["end", "middle", "front"]
 
@@ -136,7 +136,6 @@ def _layout(tokenizer: Tokenizer) -> _Layout:
 
 
 def _names_and_rests(class_names: Sequence[str], template: Template) -> list[tuple[str, str]]:
-    captions(class_names, [template])  # refuses what is no list of names, or no template
     texts = []
     for name in class_names:
         caption = format_template(template, name)

@@ -131,7 +131,7 @@ class TipAdapterF(FrozenModel):
         # Buffers, so that a checkpoint holds what `select` chose.
         self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64))
         self.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
-        self.config |= {"alpha": alpha, "beta": beta, **self.described_prompts()}
+        self.config |= {"alpha": alpha, "beta": beta}
 
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)

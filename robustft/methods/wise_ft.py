@@ -34,6 +34,12 @@ class WiSEFT:
     """
 
     def __init__(self, zero_shot: Classifier, fine_tuned: Classifier) -> None:
+        for name, value in (("zero_shot", zero_shot), ("fine_tuned", fine_tuned)):
+            if not isinstance(value, Classifier):
+                raise TypeError(
+                    f"{name} must be a Classifier, weights and a head to interpolate, got {type(value).__name__}; "
+                    "OutputEnsemble mixes the probabilities of any two predictors"
+                )
         check_classes(zero_shot, fine_tuned)
         self.zero_shot = zero_shot
         self.fine_tuned = fine_tuned

@@ -16,9 +16,12 @@ from robustft.methods import (
     KgCoOp,
     LoCoOp,
     MaPLe,
+    OutputEnsemble,
     ProDA,
     TipAdapterF,
+    WiSEFT,
     load_predictor,
+    zero_shot_classifier,
 )
 from robustft.objective import Objective
 
@@ -173,3 +176,19 @@ def test_saved_classifiers_come_back_with_the_same_predictions(prompts, batches,
         for found, expected in zip(loaded.outputs(images), saved.outputs(images), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loaded.logits(images), classifier.logits(images)[:, [2, 0]])
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_hosts_compose_with_ensembles_and_what_has_no_fixed_head_is_no_part_of_wise_ft(
+    clip_model, prompts, batches, host
+):
+    zero_shot = zero_shot_classifier(clip_model, **prompts)
+    classifier = made(host, clip_model, prompts, batches).classifier()
+    images = batches[0][0]
+    expected = 0.5 * zero_shot.probabilities(images) + 0.5 * classifier.probabilities(images)
+    torch.testing.assert_close(OutputEnsemble(zero_shot, classifier).at(0.5).probabilities(images), expected)
+    if host in (CoOp, KgCoOp, LoCoOp, ProDA):
+        torch.testing.assert_close(WiSEFT(zero_shot, classifier).at(1.0).logits(images), classifier.logits(images))
+    else:
+        with pytest.raises(TypeError, match="fine_tuned must be a Classifier.*OutputEnsemble mixes"):
+            WiSEFT(zero_shot, classifier)

@@ -170,6 +170,7 @@ def test_a_name_too_long_for_the_context_is_refused_by_name(clip_model, hosts):
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
         ({"templates": (lambda name: "thing",)}, "does not hold the name"),
         ({"class_names": ("ant", "")}, "blank"),
+        ({"templates": ()}, "at least one template"),
     ],
 )
 def test_bad_arguments_are_refused(clip_model, hosts, bad, message):
