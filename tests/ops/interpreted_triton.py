@@ -1,7 +1,8 @@
 """The Triton kernels' own tests, run by test_triton.py in a process under TRITON_INTERPRET=1.
 
-What every body of the operators must do is in tests/test_contrastive.py; here is what only these can: panels of rows,
-16-bit planes, rectangles, and the operators as torch sees them.
+What every body of the operators must do is in tests/test_contrastive.py, test_class_losses.py, test_scores.py and
+test_risks.py; here is what only these can: panels and stretches of rows, 16-bit planes, rectangles, and the operators
+as torch sees them.
 """
 
 from __future__ import annotations
@@ -50,6 +51,44 @@ def test_panels_of_rows_add_up(request):
             assert (a - b).abs().max() <= 2e-6 * (1 + b.abs().max())
 
 
+def class_losses(memory: str | int = "auto"):
+    """Cross-entropy with the penalty, smoothed and biased, and both forms of dual risk, of 70 rows and 5 classes."""
+    labels, core, bias = torch.arange(70) % 5, torch.rand(70, 5), torch.randn(5)
+
+    def function(x, w, v, bias):
+        terms = rf.classification_loss(x, w, labels, 20.0, bias=bias, label_smoothing=0.1, memory=memory)
+        soft = rf.dual_risk(x, w, v, labels, core, 20.0, memory=memory)
+        return *terms, *soft, *rf.dual_risk(x, w, v, labels, core[:, 0], 20.0, memory=memory)
+
+    with robustft.backend("triton"):
+        return gradients(function, pairs(70, 7)[0], *pairs(5, 7), bias)
+
+
+def test_panels_and_stretches_of_rows_add_up_to_the_classes_gradients(monkeypatch):
+    torch.manual_seed(1)
+    whole = class_losses()
+    monkeypatch.setattr(configs, "SPLIT_ROWS", 20)
+    for memory in ("auto", 0):
+        torch.manual_seed(1)
+        for a, b in zip(class_losses(memory), whole, strict=True):
+            assert (a - b).abs().max() <= 2e-6 * (1 + b.abs().max())
+        monkeypatch.setattr(configs, "PANEL_ROWS", 32)
+        monkeypatch.setattr(configs, "PANEL_BYTES", 1)
+
+
+def test_labels_that_are_no_class_make_their_own_losses_nan():
+    x, w = pairs(40, 8)[0], pairs(5, 8)[0]
+    labels = torch.arange(40) % 5
+    labels[3], labels[7] = -1, 5
+    cross_entropy, *_ = torch.ops.robustft.classification_loss(
+        x, w, torch.tensor(9.0), None, labels, "softplus", False, 0.0, False
+    )
+    heads = (x, torch.cat((w, w)), torch.tensor(9.0), labels, torch.ones(40))
+    empirical, *_ = torch.ops.robustft.dual_risk(*heads, False)
+    for losses in (cross_entropy, empirical):
+        assert losses.isnan().nonzero().flatten().tolist() == [3, 7]
+
+
 @pytest.mark.parametrize("s", [40.0, 100.0, 400.0])  # 400: logits of a tile span several hundred
 def test_planes_of_16_bits_cost_half_a_percent_of_the_gradient(s, monkeypatch):
     whole = losses(s=s)
@@ -90,14 +129,29 @@ def test_operators_pass_opcheck(keep):
     checks = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
     torch.library.opcheck(losses.contrastive_loss.default, (x, t, s, torch.arange(9) // 2, 0.1, keep), **checks)
     torch.library.opcheck(losses.contrastive_distillation_loss.default, (x, t, s, *teacher, None, keep), **checks)
+    labels, bias = torch.arange(9) % 4, torch.randn(4, requires_grad=True)
+    for top1, b in ((False, bias), (True, None)):
+        inputs = (x, t[:4], s, b, labels, "softplus", top1, 0.1, keep)
+        torch.library.opcheck(losses.classification_loss.default, inputs, **checks)
+    for core in (torch.rand(9, 4), torch.rand(9)):
+        torch.library.opcheck(losses.dual_risk.default, (x, t[:8], s, labels, core, keep), **checks)
+    torch.library.opcheck(losses.concept_scores.default, (x.detach(), t[:4].detach(), 0.5, s.detach()), **checks)
+    torch.library.opcheck(losses.misalignment_penalty.default, (x, labels, "ratio", keep), **checks)
 
 
 def test_losses_compile_without_a_graph_break():
     x, t = (f.requires_grad_() for f in pairs(40, 8))
+    labels = torch.arange(40) % 5
 
     def objective(x, t):
         terms = rf.contrastive_distillation_loss(x, t, 20.0, t, x, 9.0)
-        return terms.contrastive + 2 * terms.distillation + rf.contrastive_loss(x, t, 30.0, label_smoothing=0.1)
+        of_classes = (
+            rf.classification_loss(x, t[:5], labels, 20.0),
+            rf.dual_risk(x, t[:5], t[5:10], labels, x[:, 0], 9.0),
+        )
+        heads = sum(sum(each) for each in of_classes) + rf.misalignment_penalty(x @ t[:5].T, labels)
+        loss = terms.contrastive + 2 * terms.distillation + rf.contrastive_loss(x, t, 30.0, label_smoothing=0.1)
+        return loss + heads
 
     compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
     results = [torch.autograd.grad(f(x, t), (x, t)) for f in (objective, compiled)]

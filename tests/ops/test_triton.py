@@ -28,7 +28,16 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("suite", ["test_contrastive.py", "ops/interpreted_triton.py"])
+SUITES = [
+    "test_contrastive.py",
+    "test_class_losses.py",
+    "test_scores.py",
+    "test_risks.py",
+    "ops/interpreted_triton.py",
+]
+
+
+@pytest.mark.parametrize("suite", SUITES)
 def test_interpreted_kernels_pass(suite, tmp_path):
     if version("triton") < "3.7" and tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4):
         pytest.skip("Triton 3.6's interpreter needs NumPy before 2.4")
@@ -77,6 +86,88 @@ def test_small_losses_take_two_launches_and_one(n, labels, teacher):
     forward, backward = recorded(n, labels=labels, teacher=teacher)
     assert [launch.kernel.__name__ for launch in forward] == ["statistics_kernel", "combine_kernel"]
     assert [launch.kernel.__name__ for launch in backward] == ["gradient_kernel"]
+
+
+def recorded_classes(n: int, *, k: int = 1000, heads: int = 1, top1: bool = False, keep: bool = True):
+    """Likewise of a loss on k classes."""
+    from robustft.ops.triton import classes
+    from robustft.ops.triton.launch import recorded
+
+    x, w, s, g = new(n, 512, dtype=torch.bfloat16), new(heads * k, 512, dtype=torch.bfloat16), new(()), new(n)
+    y, core = new(n, dtype=torch.int64), new(n, k)
+    with recorded("sm_90") as forward:
+        if heads == 2:
+            out = classes.dual_risk(x, w, s, y, core, keep)
+        else:
+            out = classes.classification_loss(x, w, s, new(k), y, "softplus", top1, 0.1, keep)
+    with recorded("sm_90") as backward:
+        if heads == 2:
+            classes.dual_risk_backward(g, g, x, w, s, y, core, *out[2:])
+        else:
+            classes.classification_loss_backward(g, g, x, w, s, new(k), y, top1, 0.1, *out[2:])
+    return forward, backward
+
+
+@pytest.mark.parametrize("n", [1, 512, 2047])
+def test_small_class_losses_take_three_launches_at_most_and_one(n):
+    def names(launches):
+        return [launch.kernel.__name__ for launch in launches]
+
+    for how, before, combine in (
+        ({}, ["label_kernel"], "classification"),
+        ({"top1": True}, [], "classification"),
+        ({"heads": 2}, [], "dual"),
+    ):
+        forward, backward = recorded_classes(n, **how)
+        assert names(forward) == [*before, "class_statistics_kernel", f"{combine}_combine_kernel"]
+        assert names(backward) == ["class_gradient_kernel"]
+
+
+def test_scores_and_penalties_take_one_launch():
+    from robustft.ops.triton import misalignment, scores
+    from robustft.ops.triton.launch import recorded
+
+    x, w, z, y = new(999, 512), new(100, 512), new(999, 100), new(999, dtype=torch.int64)
+    with recorded("sm_90") as launches:
+        scores.class_scores(x, w, 1.0, new(()), "highest")
+        kept = misalignment.misalignment_penalty(z, y, "ratio", True)[2]
+        misalignment.misalignment_penalty_backward(new(999), z, y, True, kept)
+    assert len(launches) == 3
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_without_kept_exponentials_the_memory_of_classes_grows_with_n_alone(heads):
+    def memory(n: int, k: int) -> int:
+        """Besides features, embeddings and their gradients."""
+        tensors = {
+            id(of.untyped_storage()): of.untyped_storage().nbytes()
+            for launches in recorded_classes(n, k=k, heads=heads, keep=False)
+            for launch in launches
+            for name, of in launch.arguments.items()
+            if isinstance(of, torch.Tensor) and name not in ("X", "W", "Q", "DX")
+        }
+        return sum(tensors.values())
+
+    for k in (1000, 100_000):
+        assert memory(2**20, k) <= 2.01 * memory(2**19, k)
+        panels = 4 * 2**28 + 2 * 4 * heads * k * 512
+        assert memory(2**19, k) <= panels + 80 * 2**19 * heads
+
+
+def test_every_row_is_in_one_panel_and_every_class_in_one_stretch():
+    from robustft.ops.triton import configs
+
+    for keep in (True, False):
+        forward, backward = recorded_classes(200_001, keep=keep)
+        for kernel, of in (("class_statistics_kernel", forward), ("class_gradient_kernel", backward)):
+            panels = [(a["row0"], a["rows"]) for name, _, a, _ in of if name.__name__ == kernel]
+            assert [row0 + rows for row0, rows in panels] == [*(row0 for row0, _ in panels[1:]), 200_001]
+    for name, programs, a, _ in backward:
+        if name.__name__ == "class_gradient_kernel":
+            blocks = -(-1000 // a["BM"]) * -(-512 // a["BD"])
+            of_x = -(-a["rows"] // a["BM"]) * -(-512 // a["BD"])
+            assert programs == blocks * a["SPLITS"] + of_x + (a["row0"] == 0)
+            assert a["DW"].shape == (a["SPLITS"], 1000, 512) and a["SPLITS"] <= configs.SPLIT_BLOCKS // blocks
 
 
 def test_every_row_is_in_one_panel():
