@@ -335,7 +335,7 @@ def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, 
     tower = text_tower(model)
     length = _pooled_length(tower, tokens)
 
-    def cut(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
+    def cut(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any]:
         mask = keywords["attn_mask"][..., :length, :length].contiguous()
         return (arguments[0][:, :length].contiguous(), *arguments[1:]), {**keywords, "attn_mask": mask}
 

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from robustft import clip
 from robustft.methods.base import Classifier, Step, stateless_seed
 from robustft.methods.frozen import FrozenModel
-from robustft.methods.prompt_learning import ContextTexts, Position, initial_context, random_context
+from robustft.methods.prompt_learning import (
+    ContextTexts,
+    Position,
+    check_chunk_size,
+    initial_context,
+    random_context,
+)
 from robustft.methods.zero_shot import zero_shot_classifier
 from robustft.objective import Objective
 
@@ -62,8 +68,7 @@ class CoOp(FrozenModel):
         chunk_size: int | None = None,
         objective: Objective = Objective(),
     ) -> None:
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        check_chunk_size(chunk_size)
         super().__init__(
             model,
             tokenizer=tokenizer,

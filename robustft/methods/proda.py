@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from robustft import clip
 from robustft.methods.base import Classifier, Step, stateless_generator, stateless_seed
 from robustft.methods.frozen import FrozenModel
-from robustft.methods.prompt_learning import ContextTexts, encode_contexts, initial_context, random_context
+from robustft.methods.prompt_learning import (
+    ContextTexts,
+    check_chunk_size,
+    encode_contexts,
+    initial_context,
+    random_context,
+)
 from robustft.objective import Objective
 
 POSITIONS = ("front", "middle", "end")  # of the name
@@ -44,6 +50,7 @@ class ProDA(FrozenModel):
         prompts, prompt_batch: how many there are, and how many of them a step takes; the first is a multiple of the
             second, which is at least 2.
         weight: of the term that keeps prompts apart.
+        chunk_size: captions, of all prompts, encoded at a time, which are encoded a second time in the backward.
     """
 
     takes_features = True
@@ -61,6 +68,7 @@ class ProDA(FrozenModel):
         prompts: int = 32,
         prompt_batch: int = 4,
         weight: float = 0.1,
+        chunk_size: int | None = None,
         objective: Objective = Objective(),
     ) -> None:
         if not (isinstance(context, int) and context >= 1):
@@ -71,6 +79,7 @@ class ProDA(FrozenModel):
             )
         if not 0.0 <= weight < float("inf"):
             raise ValueError(f"weight must be finite and not negative, got {weight}")
+        check_chunk_size(chunk_size)
         super().__init__(
             model,
             tokenizer=tokenizer,
@@ -90,7 +99,7 @@ class ProDA(FrozenModel):
         quarter = prompts // 4
         order = torch.tensor([0] * quarter + [1] * quarter + [2] * (prompts - 2 * quarter), device=one.device)
         self.register_buffer("order", order, persistent=False)  # of each prompt, its place in POSITIONS
-        self.prompt_batch, self.weight = prompt_batch, weight
+        self.prompt_batch, self.weight, self.chunk_size = prompt_batch, weight, chunk_size
         self.config |= {
             "context": context,
             "prompts": prompts,
@@ -110,7 +119,8 @@ class ProDA(FrozenModel):
         tokens, positions = (table[self.order[prompts]].flatten(0, 1) for table in (self.tokens, self.positions))
         k = self.tokens.shape[1]
         contexts = self.contexts[prompts][:, None].expand(-1, k, -1, -1).flatten(0, 1)
-        return encode_contexts(self.model, tokens, positions, contexts).unflatten(0, (-1, k))
+        w = encode_contexts(self.model, tokens, positions, contexts, chunk_size=self.chunk_size)
+        return w.unflatten(0, (-1, k))
 
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)

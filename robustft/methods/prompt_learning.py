@@ -91,6 +91,11 @@ def _encode(model: nn.Module, tokens: Tensor, positions: Tensor, context: Tensor
     return clip.encode_embedded_texts(model, words.scatter(1, places, context), tokens)
 
 
+def check_chunk_size(chunk_size: int | None) -> None:
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+
+
 def initial_context(model: nn.Module, tokenizer: Tokenizer, context: int | str, seed: int) -> Tensor:
     """(n, width), at least float32: the embeddings of some words, or N(0, 0.02) for a number of tokens."""
     table = clip.token_embedding(model)

@@ -147,11 +147,14 @@ def test_the_initial_context_is_a_function_of_the_seed_with_standard_deviation_t
     assert specific.shape == (3, 9, 8) and abs(specific.std().item() - 0.02) < 0.003
 
 
-def test_chunks_of_classes_change_neither_loss_nor_gradient(clip_model, hosts, batches):
-    whole, chunked = (CoOp(clip_model, context=CONTEXT, chunk_size=size, **hosts) for size in (None, 2))
-    for method in (whole, chunked):
-        method.step(batches[0]).loss.backward()
-    torch.testing.assert_close(chunked.context.grad, whole.context.grad)
+@pytest.mark.parametrize("host, name", [(CoOp, "context"), (CoCoOp, "context"), (ProDA, "contexts")])
+def test_chunks_of_captions_change_neither_loss_nor_gradient(clip_model, hosts, batches, host, name):
+    whole, chunked = (host(clip_model, context=CONTEXT, chunk_size=size, **hosts) for size in (None, 2))
+    losses = [method.step(batches[0]).loss for method in (whole, chunked)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(getattr(chunked, name).grad, getattr(whole, name).grad)
 
 
 def test_a_name_too_long_for_the_context_is_refused_by_name(clip_model, hosts):
