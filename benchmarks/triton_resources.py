@@ -3,9 +3,10 @@
     python -m benchmarks.triton_resources          # compiles all of them, writes results/triton_resources.json
     python -m benchmarks.triton_resources --table  # prints that file as a table
 
-The launches are those of robustft/ops/triton/contrastive.py itself, recorded on meta tensors instead of run, and
+The launches are those of the operators in robustft/ops/triton themselves, recorded on meta tensors instead of run, and
 compiled for their architecture with the specialisations that such tensors get: 16-byte aligned pointers, sizes that 16
-divides. Compiled twice, for the diagonal's targets and for labels with smoothing, the costliest; the worst counts.
+divides. The contrastive losses twice, for the diagonal's targets and for labels with smoothing, the costliest; the
+classes' loss with label smoothing and bias, and the two heads' with soft labels, which are the costliest there.
 """
 
 from __future__ import annotations
@@ -52,11 +53,14 @@ class Case(NamedTuple):
     heads: int
     small: bool
     labels: bool = False
+    operator: str = "contrastive"
 
     @property
     def name(self) -> str:
         size = "small" if self.small else "large"
         kind = self.dtype if self.dtype != "float32" else f"float32 {self.precision}"
+        if self.operator != "contrastive":
+            return f"{self.architecture}, {kind}, {self.operator}, {size}"
         return f"{self.architecture}, {kind}, {'teacher' if self.heads == 2 else 'student'}, {size}" + (
             ", labels" if self.labels else ""
         )
@@ -72,33 +76,67 @@ def cases() -> Iterator[Case]:
                     yield Case(architecture, "float32", precision, heads, True, labels)
             yield Case(architecture, "bfloat16", "highest", heads, True)
             yield Case(architecture, "float16", "highest", heads, True)
+        for operator, heads in (("classification_loss", 1), ("dual_risk", 2), ("concept_scores", 1)):
+            for small in (False, True):
+                yield Case(architecture, "bfloat16", "highest", heads, small, operator=operator)
+            if operator != "concept_scores":
+                yield Case(architecture, "float16", "highest", heads, True, operator=operator)
+            for precision in ("highest", "high", "medium"):
+                yield Case(architecture, "float32", precision, heads, True, operator=operator)
+        for dtype in ("bfloat16", "float32"):
+            yield Case(architecture, dtype, "highest", 1, False, operator="misalignment_penalty")
+
+
+def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def contrastive(case: Case, keep: bool) -> None:
+    from robustft.ops.triton import contrastive
+
+    n, d, dtype = 1024 if case.small else 32768, 512, getattr(torch, case.dtype)
+    x, t, s, g = new(n, d, dtype=dtype), new(n, d, dtype=dtype), new(()), new(n)
+    labels = new(n, dtype=torch.int64) if case.labels else None
+    if case.heads == 2:
+        out = contrastive.contrastive_distillation_loss(x, t, s, x, t, s, labels, keep)
+        contrastive.contrastive_distillation_loss_backward(g, g, x, t, s, x, t, s, labels, *out[2:])
+    else:
+        smoothing = 0.1 if case.labels else 0.0
+        out = contrastive.contrastive_loss(x, t, s, labels, smoothing, keep)
+        contrastive.contrastive_loss_backward(g, x, t, s, labels, smoothing, *out[1:])
+
+
+def of_classes(case: Case, keep: bool) -> None:
+    from robustft.ops.triton import classes, misalignment, scores
+
+    n, k, d, dtype = 512 if case.small else 16384, 1000, 512, getattr(torch, case.dtype)
+    x, w, s, g, labels = new(n, d, dtype=dtype), new(k, d, dtype=dtype), new(()), new(n), new(n, dtype=torch.int64)
+    match case.operator:
+        case "classification_loss":
+            how = (new(k), labels)
+            out = classes.classification_loss(x, w, s, *how, "neg_log_ratio", False, 0.1, keep)
+            classes.classification_loss_backward(g, g, x, w, s, *how, False, 0.1, *out[2:])
+        case "dual_risk":
+            inputs = (x, new(2 * k, d, dtype=dtype), s, labels, new(n, k))
+            classes.dual_risk_backward(g, g, *inputs, *classes.dual_risk(*inputs, keep)[2:])
+        case "concept_scores":
+            scores.class_scores(x, w, 1.0, s, case.precision)
+        case _:
+            z = new(n, k, dtype=dtype)
+            kept = misalignment.misalignment_penalty(z, labels, "neg_log_ratio", False)[2]
+            misalignment.misalignment_penalty_backward(g, z, labels, False, kept)
 
 
 def launches(case: Case) -> dict[str, object]:
     """The first launch of every kernel, forward and backward, with and without kept exponentials."""
-    from robustft.ops.triton import contrastive
     from robustft.ops.triton.launch import recorded
 
-    n, d, dtype = 1024 if case.small else 32768, 512, getattr(torch, case.dtype)
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    x, t, s, g = new(n, d, dtype=dtype), new(n, d, dtype=dtype), new(()), new(n)
-    labels = new(n, dtype=torch.int64) if case.labels else None
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(case.precision)
     try:
         with recorded(case.architecture) as found:
             for keep in (True, False):
-                if case.heads == 2:
-                    out = contrastive.contrastive_distillation_loss(x, t, s, x, t, s, labels, keep)
-                    inputs = (g, g, x, t, s, x, t, s, labels, *out[2:])
-                    contrastive.contrastive_distillation_loss_backward(*inputs)
-                else:
-                    smoothing = 0.1 if case.labels else 0.0
-                    out = contrastive.contrastive_loss(x, t, s, labels, smoothing, keep)
-                    contrastive.contrastive_loss_backward(g, x, t, s, labels, smoothing, *out[1:])
+                (contrastive if case.operator == "contrastive" else of_classes)(case, keep)
     finally:
         torch.set_float32_matmul_precision(before)
     first: dict[str, object] = {}

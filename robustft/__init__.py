@@ -14,17 +14,20 @@ from robustft.ops.dispatch import backend, build_info
 
 __version__ = "0.1.0"
 
+_METHODS = (
+    *("FineTune", "FLYP", "CaRot", "DRM", "WorstCaseFineTune", "LinearProbe", "LPFT"),
+    *("CoOp", "KgCoOp", "CoCoOp", "LoCoOp", "ProDA", "MaPLe", "CLIPAdapter", "TipAdapter", "TipAdapterF"),
+    *("VRF", "VRFFeatures", "WiSEFT", "OutputEnsemble", "TemperatureScaling", "uniform_soup", "greedy_soup"),
+    "zero_shot_classifier",
+)
 _LAZY = {
-    **dict.fromkeys(
-        ("FineTune", "FLYP", "CaRot", "WiSEFT", "OutputEnsemble", "zero_shot_classifier"), "robustft.methods"
-    ),
-    **dict.fromkeys(("ContrastiveLoss", "CaRotLoss"), "robustft.losses"),
+    **dict.fromkeys(_METHODS, "robustft.methods"),
+    **dict.fromkeys(("ContrastiveLoss", "CaRotLoss", "ClassificationLoss", "DualRiskLoss"), "robustft.losses"),
     **dict.fromkeys(("calibration_report", "fit_temperature"), "robustft.calibration"),
-    **dict.fromkeys(("ood_metrics",), "robustft.detection"),
-    **dict.fromkeys(
-        ("HistogramBinning", "IsotonicCalibration", "TemperatureScaling", "VectorScaling"), "robustft.posthoc"
-    ),
+    **dict.fromkeys(("macro_f1", "worst_group_accuracy"), "robustft.metrics"),
+    "ood_metrics": "robustft.detection",
     "Detector": "robustft.detector",
+    "Objective": "robustft.objective",
     "fit": "robustft.train",
     "NeighborIndex": "robustft.neighbors",
 }
@@ -38,7 +41,9 @@ _MODULES = (
     "features",
     "losses",
     "methods",
+    "metrics",
     "neighbors",
+    "objective",
     "ood_scores",
     "posthoc",
     "prompts",

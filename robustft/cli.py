@@ -1,4 +1,4 @@
-"""The command line: `robustft quickstart`, `robustft bench`, `robustft doctor`, `robustft info`."""
+"""The command line: `robustft quickstart`, `study`, `bench`, `doctor`, `info`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,18 @@ def parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--pretrain-pairs", type=int, metavar="N", help="how long, in image-caption pairs")
     quickstart.add_argument("--limit-batches", type=int, metavar="N", help="at most N batches an epoch")
     quickstart.add_argument("--dry-run", action="store_true", help="one batch through everything, write nothing")
+
+    study = commands.add_parser(
+        "study",
+        help="run every method on the bundled benchmark and say which papers' findings appear there",
+        description="Runs every method on GlyphWorld with several seeds, all choices made on ID validation data, and "
+        "writes study.html and study.md: tables, and for each claim of a paper whether it appears. Works offline.",
+    )
+    study.add_argument("--output", default="runs/study", help="folder to write (default: %(default)s)")
+    study.add_argument("--seeds", type=int, nargs="+", metavar="N", help="of the fine-tuning (default: 0 1 2)")
+    study.add_argument("--sections", nargs="+", metavar="NAME", help="some of the questions (default: all)")
+    study.add_argument("--quick", action="store_true", help="fewer epochs and test images")
+    study.add_argument("--resume", action="store_true", help="continue the study that the folder holds")
 
     bench = commands.add_parser(
         "bench",
@@ -69,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match command:
             case "quickstart":
                 return _quickstart(**options)
+            case "study":
+                return _study(**options)
             case "bench":
                 return _bench(**options)
             case "doctor":
@@ -99,6 +113,13 @@ def _quickstart(methods: list[str] | None, **options: object) -> int:
     from robustft.quickstart import RECIPES, quickstart
 
     quickstart(method_names=tuple(methods or RECIPES), **options)
+    return 0
+
+
+def _study(seeds: list[int] | None, sections: list[str] | None, **options: object) -> int:
+    from robustft.study import SECTIONS, SEEDS, study
+
+    study(seeds=tuple(seeds or SEEDS), sections=tuple(sections or SECTIONS), **options)
     return 0
 
 

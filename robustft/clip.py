@@ -27,7 +27,7 @@ import pickle
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from robustft import patches
 from robustft.files import CALIBRATOR_FILE, DETECTOR_FILE
@@ -302,6 +303,66 @@ def encode_texts(model: nn.Module, tokens: Tensor, *, normalize: bool = True) ->
     return F.normalize(_at_least_float32(features), dim=-1) if normalize else features
 
 
+def token_embedding(model: nn.Module) -> nn.Embedding:
+    """The table (vocabulary, width) of token embeddings, of open_clip's own text tower.
+
+    Found in `CLIP` and in `CustomTextCLIP`. ValueError for other towers, such as Hugging Face ones.
+    """
+    table = getattr(text_tower(model), "token_embedding", None)
+    if not isinstance(table, nn.Embedding):
+        raise ValueError(
+            f"model: texts are embedded by open_clip's own text tower, which this {type(model).__name__} lacks "
+            "(no token_embedding in it or in its .text): prompts cannot be learnt for it"
+        )
+    return table
+
+
+def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, *, normalize: bool = True) -> Tensor:
+    """Text features (M, D) of embeddings (M, L, width) that stand in for those of the tokens (M, L).
+
+    Positions, masks, layers, pooling and projection are the tower's own: embeddings looked up in `token_embedding`
+    give `encode_texts`. The tokens say where a text ends and what is padding. The gradient reaches the embeddings,
+    which may be wider than the tower's weights; `normalize` as in `encode_texts`. Under a causal mask nothing
+    after the place of pooling is looked at, and it is not computed: short prompts in a long context cost little.
+    ValueError for shapes that do not fit and for towers without `token_embedding`.
+    """
+    table = token_embedding(model)
+    if embeddings.shape != (*tokens.shape, table.embedding_dim) or tokens.ndim != 2:
+        raise ValueError(
+            f"embeddings: expected (M, L, {table.embedding_dim}) for tokens (M, L), got {tuple(embeddings.shape)} "
+            f"for {tuple(tokens.shape)}"
+        )
+    tower = text_tower(model)
+    length = _pooled_length(tower, tokens)
+
+    def cut(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
+        mask = keywords["attn_mask"][..., :length, :length].contiguous()
+        return (arguments[0][:, :length].contiguous(), *arguments[1:]), {**keywords, "attn_mask": mask}
+
+    with contextlib.ExitStack() as hooks:
+        replaced = table.register_forward_hook(lambda _module, _tokens, found: embeddings.to(found.dtype))
+        hooks.callback(replaced.remove)
+        if length is not None:
+            hooks.callback(tower.transformer.register_forward_pre_hook(cut, with_kwargs=True).remove)
+        return encode_texts(model, tokens, normalize=normalize)
+
+
+def text_tower(model: nn.Module) -> nn.Module:
+    """What holds the text transformer: `CustomTextCLIP` has a tower of its own, `CLIP` is one."""
+    model = unwrap(model)
+    return getattr(model, "text", model)
+
+
+def _pooled_length(tower: nn.Module, tokens: Tensor) -> int | None:
+    """How many leading tokens the pooled features of a batch depend on, None if that is not known to be less than all.
+
+    CLIP pools at the largest token, and a causal mask lets nothing after it matter.
+    """
+    pooling = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
+    return int(tokens.argmax(-1).max()) + 1 if causal and pooling == "argmax" else None
+
+
 def class_embeddings(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -321,23 +382,73 @@ def class_embeddings(
 
 
 def caption_embeddings(
-    model: nn.Module, tokenizer: Tokenizer, captions: Sequence[Sequence[str]], *, batch_size: int = 256
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    captions: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 256,
+    checkpoint: bool = False,
 ) -> Tensor:
     """A head (K, D) from ready captions, such as concept descriptions: one or more of them a class.
 
-    Otherwise as `class_embeddings`.
+    checkpoint: as in `encode_captions`. Otherwise as `class_embeddings`.
     """
+    return grouped_embeddings(model, group_captions(tokenizer, captions), batch_size=batch_size, checkpoint=checkpoint)
+
+
+class CaptionGroups(NamedTuple):
+    """Tokens (P, L) of the captions of G distinct groups, one after the other; sizes of the groups; group of each
+    class (K,)."""
+
+    tokens: Tensor
+    sizes: tuple[int, ...]
+    rows: Tensor
+
+    def of(self, classes: Tensor) -> CaptionGroups:
+        """The captions of some classes (C,), in that order."""
+        groups, rows = self.rows[classes.to(self.rows.device)].unique(return_inverse=True)
+        parts = self.tokens.split(self.sizes)
+        return CaptionGroups(
+            torch.cat([parts[g] for g in groups.tolist()]), tuple(self.sizes[g] for g in groups.tolist()), rows
+        )
+
+
+def group_captions(tokenizer: Tokenizer, captions: Sequence[Sequence[str]]) -> CaptionGroups:
+    """The captions of K classes, tokenised: classes of the same captions share a group."""
     check_captions(captions)
+    distinct = {texts: row for row, texts in enumerate(dict.fromkeys(map(tuple, captions)))}
+    return CaptionGroups(
+        tokenizer([text for group in distinct for text in group]),
+        tuple(map(len, distinct)),
+        torch.tensor([distinct[tuple(group)] for group in captions]),
+    )
+
+
+def grouped_embeddings(
+    model: nn.Module, groups: CaptionGroups, *, batch_size: int = 256, checkpoint: bool = False
+) -> Tensor:
+    """`caption_embeddings` of captions that are tokenised already, to be encoded again at every step of a training."""
+    features = encode_captions(model, groups.tokens, batch_size=batch_size, checkpoint=checkpoint)
+    means = torch.stack([group.mean(dim=0) for group in features.split(groups.sizes)])
+    # F.embedding, because the gradient of means[rows] adds up in no fixed order on several threads.
+    return F.embedding(groups.rows.to(means.device), F.normalize(means, dim=-1))
+
+
+def encode_captions(model: nn.Module, tokens: Tensor, *, batch_size: int = 256, checkpoint: bool = False) -> Tensor:
+    """Unit text features (P, D) of tokenised captions (P, L) on any device, `batch_size` of them at a time.
+
+    checkpoint: in a training, keep no activations of the tower and encode each batch once more in the backward, under
+    the same random numbers: the same gradients for half as much time again, and the activations of one batch instead
+    of all P captions. Has no effect without gradients.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    distinct = {texts: row for row, texts in enumerate(dict.fromkeys(map(tuple, captions)))}
-    texts = [text for group in distinct for text in group]
     device = next(model.parameters()).device
-    batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-    features = torch.cat([encode_texts(model, tokenizer(batch).to(device)) for batch in batches])
-    means = torch.stack([group.mean(dim=0) for group in features.split([len(group) for group in distinct])])
-    rows = torch.tensor([distinct[tuple(group)] for group in captions], device=device)
-    return F.normalize(means, dim=-1)[rows]
+    chunks = [chunk.to(device) for chunk in tokens.split(batch_size)]
+    if not (checkpoint and torch.is_grad_enabled()):
+        return torch.cat([encode_texts(model, chunk) for chunk in chunks])
+    again = functools.partial(recomputed, encode_texts, model, use_reentrant=False)
+    return torch.cat([again(chunk) for chunk in chunks])
 
 
 def visual_projection(model: nn.Module) -> Tensor:
@@ -413,20 +524,7 @@ def interpolate_state(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
-    differences = (
-        _few([key for key in zero_shot if key not in fine_tuned], "keys only in zero_shot"),
-        _few([key for key in fine_tuned if key not in zero_shot], "keys only in fine_tuned"),
-        _few(
-            [
-                f"{key} {tuple(zero_shot[key].shape)} {zero_shot[key].dtype} and {tuple(ft.shape)} {ft.dtype}"
-                for key, ft in fine_tuned.items()
-                if key in zero_shot and (zero_shot[key].shape, zero_shot[key].dtype) != (ft.shape, ft.dtype)
-            ],
-            "different shapes or dtypes",
-        ),
-    )
-    if any(differences):
-        raise ValueError(f"zero_shot and fine_tuned do not match: {'; '.join(filter(None, differences))}")
+    _check_match(zero_shot, fine_tuned, "zero_shot", "fine_tuned")
 
     def mix(zs: Tensor, ft: Tensor) -> Tensor:
         if alpha in (0, 1) or not ft.is_floating_point():
@@ -436,6 +534,45 @@ def interpolate_state(
         return torch.lerp(zs.detach().to(ft.device, wide), ft.detach().to(wide), float(alpha)).to(ft.dtype)
 
     return {key: mix(zero_shot[key], ft) for key, ft in fine_tuned.items()}
+
+
+def average_states(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of the states of models of one architecture, as new tensors on the first's devices.
+
+    Floating-point entries, buffers too, are averaged in at least float32; integer ones are the first's. Entries equal
+    in all stay as they are, bit for bit. No gradient. One state is held at a time beside the mean. Raises ValueError
+    when there is none, or keys, shapes or dtypes differ, naming them.
+    """
+    states = iter(states)
+    first = next(states, None)
+    if first is None:
+        raise ValueError("states: expected at least one")
+    first = dict(first)
+    wide = {key: torch.promote_types(x.dtype, torch.float32) for key, x in first.items() if x.is_floating_point()}
+    means = {key: first[key].detach().to(dtype, copy=True) for key, dtype in wide.items()}
+    for n, state in enumerate(states, start=2):
+        _check_match(first, state, "the first state", f"state {n}")
+        for key, mean in means.items():
+            mean.lerp_(state[key].detach().to(mean), 1.0 / n)  # of equals lerp is exact
+    return {key: means[key].to(x.dtype) if key in means else x.detach().clone() for key, x in first.items()}
+
+
+def _check_match(a: Mapping[str, Tensor], b: Mapping[str, Tensor], a_name: str, b_name: str) -> None:
+    """Raises ValueError naming the keys, shapes and dtypes in which two states differ."""
+    differences = (
+        _few([key for key in a if key not in b], f"keys only in {a_name}"),
+        _few([key for key in b if key not in a], f"keys only in {b_name}"),
+        _few(
+            [
+                f"{key} {tuple(a[key].shape)} {a[key].dtype} and {tuple(x.shape)} {x.dtype}"
+                for key, x in b.items()
+                if key in a and (a[key].shape, a[key].dtype) != (x.shape, x.dtype)
+            ],
+            "different shapes or dtypes",
+        ),
+    )
+    if any(differences):
+        raise ValueError(f"{a_name} and {b_name} do not match: {'; '.join(filter(None, differences))}")
 
 
 def export(

@@ -20,8 +20,8 @@ TOLERANCE = 1e-4  # float32 outcomes of order 1 to 100
 OPERATORS = {
     "contrastive_loss": "similarity_statistics",
     "contrastive_distillation_loss": "similarity_statistics",
-    "classification_loss": "class_statistics",
-    "dual_risk": "class_statistics",
+    "classification_loss": "classification_loss",
+    "dual_risk": "dual_risk",
     "concept_scores": "class_scores",
     "misalignment_penalty": "misalignment_penalty",
     "cvar": "cvar",

@@ -14,7 +14,7 @@ robustft.methods do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from robustft.calibration import Bin, CalibrationReport, calibration_report
 from robustft.detection import OODMetrics, ood_metrics
 from robustft.features import batches
+from robustft.methods.output_ensemble import PairPredictor
+from robustft.methods.wise_ft import ALPHAS
 from robustft.scoring import SCORES, Evidence, Pointwise
 
 TPR = 0.95
@@ -60,6 +62,12 @@ class Predictions:
     def probabilities(self) -> Tensor:
         """softmax(logits) in float64 (N, K): in float32 a gap of 17 already reads as certainty."""
         return self.logits.double().softmax(-1)
+
+
+class Ensemble(Protocol):
+    """Anything with a classifier at each alpha, 0 the zero-shot one and 1 the fine-tuned one."""
+
+    def at(self, alpha: float) -> Classifier: ...
 
 
 T = TypeVar("T")
@@ -316,6 +324,39 @@ def evaluate(
     return _evaluation(models, bins, score)
 
 
+def frontier(
+    ensemble: Ensemble,
+    *,
+    id: Any,
+    shifts: Mapping[str, Any],
+    alphas: Sequence[float] = ALPHAS,
+    name: str | None = None,
+    batch_size: int = 256,
+) -> Frontier:
+    """ID against mean-OOD accuracy of a `WiSEFT`, an `OutputEnsemble` or a `VRF.classifier` at every alpha.
+
+    The honest way to compare ensembles: each may pick another point of its curve. `chosen` is the alpha that the
+    ensemble has from held-out data, if it was fitted. Data sets as for `evaluate`; `name` defaults to the ensemble's
+    type. Mixtures of outputs encode every set once; WiSE-FT once for each alpha. Memory: two models' predictions on a
+    set.
+    """
+    if not shifts:
+        raise ValueError("shifts is empty: a frontier needs at least one shifted set")
+
+    def accuracies(dataset: Any) -> list[float]:
+        classifiers = (ensemble.at(alpha) for alpha in alphas)
+        return [_accuracy(p) for p in _predict_all(classifiers, dataset, batch_size)]
+
+    id_accuracy, *ood = (accuracies(dataset) for dataset in (id, *shifts.values()))
+    return Frontier(
+        name or type(ensemble).__name__,
+        tuple(alphas),
+        tuple(id_accuracy),
+        tuple(sum(column) / len(column) for column in zip(*ood, strict=True)),
+        getattr(ensemble, "alpha_", None),
+    )
+
+
 def evaluate_predictions(
     predictions: Mapping[str, Suite[Predictions]], bins: int = 15, score: str = "mcm"
 ) -> Evaluation:
@@ -346,6 +387,26 @@ def predict(classifier: Classifier, dataset: Any, batch_size: int = 256) -> Pred
     if bad:
         raise ValueError(f"{bad} of {len(logits)} rows of the classifier's logits hold NaN or infinity")
     return Predictions(cosines, logits, torch.cat(labels), features)
+
+
+def _predict_all(classifiers: Iterable[Classifier], dataset: Any, batch_size: int) -> Iterator[Predictions]:
+    """Each classifier's predictions; pairs of the same two members, mixed in several ways, are encoded once."""
+    members: dict[tuple[int, int], tuple[Predictions, Predictions]] = {}
+    for classifier in classifiers:
+        if not isinstance(classifier, PairPredictor):
+            yield predict(classifier, dataset, batch_size)
+            continue
+        pair = classifier.zero_shot, classifier.fine_tuned
+        key = id(pair[0]), id(pair[1])
+        if key not in members:
+            members[key] = tuple(predict(member, dataset, batch_size) for member in pair)
+        zs, ft = members[key]
+        out = classifier.combine(zs, ft)
+        yield Predictions(out.cosines, out.logits, ft.labels, out.features)
+
+
+def _accuracy(p: Predictions) -> float:
+    return float((p.logits.argmax(-1) == p.labels).double().mean())
 
 
 def _check_score(name: str) -> None:

@@ -8,7 +8,8 @@ holds whatever the features depend on, so a second checkpoint never meets the fi
 written under another name and then renamed; one that turns out to be cut off is written anew.
 
 A data set is any of
-    (images, labels)                     tensors (N, C, H, W), already normalised for the model, and (N,)
+    (images, labels)                     tensors (N, C, H, W), already normalised for the model, and (N,); also as
+                                         {"image": ..., "label": ...}, whatever else the dictionary holds
     object with .tensors(mean, std)      the same tensors, normalised by the given statistics
     map-style data set                   items (image, label), torchvision's convention; `transform` makes an image a
                                          tensor
@@ -19,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -214,7 +215,9 @@ def _batches(
 
 
 def _pair(dataset: Any) -> tuple[Tensor, Tensor] | None:
-    """Images and labels of a pair of tensors or of a TensorDataset."""
+    """Images and labels of a pair of tensors, of a TensorDataset, or of a dictionary of tensors."""
+    if isinstance(dataset, Mapping):
+        dataset = dataset.get("image"), dataset.get("label")
     if isinstance(dataset, torch.utils.data.TensorDataset):
         dataset = dataset.tensors
     if not (isinstance(dataset, (tuple, list)) and len(dataset) == 2 and isinstance(dataset[0], Tensor)):

@@ -248,7 +248,7 @@ def classification_loss(
     arguments.check_smoothing(label_smoothing)
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
-    if use_native("class_statistics", x.device):
+    if use_native("classification_loss", x.device, x.dtype):
         keep = arguments.keeps(memory, "classification_loss", n, k, x, 1) and torch.is_grad_enabled()
         terms = classification.classification_loss(x, w, s, bias, y, variant, top1, label_smoothing, keep)
     else:
@@ -289,7 +289,7 @@ def misalignment_penalty(
     arguments.check_reduction(reduction)
     if average not in ("batch", "errors"):
         raise ValueError(f"average is {average!r}; expected 'batch' or 'errors'")
-    if use_native("misalignment_penalty", logits.device):
+    if use_native("misalignment_penalty", logits.device, logits.dtype):
         penalty, errors, _ = risks.misalignment_penalty(logits, labels, variant, top1)
     else:
         z = reference.widen(logits)
@@ -328,7 +328,7 @@ def dual_risk(
     Both heads are one product, forward and backward.
     Gradients reach features, both embeddings, logit_scale and weight, not core_labels.
     Memory: as `classification_loss`, for 2K classes, and both embeddings once more.
-    Source: DRM, Wang et al. 2024 (arXiv 2411.19757), equations of the two risks.
+    Source: DRM, Li et al. 2024 (arXiv 2411.19757), equations of the two risks.
     Raises: ValueError or TypeError naming the argument.
     """
     x, w, s = arguments.class_inputs(features, class_embeddings, logit_scale)
@@ -350,8 +350,8 @@ def dual_risk(
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
     core = core_labels.detach()
-    if use_native("class_statistics", x.device):
-        keep = arguments.keeps(memory, "classification_loss", n, k, x, 2) and torch.is_grad_enabled()
+    if use_native("dual_risk", x.device, x.dtype):
+        keep = arguments.keeps(memory, "dual_risk", n, k, x, 2) and torch.is_grad_enabled()
         terms = classification.dual_risk(x, torch.cat((w, v)), s, y, core, keep)
     else:
         terms = reference.dual_risk(x, w, v, s, y, core)
@@ -401,7 +401,7 @@ def concept_scores(
         raise ValueError("logit_scale is 0; expected a positive number, 1/s is the energy's temperature")
     for name, value in (("features", features), ("class_embeddings", class_embeddings)):  # as rounded: not promoted
         arguments.check_unit_norm(name, value)
-    if use_native("class_scores", x.device):
+    if use_native("class_scores", x.device, x.dtype):
         scores, prediction = torch.ops.robustft.concept_scores(x, w, temperature, s)
         return ConceptScores(*scores.unbind(), prediction)
     return ConceptScores(*reference.concept_scores(x, w, temperature, s))

@@ -9,7 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robustft.functional import contrastive_distillation_loss, contrastive_loss, cross_penalty, orthogonality_penalty
+from robustft.functional import (
+    classification_loss,
+    contrastive_distillation_loss,
+    contrastive_loss,
+    cross_penalty,
+    dual_risk,
+    orthogonality_penalty,
+)
 
 
 class ContrastiveLoss(nn.Module):
@@ -101,4 +108,87 @@ class CaRotLoss(nn.Module):
             losses["orthogonality_loss"] = self.orthogonality_weight * penalty
             if text_projection is not None:
                 losses["cross_loss"] = self.cross_weight * cross_penalty(visual_projection, text_projection)
+        return losses if output_dict else torch.stack(list(losses.values())).sum()
+
+
+class ClassificationLoss(nn.Module):
+    """Cross-entropy of a class head, and CMP's misalignment penalty, streamed. See `functional.classification_loss`.
+
+    The head (K, D), such as class embeddings of prompts, takes the place of open_clip's text features. A penalty of
+    weight 0 is left out of the dictionary.
+
+    Source: CMP (arXiv 2501.17595), whose released command has weight 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        misalignment_weight: float = 0.0,
+        variant: str = "neg_log_ratio",
+        top1: bool = False,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__()
+        self.misalignment_weight = misalignment_weight
+        self.variant = variant
+        self.top1 = top1
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self,
+        image_features: Tensor,
+        class_embeddings: Tensor,
+        logit_scale: Tensor | float,
+        *,
+        labels: Tensor,
+        bias: Tensor | None = None,
+        weight: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        terms = classification_loss(
+            image_features,
+            class_embeddings,
+            labels,
+            logit_scale,
+            bias=bias,
+            variant=self.variant,
+            top1=self.top1,
+            label_smoothing=self.label_smoothing,
+            weight=weight,
+        )
+        losses = {"cross_entropy_loss": terms.cross_entropy}
+        if self.misalignment_weight:
+            losses["misalignment_loss"] = self.misalignment_weight * terms.misalignment
+        return losses if output_dict else torch.stack(list(losses.values())).sum()
+
+
+class DualRiskLoss(nn.Module):
+    """DRM's two risks on class heads: cross-entropy under default prompts, soft labels under concept descriptions.
+
+    See `functional.dual_risk`. `methods.DRM` has FLYP's contrastive loss as its empirical risk: for that, add a
+    `ContrastiveLoss` to the dictionary's "worst_case_loss".
+
+    Source: DRM (arXiv 2411.19757); worst_case_weight is its lambda.
+    """
+
+    def __init__(self, *, worst_case_weight: float = 1.0):
+        super().__init__()
+        self.worst_case_weight = worst_case_weight
+
+    def forward(
+        self,
+        image_features: Tensor,
+        class_embeddings: Tensor,
+        logit_scale: Tensor | float,
+        *,
+        core_embeddings: Tensor,
+        labels: Tensor,
+        core_labels: Tensor,
+        weight: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        terms = dual_risk(
+            image_features, class_embeddings, core_embeddings, labels, core_labels, logit_scale, weight=weight
+        )
+        losses = {"empirical_loss": terms.empirical, "worst_case_loss": self.worst_case_weight * terms.worst_case}
         return losses if output_dict else torch.stack(list(losses.values())).sum()

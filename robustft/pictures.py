@@ -65,7 +65,7 @@ STYLE: dict[str, Any] = {
 def frontier(evaluation: Evaluation, frontiers: Sequence[Frontier] = ()) -> Figure:
     """ID accuracy against mean accuracy over the shifts, in %; ensembles of the same fine-tuned model share a
     colour."""
-    figure, (ax,) = _figure(1, 1, panel=(6.6, 4.4), left=0.6, bottom=0.5)
+    figure, (ax,) = panels(1, 1, panel=(6.6, 4.4), left=0.6, bottom=0.5)
     labels = [_Label(100 * m.id_accuracy, 100 * m.ood_accuracy, name, INK) for name, m in evaluation.models.items()]
     curves = []
     members: dict[tuple[float, float], int] = {}
@@ -97,7 +97,7 @@ def frontier(evaluation: Evaluation, frontiers: Sequence[Frontier] = ()) -> Figu
 def reliability(models: Mapping[str, ModelResult]) -> Figure:
     """Per model, dots at each bin's mean confidence and accuracy, their area the bin's share of the set."""
     columns = _columns(len(models))
-    figure, axes = _figure(
+    figure, axes = panels(
         len(models),
         columns,
         panel=(2.0, 2.7),
@@ -133,7 +133,7 @@ def reliability(models: Mapping[str, ModelResult]) -> Figure:
 def scores(models: Mapping[str, ModelResult], score: str = "MCM") -> Figure:
     """Histograms of the OOD scores of the ID set and the OOD sets, a panel a model; every model must have `scores`."""
     columns = _columns(len(models))
-    figure, axes = _figure(len(models), columns, panel=(2.2, 1.7), left=0.15, bottom=0.5, gap=(0.25, 0.4), top=0.28)
+    figure, axes = panels(len(models), columns, panel=(2.2, 1.7), left=0.15, bottom=0.5, gap=(0.25, 0.4), top=0.28)
     for ax, (name, model) in zip(axes, models.items(), strict=False):
         edges = np.asarray(model.scores.edges)
         share = np.asarray(model.scores.id) / sum(model.scores.id)
@@ -177,7 +177,7 @@ def samples(images: Mapping[str, np.ndarray], columns: int = 12) -> Figure:
             raise ValueError(f"samples[{name!r}] must be uint8 (n, H, W, 3), got {array.dtype} {array.shape}")
         strips[name] = array[:columns]
     columns = max(map(len, strips.values()))
-    figure, axes = _figure(len(strips), 1, panel=(0.6 * columns, 0.55), left=1.2, gap=(0, 0.06), top=0.05)
+    figure, axes = panels(len(strips), 1, panel=(0.6 * columns, 0.55), left=1.2, gap=(0, 0.06), top=0.05)
     for ax, (name, strip) in zip(axes, strips.items(), strict=True):
         _, height, width, _ = strip.shape
         pitch = width + max(1, width // 12)
@@ -192,7 +192,7 @@ def samples(images: Mapping[str, np.ndarray], columns: int = 12) -> Figure:
     return figure
 
 
-def _figure(
+def panels(
     count: int,
     columns: int,
     *,
@@ -215,7 +215,7 @@ def _figure(
     height = rows * (panel[1] + top) + (rows - 1) * gap[1] + bottom
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)  # labels are measured before anything is saved
-    panels = []
+    cells = []
     for i in range(count):
         x = left + (i % columns) * (panel[0] + gap[0])
         y = height - (i // columns + 1) * (panel[1] + top) - (i // columns) * gap[1]
@@ -224,8 +224,8 @@ def _figure(
         for share in reversed(shares):
             axes.insert(0, figure.add_axes((x / width, y / height, panel[0] / width, share * unit / height)))
             y += share * unit + spacing
-        panels.append(tuple(axes) if split else axes[0])
-    return figure, panels
+        cells.append(tuple(axes) if split else axes[0])
+    return figure, cells
 
 
 def _columns(count: int) -> int:

@@ -43,7 +43,7 @@ _VARIABLES = {
     pictures.GREEN: "var(--green)",
 }
 
-_CSS = """
+CSS = """
 :root { color-scheme: light dark; --ink: #1f2329; --muted: #6b7179; --grid: #dfe2e6; --paper: #fefefe;
   --blue: #0072b2; --orange: #d55e00; --green: #009e73; }
 @media (prefers-color-scheme: dark) {
@@ -54,6 +54,7 @@ var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 1rem; }
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
 p { margin: .4rem 0; max-width: 46rem; }
 .conventions, figcaption { color: var(--muted); font-size: .85rem; }
 .scroll { overflow-x: auto; }
@@ -87,7 +88,7 @@ _SCORES = (
 _SAMPLES = "The first images of each set."
 
 
-class _Drawing(NamedTuple):
+class Drawing(NamedTuple):
     name: str
     heading: str
     caption: str
@@ -121,22 +122,22 @@ def write_report(
     has_shifts = any(m.shifts for m in models.values())
     scored = {name: m for name, m in shown.items() if m.scores is not None}
 
-    drawings: list[_Drawing] = []
+    drawings: list[Drawing] = []
     if has_shifts:
         draw = partial(pictures.frontier, evaluation, frontiers)
-        drawings.append(_Drawing("frontier", "In distribution and under shift", _FRONTIER, draw))
-    drawings.append(_Drawing("reliability", "Reliability", _RELIABILITY, partial(pictures.reliability, shown)))
+        drawings.append(Drawing("frontier", "In distribution and under shift", _FRONTIER, draw))
+    drawings.append(Drawing("reliability", "Reliability", _RELIABILITY, partial(pictures.reliability, shown)))
     if scored:
         label = evaluation.score_label
         caption, draw = _SCORES.format(score=label), partial(pictures.scores, scored, label)
-        drawings.append(_Drawing("scores", "Detection", caption, draw))
+        drawings.append(Drawing("scores", "Detection", caption, draw))
     if samples:
-        drawings.append(_Drawing("samples", "The sets", _SAMPLES, partial(pictures.samples, samples)))
+        drawings.append(Drawing("samples", "The sets", _SAMPLES, partial(pictures.samples, samples)))
 
     directory = Path(directory)
     sections = []
     for drawing in drawings:
-        png, svg = _render(drawing)
+        png, svg = render(drawing)
         write_file(directory / "figures" / f"{drawing.name}.png", png)
         sections.append(
             f"<h2>{drawing.heading}</h2>\n<figure><div class=scroll>{svg}</div>\n"
@@ -167,10 +168,10 @@ def _page(
         "<!doctype html>",
         "<html lang=en><head><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(title)}</title><style>{_CSS}</style></head><body>",
+        f"<title>{html.escape(title)}</title><style>{CSS}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
         *(f"<p>{html.escape(note)}</p>" for note in notes),
-        _table(evaluation.rows(), _best(evaluation)),
+        html_table(evaluation.rows(), _best(evaluation)),
         f"<p class=conventions>{html.escape(conventions)} Bold: the best of its column.</p>",
         *sections,
         "<details><summary>Each set</summary>",
@@ -198,10 +199,10 @@ def _set_tables(evaluation: Evaluation) -> list[str]:
         reports = [s.calibration for s in (m.id, *(m.shifts[k] for k in first.shifts))]
         labelled.append((name, *(percent(r.accuracy, r.ece) for r in reports)))
         unknown.append((name, *(percent(m.ood[k].auroc, m.ood[k].fpr) for k in first.ood)))
-    return [_table(labelled), *([_table(unknown)] if first.ood else [])]
+    return [html_table(labelled), *([html_table(unknown)] if first.ood else [])]
 
 
-def _table(rows: Sequence[Sequence[str]], best: Sequence[frozenset[int]] = ()) -> str:
+def html_table(rows: Sequence[Sequence[str]], best: Sequence[frozenset[int]] = ()) -> str:
     """A table, header first; `best[column]` are the body rows to stress."""
     header, *body = rows
     lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in header)]
@@ -228,7 +229,7 @@ def _best(evaluation: Evaluation) -> list[frozenset[int]]:
     return best if len(evaluation.models) > 1 else []
 
 
-def _render(drawing: _Drawing) -> tuple[bytes, str]:
+def render(drawing: Drawing) -> tuple[bytes, str]:
     """A picture as PNG, and as an SVG element for use in HTML."""
     import matplotlib
 

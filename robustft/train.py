@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from torch import Tensor
 from robustft.checkpoint import latest_checkpoint, save_checkpoint
 from robustft.features import image_statistics
 from robustft.methods.base import Method, Step, stateless_generator, stateless_seed
-from robustft.methods.batch import check_labels, unpack
+from robustft.methods.batch import check_labels, column, unpack
 
 Record = dict[str, float | None]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -99,9 +99,12 @@ def fit(
 
     Args:
         method: the method to train; moved to `device` if one is given.
-        data: (images (n, C, H, W), labels (n,)), an object whose .tensors(mean, std) gives these, or a
-            dataset of (image, label), (image, text) or {"image", "label" / "text"}. A dataset's augmentation
-            may use torch's, numpy's or Python's global generators: each is seeded by (seed, epoch, index).
+        data: (images (n, C, H, W), labels (n,)), a dictionary {"image": ..., "label": ...} of these and of
+            further tensors of n rows that the method takes ("group", "core"), an object whose
+            .tensors(mean, std) gives either, or a dataset of (image, label), (image, text) or {"image",
+            "label" / "text", ...}. Objects' `groups`, if they have any, go along as "group". A dataset's
+            augmentation may use torch's, numpy's or Python's global generators: each is seeded by
+            (seed, epoch, index).
         epochs, batch_size, lr, weight_decay: as usual.
         warmup: fraction of all steps over which the rate rises.
         clip: largest norm of the whole gradient, after the fp16 loss scale is taken out; None for no limit.
@@ -142,8 +145,11 @@ def fit(
         method.to(device)
     where = method.steps.device
     if callable(getattr(data, "tensors", None)):
+        groups = getattr(data, "groups", None)
         data = data.tensors(*image_statistics(method.model))
-    samples, described = _describe(data, len(method.class_names))
+        if groups is not None and _is_tensors(data):
+            data = {"image": data[0], "label": data[1], "group": groups}
+    samples, described = _describe(data, method)
     if dry_run:
         epochs, limit_batches = 1, 1
     per_epoch = steps_per_epoch(samples, batch_size, limit_batches)
@@ -369,9 +375,10 @@ class _Seeded(torch.utils.data.Dataset):
 
 
 def _batches(data: Any, chunks: Sequence[Tensor], seed: int, epoch: int, workers: int) -> Iterator[Any]:
+    if isinstance(data, Mapping):
+        return ({key: part[chunk.to(part.device)] for key, part in data.items()} for chunk in chunks)
     if _is_tensors(data):
-        images, labels = data
-        return ((images[chunk.to(images.device)], labels[chunk.to(labels.device)]) for chunk in chunks)
+        return (tuple(part[chunk.to(part.device)] for part in data) for chunk in chunks)
     return iter(
         torch.utils.data.DataLoader(
             _Seeded(data, seed, epoch),
@@ -402,23 +409,32 @@ def _to(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _describe(data: Any, classes: int) -> tuple[int, dict[str, Any]]:
+def _describe(data: Any, method: Method) -> tuple[int, dict[str, Any]]:
     """How many samples, and what a resumed run must find the same."""
-    if not _is_tensors(data):
+    if not (_is_tensors(data) or isinstance(data, Mapping)):
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             raise TypeError(f"data must be (images, labels) or a dataset with a length, got {type(data).__name__}")
         if len(data) == 0:
             raise ValueError("data is empty")
         return len(data), {"samples": len(data)}
-    images, labels, _ = unpack(data)
+    images, labels, _ = unpack(data, method.takes_features)
     if labels is None:
-        raise ValueError("data of two tensors must be (images, labels): labels (n,) of class indices")
-    check_labels(labels, classes)
+        raise ValueError("data of tensors must hold images and labels: labels (n,) of class indices")
+    columns = {key: part for key, part in data.items() if key != "image"} if isinstance(data, Mapping) else {}
+    for key in columns:
+        column(data, key, images)
+    check_labels(labels, len(method.class_names))
     finite = images.flatten(1).isfinite().all(1)
     if not finite.all():
         raise ValueError(f"images must be finite: image {int(finite.logical_not().nonzero()[0])} is not")
     digest = hashlib.sha256(labels.cpu().long().contiguous().numpy().tobytes()).hexdigest()[:16]
-    return len(images), {"samples": len(images), "image_shape": list(images.shape[1:]), "labels": digest}
+    described = {"samples": len(images), "image_shape": list(images.shape[1:]), "labels": digest}
+    further = {key: _digest(part) for key, part in columns.items() if key != "label"}
+    return len(images), described | ({"columns": further} if further else {})
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()).hexdigest()[:16]
 
 
 def check_arguments(**arguments: Any) -> None:

@@ -44,8 +44,15 @@ def targets() -> list[Target]:
 TARGETS = targets()
 FLOAT32 = [target for target in TARGETS if target.dtype == torch.float32]
 INTERPRETED = triton.INTERPRETED
+REFERENCE = [] if INTERPRETED else [Target("reference", "cpu", torch.float64)]
 each_target = pytest.mark.parametrize("target", TARGETS, ids=str)
 each_device = pytest.mark.parametrize("target", FLOAT32, ids=str)
+each_body = pytest.mark.parametrize("target", [*FLOAT32, *REFERENCE], ids=str)
+
+
+def placed(target: Target, *tensors: Tensor) -> list[Tensor]:
+    """On the target's device, numbers in its dtype."""
+    return [a.to(target.device, target.dtype) if a.is_floating_point() else a.to(target.device) for a in tensors]
 
 
 def sizes(compiled: list, interpreted: list) -> list:

@@ -283,7 +283,7 @@ def test_the_report_shows_time_share_and_memory_of_each_candidate(tmp_path):
     plots = show.plot(records, tmp_path, "here")
     assert plots == {"contrastive": "here-contrastive.png"}
     assert (tmp_path / "here-contrastive.png").read_bytes().startswith(b"\x89PNG")
-    description = machine.describe() | {"amx": True}
+    description = machine.describe() | {"amx": True, "code": "0123abcd"}
     text = show.markdown(description, json.loads(json.dumps(records)), False, plots)
     assert "![contrastive](here-contrastive.png)" in text
     assert (

@@ -1,4 +1,7 @@
-"""Losses on class logits and the misalignment penalty: exact values, signs, and the float64 reference."""
+"""Losses on class logits and the misalignment penalty: exact values, signs, and the float64 reference.
+
+What names a target is shared by the compiled CPU code, the Triton kernels in the interpreter and those on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +11,26 @@ from functools import partial
 import planted
 import pytest
 import torch
-from test_functional import DTYPES, assert_as_accurate_as_eager, gradients
+from targets import (
+    TARGETS,
+    assert_as_accurate_as_eager,
+    each_body,
+    each_device,
+    each_target,
+    gradients,
+    placed,
+    sizes,
+)
 
 import robustft
 from robustft import functional as rf
 from robustft.ops.arguments import VARIANTS
 
 # N, K, D: below, at and above a panel's rows (128 here, or a quarter of N), a block of classes (256) and a vector.
-SHAPES = [
-    (1, 1, 1),
-    (1, 2, 37),
-    (7, 10, 128),
-    (300, 1, 16),
-    (300, 17, 16),
-    (127, 257, 1),
-    (513, 256, 37),
-    (97, 255, 512),
-]
-
-
-@pytest.fixture(params=["native", "reference"])
-def backend(request):
-    with robustft.backend(request.param):
-        yield request.param
+SHAPES = sizes(
+    [(1, 1, 1), (1, 2, 37), (7, 10, 128), (300, 1, 16), (300, 17, 16), (127, 257, 1), (513, 256, 37), (97, 255, 512)],
+    [(1, 1, 1), (33, 17, 8), (34, 35, 9)],  # 17 classes with top1; of tiles of 32 x 32
+)
 
 
 def classes(n: int, k: int, d: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,13 +41,13 @@ def classes(n: int, k: int, d: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return x, w, labels
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@each_target
+@pytest.mark.parametrize("scale", sizes([1.0, 14.3, 100.0], [100.0]))
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_classification_loss_is_as_accurate_as_eager(shape, scale, dtype, variant):
+def test_classification_loss_is_as_accurate_as_eager(shape, scale, target, variant):
     x, w, labels = classes(*shape)
-    top1 = shape[1] == 17
+    labels, top1 = labels.to(target.device), shape[1] == 17
 
     def loss(x, w, s, bias, weight):
         return rf.classification_loss(
@@ -55,35 +55,49 @@ def test_classification_loss_is_as_accurate_as_eager(shape, scale, dtype, varian
         )
 
     inputs = (x, w, torch.tensor(scale), 0.1 * torch.randn(shape[1]), torch.rand(shape[0]))
-    assert_as_accurate_as_eager(loss, *inputs, dtype=dtype)
+    assert_as_accurate_as_eager(loss, *inputs, target=target)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_target
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dual_risk_is_as_accurate_as_eager(shape, soft, dtype):
+def test_dual_risk_is_as_accurate_as_eager(shape, soft, target):
     x, w, labels = classes(*shape)
     n, k, d = shape
-    core = (torch.rand(n, k) if soft else torch.rand(n)).to(dtype)
+    labels, core = placed(target, labels, torch.rand(n, k) if soft else torch.rand(n))
 
     def risks(x, w, v, s, weight):
         return rf.dual_risk(x, w, v, labels, core.to(x.dtype), s, weight=weight)
 
     inputs = (x, w, planted.pairs(k, d, seed=9)[0], torch.tensor(20.0), torch.rand(n))
-    assert_as_accurate_as_eager(risks, *inputs, dtype=dtype)
+    assert_as_accurate_as_eager(risks, *inputs, target=target)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_recomputing_equals_keeping(dtype):
-    x, w, labels = classes(300, 40, 16)
-    core = torch.rand(300, 40, dtype=dtype)
+@each_target
+@pytest.mark.parametrize("top1", [False, True])
+def test_hard_label_losses_are_never_negative(top1, target):
+    n, k, d = sizes([(512, 100, 64)], [(34, 35, 9)])[0]
+    w, labels = planted.pairs(k, d)[0], torch.arange(n) % k
+    x, w, labels = placed(target, w[labels] + 0.01 * planted.pairs(n, d)[0], w, labels)
+    with robustft.backend(target.backend):
+        terms = rf.classification_loss(x, w, labels, 100.0, top1=top1, reduction="none")
+        risks = rf.dual_risk(x, w, w.flip(0), labels, torch.ones(n, device=target.device), 100.0, reduction="none")
+    assert all((term >= 0).all() for term in (*terms, *risks))
+
+
+@each_device
+def test_recomputing_equals_keeping(target):
+    n = sizes([300], [33])[0]
+    x, w, s, labels, core = placed(
+        target, *classes(n, 40, 16)[:2], torch.tensor(30.0), torch.arange(n) % 40, torch.rand(n, 40)
+    )
 
     def loss(x, w, s, memory):
         classes = rf.classification_loss(x, w, labels, s, memory=memory)
         return *classes, *rf.dual_risk(x, w, w.flip(0), labels, core, s, memory=memory)
 
-    inputs = [a.to(dtype) for a in (x, w, torch.tensor(30.0))]
-    kept, recomputed = (gradients(partial(loss, memory=memory), *inputs) for memory in ("auto", 0))
+    with robustft.backend(target.backend):
+        kept, recomputed = (gradients(partial(loss, memory=memory), x, w, s) for memory in ("auto", 0))
     assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
 
 
@@ -124,23 +138,28 @@ def test_any_number_of_threads_gives_the_same_result(shape, dtype):
             assert torch.equal(a, b) if same else (a - b).abs().max() <= rounding * (1 + b.abs().max())
 
 
-def test_memory_around_the_inputs_is_never_read():
-    inputs = everything_inputs(131, 67, 37)
+@each_device
+def test_memory_around_the_inputs_is_never_read(target):
+    inputs = placed(target, *everything_inputs(*sizes([(131, 67, 37)], [(7, 5, 3)])[0]))
 
     def poisoned(a):
         if a.dim() == 0:
             return a
-        around = torch.full((len(a) + 64, *a.shape[1:]), torch.nan if a.is_floating_point() else -1).to(a.dtype)
-        around[32 : 32 + len(a)] = a
-        return around[32 : 32 + len(a)]
+        wider = [size + 64 for size in a.shape]
+        around = torch.full(wider, torch.nan if a.is_floating_point() else -1, device=a.device).to(a.dtype)
+        inside = around[tuple(slice(32, -32) for _ in wider)]
+        inside.copy_(a)
+        return inside
 
-    for a, b in zip(everything(*map(poisoned, inputs)), everything(*inputs), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    with robustft.backend(target.backend):
+        for a, b in zip(everything(*map(poisoned, inputs)), everything(*inputs), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
-def test_any_strides_give_the_same_losses_and_gradients(layout):
-    x, w, v, labels, core, s, bias = everything_inputs(70, 20, 24, torch.float64)
+@each_body
+@pytest.mark.parametrize("layout", sizes(["transposed", "strided", "expanded"], ["strided"]))
+def test_any_strides_give_the_same_losses_and_gradients(layout, target):
+    x, w, v, labels, core, s, bias = placed(target, *everything_inputs(*sizes([(70, 20, 24)], [(7, 5, 8)])[0]))
 
     def laid_out(a):
         match layout:
@@ -151,24 +170,26 @@ def test_any_strides_give_the_same_losses_and_gradients(layout):
         return a[:1].expand_as(a)
 
     changed = [a if a.dim() == 0 else laid_out(a) for a in (x, w, v, core, bias)]
-    x, w, v, core, bias = (a.contiguous() for a in changed)
-    expected = everything(x, w, v, labels, core, s, bias)
-    x, w, v, core, bias = changed
-    for a, b in zip(everything(x, w, v, labels, core, s, bias), expected, strict=True):
-        torch.testing.assert_close(a, b)
+    with robustft.backend(target.backend):
+        x, w, v, core, bias = (a.contiguous() for a in changed)
+        expected = everything(x, w, v, labels, core, s, bias)
+        x, w, v, core, bias = changed
+        for a, b in zip(everything(x, w, v, labels, core, s, bias), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_errors_are_small_against_the_gradients_themselves(dtype):
-    inputs = everything_inputs(257, 100, 37, dtype)
+@each_target
+def test_gradient_errors_are_small_against_the_gradients_themselves(target):
+    inputs = placed(target, *everything_inputs(*sizes([(257, 100, 37)], [(33, 34, 9)])[0]))
     with robustft.backend("reference"):
         exact = everything(*(a.double() if a.is_floating_point() else a for a in inputs))
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    for a, b in zip(everything(*inputs), exact, strict=True):
-        assert (a.double() - b).norm() <= tolerance * b.norm()
+    tolerance = {torch.float64: 1e-7, torch.float32: 1e-5}.get(target.dtype, 1e-2)
+    with robustft.backend(target.backend):
+        for a, b in zip(everything(*inputs), exact, strict=True):
+            assert (a.double() - b).norm() <= tolerance * b.norm()
 
 
-@pytest.fixture(params=[("high", 1e-4), ("medium", 3e-2)], ids=["high", "medium"])
+@pytest.fixture(params=sizes([("high", 1e-4), ("medium", 3e-2)], [("high", 1e-4)]), ids=str)
 def precision(request):
     """A float32 precision and the error that it may cause, relative to the norm, at logits of scale 30."""
     before = torch.get_float32_matmul_precision()
@@ -177,12 +198,14 @@ def precision(request):
     torch.set_float32_matmul_precision(before)
 
 
-def test_float32_precision_is_what_torch_was_told(precision):
-    inputs = everything_inputs(257, 100, 128)
+@each_device
+def test_float32_precision_is_what_torch_was_told(precision, target):
+    inputs = placed(target, *everything_inputs(*sizes([(257, 100, 128)], [(7, 5, 3)])[0]))
     with robustft.backend("reference"):
         exact = everything(*(a.double() if a.is_floating_point() else a for a in inputs))
-    for a, b in zip(everything(*inputs), exact, strict=True):
-        assert (a.double() - b).norm() <= precision[1] * b.norm() + 1e-6
+    with robustft.backend(target.backend):
+        for a, b in zip(everything(*inputs), exact, strict=True):
+            assert (a.double() - b).norm() <= precision[1] * b.norm() + 1e-6
 
 
 @pytest.mark.parametrize("loss", ["classification", "dual"])
@@ -207,20 +230,27 @@ def test_memory_decides_what_is_kept(loss):
         largest_kept("all")
 
 
-def test_repeating_a_computation_repeats_its_bits():
-    inputs = everything_inputs(700, 300, 64)
-    assert all(torch.equal(a, b) for a, b in zip(everything(*inputs), everything(*inputs), strict=True))
+@each_device
+def test_repeating_a_computation_repeats_its_bits(target):
+    inputs = placed(target, *everything_inputs(*sizes([(700, 300, 64)], [(7, 5, 3)])[0]))
+    with robustft.backend(target.backend):
+        assert all(torch.equal(a, b) for a, b in zip(everything(*inputs), everything(*inputs), strict=True))
 
 
-def test_nan_in_a_feature_reaches_its_own_loss_only(backend):
-    x, w, labels = classes(300, 40, 16)
-    x[270, 3] = torch.nan
-    terms = (
-        rf.classification_loss(x, w, labels, 10.0, reduction="none").cross_entropy,
-        *rf.dual_risk(x, w, w, labels, torch.ones(300, 40).double(), 10.0, reduction="none"),
-    )
+@each_body
+@pytest.mark.parametrize("top1", [False, True])
+def test_nan_in_a_feature_reaches_its_own_loss_only(top1, target):
+    n = sizes([300], [34])[0]
+    x, w, labels = placed(target, *classes(n, 40, 16))
+    x[n - 30, 3] = torch.nan
+    core = torch.ones(n, 40, device=target.device, dtype=target.dtype)
+    with robustft.backend(target.backend):
+        terms = (
+            rf.classification_loss(x, w, labels, 10.0, top1=top1, reduction="none").cross_entropy,
+            *rf.dual_risk(x, w, w, labels, core, 10.0, reduction="none"),
+        )
     for each in terms:
-        assert each.isnan().nonzero().tolist() == [[270]]
+        assert each.isnan().nonzero().tolist() == [[n - 30]]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -235,58 +265,70 @@ def test_losses_pass_gradcheck(variant):
     assert torch.autograd.gradcheck(loss, leaves)
 
 
-def test_released_ratio_is_stable_at_a_wrong_answer(backend):
+@each_body
+def test_released_ratio_is_stable_at_a_wrong_answer(target):
     # Two classes, weight 1: p_true = (3 - sqrt 5) / 2 is where CE + R is stationary (methods.md, section 5).
     p = (3 - math.sqrt(5)) / 2
-    z = torch.tensor([[math.log(p), math.log(1 - p)]], dtype=torch.float64, requires_grad=True)
-    identity = torch.eye(2, dtype=torch.float64)
-    terms = rf.classification_loss(z, identity, torch.tensor([0]), 1.0, variant="ratio")
-    sum(terms).backward()
-    assert p == pytest.approx(0.381966, abs=1e-6) and z.grad.abs().max() < 1e-12
+    z, identity, labels = placed(
+        target, torch.tensor([[math.log(p), math.log(1 - p)]]), torch.eye(2), torch.tensor([0])
+    )
+    with robustft.backend(target.backend):
+        sum(rf.classification_loss(z.requires_grad_(), identity, labels, 1.0, variant="ratio")).backward()
+    assert p == pytest.approx(0.381966, abs=1e-6) and z.grad.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(
     ("variant", "sign"), [("neg_log_ratio", -1), ("neg_ratio", -1), ("softplus", -1), ("ratio", 1)]
 )
 @pytest.mark.parametrize("top1", [False, True])
-def test_sign_of_the_gradient_on_the_true_logit(variant, sign, top1, backend):
-    z = torch.tensor([[1.0, 2.0, 3.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    value = rf.classification_loss(z, torch.eye(4).double(), torch.tensor([0]), 1.0, variant=variant, top1=top1)
-    (grad,) = torch.autograd.grad(value.misalignment, z)
-    assert grad[0, 0].sign() == sign and grad.sum().abs() < 1e-12
+@each_body
+def test_sign_of_the_gradient_on_the_true_logit(variant, sign, top1, target):
+    z, identity, labels = placed(target, torch.tensor([[1.0, 2.0, 3.0, 0.0]]), torch.eye(4), torch.tensor([0]))
+    with robustft.backend(target.backend):
+        value = rf.classification_loss(z.requires_grad_(), identity, labels, 1.0, variant=variant, top1=top1)
+        (grad,) = torch.autograd.grad(value.misalignment, z)
+    assert grad[0, 0].sign() == sign and grad.sum().abs() < 1e-6
     assert grad[0, 3] == 0  # below the label: not in H
     assert (grad[0, 1] == 0) == top1
 
 
-def test_default_penalty_by_hand(backend):
-    z = torch.tensor([[1.0, 2.0, 3.0, 0.0]], dtype=torch.float64)
+@each_body
+def test_default_penalty_by_hand(target):
+    z, identity, labels = placed(target, torch.tensor([[1.0, 2.0, 3.0, 0.0]]), torch.eye(4), torch.tensor([0]))
     expected = math.log(math.exp(2) + math.exp(3)) - 1
-    labels = torch.tensor([0])
-    assert rf.misalignment_penalty(z, labels).item() == pytest.approx(expected)
-    fused = rf.classification_loss(z, torch.eye(4).double(), labels, 1.0)
-    assert fused.misalignment.item() == pytest.approx(expected)
-    assert rf.misalignment_penalty(z, labels, top1=True).item() == pytest.approx(2.0)
+    with robustft.backend(target.backend):
+        assert rf.misalignment_penalty(z, labels).item() == pytest.approx(expected)
+        fused = rf.classification_loss(z, identity, labels, 1.0)
+        assert fused.misalignment.item() == pytest.approx(expected)
+        assert rf.misalignment_penalty(z, labels, top1=True).item() == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_correct_rows_have_no_penalty_and_no_gradient(variant, backend):
-    x, w, _ = classes(30, 10, 32)
-    x.requires_grad_()
+@pytest.mark.parametrize("top1", [False, True])
+@each_body
+def test_correct_rows_have_no_penalty_and_no_gradient(variant, top1, target):
+    x, w, _ = placed(target, *classes(30, 10, 32))
     labels = (x @ w.T).argmax(1)
-    penalty = rf.classification_loss(x, w, labels, 100.0, variant=variant, reduction="none").misalignment
-    assert torch.equal(penalty, torch.zeros(30, dtype=torch.float64))
-    assert torch.equal(torch.autograd.grad(penalty.sum(), x)[0], torch.zeros_like(x))
+    x.requires_grad_()
+    with robustft.backend(target.backend):
+        terms = rf.classification_loss(x, w, labels, 100.0, variant=variant, top1=top1, reduction="none")
+        (grad,) = torch.autograd.grad(terms.misalignment.sum(), x)
+    assert torch.equal(terms.misalignment, torch.zeros_like(terms.misalignment))
+    assert torch.equal(grad, torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("k", [7, 40, 1000])
-def test_duplicate_class_names_are_ties_not_errors(dtype, k, backend):
-    x, w, _ = (a.to(dtype) if a.is_floating_point() else a for a in classes(200, k, 64))
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.dtype != torch.float64], ids=str)
+@pytest.mark.parametrize("k", sizes([7, 40, 1000], [20]))
+@pytest.mark.parametrize("top1", [False, True])
+def test_duplicate_class_names_are_ties_not_errors(top1, k, target, placeless_products):
+    n = sizes([200], [50])[0]
+    x, w, _ = placed(target, *classes(n, k, 64))
     twice = torch.cat((w, w))
     labels = (x.float() @ w.float().T).argmax(1)
-    for label in (labels, labels + k):
-        penalty = rf.classification_loss(x, twice, label, 100.0, reduction="none").misalignment
-        assert torch.equal(penalty, torch.zeros(200))
+    with robustft.backend(target.backend):
+        for label in (labels, labels + k):
+            terms = rf.classification_loss(x, twice, label, 100.0, top1=top1, reduction="none")
+            assert torch.equal(terms.misalignment, torch.zeros_like(terms.misalignment))
 
 
 def test_penalty_averages_over_the_batch_or_the_errors():
@@ -297,16 +339,21 @@ def test_penalty_averages_over_the_batch_or_the_errors():
     assert rf.misalignment_penalty(z[1:2], labels[:1], average="errors") == 0
 
 
-def test_one_class_has_no_loss(backend):
-    terms = rf.classification_loss(torch.randn(5, 3), torch.randn(1, 3), torch.zeros(5, dtype=torch.int64), 10.0)
+@each_body
+def test_one_class_has_no_loss(target):
+    x, w, labels = placed(target, torch.randn(5, 3), torch.randn(1, 3), torch.zeros(5, dtype=torch.int64))
+    with robustft.backend(target.backend):
+        terms = rf.classification_loss(x, w, labels, 10.0)
     assert terms.cross_entropy == 0 and terms.misalignment == 0
 
 
-def test_soft_labels_that_are_one_hot_are_the_labels(backend):
-    x, w, labels = classes(50, 6, 8)
-    one_hot = torch.nn.functional.one_hot(labels, 6).double()
-    risks = rf.dual_risk(x, w, w, labels, one_hot, 20.0)
-    confident = rf.dual_risk(x, w, w, labels, torch.ones(50).double(), 20.0)
+@each_body
+def test_soft_labels_that_are_one_hot_are_the_labels(target):
+    x, w, labels = placed(target, *classes(50, 6, 8))
+    one_hot = torch.nn.functional.one_hot(labels, 6).to(target.dtype)
+    with robustft.backend(target.backend):
+        risks = rf.dual_risk(x, w, w, labels, one_hot, 20.0)
+        confident = rf.dual_risk(x, w, w, labels, torch.ones_like(labels, dtype=target.dtype), 20.0)
     for risk in (risks.worst_case, confident.worst_case):
         torch.testing.assert_close(risk, risks.empirical)
 

@@ -173,6 +173,55 @@ def test_caption_embeddings_take_classes_of_different_lengths(tokenizer):
     torch.testing.assert_close(head[1], F.normalize(features.mean(0), dim=0))
 
 
+class DroppedText(nn.Module):
+    """A text tower with dropout; open_clip's own have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = build()
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(self.model.encode_text(tokens), 0.3)
+
+
+def head_and_gradients(model: nn.Module, tokenizer, **options) -> tuple[list[torch.Tensor], int]:
+    """The head, its gradients by all parameters, and how many bytes of activations the forward has left behind."""
+    texts = [[f"{a} {b}" for b in ("cat", "dog", "bird")] for a in ("a", "the", "my", "one", "no")]
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if (storage := tensor.untyped_storage()).data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.zero_grad()
+    torch.manual_seed(7)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        head = clip.caption_embeddings(model, tokenizer, texts, **options)
+    (head * torch.linspace(-1, 1, head.numel()).view_as(head)).sum().backward()
+    return [head.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)], sum(held.values())
+
+
+@pytest.mark.parametrize("make", [build, DroppedText])
+def test_recomputed_captions_have_the_same_gradients_and_leave_no_activations(make, tokenizer):
+    model = make()
+    kept, kept_bytes = head_and_gradients(model, tokenizer, batch_size=4)
+    again, again_bytes = head_and_gradients(model, tokenizer, batch_size=4, checkpoint=True)
+    assert len(kept) > 10 and all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    assert again_bytes < kept_bytes / 20
+
+
+def test_captions_of_some_classes_are_encoded_alone(tokenizer):
+    model, captions = build(), [["six legs"], ["striped", "furry"], ["six legs"], ["horns"]]
+    groups = clip.group_captions(tokenizer, captions)
+    assert groups.sizes == (1, 2, 1) and groups.rows.tolist() == [0, 1, 0, 2]
+    some = groups.of(torch.tensor([3, 1, 3]))
+    assert some.sizes == (2, 1) and len(some.tokens) == 3
+    whole = clip.caption_embeddings(model, tokenizer, captions)
+    torch.testing.assert_close(clip.grouped_embeddings(model, some), whole[[3, 1, 3]])
+
+
 @pytest.mark.parametrize("names, templates", [([], ["{}"]), (["a"], []), (["a", ""], ["{}"]), (["a"], ["b"])])
 def test_class_embeddings_refuse_empty_input(names, templates, tokenizer):
     with pytest.raises(ValueError, match="class_names|templates"):

@@ -71,7 +71,8 @@ def test_features_are_the_unit_outputs_in_order_for_every_kind_of_data_set(data)
     images, labels = data
     model = Tower().train()
     expected = nn.functional.normalize(images.mean((2, 3)) @ model.visual.proj.detach(), dim=-1)
-    for dataset in (data, list(data), torch.utils.data.TensorDataset(*data), Items(*data)):
+    named = {"image": images, "label": labels, "group": labels}
+    for dataset in (data, list(data), named, torch.utils.data.TensorDataset(*data), Items(*data)):
         f = encode(model, dataset, batch_size=4)
         torch.testing.assert_close(f.image_features, expected)
         assert torch.equal(f.labels, labels) and len(f) == 11 and not f.image_features.requires_grad

@@ -5,9 +5,10 @@ from __future__ import annotations
 import planted
 import pytest
 import torch
+import torch.nn.functional as F
 
 from robustft import functional as rf
-from robustft.losses import CaRotLoss, ContrastiveLoss
+from robustft.losses import CaRotLoss, ClassificationLoss, ContrastiveLoss, DualRiskLoss
 
 X, T = planted.pairs(12, 8)
 XT, TT = planted.pairs(12, 8, seed=1)
@@ -66,3 +67,41 @@ def test_carot_terms_keep_their_precision_under_autocast():
 def test_cross_penalty_names_a_projection_that_does_not_fit():
     with pytest.raises(ValueError, match=r"text_projection is \(6, 7\)"):
         rf.cross_penalty(torch.randn(10, 8), torch.randn(6, 7))
+
+
+LABELS = torch.arange(12) % 5
+
+
+def test_classification_dictionary_adds_up_to_its_loss():
+    options = {"labels": LABELS, "bias": torch.arange(5.0, dtype=torch.float64), "weight": torch.rand(12)}
+    loss = ClassificationLoss(misalignment_weight=0.5, variant="softplus", label_smoothing=0.1)
+    parts = loss(X, T[:5], 20.0, **options, output_dict=True)
+    assert list(parts) == ["cross_entropy_loss", "misalignment_loss"]
+    torch.testing.assert_close(sum(parts.values()), loss(X, T[:5], 20.0, **options))
+    z = 20 * X @ T[:5].T + options["bias"]
+    each = F.cross_entropy(z, LABELS, label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(parts["cross_entropy_loss"], (each * options["weight"]).mean())
+    above = z > z.gather(1, LABELS[:, None])
+    p = z.softmax(1)
+    inverse = (p * above).sum(1) / p.gather(1, LABELS[:, None])[:, 0]
+    torch.testing.assert_close(parts["misalignment_loss"], 0.5 * (options["weight"] * inverse.log1p()).mean())
+
+
+def test_classification_loss_alone_is_cross_entropy():
+    parts = ClassificationLoss()(X, T[:5], torch.tensor(20.0), labels=LABELS, output_dict=True)
+    assert list(parts) == ["cross_entropy_loss"]
+    torch.testing.assert_close(parts["cross_entropy_loss"], F.cross_entropy(20 * X @ T[:5].T, LABELS))
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_dual_risk_dictionary_adds_up_to_its_loss(soft):
+    q = torch.rand(12, 5, dtype=torch.float64) if soft else torch.rand(12, dtype=torch.float64)
+    options = {"core_embeddings": TT[:5], "labels": LABELS, "core_labels": q}
+    loss = DualRiskLoss(worst_case_weight=0.3)
+    parts = loss(X, T[:5], 20.0, **options, output_dict=True)
+    assert list(parts) == ["empirical_loss", "worst_case_loss"]
+    torch.testing.assert_close(sum(parts.values()), loss(X, T[:5], 20.0, **options))
+    torch.testing.assert_close(parts["empirical_loss"], F.cross_entropy(20 * X @ T[:5].T, LABELS))
+    logs = (20 * X @ TT[:5].T).log_softmax(1)
+    target = q if soft else q[:, None] * F.one_hot(LABELS, 5)
+    torch.testing.assert_close(parts["worst_case_loss"], -0.3 * (target * logs).sum(1).mean())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import targets
 import torch
-from test_functional import DTYPES, assert_as_accurate_as_eager, gradients
+from targets import TARGETS, Target, each_body, each_target, gradients, placed, sizes
+from torch import Tensor
 
 import robustft
 from robustft import functional as rf
@@ -14,14 +16,25 @@ from robustft.ops import dispatch, reference
 from robustft.ops.arguments import VARIANTS
 
 compiled = pytest.mark.skipif(dispatch.LIBRARIES["cpu"] != "loaded", reason="installed without compiled code")
-ROWS = [1, 2, 7, 16, 17, 131]
-CLASSES = [1, 2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 33, 1000]  # below, at and above every vector's width
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+HALVES = [target for target in TARGETS if target.dtype in (torch.bfloat16, torch.float16)]
+REFERENCES = sizes([Target("reference", "cpu", dtype) for dtype in DTYPES], [])
+each_half = pytest.mark.parametrize("target", HALVES, ids=str)
+ROWS = sizes([1, 2, 7, 16, 17, 131], [1, 131])
+# Below, at and above every vector's width, and what a GPU's program reads at once.
+CLASSES = sizes([1, 2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 33, 1000, 1100], [1, 2, 17, 1100])
 
 
 @pytest.fixture(params=["native", "reference"])
 def backend(request):
     with robustft.backend(request.param):
         yield request.param
+
+
+def assert_as_accurate_as_eager(function, *inputs: Tensor, dtype: torch.dtype) -> None:
+    """Of the compiled code for the device on which new tensors lie."""
+    target = Target("native", torch.get_default_device().type, dtype)
+    targets.assert_as_accurate_as_eager(function, *inputs, target=target)
 
 
 def logits(n: int, k: int, scale: float = 14.3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,33 +45,34 @@ def logits(n: int, k: int, scale: float = 14.3) -> tuple[torch.Tensor, torch.Ten
 
 
 @compiled
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_target
 @pytest.mark.parametrize("top1", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_penalty_is_as_accurate_as_eager(variant, top1, dtype):
-    for n, k in [(n, k) for k in CLASSES for n in (2, 17)] + [(n, 13) for n in ROWS]:
-        for scale in (1.0, 100.0):
+def test_penalty_is_as_accurate_as_eager(variant, top1, target):
+    for n, k in [(n, k) for k in CLASSES for n in sizes([2, 17], [5])] + [(n, 13) for n in ROWS]:
+        for scale in sizes([1.0, 100.0], [100.0]):
             z, labels = logits(n, k, scale)
-            weight = torch.rand(n)
+            labels, weight = labels.to(target.device), torch.rand(n)
 
             def penalty(z, weight):
                 each = rf.misalignment_penalty(z, labels, variant=variant, top1=top1, reduction="none")  # noqa: B023
                 return (each * weight).sum() / n  # noqa: B023
 
-            assert_as_accurate_as_eager(penalty, z, weight, dtype=dtype)
+            targets.assert_as_accurate_as_eager(penalty, z, weight, target=target)
 
 
 @compiled
 @pytest.mark.parametrize("average", ["batch", "errors"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_penalty_reductions_are_the_references(average, reduction, dtype):
+@each_target
+def test_penalty_reductions_are_the_references(average, reduction, target):
     z, labels = logits(33, 10)
+    labels = labels.to(target.device)
 
     def penalty(z):
         return rf.misalignment_penalty(z, labels, average=average, reduction=reduction).sum()
 
-    assert_as_accurate_as_eager(penalty, z, dtype=dtype)
+    targets.assert_as_accurate_as_eager(penalty, z, target=target)
 
 
 @compiled
@@ -73,7 +87,8 @@ def test_penalty_passes_gradcheck(variant, top1):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("top1", [False, True])
 @pytest.mark.parametrize("case", ["right", "identical", "duplicate classes", "one class"])
-def test_rows_without_a_misranked_class_have_exactly_no_penalty(case, variant, top1, backend):
+@each_body
+def test_rows_without_a_misranked_class_have_exactly_no_penalty(case, variant, top1, target):
     z = torch.randn(40, 21)
     match case:
         case "identical":
@@ -85,27 +100,30 @@ def test_rows_without_a_misranked_class_have_exactly_no_penalty(case, variant, t
     labels = z.argmax(1)
     if case == "duplicate classes":
         labels = (labels + 21) % 42
+    z, labels = placed(target, z, labels)
     z.requires_grad_()
-    each = rf.misalignment_penalty(z, labels, variant=variant, top1=top1, reduction="none")
-    # A gradient that is not finite does not reach such a row either.
-    each.backward(torch.full((40,), torch.inf))
-    assert torch.equal(each, torch.zeros(40)) and torch.equal(z.grad, torch.zeros_like(z))
+    with robustft.backend(target.backend):
+        each = rf.misalignment_penalty(z, labels, variant=variant, top1=top1, reduction="none")
+        # A gradient that is not finite does not reach such a row either.
+        each.backward(torch.full_like(each, torch.inf))
+    assert torch.equal(each, torch.zeros_like(each)) and torch.equal(z.grad, torch.zeros_like(z))
 
 
-def test_every_row_wrong_counts_every_other_class(backend):
-    z = torch.randn(30, 11, dtype=torch.float64)
+@each_body
+def test_every_row_wrong_counts_every_other_class(target):
+    (z,) = placed(target, torch.randn(30, 11, dtype=torch.float64))
     labels = z.argmin(1)
     others = z.scatter(1, labels[:, None], -torch.inf).logsumexp(1) - z.gather(1, labels[:, None])[:, 0]
-    torch.testing.assert_close(rf.misalignment_penalty(z, labels, reduction="none"), others)
-    assert rf.misalignment_penalty(z, labels) == rf.misalignment_penalty(z, labels, average="errors")
+    with robustft.backend(target.backend):
+        torch.testing.assert_close(rf.misalignment_penalty(z, labels, reduction="none"), others)
+        assert rf.misalignment_penalty(z, labels) == rf.misalignment_penalty(z, labels, average="errors")
 
 
 @compiled
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_target
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "misaligned", "one column"])
-def test_any_strides_give_the_same_bits(layout, dtype):
-    z, labels = logits(37, 19)
-    z = z.to(dtype)
+def test_any_strides_give_the_same_bits(layout, target):
+    z, labels = placed(target, *logits(37, 19))
     match layout:
         case "transposed":
             other = z.T.contiguous().T
@@ -115,87 +133,92 @@ def test_any_strides_give_the_same_bits(layout, dtype):
             z = z[:1].expand(37, 19)
             other = z.contiguous()
         case "misaligned":
-            other = torch.cat((torch.zeros(1, dtype=dtype), z.flatten()))[1:].view(37, 19)
+            other = torch.cat((z.new_zeros(1), z.flatten()))[1:].view(37, 19)
         case _:
             other = z[:, :1].T.contiguous().T
             z, labels = z[:, :1], labels * 0
     results = []
-    for version in (z, other):
-        leaf = version.detach().requires_grad_()
-        value = rf.misalignment_penalty(leaf, labels)
-        results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    with robustft.backend(target.backend):
+        for version in (z, other):
+            leaf = version.detach().requires_grad_()
+            value = rf.misalignment_penalty(leaf, labels)
+            results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @compiled
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_target
 @pytest.mark.parametrize("k", CLASSES)
-def test_memory_beside_the_logits_is_not_read(k, dtype):
-    z, labels = logits(19, k)
-    z = z.to(dtype)
-    poisoned = torch.full((21, k + 7), torch.nan, dtype=dtype)
-    poisoned[1:20, 3 : 3 + k] = z
+def test_memory_beside_the_logits_is_not_read(k, target):
+    n = sizes([19], [3])[0]
+    z, labels = placed(target, *logits(n, k))
+    poisoned = z.new_full((n + 2, k + 7), torch.nan)
+    poisoned[1 : n + 1, 3 : 3 + k] = z
     for top1 in (False, True):
 
         def penalty(z):
             return rf.misalignment_penalty(z, labels, top1=top1)  # noqa: B023
 
-        inside = gradients(penalty, z)
-        leaf = poisoned.requires_grad_()
-        value = penalty(leaf[1:20, 3 : 3 + k])
-        (grad,) = torch.autograd.grad(value, leaf)
-        assert value.double() == inside[0] and torch.equal(grad[1:20, 3 : 3 + k].double(), inside[1])
+        with robustft.backend(target.backend):
+            inside = gradients(penalty, z)
+            leaf = poisoned.requires_grad_()
+            value = penalty(leaf[1 : n + 1, 3 : 3 + k])
+            (grad,) = torch.autograd.grad(value, leaf)
+        assert value.double() == inside[0] and torch.equal(grad[1 : n + 1, 3 : 3 + k].double(), inside[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", [*TARGETS, *REFERENCES], ids=str)
 @pytest.mark.parametrize("top1", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_nan_in_a_row_is_nan_in_its_penalty_alone(variant, top1, dtype, backend):
-    z, labels = logits(12, 37)
+def test_nan_in_a_row_is_nan_in_its_penalty_alone(variant, top1, target):
+    z, labels = placed(target, *logits(12, 37))
     z[3, 20], z[6, labels[6]] = torch.nan, torch.nan
-    each = rf.misalignment_penalty(z.to(dtype), labels, variant=variant, top1=top1, reduction="none")
-    assert each.isnan().nonzero().flatten().tolist() == [3, 6]
-    assert rf.misalignment_penalty(z.to(dtype), labels, variant=variant, top1=top1).isnan()
+    with robustft.backend(target.backend):
+        each = rf.misalignment_penalty(z, labels, variant=variant, top1=top1, reduction="none")
+        assert each.isnan().nonzero().flatten().tolist() == [3, 6]
+        assert rf.misalignment_penalty(z, labels, variant=variant, top1=top1).isnan()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", [*TARGETS, *REFERENCES], ids=str)
 @pytest.mark.parametrize("top1", [False, True])
-def test_infinite_logits_have_their_limits(top1, dtype, backend):
+def test_infinite_logits_have_their_limits(top1, target):
     inf = torch.inf
     z = torch.tensor(
         [[0.0, inf, 1.0], [inf, 0.0, 1.0], [-inf, 0.0, 0.0], [-inf, -inf, -inf], [inf, inf, 0.0], [0.0, -inf, -inf]]
     )
-    z = z.to(dtype)
-    labels = torch.zeros(6, dtype=torch.int64)
+    z, labels = placed(target, z, torch.zeros(6, dtype=torch.int64))
     for variant, limit in (("neg_log_ratio", inf), ("neg_ratio", 1.0), ("softplus", inf), ("ratio", 0.0)):
-        each = rf.misalignment_penalty(z, labels, variant=variant, top1=top1, reduction="none")
+        with robustft.backend(target.backend):
+            each = rf.misalignment_penalty(z, labels, variant=variant, top1=top1, reduction="none")
         assert each.tolist() == [limit, 0.0, limit, 0.0, 0.0, 0.0]
 
 
 @compiled
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_half_precision_number_is_widened_as_torch_does(dtype):
-    z = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(-1, 1)
-    labels = torch.zeros(len(z), dtype=torch.int64)
+@each_half
+def test_every_half_precision_number_is_widened_as_torch_does(target):
+    step = sizes([1], [97])[0]
+    z = torch.arange(-(2**15), 2**15, step).to(torch.int16).view(target.dtype).reshape(-1, 1)
+    z, labels = placed(target, z, torch.zeros(len(z), dtype=torch.int64))
     for k in (1, 33):  # part of a vector, and whole ones: with top1 the first kept row is the highest logit
-        rows = torch.cat((z, torch.full((len(z), k - 1), -torch.inf, dtype=dtype)), 1)
+        rows = torch.cat((z, z.new_full((len(z), k - 1), -torch.inf)), 1)
         highest = torch.ops.robustft.misalignment_penalty(rows, labels, "ratio", True)[2][0]
         torch.testing.assert_close(highest, z[:, 0].float(), rtol=0, atol=0, equal_nan=True)
 
 
 @compiled
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_are_rounded_as_torch_does(dtype):
-    bits = torch.randint(-(2**31), 2**31, (400_000,)).to(torch.int32)
+@each_half
+def test_gradients_are_rounded_as_torch_does(target):
+    count = sizes([400_000], [400])[0]
+    bits = torch.randint(-(2**31), 2**31, (count,)).to(torch.int32)
     special = torch.tensor([0.0, -0.0, 65504.0, 65519.9, 65520.0, 1e30, 2.0**-24, 2.0**-25, 3 * 2.0**-26, 1e-45])
-    near = (2.0 ** torch.randint(-27, 18, (400_000,))) * (1 + torch.randint(0, 2**13, (400_000,)) / 2**12)
-    c = torch.cat((bits.view(torch.float32), special, -special, near, -near))
+    near = (2.0 ** torch.randint(-27, 18, (count,))) * (1 + torch.randint(0, 2**13, (count,)) / 2**12)
+    c = torch.cat((bits.view(torch.float32), special, -special, near, -near)).to(target.device)
     # Class 1 alone ranks above label 0: its gradient is c, the label's -c.
-    z, labels = torch.zeros(len(c), 2, dtype=dtype), torch.zeros(len(c), dtype=torch.int64)
+    z, labels = placed(target, torch.zeros(len(c), 2), torch.zeros(len(c), dtype=torch.int64))
     z[:, 1] = 1
     kept = torch.ops.robustft.misalignment_penalty(z, labels, "neg_log_ratio", False)[2]
     gradient = torch.ops.robustft.misalignment_penalty_backward(c, z, labels, False, kept)
-    expected = torch.stack((-c, c), 1).to(dtype)
+    expected = torch.stack((-c, c), 1).to(target.dtype)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0, equal_nan=True)
 
 

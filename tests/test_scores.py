@@ -5,15 +5,19 @@ from __future__ import annotations
 import planted
 import pytest
 import torch
+from targets import each_body, each_device, each_target, placed, sizes
+from torch import Tensor
 
 import robustft
 from robustft import detection
 from robustft import functional as rf
 from robustft.ops import reference
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # N, K, D: below, at and above a panel's rows (128), a vector, and the eight vectors in which a maximum is looked for.
-SHAPES = [(1, 1, 1), (1, 2, 37), (7, 10, 128), (127, 3, 37), (129, 257, 512), (300, 1031, 37)]
+SHAPES = sizes(
+    [(1, 1, 1), (1, 2, 37), (7, 10, 128), (127, 3, 37), (129, 257, 512), (300, 1031, 37)],
+    [(1, 1, 1), (33, 3, 5), (40, 97, 20)],
+)
 SCALES = [(1.0, None), (1.0, 100.0), (0.01, 14.3), (0.01, 100.0)]
 
 
@@ -30,30 +34,32 @@ def unit(n: int, k: int, d: int, dtype: torch.dtype = torch.float64) -> tuple[to
     return x.to(dtype), w.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_target
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_scores_are_as_accurate_as_eager(shape, scales, dtype):
-    x, w = unit(*shape, dtype)
+def test_scores_are_as_accurate_as_eager(shape, scales, target):
+    x, w = placed(target, *unit(*shape))
     temperature, scale = scales
-    with robustft.backend("native"):
+    with robustft.backend(target.backend):
         ours = rf.concept_scores(x, w, temperature=temperature, logit_scale=scale)
     with robustft.backend("reference"):
         eager = rf.concept_scores(x, w, temperature=temperature, logit_scale=scale)
-    s = torch.tensor(1 / temperature if scale is None else scale, dtype=torch.float64)
+    s = torch.tensor(1 / temperature if scale is None else scale, dtype=torch.float64, device=target.device)
     exact = reference.concept_scores(x.double(), w.double(), temperature, s)
-    floor = 1e-13 if dtype == torch.float64 else 1e-6
+    floor = 1e-13 if target.dtype == torch.float64 else 1e-6
     for name, a, b, c in zip(ours._fields[:-1], ours, exact, eager, strict=False):
-        assert a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert a.dtype == (torch.float64 if target.dtype == torch.float64 else torch.float32)
         assert (a - b).abs().max() <= 3 * (c - b).abs().max() + floor * (1 + b.abs().max()), name
     cosines = x.double() @ w.double().T
     assert (cosines.amax(1) - cosines.gather(1, ours.prediction[:, None])[:, 0]).max() < 1e-6
 
 
-def test_scores_are_those_of_detection(backend):
-    x, w = unit(50, 12, 32)
+@each_body
+def test_scores_are_those_of_detection(target):
+    x, w = placed(target, *unit(50, 12, 32))
     s, cosines = 30.0, x @ w.T
-    scores = rf.concept_scores(x, w, temperature=0.5, logit_scale=s)
+    with robustft.backend(target.backend):
+        scores = rf.concept_scores(x, w, temperature=0.5, logit_scale=s)
     torch.testing.assert_close(scores.max_cosine, detection.max_cosine(cosines))
     torch.testing.assert_close(scores.mcm, detection.mcm(cosines, 0.5))
     torch.testing.assert_close(scores.msp, detection.msp(s * cosines))
@@ -63,20 +69,27 @@ def test_scores_are_those_of_detection(backend):
     assert torch.equal(scores.prediction, cosines.argmax(1))
 
 
-def test_mcm_is_msp_at_the_inverse_temperature(backend):
-    x, w = unit(40, 9, 16)
-    without = rf.concept_scores(x, w, temperature=0.25)
-    assert torch.equal(without.mcm, without.msp)
-    torch.testing.assert_close(rf.concept_scores(x, w, logit_scale=4.0).msp, without.mcm)
+@each_body
+def test_mcm_is_msp_at_the_inverse_temperature(target):
+    x, w = placed(target, *unit(40, 9, 16))
+    with robustft.backend(target.backend):
+        without = rf.concept_scores(x, w, temperature=0.25)
+        assert torch.equal(without.mcm, without.msp)
+        torch.testing.assert_close(rf.concept_scores(x, w, logit_scale=4.0).msp, without.mcm)
 
 
-def test_of_equal_classes_the_first_is_predicted(backend):
-    x, w = unit(60, 70, 16, torch.float32)
-    assert (rf.concept_scores(x, torch.cat((w, w, w))).prediction < 70).all()
+@each_device
+def test_of_equal_classes_the_first_is_predicted(target, placeless_products):
+    n, k = sizes([(60, 70)], [(34, 20)])[0]
+    x, w = placed(target, *unit(n, k, 16))
+    with robustft.backend(target.backend):
+        assert (rf.concept_scores(x, torch.cat((w, w, w))).prediction < k).all()
 
 
-def test_one_class_is_certain(backend):
-    scores = rf.concept_scores(*unit(5, 1, 3), logit_scale=100.0)
+@each_body
+def test_one_class_is_certain(target):
+    with robustft.backend(target.backend):
+        scores = rf.concept_scores(*placed(target, *unit(5, 1, 3)), logit_scale=100.0)
     assert scores.mcm.tolist() == scores.msp.tolist() == [1.0] * 5 and scores.entropy.abs().max() == 0
     torch.testing.assert_close(scores.energy, scores.max_cosine)
 
@@ -101,14 +114,19 @@ def test_rows_do_not_depend_on_their_batch():
         torch.testing.assert_close(a[8100:], b, rtol=1e-6, atol=1e-7)
 
 
-def test_any_strides_and_what_lies_around_change_nothing():
-    x, w = unit(70, 20, 24)
-    around = torch.full((134, 24), torch.nan, dtype=x.dtype)
-    around[32:102] = x
-    expected = rf.concept_scores(x, w)
-    for a in (around[32:102], x.T.contiguous().T, torch.stack((x, x), -1).flatten(-2)[:, ::2]):
-        for score, other in zip(rf.concept_scores(a, w.T.contiguous().T), expected, strict=True):
-            torch.testing.assert_close(score, other)
+@each_body
+def test_any_strides_and_what_lies_around_change_nothing(target):
+    x, w = placed(target, *unit(70, 20, 24))
+
+    def inside(a: Tensor) -> Tensor:
+        return torch.nn.functional.pad(a, (3, 5, 32, 32), value=torch.nan)[32:-32, 3:-5]
+
+    with robustft.backend(target.backend):
+        expected = rf.concept_scores(x, w)
+        for a in (inside(x), x.T.contiguous().T, torch.stack((x, x), -1).flatten(-2)[:, ::2]):
+            for b in (inside(w), w.T.contiguous().T):
+                for score, other in zip(rf.concept_scores(a, b), expected, strict=True):
+                    torch.testing.assert_close(score, other)
 
 
 def test_scores_have_no_gradient_and_ignore_autocast(backend):

@@ -492,6 +492,31 @@ def test_labels_out_of_range_do_not_claim_the_output(tmp_path):
     assert run(make(), tmp_path, data=(images, labels)).steps == TOTAL
 
 
+def test_dictionaries_of_tensors_train_as_pairs_do_and_every_column_goes_along():
+    images, labels = data()
+    batches = []
+    method = make(FLYP)
+    original = method.step
+    method.step = lambda batch: batches.append(batch) or original(batch)
+    columns = {"image": images, "label": labels, "weight": torch.arange(SAMPLES), "pair": torch.rand(SAMPLES, 2)}
+    assert run(method, data=columns).records == run(make(FLYP)).records
+    assert len(batches) == TOTAL
+    for batch in batches:
+        rows = batch["weight"]
+        assert all(torch.equal(batch[name], columns[name][rows]) for name in columns)
+
+
+def test_columns_that_do_not_fit_the_images_are_refused_by_name():
+    images, labels = data()
+    for column in (torch.rand(SAMPLES - 1), [0] * SAMPLES, torch.tensor(1.0)):
+        with pytest.raises(
+            ValueError, match=f'"weight".* must be a tensor with a row for each of the {SAMPLES} images'
+        ):
+            run(make(), data={"image": images, "label": labels, "weight": column})
+    with pytest.raises(ValueError, match="data of tensors must hold images and labels"):
+        run(make(), data={"image": images, "text": ["a"] * SAMPLES})
+
+
 def test_output_that_cannot_be_written_is_found_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     method = before_update(make(), 0, stop)

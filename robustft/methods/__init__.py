@@ -21,24 +21,74 @@ without more ado:
 
 from robustft.methods.base import Classifier, Method, Outputs, Predictor, Step, load_classifier
 from robustft.methods.carot import CaRot
-from robustft.methods.fine_tune import FineTune
+from robustft.methods.clip_adapter import AdapterClassifier, CLIPAdapter
+from robustft.methods.cocoop import CoCoOp, CoCoOpClassifier
+from robustft.methods.coop import CoOp, KgCoOp
+from robustft.methods.core_proxy import CoreProxy, core_labels
+from robustft.methods.drm import DRM
+from robustft.methods.dual_classifier import DualClassifier
+from robustft.methods.fine_tune import LPFT, FineTune
 from robustft.methods.flyp import FLYP
+from robustft.methods.frozen import load_predictor
+from robustft.methods.linear_probe import LinearProbe
+from robustft.methods.locoop import LoCoOp
+from robustft.methods.maple import MaPLe, MaPLeClassifier
 from robustft.methods.output_ensemble import Mixture, OutputEnsemble
+from robustft.methods.proda import ProDA
+from robustft.methods.soups import GreedySoup, greedy_soup, uniform_soup
+from robustft.methods.temperature import TemperatureScaling
+from robustft.methods.tip_adapter import CacheClassifier, TipAdapter, TipAdapterF
+from robustft.methods.vrf import VRF, VRFClassifier
+from robustft.methods.vrf_features import RatioBin, VRFFeatures
 from robustft.methods.wise_ft import WiSEFT
+from robustft.methods.worst_case import CVaR, GroupDRO, Risk, WorstCaseFineTune, WorstGroup
 from robustft.methods.zero_shot import zero_shot_classifier
 
 __all__ = [
+    "AdapterClassifier",
+    "CLIPAdapter",
+    "CVaR",
     "CaRot",
+    "CacheClassifier",
     "Classifier",
+    "CoCoOp",
+    "CoCoOpClassifier",
+    "CoOp",
+    "CoreProxy",
+    "DRM",
+    "DualClassifier",
     "FLYP",
     "FineTune",
+    "GreedySoup",
+    "GroupDRO",
+    "KgCoOp",
+    "LPFT",
+    "LinearProbe",
+    "LoCoOp",
+    "MaPLe",
+    "MaPLeClassifier",
     "Method",
     "Mixture",
     "OutputEnsemble",
     "Outputs",
     "Predictor",
+    "ProDA",
+    "RatioBin",
+    "Risk",
     "Step",
+    "TemperatureScaling",
+    "TipAdapter",
+    "TipAdapterF",
+    "VRF",
+    "VRFClassifier",
+    "VRFFeatures",
     "WiSEFT",
+    "WorstCaseFineTune",
+    "WorstGroup",
+    "core_labels",
+    "greedy_soup",
     "load_classifier",
+    "load_predictor",
+    "uniform_soup",
     "zero_shot_classifier",
 ]

@@ -151,11 +151,11 @@ class Classifier(Predictor):
 
     def outputs(self, images: Tensor) -> Outputs:
         with evaluating(self.model):
-            features = clip.encode_images(self.model, images)
-        w = self.class_embeddings.to(features.dtype)
-        with torch.autocast(features.device.type, enabled=False):
-            cosines = features @ F.normalize(w, dim=-1).T
-            logits = self.logit_scale.to(features.dtype) * (features @ w.T)
+            return self.head_outputs(clip.encode_images(self.model, images))
+
+    def head_outputs(self, features: Tensor) -> Outputs:
+        """Outputs of unit features (N, D) that exist already, such as `robustft.features.encode` keeps."""
+        cosines, logits = similarities(features, self.class_embeddings, self.logit_scale)
         return Outputs(features, cosines, logits if self.bias is None else logits + self.bias)
 
     def restrict(self, classes: Sequence[int] | Sequence[str]) -> Classifier:
@@ -174,17 +174,31 @@ class Classifier(Predictor):
         The head, class names, scale and bias go to classifier.safetensors; `load_classifier` gives the classifier
         back. `config`, `tokenizer`, replacing and errors: as in `clip.export`.
         """
-        from safetensors.torch import save
+        return save_classifier(self, directory, config, tokenizer)
 
-        head = {name: value.cpu().contiguous() for name, value in self.named_buffers(recurse=False)}
-        content = save(head, metadata={"classes": json.dumps(self.classes)})
-        return clip.export(self.model, directory, config, tokenizer=tokenizer, classifier=content)
+
+def similarities(features: Tensor, class_embeddings: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines u normalize(w)^T and logits s u w^T, (N, K) each, of unit features (N, D) and embeddings (K, D)."""
+    w = class_embeddings.to(features.dtype)
+    with torch.autocast(features.device.type, enabled=False):
+        return features @ F.normalize(w, dim=-1).T, logit_scale.to(features.dtype) * (features @ w.T)
+
+
+def save_classifier(
+    classifier: Predictor, directory: str | os.PathLike[str], config: Mapping[str, Any], tokenizer: Any
+) -> Path:
+    """Writes a predictor's `model` as `clip.export` does, with its buffers and class names in it."""
+    from safetensors.torch import save
+
+    head = {name: value.cpu().contiguous() for name, value in classifier.named_buffers(recurse=False)}
+    content = save(head, metadata={"classes": json.dumps(classifier.classes)})
+    return clip.export(classifier.model, directory, config, tokenizer=tokenizer, classifier=content)
 
 
 def load_classifier(
     directory: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Classifier:
-    """The classifier that `Classifier.save` wrote; `device` and `dtype` of its model as in `clip.load`.
+) -> Predictor:
+    """The `Classifier` or `DualClassifier` that its `save` wrote; `device` and `dtype` of its model as in `clip.load`.
 
     The tokenizer, transforms and configuration come from `clip.load("local-dir:<directory>")`. FileNotFoundError for
     a directory without a head, ValueError for a damaged one.
@@ -199,10 +213,16 @@ def load_classifier(
             head = {name: file.get_tensor(name) for name in file.keys()}
             classes = json.loads(file.metadata()["classes"])
         embeddings, scale, bias = head["class_embeddings"], head["logit_scale"], head.get("bias")
+        core = head.get("core_embeddings")
+        beta = None if core is None else head["beta"].item()
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: truncated, or no head of a classifier: {error!r:.200}") from error
     model = clip.load(f"local-dir:{directory}", device=device, dtype=dtype).model
-    return Classifier(model, embeddings, classes, logit_scale=scale, bias=bias).to(device)
+    if core is None:
+        return Classifier(model, embeddings, classes, logit_scale=scale, bias=bias).to(device)
+    from robustft.methods.dual_classifier import DualClassifier  # which is made from this file's classes
+
+    return DualClassifier(model, embeddings, core, classes, beta=beta, logit_scale=scale).to(device)
 
 
 class Method(nn.Module):
@@ -220,6 +240,8 @@ class Method(nn.Module):
         total_steps: length of the run, for methods with a schedule.
         seed: of everything random in `step`.
     """
+
+    takes_features = False  # whether a batch may hold unit features (N, D) in the images' place: with a frozen tower
 
     def __init__(
         self,
@@ -262,7 +284,7 @@ class Method(nn.Module):
 
     def checked(self, batch: Any) -> Batch:
         """The batch's parts, or an error that says what is wrong with them."""
-        images, labels, texts = unpack(batch)
+        images, labels, texts = unpack(batch, self.takes_features)
         weight = next(self.model.parameters())
         if images.device != weight.device:
             raise ValueError(f"images are on {images.device}, the model is on {weight.device}")

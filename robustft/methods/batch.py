@@ -1,4 +1,8 @@
-"""What a batch may be: (images, labels), (images, texts) or {"image": ..., "label" and / or "text": ...}."""
+"""What a batch may be: (images, labels), (images, texts) or {"image": ..., "label" and / or "text": ...}.
+
+A dictionary may carry more, which the methods that know it take and the others leave: "group" (N,), "core" (N,) or
+(N, K).
+"""
 
 from __future__ import annotations
 
@@ -27,8 +31,19 @@ def check_labels(labels: Tensor, classes: int) -> None:
         raise ValueError(f"labels must lie in [0, K) with K = {classes} classes, got {bad}")
 
 
-def unpack(batch: Any) -> Batch:
-    """The parts of a batch, checked as far as they can be without a model."""
+def column(batch: Any, name: str, images: Tensor) -> Tensor | None:
+    """A further tensor of a dictionary batch, one row for each image, on their device; None where there is none."""
+    if not isinstance(batch, Mapping) or name not in batch:
+        return None
+    value = batch[name]
+    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != len(images):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f'batch["{name}"] must be a tensor with a row for each of the {len(images)} images, got {got}')
+    return value.to(images.device)
+
+
+def unpack(batch: Any, features: bool = False) -> Batch:
+    """The parts of a batch, checked as far as they can be without a model; `features` (N, D) may stand for images."""
     if isinstance(batch, Mapping):
         if "image" not in batch or not ({"label", "text"} & batch.keys()):
             raise ValueError(f'batch must have "image" and "label" or "text", got the keys {sorted(batch)}')
@@ -42,9 +57,9 @@ def unpack(batch: Any) -> Batch:
             f"batch must be (images, labels), (images, texts) or a dictionary, got {type(batch).__name__}"
             + (f" of {len(batch)}" if isinstance(batch, Sequence) else "")
         )
-    if not isinstance(images, Tensor) or images.ndim != 4:
+    if not isinstance(images, Tensor) or not (images.ndim == 4 or features and images.ndim == 2):
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images must be a tensor (N, C, H, W), got {got}")
+        raise TypeError(f"images must be a tensor (N, C, H, W){' or features (N, D)' * features}, got {got}")
     if not images.is_floating_point():
         raise TypeError(f"images must be floating point (apply the model's transform first), got {images.dtype}")
     if len(images) == 0:

@@ -45,7 +45,7 @@ class CaRot(FLYP):
     never reaches a second update at the default interval.
 
     Args:
-        model, tokenizer, class_names, templates, seed, targets: as for `FLYP`.
+        model, tokenizer, class_names, templates, seed, targets, misalignment, variant: as for `FLYP`.
         total_steps: length of the run, which the momentum's ramp is a part of.
         cross_weight, orthogonality_weight, distillation_weight: of the terms; a term of weight 0 is neither
             computed nor reported.
@@ -66,6 +66,8 @@ class CaRot(FLYP):
         total_steps: int,
         seed: int = 0,
         targets: Literal["diagonal", "label"] = "diagonal",
+        misalignment: float = 0.0,
+        variant: str = "neg_log_ratio",
         cross_weight: float = 0.05,
         orthogonality_weight: float = 0.2,
         distillation_weight: float = 1.5,
@@ -115,6 +117,8 @@ class CaRot(FLYP):
             total_steps=total_steps,
             seed=seed,
             targets=targets,
+            misalignment=misalignment,
+            variant=variant,
         )
         self.weights = {"contrastive": 1.0} | weights
         self.squared = squared
@@ -159,7 +163,8 @@ class CaRot(FLYP):
         if self.weights["cross"]:
             terms["cross"] = cross_penalty(clip.visual_projection(self.model), clip.text_projection(self.model))
         loss = sum(self.weights[name] * value for name, value in terms.items())
-        return Step(loss, {name: value.detach() for name, value in terms.items()})
+        out = Step(loss, {name: value.detach() for name, value in terms.items()})
+        return self.with_misalignment(out, u, t, pairs)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -1,33 +1,39 @@
-"""FT: end-to-end cross-entropy from a zero-shot-initialised head (WiSE-FT, arXiv 2109.01903, section 3).
+"""FT: end-to-end fine-tuning from a zero-shot-initialised head (WiSE-FT, arXiv 2109.01903, section 3), and LP-FT.
 
-z = u W^T,   W (K, D) starts as s w, scale times zero-shot class embeddings;   L = CE(z, labels)
+z = u W^T + b,   W (K, D) starts as s w, scale times zero-shot class embeddings, b is absent;   L = objective(z, labels)
+
+LP-FT (Kumar et al., ICLR 2022, arXiv 2202.10054) starts from a linear probe's W and b instead: a head that fits the
+features already does not distort them on its way there.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
 from robustft import clip
-from robustft.methods.base import Classifier, Method, Step
-from robustft.methods.zero_shot import zero_shot_classifier
+from robustft.methods.base import Classifier, Step
+from robustft.methods.l2_sp import L2SP, check_l2_sp
+from robustft.methods.linear_head import LinearHead
+from robustft.objective import Objective
 
 
-class FineTune(Method):
-    """Cross-entropy fine-tuning of the image tower and a linear head that starts as the zero-shot one.
+class FineTune(LinearHead):
+    """Fine-tuning of the image tower and a linear head that starts as the zero-shot one.
 
-    The head holds the scale, W = s w, as in the released code: an optimiser of Adam's kind moves every weight
-    by about the learning rate, so a head with the scale inside moves s times less than one outside. There is
-    no bias. The text tower and the model's scale are not trained. The released FT baseline clips gradients
+    There is no bias. The text tower and the model's scale are not trained. The released FT baseline clips gradients
     that still carry the fp16 loss scale and so hardly trains; robustft.train unscales first.
 
     Args:
         model, tokenizer, class_names, templates, total_steps, seed: as for `Method`; nothing here is random.
         label_smoothing: e mixes the targets as (1 - e) one-hot + e / K.
+        objective: of the logits; cross-entropy by default.
+        l2_sp: weight of half the squared distance of all trained parameters to their start (`l2_sp.L2SP`).
+        start: a classifier over the same classes on the model's features, whose head and bias to start from; None for
+            the zero-shot one.
     """
 
     def __init__(
@@ -40,9 +46,11 @@ class FineTune(Method):
         total_steps: int | None = None,
         seed: int = 0,
         label_smoothing: float = 0.0,
+        objective: Objective = Objective(),  # noqa: B008
+        l2_sp: float = 0.0,
+        start: Classifier | None = None,
     ) -> None:
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        check_l2_sp(l2_sp)
         super().__init__(
             model,
             tokenizer=tokenizer,
@@ -50,27 +58,42 @@ class FineTune(Method):
             templates=templates,
             total_steps=total_steps,
             seed=seed,
+            label_smoothing=label_smoothing,
+            objective=objective,
         )
-        self.label_smoothing = label_smoothing
-        start = zero_shot_classifier(self.model, tokenizer=tokenizer, class_names=class_names, templates=templates)
-        trained = {id(p) for p in self.model.visual.parameters()}
-        for p in self.model.parameters():
-            p.requires_grad_(p.requires_grad and id(p) in trained)
-        self.head = nn.Parameter(start.logit_scale * start.class_embeddings)
-        self.config |= {"label_smoothing": label_smoothing}
+        self.start_head(start or self.zero_shot_classifier(), trained=self.model.visual.parameters())
+        self.l2_sp = L2SP(self, l2_sp) if l2_sp else None
+        self.config |= {"l2_sp": l2_sp, "start": start and _digest(start)}
 
     def step(self, batch: Any) -> Step:
         images, labels, _ = self.checked(batch)
-        if labels is None:
-            raise ValueError("FineTune needs labels in the batch, which has texts only")
-        features = clip.encode_images(self.model, images)
-        # The head holds the scale: half-precision logits near 50 would be rounded to steps of 1/4.
-        with torch.autocast(features.device.type, enabled=False):
-            logits = features @ self.head.T
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        return Step(loss, {"cross_entropy": loss.detach()})
+        out = self.head_step(clip.encode_images(self.model, images), labels)
+        return out if self.l2_sp is None else self.l2_sp.added(out, self)
 
-    def classifier(self) -> Classifier:
-        """The fine-tuned tower and head, with the model's scale taken back out of the head."""
-        s = clip.logit_scale(self.model).detach()
-        return Classifier(self.model, self.head / s, self.class_names, logit_scale=s)
+
+class LPFT(FineTune):
+    """Fine-tuning of the image tower and a linear head that starts as a trained linear probe, bias included.
+
+    LP-FT is two runs, because the probe wants a learning rate some ten thousand times higher and a schedule of its
+    own (0.1 and 1e-5 in VRF's tables):
+
+        probe = LinearProbe(model, **prompts)
+        fit(probe, data, lr=0.1, output="run/lp", ...)
+        method = LPFT(model, probe=probe.classifier(), **prompts)
+        fit(method, data, lr=1e-5, output="run/lpft", ...)
+
+    A run that was killed goes on with `resume=True` in the part where it was; a resumed probe is the same bit for
+    bit, and `fit` refuses to resume from another one.
+
+    Args:
+        probe: the trained probe's classifier.
+        others: as for `FineTune`.
+    """
+
+    def __init__(self, model: nn.Module, *, probe: Classifier, **options: Any) -> None:
+        super().__init__(model, start=probe, **options)
+
+
+def _digest(classifier: Classifier) -> str:
+    head = classifier.logit_scale * classifier.class_embeddings
+    return hashlib.sha256(head.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]

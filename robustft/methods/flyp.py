@@ -18,19 +18,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.functional import contrastive_loss
+from robustft.functional import classification_loss, contrastive_loss
 from robustft.methods.base import Classifier, Method, Step, stateless_generator
+from robustft.methods.l2_sp import L2SP, check_l2_sp
 from robustft.methods.zero_shot import zero_shot_classifier
+from robustft.ops import arguments
 from robustft.prompts import PromptTable
 
 
 class Pairs(NamedTuple):
-    """Images (N, C, H, W), tokens (U, L), each image's row of these (N,) or None for 0 .. N - 1, labels (N,)."""
+    """Images (N, C, H, W), tokens (U, L) and each image's row of these (N,), or None for 0 .. N - 1.
+
+    `labels` (N,) are those that share targets, None for the diagonal's; `classes` (N,) those that are known.
+    """
 
     images: Tensor
     tokens: Tensor
     index: Tensor | None
     labels: Tensor | None
+    classes: Tensor | None
 
 
 class FLYP(Method):
@@ -45,6 +51,9 @@ class FLYP(Method):
         targets: "diagonal", each image's own caption is its one positive (as released), or "label", captions
             of the same class share the target.
         label_smoothing: e mixes the targets as (1 - e) target + e / N.
+        misalignment: lambda, the weight of CMP's penalty (arXiv 2501.17595) on the classes of the batch; its batches
+            need labels. variant: of the penalty, as in `functional.classification_loss`.
+        l2_sp: weight of half the squared distance of all trained parameters to their start (`l2_sp.L2SP`).
     """
 
     def __init__(
@@ -58,11 +67,18 @@ class FLYP(Method):
         seed: int = 0,
         targets: Literal["diagonal", "label"] = "diagonal",
         label_smoothing: float = 0.0,
+        l2_sp: float = 0.0,
+        misalignment: float = 0.0,
+        variant: str = "neg_log_ratio",
     ) -> None:
         if targets not in ("diagonal", "label"):
             raise ValueError(f'targets must be "diagonal" or "label", got {targets!r}')
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        check_l2_sp(l2_sp)
+        if not 0.0 <= misalignment < float("inf"):
+            raise ValueError(f"misalignment must be finite and not negative, got {misalignment}")
+        arguments.check_variant(variant)
         super().__init__(
             model,
             tokenizer=tokenizer,
@@ -74,9 +90,13 @@ class FLYP(Method):
         self.targets = targets
         self.label_smoothing = label_smoothing
         self.prompts = PromptTable(tokenizer, class_names, templates)
+        self.l2_sp = L2SP(self, l2_sp) if l2_sp else None
+        self.misalignment, self.variant = misalignment, variant
         self.config |= {
             "targets": targets,
             "label_smoothing": label_smoothing,
+            "l2_sp": l2_sp,
+            **({"misalignment": misalignment, "variant": variant} if misalignment else {}),
             "prompts": _digest(self.prompts),
         }
 
@@ -86,7 +106,24 @@ class FLYP(Method):
         loss = contrastive_loss(
             u, t, clip.logit_scale(self.model), labels=pairs.labels, label_smoothing=self.label_smoothing
         )
-        return Step(loss, {"contrastive": loss.detach()})
+        out = self.with_misalignment(Step(loss, {"contrastive": loss.detach()}), u, t, pairs)
+        return out if self.l2_sp is None else self.l2_sp.added(out, self)
+
+    def with_misalignment(self, out: Step, u: Tensor, t: Tensor, pairs: Pairs) -> Step:
+        """A step with CMP's penalty, if it has a weight, of the classes in the batch.
+
+        A class's embedding is the unit mean of its captions' features there, so that captions of one class are not
+        each other's errors, and no text is encoded for it.
+        """
+        if not self.misalignment:
+            return out
+        if pairs.classes is None:
+            raise ValueError("misalignment needs labels in the batch, which has texts only")
+        present, classes = pairs.classes.unique(return_inverse=True)
+        # A product, because index_add adds up in no fixed order on several threads.
+        w = F.normalize(F.one_hot(classes, len(present)).to(t).T @ t, dim=-1)
+        penalty = classification_loss(u, w, classes, clip.logit_scale(self.model), variant=self.variant).misalignment
+        return Step(out.loss + self.misalignment * penalty, out.terms | {"misalignment": penalty.detach()})
 
     def classifier(self) -> Classifier:
         """The fine-tuned image tower, and the prompts' class embeddings under the fine-tuned text tower."""
@@ -110,7 +147,7 @@ class FLYP(Method):
             index = index.to(images.device)
         else:
             tokens, index = texts if isinstance(texts, Tensor) else self.tokenizer(list(texts)), None
-        return Pairs(images, tokens.to(images.device), index, labels if self.targets == "label" else None)
+        return Pairs(images, tokens.to(images.device), index, labels if self.targets == "label" else None, labels)
 
     @staticmethod
     def features(model: nn.Module, pairs: Pairs) -> tuple[Tensor, Tensor]:

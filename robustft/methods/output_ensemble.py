@@ -3,26 +3,36 @@
     p(y | x) = (1 - a) softmax(z_zs / T_zs) + a softmax(z_ft / T_ft)
 
 T = 1, or each model's own temperature from held-out ID data: without it the more confident model, usually the
-fine-tuned one, has the louder voice. T is the temperature at which mean confidence equals accuracy (VRF's rule), not
-the one of lowest NLL: on validation data that a model gets all right that one falls to zero, and with it the ensemble.
+fine-tuned one, has the louder voice. T is the temperature at which mean confidence equals accuracy (VRF's rule), or
+the one of lowest NLL: on validation data that a model gets all right the latter falls to zero, and with it the
+ensemble, so it is refused there.
+
+Two classifiers with one encoder, such as a linear probe and the zero-shot head on its tower, take one forward pass.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from robustft.calibration import temperature_matching_confidence
-from robustft.methods.base import Outputs, Predictor
+from robustft.calibration import fit_temperature, temperature_matching_confidence
+from robustft.methods.base import Classifier, Outputs, Predictor
 from robustft.methods.wise_ft import ALPHAS, accuracy_and_nll, best_alpha, check_alpha, check_classes
+
+TemperatureRule = Literal["confidence", "nll"]
+
+TEMPERATURE_RULES: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "confidence": temperature_matching_confidence,
+    "nll": fit_temperature,
+}
 
 
 class OutputEnsemble:
-    """Mixture of two classifiers' probabilities; two forward passes an image.
+    """Mixture of two classifiers' probabilities; two forward passes an image, or one where the encoder is shared.
 
     Learnt by `fit`: `alpha_`, `temperatures_` (zero-shot, fine-tuned), and over `alphas_` the `accuracies_`
     and `nlls_` on the validation set. Source: Wortsman et al. (arXiv 2109.01903), which uses no temperature;
@@ -31,37 +41,36 @@ class OutputEnsemble:
 
     Args:
         zero_shot, fine_tuned: classifiers over the same classes.
-        temperatures: None for (1, 1), "fit" to fit each on the validation set, or a pair that divides the
-            logits.
+        temperatures: None for (1, 1), a pair that divides the logits, or how to fit each on the validation set:
+            "confidence", mean confidence equal to accuracy ("fit" is the same), or "nll", the lowest NLL.
     """
 
     def __init__(
         self,
         zero_shot: Predictor,
         fine_tuned: Predictor,
-        temperatures: Literal["fit"] | tuple[float, float] | None = None,
+        temperatures: Literal["fit"] | TemperatureRule | tuple[float, float] | None = None,
     ) -> None:
         check_classes(zero_shot, fine_tuned)
-        if isinstance(temperatures, str) and temperatures != "fit":
-            raise ValueError(f'temperatures must be None, "fit" or a pair, got {temperatures!r}')
         self.zero_shot = zero_shot
         self.fine_tuned = fine_tuned
-        self.temperatures = temperatures
-        if temperatures != "fit":
-            self.temperatures_ = (1.0, 1.0) if temperatures is None else _positive(temperatures)
+        self.temperatures = "confidence" if temperatures == "fit" else check_temperatures(temperatures)
+        if not isinstance(self.temperatures, str):
+            self.temperatures_ = self.temperatures
 
     def at(self, alpha: float) -> Mixture:
         """The predictor at mixing weight alpha: 0 is the zero-shot one, 1 the fine-tuned one."""
         if not hasattr(self, "temperatures_"):
-            raise ValueError('OutputEnsemble(temperatures="fit") has no temperatures yet: call fit(validation)')
+            raise ValueError(
+                f'OutputEnsemble(temperatures="{self.temperatures}") has no temperatures yet: call fit(validation)'
+            )
         return Mixture(self.zero_shot, self.fine_tuned, alpha, self.temperatures_)
 
     def fit(self, validation: Any, alphas: Sequence[float] = ALPHAS) -> OutputEnsemble:
         """Choose temperatures (if asked to), then alpha_, by accuracy on held-out ID data, then by NLL."""
         zs, labels = self.zero_shot.predict(validation)
         ft, _ = self.fine_tuned.predict(validation)
-        if self.temperatures == "fit":
-            self.temperatures_ = tuple(temperature_matching_confidence(o.logits, labels) for o in (zs, ft))
+        self.temperatures_ = fitted_temperatures(self.temperatures, zs.logits, ft.logits, labels)
         scores = [
             accuracy_and_nll(mixture_log_probabilities(zs.logits, ft.logits, a, self.temperatures_), labels)
             for a in alphas
@@ -78,7 +87,25 @@ class OutputEnsemble:
         return self.at(self.alpha_)
 
 
-class Mixture(Predictor):
+class PairPredictor(Predictor):
+    """Two predictors over the same classes and a way to `combine` what they make of the same images."""
+
+    def __init__(self, zero_shot: Predictor, fine_tuned: Predictor) -> None:
+        super().__init__()
+        check_classes(zero_shot, fine_tuned)
+        self.zero_shot = zero_shot
+        self.fine_tuned = fine_tuned
+        self.classes = fine_tuned.classes
+
+    def combine(self, zero_shot: Outputs, fine_tuned: Outputs) -> Outputs:
+        """The pair's outputs from its members': to vary how they are mixed without encoding again."""
+        raise NotImplementedError
+
+    def outputs(self, images: Tensor) -> Outputs:
+        return self.combine(*both_outputs(self.zero_shot, self.fine_tuned, images))
+
+
+class Mixture(PairPredictor):
     """The mixture at one alpha: log-probabilities as logits, cosines mixed alike, fine-tuned features."""
 
     def __init__(
@@ -88,21 +115,13 @@ class Mixture(Predictor):
         alpha: float,
         temperatures: tuple[float, float] = (1.0, 1.0),
     ) -> None:
-        super().__init__()
+        super().__init__(zero_shot, fine_tuned)
         check_alpha(alpha)
-        self.zero_shot = zero_shot
-        self.fine_tuned = fine_tuned
-        self.classes = fine_tuned.classes
         self.alpha = alpha
         self.temperatures = _positive(temperatures)
 
-    def outputs(self, images: Tensor) -> Outputs:
-        zs, ft = self.zero_shot.outputs(images), self.fine_tuned.outputs(images)
-        return Outputs(
-            ft.features,
-            torch.lerp(zs.cosines, ft.cosines, self.alpha),
-            mixture_log_probabilities(zs.logits, ft.logits, self.alpha, self.temperatures),
-        )
+    def combine(self, zero_shot: Outputs, fine_tuned: Outputs) -> Outputs:
+        return mix(zero_shot, fine_tuned, self.alpha, self.temperatures)
 
     def restrict(self, classes: Sequence[int] | Sequence[str]) -> Mixture:
         """Each member restricted before its own softmax, then mixed."""
@@ -111,15 +130,69 @@ class Mixture(Predictor):
         )
 
 
+def both_outputs(zero_shot: Predictor, fine_tuned: Predictor, images: Tensor) -> tuple[Outputs, Outputs]:
+    """What both make of the same images; classifiers that share their encoder share its pass."""
+    ft = fine_tuned.outputs(images)
+    if isinstance(zero_shot, Classifier) and isinstance(fine_tuned, Classifier) and zero_shot.model is fine_tuned.model:
+        return zero_shot.head_outputs(ft.features), ft
+    return zero_shot.outputs(images), ft
+
+
+def mix(zero_shot: Outputs, fine_tuned: Outputs, alpha: float | Tensor, temperatures: tuple[float, float]) -> Outputs:
+    """The mixture's outputs at alpha, a number or one for each sample (N,)."""
+    share = alpha.to(fine_tuned.cosines)[:, None] if isinstance(alpha, Tensor) else alpha
+    return Outputs(
+        fine_tuned.features,
+        torch.lerp(zero_shot.cosines, fine_tuned.cosines, share),
+        mixture_log_probabilities(zero_shot.logits, fine_tuned.logits, alpha, temperatures),
+    )
+
+
 def mixture_log_probabilities(
-    zero_shot: Tensor, fine_tuned: Tensor, alpha: float, temperatures: tuple[float, float]
+    zero_shot: Tensor, fine_tuned: Tensor, alpha: float | Tensor, temperatures: tuple[float, float]
 ) -> Tensor:
-    """log[(1 - a) softmax(z_zs / T_zs) + a softmax(z_ft / T_ft)], (N, K), without leaving log space."""
+    """log[(1 - a) softmax(z_zs / T_zs) + a softmax(z_ft / T_ft)], (N, K), without leaving log space.
+
+    alpha: a number, or one for each sample (N,).
+    """
     t_zs, t_ft = temperatures
     log_zs, log_ft = (zero_shot / t_zs).log_softmax(-1), (fine_tuned / t_ft).log_softmax(-1)
+    if isinstance(alpha, Tensor):
+        share = alpha.to(log_ft)[:, None]
+        return torch.logaddexp(log_zs + torch.log1p(-share), log_ft + share.log())
     if alpha in (0.0, 1.0):
         return log_ft if alpha else log_zs
     return torch.logaddexp(log_zs + math.log1p(-alpha), log_ft + math.log(alpha))
+
+
+def check_temperatures(temperatures: Any) -> str | tuple[float, float]:
+    """A rule's name or a pair of numbers, (1, 1) for None; ValueError for anything else."""
+    if temperatures is None:
+        return 1.0, 1.0
+    if isinstance(temperatures, str):
+        if temperatures not in TEMPERATURE_RULES:
+            raise ValueError(
+                f"temperatures must be None, {' or '.join(map(repr, TEMPERATURE_RULES))}, or a pair of numbers, "
+                f"got {temperatures!r}"
+            )
+        return temperatures
+    return _positive(temperatures)
+
+
+def fitted_temperatures(
+    rule: str | tuple[float, float], zero_shot: Tensor, fine_tuned: Tensor, labels: Tensor
+) -> tuple[float, float]:
+    """(T_zs, T_ft) of logits (N, K) by a rule's name; a pair is given back."""
+    if not isinstance(rule, str):
+        return rule
+    for name, logits in (("zero-shot", zero_shot), ("fine-tuned", fine_tuned)):
+        if rule == "nll" and bool((logits.argmax(-1) == labels).all()):
+            raise ValueError(
+                f"the {name} classifier is right on all {len(labels)} validation samples, so NLL falls until its "
+                'temperature is 0: use temperatures="confidence", a pair of numbers, or more validation data'
+            )
+    fit = TEMPERATURE_RULES[rule]
+    return fit(zero_shot, labels), fit(fine_tuned, labels)
 
 
 def _positive(temperatures: tuple[float, float]) -> tuple[float, float]:

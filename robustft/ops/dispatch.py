@@ -72,10 +72,15 @@ if LIBRARIES["cpu"] == "loaded":
     native.register()
     triton.register(library)
 
+
+def _has_kernel(op: str, device: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"robustft::{op}", device.upper())
+
+
 _KERNELS = {
     (op, device): LIBRARIES["cpu"] == "loaded"
-    and torch._C._dispatch_has_kernel_for_dispatch_key(f"robustft::{op}", device.upper())
-    for op in native.KERNELS
+    and (_has_kernel(op, device) or _has_kernel(native.COMPOSED.get(op, op), device))
+    for op in (*native.KERNELS, *native.COMPOSED)
     for device in LIBRARIES
 }
 

@@ -23,6 +23,23 @@ def clip_model():
 
 
 @pytest.fixture
+def resnet_model():
+    """A CLIP with a ModifiedResNet tower (BatchNorm, attention pooling), which needs images of 32 x 32."""
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "head_width": 16}
+    text = {"context_length": 15, "vocab_size": 30, "width": 8, "heads": 2, "layers": 1}
+    model = open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text).double()
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():  # running statistics as after pre-training, without which all features are nearly one
+        model.train().encode_image(torch.randn(32, 3, 32, 32, dtype=torch.float64))
+    for norm in norms:
+        norm.momentum = 0.1
+    return model
+
+
+@pytest.fixture
 def prompts():
     return {"tokenizer": letters, "class_names": NAMES, "templates": TEMPLATES}
 
@@ -37,6 +54,12 @@ def batches():
         )
         for _ in range(9)
     ]
+
+
+@pytest.fixture
+def resnet_batches(batches):
+    """The same batches at the size of the ResNet tower."""
+    return [(torch.nn.functional.interpolate(images, size=32), labels) for images, labels in batches]
 
 
 @pytest.fixture

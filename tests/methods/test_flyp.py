@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from robustft.methods import FLYP
+from robustft.methods import FLYP, CaRot
 
 
 def train(method, batches):
@@ -110,3 +110,24 @@ def test_the_model_that_was_passed_stays_zero_shot_and_frozen_weights_stay_froze
     assert all(torch.equal(value, before[name]) for name, value in clip_model.state_dict().items())
     assert torch.equal(method.model.token_embedding.weight, before["token_embedding.weight"])
     assert not torch.equal(method.model.visual.proj, before["visual.proj"])
+
+
+@pytest.mark.parametrize("kind", [FLYP, CaRot])
+def test_misalignment_is_cmps_penalty_over_the_classes_of_the_batch(kind, clip_model, prompts, batches):
+    images, labels = batches[0][0], torch.tensor([0, 2, 2, 0, 2, 0])  # class 1 is not there
+    steps = [kind(clip_model, **prompts, total_steps=9, misalignment=m, variant="softplus") for m in (0.0, 0.7)]
+    plain, with_penalty = (method.step((images, labels)) for method in steps)
+
+    pairs = steps[1].pairs((images, labels))
+    u, t = steps[1].features(steps[1].model, pairs)
+    w = torch.stack([F.normalize(t[labels == c].mean(0), dim=0) for c in (0, 2)])
+    z = clip_model.logit_scale.exp() * u @ w.T
+    y = (labels == 2).long()
+    errors = z.gather(1, 1 - y[:, None]) > z.gather(1, y[:, None])  # two classes: the other one, if it is above
+    ratio = (z.gather(1, y[:, None]) - z.gather(1, 1 - y[:, None])).exp()
+    penalty = (torch.log1p(1 / ratio) * errors).mean()
+    assert penalty > 0
+    torch.testing.assert_close(with_penalty.terms["misalignment"], penalty.detach())
+    torch.testing.assert_close(with_penalty.loss, plain.loss + 0.7 * penalty)
+    with pytest.raises(ValueError, match="misalignment needs labels"):
+        steps[1].step((images, ["a ant"] * 6))

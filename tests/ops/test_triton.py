@@ -187,7 +187,11 @@ def test_an_older_triton_leaves_sm_100_to_the_reference(monkeypatch, able):
     def computed(x):
         return x + 1 if triton.computes("contrastive_loss", torch.device("cuda", 0), torch.bfloat16) else x
 
-    monkeypatch.setattr(triton, "architecture", lambda device: "sm_100")
+    def architecture(device):
+        print(device)  # asking a device is nothing that can be traced either
+        return "sm_100"
+
+    monkeypatch.setattr(triton, "architecture", architecture)
     monkeypatch.setattr(triton, "TENSOR_MEMORY", able)
     torch.compiler.reset()
     for function in (computed, torch.compile(computed, fullgraph=True, backend="eager")):
@@ -214,9 +218,9 @@ def check(case, kernels: dict) -> None:
         assert of["shared"] <= resources.SHARED[case.architecture], name
         if case.architecture != "sm_100":
             assert of["stack"] == 0, name
-        if name != "combine_kernel" and not ieee:
+        if not name.endswith("combine_kernel") and not name.startswith("misalignment") and not ieee:
             assert of["HMMA"] + of["HGMMA"] + of["UTCHMMA"] > 0, name
-        if name == "statistics_kernel" and case.dtype == "bfloat16":
+        if name.endswith(("statistics_kernel", "scores_kernel")) and case.dtype == "bfloat16":
             assert of[resources.TENSOR_CORES[case.architecture]] > 0
 
 

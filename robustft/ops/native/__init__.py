@@ -22,6 +22,9 @@ KERNELS = (
 )
 """The operators with an implementation a device."""
 
+COMPOSED = {"classification_loss": "class_statistics", "dual_risk": "class_statistics"}
+"""Operators that are composed, on devices without an implementation of their own, and the kernel that they need."""
+
 
 def register() -> None:
     """Gives the declared operators their Python halves. Called once, by `robustft.ops.dispatch`."""

@@ -23,8 +23,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustft.ops import reference
+from robustft.ops import reference, triton
 from robustft.ops.native.registration import accumulation_dtype, both, call, contiguous_like, differentiable, fake
+from robustft.ops.triton import configs
 
 # Rows of the kernels' statistics and coefficients: class_statistic and class_coefficient in csrc/cpu/classes.h.
 _STATISTICS, _TARGET_STATISTICS = 10, 3
@@ -140,18 +141,25 @@ def _fake_gradient(x, w):
     return contiguous_like(x), contiguous_like(w), w.new_empty(w.shape[0], dtype=accumulation_dtype(w.dtype))
 
 
-def _fake_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep):
+def _fake_kept(x, k: int, heads: int, rows: int, keep: bool):
+    """What only a device's own backward reads, of Triton's own shapes where it computes."""
     n = x.shape[0]
-    statistics, exponentials = _fake_statistics(x, w, scale, bias, labels, None, 1, True, True, keep, None)
-    new = statistics.new_empty
-    return new(n), new(n), new(n), new(2, n), new(3, n), exponentials
+    if triton.computes("classification_loss", x.device, x.dtype):
+        shapes = configs.class_kept_like(n, k, heads, keep, x.dtype)
+        return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+    dtype = accumulation_dtype(x.dtype)
+    return x.new_empty(rows, n, dtype=dtype), x.new_empty(n if keep else 0, heads * k, dtype=dtype)
+
+
+def _fake_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep):
+    cross_entropy, misalignment, by_gap = (x.new_empty(len(x), dtype=accumulation_dtype(x.dtype)) for _ in range(3))
+    by_scale = by_gap.new_empty(2, len(x))
+    return cross_entropy, misalignment, by_gap, by_scale, *_fake_kept(x, w.shape[0], 1, 3, keep)
 
 
 def _fake_dual_risk(x, w, scale, labels, core, keep):
-    n = x.shape[0]
-    statistics, exponentials = _fake_statistics(x, w, scale, None, labels, None, 2, False, False, keep, None)
-    new = statistics.new_empty
-    return new(n), new(n), new(2, n), new(5, n), exponentials
+    empirical, worst_case = (x.new_empty(len(x), dtype=accumulation_dtype(x.dtype)) for _ in range(2))
+    return empirical, worst_case, empirical.new_empty(2, len(x)), *_fake_kept(x, w.shape[0] // 2, 2, 5, keep)
 
 
 def _setup(ctx, inputs, output):

@@ -26,6 +26,13 @@ OPERATORS = {
     "contrastive_loss_backward": "contrastive",
     "contrastive_distillation_loss": "contrastive",
     "contrastive_distillation_loss_backward": "contrastive",
+    "classification_loss": "classes",
+    "classification_loss_backward": "classes",
+    "dual_risk": "classes",
+    "dual_risk_backward": "classes",
+    "class_scores": "scores",
+    "misalignment_penalty": "misalignment",
+    "misalignment_penalty_backward": "misalignment",
 }
 """Each operator with a Triton body, and the module here that has it, under the operator's name."""
 
@@ -51,10 +58,13 @@ def architecture(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
-@torch.compiler.assume_constant_result
 def _compiles_for(device: torch.device) -> bool:
     # Before Triton 3.8 its compiler fails at every tile that is reduced out of sm_100's tensor memory.
     return INTERPRETED or TENSOR_MEMORY or architecture(device) != "sm_100"
+
+
+# What torch.compiler.assume_constant_result sets. Calling that imports torch._dynamo, which takes a second.
+_compiles_for._dynamo_marked_constant = True
 
 
 def _body(op: str) -> Callable:

@@ -69,6 +69,17 @@ PANEL_BYTES = 256 * 2**20
 PANEL_ROWS = 2048
 """A panel has at least that many rows, since the texts' gradient is read and written once a panel."""
 
+SMALL_CLASSES = 2**20
+"""Logits of a small matrix of classes: as many as 64 tiles of 128 x 128."""
+SPLIT_BLOCKS = 256
+"""Programs that a gradient of class embeddings is split into, about two for each processor, by stretches of rows."""
+SPLIT_ROWS = 1024
+"""A stretch has at least that many rows."""
+SMALL_ROWS = 8192
+"""Few rows for scores, whose programs own all classes of their rows: no more than 64 of each of 128 processors."""
+PENALTY_WARPS = 4
+"""Of a program of the misalignment penalty."""
+
 KEPT = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
 """What exponentials are kept in, by the features' dtype. float16 would lose bits to bfloat16 and range to float16."""
 
@@ -83,6 +94,24 @@ def kept_like(n: int, m: int, heads: int, keep: bool, dtype: torch.dtype) -> tup
     down, across = (-(-size // LEAST_TILE) for size in (n, m))
     tiles = (heads * down * across * 2 if keep else 0,)
     return (tiles, torch.float32), ((heads * n if keep else 0, kept_pitch(m)), KEPT[dtype])
+
+
+def class_kept_like(n: int, k: int, heads: int, keep: bool, dtype: torch.dtype) -> tuple[tuple, tuple]:
+    """Likewise of class logits (class_losses.py): eight numbers a sample, tiles' maxima, exponentials."""
+    maxima = heads * -(-k // LEAST_TILE) if keep else 0
+    return ((8 + maxima, n), torch.float32), ((n if keep else 0, heads * kept_pitch(k)), KEPT[dtype])
+
+
+def stretches(blocks: int, rows: int) -> int:
+    """Of `rows` rows in the gradient of class embeddings, which has so many blocks."""
+    return max(1, min(SPLIT_BLOCKS // blocks, rows // SPLIT_ROWS))
+
+
+def penalty_block(k: int) -> tuple[int, int]:
+    """Rows of logits that a program of the misalignment penalty owns, and how many of their k classes it reads at once:
+    2048 numbers, 16 for each of its threads."""
+    classes = min(1024, max(16, 1 << (k - 1).bit_length()))
+    return 2048 // classes, classes
 
 
 def panel_rows(m: int, size: int) -> int:

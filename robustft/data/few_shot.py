@@ -1,0 +1,148 @@
+"""Few-shot data: balanced subsets, and the splits that the prompt learners' papers share.
+
+    few_shot(data, 4, seed=1)          4 images of each class, a function of (labels, shots, seed)
+    read_split("split_zhou_....json")  {"train": [[path, label, class name], ...], "val": ..., "test": ...}
+
+The subset of 4 shots holds that of 2 of the same seed: curves over shots differ by what was added.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PARTS = ("train", "val", "test")
+
+
+def few_shot(data: Any, shots: int, *, seed: int = 0) -> Any:
+    """`shots` random samples of each class of `data`, in its order and of its kind.
+
+    data: (images, labels) tensors, a data set with `.subset(indices)` (`ImageDataset`, `PathDataset`), or any
+    map-style one that tells its labels in `.labels` or `.targets`, which becomes a `torch.utils.data.Subset`.
+
+    Raises ValueError for a class with fewer samples than `shots`, a class without any, and shots below 1; TypeError
+    for data that do not tell their labels. CoOp's code silently takes what there is.
+    """
+    if shots < 1:
+        raise ValueError(f"shots must be at least 1, got {shots}")
+    pair = isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+    labels = data[1] if pair else getattr(data, "labels", getattr(data, "targets", None))
+    if labels is None:
+        raise TypeError(
+            f"data must be (images, labels) or tell its labels in .labels or .targets, got {type(data).__name__}"
+        )
+    rows = few_shot_indices(labels, shots, seed=seed, classes=getattr(data, "classes", None))
+    if pair:
+        return tuple(part[rows.to(part.device)] for part in data)
+    if callable(getattr(data, "subset", None)):
+        return data.subset(rows)
+    return torch.utils.data.Subset(data, rows.tolist())
+
+
+def few_shot_indices(
+    labels: Tensor | Sequence[int], shots: int, *, seed: int = 0, classes: Sequence[str] | None = None
+) -> Tensor:
+    """Sorted indices (K shots,) of `few_shot`'s samples, of labels (N,); `classes` are for its errors."""
+    labels = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
+        raise ValueError(f"labels must be integers (N,), not empty, got {labels.dtype} of shape {labels.shape}")
+    chosen = []
+    for label in range(max(int(labels.max()) + 1, len(classes or ()))):
+        found = np.flatnonzero(labels == label)
+        if len(found) < shots:
+            name = f"{label} ({classes[label]!r})" if classes is not None and label < len(classes) else str(label)
+            raise ValueError(f"shots: class {name} has {len(found)} samples, fewer than the {shots} asked for")
+        # A generator of each class: what is drawn for one does not depend on how many others there are.
+        chosen.append(found[np.random.default_rng((seed, label)).permutation(len(found))[:shots]])
+    return torch.from_numpy(np.sort(np.concatenate(chosen)))
+
+
+@dataclass(frozen=True)
+class PathDataset:
+    """Image files with labels into `classes`; an item is (transformed RGB image, label)."""
+
+    samples: tuple[tuple[Path, int], ...]
+    classes: tuple[str, ...]
+    transform: Callable[[Any], Any] | None = None
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.tensor([label for _, label in self.samples], dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        path, label = self.samples[index]
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+        return image if self.transform is None else self.transform(image), label
+
+    def subset(self, indices: Sequence[int] | Tensor) -> PathDataset:
+        """The samples at `indices`, in that order."""
+        return replace(self, samples=tuple(self.samples[int(index)] for index in indices))
+
+
+class Split(NamedTuple):
+    """The three parts of one file, of the same classes in the same order."""
+
+    train: PathDataset
+    val: PathDataset
+    test: PathDataset
+
+
+def read_split(path: str | Path, root: str | Path, transform: Callable[[Any], Any] | None = None) -> Split:
+    """The data sets of a CoOp split file (split_zhou_Caltech101.json and the like); images lie below `root`.
+
+    Class names are in the order of the labels. Whether the images exist shows when they are read. Raises ValueError,
+    saying where, for a file that is no such split, a label that no sample has, a label with two names and a name with
+    two labels.
+    """
+    path = Path(path)
+    try:
+        parts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(parts, dict) or not {"train", "test"} <= parts.keys() <= set(PARTS):
+        found = sorted(parts) if isinstance(parts, dict) else type(parts).__name__
+        raise ValueError(f"{path}: expected an object with the lists {', '.join(PARTS)}, got {found}")
+    rows = {part: [_row(path, part, i, row) for i, row in enumerate(parts.get(part, []))] for part in PARTS}
+    classes = _class_names(path, [row for part in PARTS for row in rows[part]])
+    return Split(
+        *(
+            PathDataset(tuple((Path(root, file), label) for file, label, _ in rows[part]), classes, transform)
+            for part in PARTS
+        )
+    )
+
+
+def _row(path: Path, part: str, index: int, row: Any) -> tuple[str, int, str]:
+    match row:
+        case [str(file), int(label), str(name)] if not isinstance(label, bool) and label >= 0 and name.strip():
+            if Path(file).is_absolute() or ".." in Path(file).parts:
+                raise ValueError(f"{path}: {part}[{index}] has the path {file!r}, which does not lie below root")
+            return file, label, name
+    raise ValueError(f"{path}: {part}[{index}] is {row!r:.80}; expected [path, label, class name]")
+
+
+def _class_names(path: Path, rows: Sequence[tuple[str, int, str]]) -> tuple[str, ...]:
+    names: dict[int, str] = {}
+    labels: dict[str, int] = {}
+    for file, label, name in rows:
+        if names.setdefault(label, name) != name:
+            raise ValueError(f"{path}: label {label} is {names[label]!r} and, for {file!r}, {name!r}")
+        if labels.setdefault(name, label) != label:
+            raise ValueError(f"{path}: class {name!r} has label {labels[name]} and, for {file!r}, {label}")
+    missing = sorted(set(range(max(names, default=0) + 1)) - set(names))
+    if missing:
+        raise ValueError(f"{path}: no sample has label {missing[0]} ({len(missing)} of {max(names, default=0) + 1})")
+    return tuple(names[label] for label in range(len(names)))

@@ -1,0 +1,129 @@
+"""CoOp: context optimisation (Zhou et al., IJCV 2022, arXiv 2109.01134), and KgCoOp (Yao et al., CVPR 2023).
+
+    w_c = normalize(g([v_1 .. v_n] name_c))         the context v (n, width), or one of each class (K, n, width)
+    L   = objective(s u w^T, y)                     both towers and the scale are frozen
+
+KgCoOp (arXiv 2303.13283) keeps the learnt embeddings near those of hand-written prompts, w0:
+
+    L   = objective(s u w^T, y) + 8 mean_c (1 - cos(w_c, w0_c))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustft import clip
+from robustft.methods.base import Classifier, Step, stateless_seed
+from robustft.methods.frozen import FrozenModel
+from robustft.methods.prompt_learning import ContextTexts, Position, initial_context, random_context
+from robustft.methods.zero_shot import zero_shot_classifier
+from robustft.objective import Objective
+
+
+class CoOp(FrozenModel):
+    """Few-shot learning of the context of a prompt; `Objective(misalignment=1.)` makes it CoOp + CMP.
+
+    The released recipe is 16 random tokens, the name at the end, SGD at 2e-3 with cosine decay, batches of 32, 50 to
+    200 epochs, random crops and flips. `robustft.fit` has AdamW, which wants the same order of rate. K captions are
+    encoded in one batch a step; for many classes `chunk_size` bounds the memory.
+
+    Args:
+        model, tokenizer, class_names, total_steps, objective: as for `FrozenModel`.
+        templates: what follows the name in the first follows it here too.
+        seed: of the random initial context; nothing else is random.
+        context: words to start from ("a photo of a"), or a number of tokens that start as N(0, 0.02).
+        class_specific: each class learns a context of its own.
+        position: of the name, as in `robustft.methods.prompt_learning`.
+        chunk_size: captions encoded at a time, which are encoded a second time in the backward.
+
+    Raises ValueError for a name that leaves too few tokens for the context, and for text towers other than open_clip's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Any,
+        class_names: Sequence[str],
+        templates: Sequence[Any],
+        total_steps: int | None = None,
+        seed: int = 0,
+        context: int | str = 16,
+        class_specific: bool = False,
+        position: Position = "end",
+        chunk_size: int | None = None,
+        objective: Objective = Objective(),
+    ) -> None:
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        super().__init__(
+            model,
+            tokenizer=tokenizer,
+            class_names=class_names,
+            templates=templates,
+            total_steps=total_steps,
+            seed=seed,
+            objective=objective,
+        )
+        start = initial_context(self.model, tokenizer, context, seed)
+        texts = ContextTexts(tokenizer, class_names, templates[0], len(start), position)
+        self.texts = texts.to(start.device)
+        if class_specific and isinstance(context, int):
+            start = random_context((len(class_names), *start.shape), seed, start.dtype, start.device)
+        elif class_specific:
+            start = start.repeat(len(class_names), 1, 1)
+        self.context = nn.Parameter(start)
+        self.chunk_size = chunk_size
+        self.config |= {
+            "context": context,
+            "class_specific": class_specific,
+            "position": position,
+            "captions": stateless_seed(0, self.texts.tokens.tolist()),
+        }
+
+    def class_embeddings(self) -> Tensor:
+        """w (K, D), unit rows; the gradient reaches the context."""
+        return self.texts(self.model, self.context, chunk_size=self.chunk_size)
+
+    def step(self, batch: Any) -> Step:
+        images, labels = self.labelled(batch)
+        u, s = self.image_features(images), clip.logit_scale(self.model)
+        return Step(*self.objective(u, self.class_embeddings(), labels, s))
+
+    @torch.no_grad()
+    def classifier(self) -> Classifier:
+        """The frozen image tower and the class embeddings of the learnt context."""
+        return Classifier(self.model, self.class_embeddings(), self.class_names)
+
+
+class KgCoOp(CoOp):
+    """CoOp whose class embeddings stay near those of hand-written prompts, for classes and domains not trained on.
+
+    Args:
+        weight: of the distance; 8 as released.
+        templates: the hand-written prompts (one a data set in the released code), averaged as for zero-shot.
+        others: as for `CoOp`.
+    """
+
+    def __init__(self, model: nn.Module, *, weight: float = 8.0, **arguments: Any) -> None:
+        if not 0.0 <= weight < float("inf"):
+            raise ValueError(f"weight must be finite and not negative, got {weight}")
+        super().__init__(model, **arguments)
+        self.weight = weight
+        hand = zero_shot_classifier(
+            self.model, tokenizer=self.tokenizer, class_names=self.class_names, templates=self.templates
+        )
+        self.register_buffer("hand_embeddings", hand.class_embeddings, persistent=False)
+        self.config |= {"weight": weight, **self.described_prompts()}
+
+    def step(self, batch: Any) -> Step:
+        images, labels = self.labelled(batch)
+        u, w = self.image_features(images), self.class_embeddings()
+        loss, terms = self.objective(u, w, labels, clip.logit_scale(self.model))
+        distance = (1 - F.cosine_similarity(w, self.hand_embeddings.to(w.dtype), dim=-1)).mean()
+        return Step(loss + self.weight * distance, {**terms, "distance": distance.detach()})

@@ -1,0 +1,186 @@
+"""Methods that train a few parameters beside a frozen model, and the predictors that they end in.
+
+    u (N, D) = normalize(f(x))    of the frozen image tower: no gradient, and no activations kept
+
+A frozen model is not saved with every checkpoint: `state_dict` holds what is trained, and the configuration holds the
+model's fingerprint, so that a run is never resumed on another model. It stays in evaluation mode, so that a ResNet
+tower's running statistics stay the pre-trained ones.
+
+A `FrozenPredictor` is the model, some tensors and some settings. It is saved as `Classifier` is, a directory that
+open_clip loads, with the tensors in the place of the head; `load_predictor` gives any of them back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustft import clip
+from robustft.methods.base import Classifier, Method, Predictor, evaluating, load_classifier, stateless_seed
+from robustft.objective import Objective
+from robustft.prompts import captions
+
+PREDICTORS: dict[str, type[FrozenPredictor]] = {}
+
+
+class FrozenModel(Method):
+    """A method whose model (a copy, in evaluation mode) is never changed; it trains parameters of its own.
+
+    Args:
+        model, tokenizer, class_names, templates, total_steps, seed: as for `Method`.
+        objective: what the logits are trained with.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Any,
+        class_names: Sequence[str],
+        templates: Sequence[Any],
+        total_steps: int | None = None,
+        seed: int = 0,
+        objective: Objective = Objective(),
+    ) -> None:
+        super().__init__(
+            model,
+            tokenizer=tokenizer,
+            class_names=class_names,
+            templates=templates,
+            total_steps=total_steps,
+            seed=seed,
+        )
+        self.model.requires_grad_(False).eval()
+        self.objective = objective
+        self.config |= {"model": clip.fingerprint(self.model), "objective": asdict(objective)}
+
+    def labelled(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Images and labels of a batch; ValueError for one of texts."""
+        images, labels, _ = self.checked(batch)
+        if labels is None:
+            raise ValueError(f"{type(self).__name__} needs labels in the batch, which has texts only")
+        return images, labels
+
+    def described_prompts(self) -> dict[str, int]:
+        """A digest of the hand-written prompts for the configuration, for those that use them."""
+        return {"prompts": stateless_seed(0, captions(self.class_names, self.templates))}
+
+    @torch.no_grad()
+    def image_features(self, images: Tensor) -> Tensor:
+        """u (N, D), unit rows of the frozen tower."""
+        return clip.encode_images(self.model, images)
+
+    def train(self, mode: bool = True) -> FrozenModel:
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """What is trained, and the step; not the frozen model."""
+        state = super().state_dict(*args, **options)
+        for name in [name for name in state if name.startswith(f"{options.get('prefix', '')}model.")]:
+            del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As any module's; the frozen model stays what it is."""
+        model = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        return super().load_state_dict({**state_dict, **model}, strict, assign)
+
+
+class FrozenPredictor(Predictor):
+    """Images to `Outputs` by a frozen model and tensors, which are buffers of the names in `tensors`.
+
+    Subclasses are made from (model, classes) and, by keyword, their tensors and `settings`.
+    """
+
+    tensors: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+
+    def __init_subclass__(cls) -> None:
+        PREDICTORS[cls.__name__] = cls
+
+    def __init__(self, model: nn.Module, classes: Sequence[str], **tensors: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.classes = tuple(classes)
+        device = next(model.parameters()).device
+        for name in self.tensors:
+            self.register_buffer(name, tensors[name].detach().to(device, copy=True))
+
+    def outputs(self, images: Tensor) -> Any:
+        with evaluating(self.model):
+            return self._outputs(images)
+
+    def _outputs(self, images: Tensor) -> Any:
+        raise NotImplementedError
+
+    def _with(self, classes: Sequence[str], **changed: Tensor) -> FrozenPredictor:
+        """This predictor with other classes and some other tensors."""
+        tensors = {name: getattr(self, name) for name in self.tensors} | changed
+        return type(self)(self.model, classes, **tensors, **{name: getattr(self, name) for name in self.settings})
+
+    def save(self, directory: str | os.PathLike[str], config: Mapping[str, Any], *, tokenizer: Any = None) -> Path:
+        """Writes the model as `clip.export` does, a directory that open_clip loads, with the tensors beside it.
+
+        `load_predictor` gives the predictor back. `config`, `tokenizer`, replacing and errors: as in `clip.export`.
+        """
+        from safetensors.torch import save
+
+        described = {
+            "kind": type(self).__name__,
+            "classes": self.classes,
+            "settings": {name: getattr(self, name) for name in self.settings},
+        }
+        tensors = {name: getattr(self, name).cpu().contiguous() for name in self.tensors}
+        content = save(tensors, metadata={"predictor": json.dumps(described)})
+        return clip.export(self.model, directory, config, tokenizer=tokenizer, classifier=content)
+
+
+def load_predictor(
+    directory: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> FrozenPredictor | Classifier:
+    """What `FrozenPredictor.save` or `Classifier.save` wrote; `device` and `dtype` of its model as in `clip.load`.
+
+    FileNotFoundError for a directory without a head, ValueError for a damaged one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(directory) / clip.CLASSIFIER_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a directory that a predictor's save wrote holds one")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            described = (file.metadata() or {}).get("predictor")
+        if described is None:
+            return load_classifier(directory, device=device, dtype=dtype)
+        described = json.loads(described)
+        kind, classes, settings = PREDICTORS[described["kind"]], described["classes"], described["settings"]
+        missing = [name for name in kind.tensors if name not in tensors]
+        if missing:
+            raise KeyError(*missing)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: truncated, or no predictor: {error!r:.200}") from error
+    model = clip.load(f"local-dir:{directory}", device=device, dtype=dtype).model
+    return kind(model, classes, **tensors, **settings)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def seeded_linear(inputs: int, outputs: int, generator: torch.Generator, *, bias: bool = True) -> nn.Linear:
+    """A linear layer with torch's default distribution, uniform in +-1/sqrt(inputs), drawn from `generator`."""
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
+    return layer

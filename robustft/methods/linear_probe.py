@@ -1,0 +1,78 @@
+"""LP: a linear probe, a head trained on frozen features.
+
+z = u W^T + b,   W (K, D) starts as s w of the zero-shot classifier, or as 0;   L = objective(z, labels)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from robustft import clip
+from robustft.methods.base import Classifier, Step, evaluating
+from robustft.methods.linear_head import LinearHead
+from robustft.objective import Objective
+
+
+class LinearProbe(LinearHead):
+    """Training of a linear head alone; the tower stays as it was, in evaluation mode.
+
+    A batch holds images, or their unit features (N, D) in the images' place: `robustft.features.encode` once, then
+    `fit(probe, (features.image_features, features.labels), ...)` trains without the tower.
+
+    The zero-shot classifier to mix it with (WiSEFT, OutputEnsemble, VRF) is `probe.zero_shot_classifier()`: on one
+    encoder, so an ensemble of outputs takes one pass, and WiSE-FT and OSE differ only in where the softmax is.
+
+    Args:
+        model, tokenizer, class_names, templates, total_steps, seed: as for `Method`; nothing here is random.
+        init: "zero_shot", the head starts as the zero-shot one; "zero", and learns from the labels alone.
+        bias: a bias (K,) that starts at 0.
+        objective, label_smoothing: of the logits; cross-entropy by default.
+    """
+
+    takes_features = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Any,
+        class_names: Sequence[str],
+        templates: Sequence[Any],
+        total_steps: int | None = None,
+        seed: int = 0,
+        init: Literal["zero_shot", "zero"] = "zero_shot",
+        bias: bool = True,
+        objective: Objective = Objective(),  # noqa: B008
+        label_smoothing: float = 0.0,
+    ) -> None:
+        if init not in ("zero_shot", "zero"):
+            raise ValueError(f'init must be "zero_shot" or "zero", got {init!r}')
+        super().__init__(
+            model,
+            tokenizer=tokenizer,
+            class_names=class_names,
+            templates=templates,
+            total_steps=total_steps,
+            seed=seed,
+            objective=objective,
+            label_smoothing=label_smoothing,
+        )
+        start = self.zero_shot_classifier()
+        w = start.class_embeddings if init == "zero_shot" else torch.zeros_like(start.class_embeddings)
+        b = w.new_zeros(len(w)) if bias else None
+        self.start_head(Classifier(self.model, w, self.class_names, bias=b))
+        self.config |= {"init": init, "bias": bias}
+
+    def step(self, batch: Any) -> Step:
+        images, labels, _ = self.checked(batch)
+        return self.head_step(images if images.ndim == 2 else self.features(images), labels)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Unit features (N, D) of images by the frozen tower."""
+        with evaluating(self.model):
+            return clip.encode_images(self.model, images)

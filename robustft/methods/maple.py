@@ -1,0 +1,100 @@
+"""MaPLe: multi-modal prompt learning (Khattak et al., CVPR 2023, arXiv 2210.03117).
+
+    P_j (n, text width)             text prompts of blocks j = 0 .. J - 1; P_0 is the context of the captions
+    Q_j (n, visual width) = P_j A_j^T + b_j      image prompts, coupled to them by a linear map of each block
+    w_c = normalize(g(P_0 name_c; P_1 .. P_J-1))
+    u   = normalize(f(x; Q_0 .. Q_J-1));   L = objective(s u w^T, y)
+
+Both towers stay frozen, yet the gradient runs through both: a step costs as much as fine-tuning, without its memory
+for weights. How prompts enter the towers: `robustft.deep_prompts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustft import clip, deep_prompts
+from robustft.methods.base import Outputs, Step, stateless_generator
+from robustft.methods.coop import CoOp
+from robustft.methods.frozen import FrozenPredictor, seeded_linear
+
+
+class MaPLe(CoOp):
+    """Prompts in both towers, in their first blocks, coupled.
+
+    The released recipe is 2 tokens that start as "a photo", 9 of 12 blocks, SGD at 3.5e-3, batches of 4, 5 epochs.
+    Deeper text prompts start as N(0, 0.02). The image tower must be open_clip's own ViT, pooled at its class token or
+    otherwise: prompts are dropped before pooling.
+
+    Args:
+        model, tokenizer, class_names, templates, total_steps, objective: as for `CoOp`.
+        seed: of the prompts and the maps.
+        context: words to start from, or a number of tokens.
+        depth: J, how many blocks have prompts of their own; None for three quarters of the shallower tower's.
+    """
+
+    def __init__(self, model: nn.Module, *, context: int | str = 2, depth: int | None = None, **arguments: Any) -> None:
+        for name in ("class_specific", "position", "chunk_size"):
+            if name in arguments:
+                raise ValueError(f"{name}: the context of MaPLe is one for all classes, before the name, in one batch")
+        most = min(deep_prompts.text_layers(model), deep_prompts.visual_layers(model))
+        depth = max(1, round(0.75 * most)) if depth is None else depth
+        if not 1 <= depth <= most:
+            raise ValueError(f"depth must lie in [1, {most}], the blocks of the shallower tower, got {depth}")
+        super().__init__(model, context=context, **arguments)
+        generator, width = stateless_generator(self.seed, "deep prompts"), self.context.shape[1]
+        self.deep = nn.ParameterList(
+            nn.Parameter((0.02 * torch.randn(self.context.shape, generator=generator)).to(self.context))
+            for _ in range(depth - 1)
+        )
+        self.couplings = nn.ModuleList(
+            seeded_linear(width, deep_prompts.visual_width(model), generator) for _ in range(depth)
+        ).to(self.context)
+        self.config |= {"depth": depth}
+
+    def class_embeddings(self) -> Tensor:
+        with deep_prompts.text_prompts(self.model, self.deep, self.texts.positions):
+            return super().class_embeddings()
+
+    def visual_prompts(self) -> Tensor:
+        """Q (J, n, visual width); the gradient reaches prompts and couplings."""
+        prompts = [self.context, *self.deep]
+        return torch.stack([coupling(p) for coupling, p in zip(self.couplings, prompts, strict=True)])
+
+    def step(self, batch: Any) -> Step:
+        images, labels = self.labelled(batch)
+        with deep_prompts.visual_prompts(self.model, self.visual_prompts()):
+            u = clip.encode_images(self.model, images)
+        return Step(*self.objective(u, self.class_embeddings(), labels, clip.logit_scale(self.model)))
+
+    @torch.no_grad()
+    def classifier(self) -> MaPLeClassifier:
+        """The model with the image prompts learnt so far, and the class embeddings."""
+        return MaPLeClassifier(
+            self.model,
+            self.class_names,
+            class_embeddings=self.class_embeddings(),
+            logit_scale=clip.logit_scale(self.model),
+            prompts=self.visual_prompts(),
+        )
+
+
+class MaPLeClassifier(FrozenPredictor):
+    """What `MaPLe` ends in: a fixed head, on an image tower with prompts."""
+
+    tensors = ("class_embeddings", "logit_scale", "prompts")
+
+    def _outputs(self, images: Tensor) -> Outputs:
+        with deep_prompts.visual_prompts(self.model, self.prompts):
+            u = clip.encode_images(self.model, images)
+        with torch.autocast(u.device.type, enabled=False):
+            cosines = u @ self.class_embeddings.to(u.dtype).T
+        return Outputs(u, cosines, self.logit_scale.to(u.dtype) * cosines)
+
+    def restrict(self, classes: Sequence[int] | Sequence[str]) -> FrozenPredictor:
+        keep = self._indices(classes)
+        return self._with([self.classes[i] for i in keep], class_embeddings=self.class_embeddings[keep])

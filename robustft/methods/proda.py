@@ -1,0 +1,146 @@
+"""ProDA: prompt distribution learning (Lu et al., CVPR 2022, arXiv 2205.03340).
+
+    w_pc = normalize(g(prompt p of class c))            P of the prompts at a step, with the name at different places
+    m_c  = mean_p w_pc,   d_pc = w_pc - m_c
+    V_iy,c = sum_d u_id^2 1/(P + 1) sum_p (d_pcd - d_pyd)^2        variance of the logit differences z_c - z_y
+    L    = objective(s u m^T + s^2 / 2 V, y) + 0.1 mean_{p != q} |cos(g(prompt p without a name), ...q)|
+
+The first term bounds the expected cross-entropy over a Gaussian of class embeddings whose covariance is diagonal in
+the features (of V the true class's own column is 0). The second keeps the prompts apart. The head is the mean of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustft import clip
+from robustft.methods.base import Classifier, Step, stateless_generator, stateless_seed
+from robustft.methods.frozen import FrozenModel
+from robustft.methods.prompt_learning import ContextTexts, encode_contexts, initial_context, random_context
+from robustft.objective import Objective
+
+POSITIONS = ("front", "middle", "end")  # of the name
+
+
+class ProDA(FrozenModel):
+    """Learns many prompts and, from them, a distribution of the class embeddings.
+
+    The released recipe is 32 prompts of 16 tokens, 4 of them a step, SGD at 1e-3, batches of 4, 100 epochs. As there,
+    the name comes first in a quarter of the prompts, in the middle in another, last in the rest, and the covariance is
+    divided by P + 1. The released code forms that covariance, (D, K, K), and (N, K, K) from it; here it is P products
+    (N, D) by (D, K), and memory N D + N K. Every objective's terms see the logits with the variance in them.
+
+    Args:
+        model, tokenizer, class_names, total_steps, objective: as for `FrozenModel`.
+        templates: what follows the name in the first follows it here too.
+        seed: of the initial prompts and of which ones a step takes; every prompt has its turn once in
+            prompts / prompt_batch steps.
+        context: tokens of each prompt, which start as N(0, 0.02).
+        prompts, prompt_batch: how many there are, and how many of them a step takes; the first is a multiple of the
+            second, which is at least 2.
+        weight: of the term that keeps prompts apart.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Any,
+        class_names: Sequence[str],
+        templates: Sequence[Any],
+        total_steps: int | None = None,
+        seed: int = 0,
+        context: int = 16,
+        prompts: int = 32,
+        prompt_batch: int = 4,
+        weight: float = 0.1,
+        objective: Objective = Objective(),
+    ) -> None:
+        if not (isinstance(context, int) and context >= 1):
+            raise ValueError(f"context must be a number of tokens, at least 1, got {context!r}")
+        if prompt_batch < 2 or prompts < prompt_batch or prompts % prompt_batch:
+            raise ValueError(
+                f"prompts must be a multiple of prompt_batch, which is at least 2, got {prompts} and {prompt_batch}"
+            )
+        if not 0.0 <= weight < float("inf"):
+            raise ValueError(f"weight must be finite and not negative, got {weight}")
+        super().__init__(
+            model,
+            tokenizer=tokenizer,
+            class_names=class_names,
+            templates=templates,
+            total_steps=total_steps,
+            seed=seed,
+            objective=objective,
+        )
+        one = initial_context(self.model, tokenizer, 1, seed)
+        shape = (prompts, context, one.shape[1])
+        self.contexts = nn.Parameter(random_context(shape, seed, one.dtype, one.device))
+        layouts = [ContextTexts(tokenizer, class_names, templates[0], context, place) for place in POSITIONS]
+        self.register_buffer("tokens", torch.stack([layout.tokens for layout in layouts]).to(one.device), False)
+        self.register_buffer("positions", torch.stack([layout.positions for layout in layouts]).to(one.device), False)
+        self.nameless = ContextTexts(tokenizer, class_names, templates[0], context, nameless=True).to(one.device)
+        quarter = prompts // 4
+        order = torch.tensor([0] * quarter + [1] * quarter + [2] * (prompts - 2 * quarter), device=one.device)
+        self.register_buffer("order", order, persistent=False)  # of each prompt, its place in POSITIONS
+        self.prompt_batch, self.weight = prompt_batch, weight
+        self.config |= {
+            "context": context,
+            "prompts": prompts,
+            "prompt_batch": prompt_batch,
+            "weight": weight,
+            "captions": stateless_seed(0, self.tokens.tolist()),
+        }
+
+    def chosen(self) -> Tensor:
+        """The prompts (P,) of the current step: the next ones of a permutation, and of a new one after its end."""
+        turn, place = divmod(int(self.steps), len(self.contexts) // self.prompt_batch)
+        order = torch.randperm(len(self.contexts), generator=stateless_generator(self.seed, "prompts", turn))
+        return order[place * self.prompt_batch :][: self.prompt_batch].to(self.contexts.device)
+
+    def prompt_embeddings(self, prompts: Tensor) -> Tensor:
+        """w (P, K, D), unit rows, of some prompts (P,); the gradient reaches the contexts."""
+        tokens, positions = (table[self.order[prompts]].flatten(0, 1) for table in (self.tokens, self.positions))
+        k = self.tokens.shape[1]
+        contexts = self.contexts[prompts][:, None].expand(-1, k, -1, -1).flatten(0, 1)
+        return encode_contexts(self.model, tokens, positions, contexts).unflatten(0, (-1, k))
+
+    def step(self, batch: Any) -> Step:
+        images, labels = self.labelled(batch)
+        prompts = self.chosen()
+        u, w = self.image_features(images), self.prompt_embeddings(prompts)
+        s = clip.logit_scale(self.model)
+        with torch.autocast(u.device.type, enabled=False):
+            mean = w.mean(0)
+            logits = s * (u @ mean.to(u.dtype).T) + s.square() / 2 * difference_variance(u, w - mean, labels)
+        loss, terms = self.objective.of_logits(logits, labels)
+        nameless = self.nameless(self.model, self.contexts[prompts], torch.zeros_like(prompts))
+        rows, columns = torch.triu_indices(len(prompts), len(prompts), 1, device=u.device)
+        overlap = F.cosine_similarity(nameless[rows], nameless[columns], dim=-1).abs().mean()
+        return Step(loss + self.weight * overlap, {**terms, "overlap": overlap.detach()})
+
+    @torch.no_grad()
+    def classifier(self) -> Classifier:
+        """The frozen image tower and the mean over all prompts, which is not normalised again, as in training."""
+        prompts = torch.arange(len(self.contexts), device=self.contexts.device)
+        sums = [self.prompt_embeddings(part).sum(0) for part in prompts.split(self.prompt_batch)]
+        return Classifier(self.model, torch.stack(sums).sum(0) / len(prompts), self.class_names)
+
+
+def difference_variance(u: Tensor, deviations: Tensor, labels: Tensor) -> Tensor:
+    """V (N, K): variance of the cosine to each class less that to the label's, of unit features u (N, D).
+
+    deviations: (P, K, D) from the mean over prompts; their products are divided by P + 1.
+    """
+    p = len(deviations)
+    d = deviations.transpose(0, 1).flatten(1).to(u.dtype)
+    squares = u.square().repeat(1, p)
+    # F.embedding, because the gradient of d[labels] adds up in no fixed order on several threads.
+    own = F.embedding(labels, d)
+    variances = squares @ d.square().T + (squares * own.square()).sum(1, keepdim=True)
+    return (variances - 2 * (squares * own) @ d.T) / (p + 1)

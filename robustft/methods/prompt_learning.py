@@ -1,0 +1,167 @@
+"""Texts with a learnt context: what every prompt learner shares.
+
+    caption of class c     [opening] [v_1 .. v_n] [name_c] [rest] [closing] [padding]        L tokens
+    w_c = normalize(g(...))  (D,)                                                            v_i (width,), learnt
+
+The context stands before the name ("end": the name is at the end), half of it before and half after ("middle"), or
+after it ("front"), as in CoOp. The rest is what follows the name in a hand-written template: "a photo of a {}." leaves
+the full stop, which is there in the released code. The tokenizer is any that open_clip has: how many tokens it opens
+and closes a text with is found by asking it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from robustft import clip
+from robustft.methods.base import stateless_generator
+from robustft.prompts import Template, Tokenizer, captions, format_template
+
+Position = Literal["end", "middle", "front"]
+
+
+class ContextTexts(nn.Module):
+    """K captions with places for n context tokens, to be encoded with whatever context.
+
+    `tokens` (K, L) holds any word in the places, `positions` (K, n) says where these are. With `nameless` there is one
+    caption, of what follows the name alone. Raises ValueError, naming the class, for a name that leaves fewer than n
+    tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        class_names: Sequence[str],
+        template: Template,
+        length: int,
+        position: Position = "end",
+        *,
+        nameless: bool = False,
+    ) -> None:
+        super().__init__()
+        layout = _layout(tokenizer)
+        texts = _names_and_rests(class_names, template)
+        if nameless:
+            name, whole = texts[0]
+            texts, class_names = [("", whole[len(name) :])], ("the caption without a name",)
+        names, wholes = (tokenizer(list(column)).tolist() for column in zip(*texts, strict=True))
+        rows = [
+            _with_places(layout, whole, len(layout.content(name)), length, position, class_name)
+            for name, whole, class_name in zip(names, wholes, class_names, strict=True)
+        ]
+        tokens, positions = (torch.tensor(column) for column in zip(*rows, strict=True))
+        self.register_buffer("tokens", tokens, persistent=False)
+        self.register_buffer("positions", positions, persistent=False)
+
+    def forward(
+        self, model: nn.Module, context: Tensor, classes: Tensor | None = None, *, chunk_size: int | None = None
+    ) -> Tensor:
+        """Unit text features (M, D) of captions `classes` (M,), by default all K, with context (n, width) or
+        (M, n, width). With `chunk_size` so many are encoded at a time, and again in the backward."""
+        return encode_contexts(model, self.tokens, self.positions, context, classes, chunk_size=chunk_size)
+
+
+def encode_contexts(
+    model: nn.Module,
+    tokens: Tensor,
+    positions: Tensor,
+    context: Tensor,
+    classes: Tensor | None = None,
+    *,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """As `ContextTexts.forward`, of tokens (K, L) and positions (K, n)."""
+    if classes is not None:
+        tokens, positions = tokens[classes], positions[classes]
+    context = context.expand(len(tokens), -1, -1)
+    if chunk_size is None or chunk_size >= len(tokens):
+        return _encode(model, tokens, positions, context)
+    parts = zip(*(part.split(chunk_size) for part in (tokens, positions, context)), strict=True)
+    return torch.cat([checkpoint(_encode, model, *part, use_reentrant=False) for part in parts])
+
+
+def _encode(model: nn.Module, tokens: Tensor, positions: Tensor, context: Tensor) -> Tensor:
+    words = clip.token_embedding(model)(tokens).to(context.dtype)
+    places = positions[..., None].expand(-1, -1, words.shape[-1])
+    return clip.encode_embedded_texts(model, words.scatter(1, places, context), tokens)
+
+
+def initial_context(model: nn.Module, tokenizer: Tokenizer, context: int | str, seed: int) -> Tensor:
+    """(n, width), at least float32: the embeddings of some words, or N(0, 0.02) for a number of tokens."""
+    table = clip.token_embedding(model)
+    dtype = torch.promote_types(table.weight.dtype, torch.float32)
+    if isinstance(context, str):
+        words = _layout(tokenizer).content(tokenizer([context])[0].tolist())
+        if not words:
+            raise ValueError(f"context: expected some words or a number of tokens, got {context!r}")
+        with torch.no_grad():
+            return table(torch.tensor(words, device=table.weight.device)).to(dtype)
+    return random_context((context, table.embedding_dim), seed, dtype, table.weight.device)
+
+
+def random_context(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """N(0, 0.02), a function of the seed. ValueError where a dimension is not at least 1."""
+    if not all(isinstance(size, int) and size >= 1 for size in shape):
+        raise ValueError(f"context: expected some words or at least one token, got {shape[-2]!r}")
+    drawn = torch.randn(shape, generator=stateless_generator(seed, "context"), dtype=torch.float64)
+    return (0.02 * drawn).to(device, dtype)
+
+
+class _Layout(NamedTuple):
+    """How a tokenizer frames a text: numbers of tokens before and after it, the token that fills a row, and a word."""
+
+    opening: int
+    closing: int
+    padding: int
+    word: int
+
+    def spare(self, row: Sequence[int]) -> int:
+        """How many tokens of padding a row ends in."""
+        return next((i for i, token in enumerate(reversed(row)) if token != self.padding), len(row))
+
+    def content(self, row: Sequence[int]) -> list[int]:
+        return list(row[self.opening : len(row) - self.spare(row) - self.closing])
+
+
+def _layout(tokenizer: Tokenizer) -> _Layout:
+    empty, a, b = tokenizer(["", "a", "b"]).tolist()
+    opening = next((i for i, column in enumerate(zip(empty, a, b, strict=True)) if len(set(column)) > 1), len(empty))
+    layout = _Layout(opening, 0, empty[-1], a[opening])
+    return layout._replace(closing=len(layout.content(empty)))
+
+
+def _names_and_rests(class_names: Sequence[str], template: Template) -> list[tuple[str, str]]:
+    captions(class_names, [template])  # refuses what is no list of names, or no template
+    texts = []
+    for name in class_names:
+        caption = format_template(template, name)
+        _, found, rest = caption.rpartition(name)
+        if not found:
+            raise ValueError(f"templates: the first one turns {name!r} into {caption!r}, which does not hold the name")
+        texts.append((name, name + rest))
+    return texts
+
+
+def _with_places(
+    layout: _Layout, row: list[int], name_length: int, length: int, position: Position, class_name: str
+) -> tuple[list[int], list[int]]:
+    """A row of tokens with `length` of them inserted, and where they are."""
+    if position not in ("end", "middle", "front"):
+        raise ValueError(f'position must be "end", "middle" or "front", got {position!r}')
+    spare = layout.spare(row)
+    if length > spare:
+        raise ValueError(
+            f"class_names: {class_name!r} takes {len(row) - spare} of the {len(row)} tokens and leaves {spare}, too "
+            f"few for a context of {length}: shorten the name, or learn a context of at most {spare} tokens"
+        )
+    before = {"end": length, "middle": length // 2, "front": 0}[position]
+    start, after = layout.opening, layout.opening + before + name_length
+    places = [*range(start, start + before), *range(after, after + length - before)]
+    for place in places:
+        row = [*row[:place], layout.word, *row[place:]]  # any word will do: its embedding is replaced
+    return row[: len(row) - length], places

@@ -1,0 +1,173 @@
+"""Fine-tuning for the worst samples or groups instead of the average.
+
+l (N,) losses of a batch, g (N,) their groups in [0, G), R_g the mean loss of group g
+
+WorstGroup    max_g R_g
+GroupDRO      sum_g q_g R_g,   q_g <- q_g exp(eta R_g), normalised, at every step       (arXiv 1911.08731)
+CVaR          mean of the worst fraction alpha of the losses, whatever their groups     (arXiv 2010.05893)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustft import clip
+from robustft.functional import classification_loss, cvar, group_dro, group_risk
+from robustft.methods.base import Step
+from robustft.methods.batch import column
+from robustft.methods.fine_tune import FineTune
+
+
+class Risk(nn.Module):
+    """What per-sample losses (N,) become, a 0-d tensor; its state, if any, moves in `after_step`.
+
+    `settings` are what a resumed run must find the same; `grouped` says whether `forward` needs groups (N,).
+    """
+
+    grouped = True
+    settings: dict[str, Any]
+
+    def forward(self, losses: Tensor, groups: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Called after every optimiser step."""
+
+
+class WorstGroup(Risk):
+    """The largest mean loss of a group in the batch; only that group gets a gradient.
+
+    Groups that the batch lacks are never the worst, so a batch should hold many samples of each.
+    """
+
+    def __init__(self, num_groups: int) -> None:
+        super().__init__()
+        self.num_groups = _at_least_one(num_groups)
+        self.settings = {"risk": "WorstGroup", "num_groups": num_groups}
+
+    def forward(self, losses: Tensor, groups: Tensor | None) -> Tensor:
+        return group_risk(losses, groups, self.num_groups).worst
+
+
+class GroupDRO(Risk):
+    """Group distributionally robust optimisation (Sagawa et al. 2020, arXiv 1911.08731, algorithm 1).
+
+    The weights `weights` (G,) start equal, follow the batch's losses before they weigh them, and are kept by
+    `after_step`: they are state, and resumed with the run. A group that a batch lacks counts as of risk 0, as in the
+    authors' code. The paper draws all groups equally often, and decays weights strongly or stops early: a model that
+    fits its whole training set has no bad group left to learn from.
+
+    Args:
+        num_groups: G. step_size: eta; 0.01 in the paper.
+    """
+
+    def __init__(self, num_groups: int, step_size: float = 0.01) -> None:
+        super().__init__()
+        if not 0.0 <= step_size < float("inf"):
+            raise ValueError(f"step_size must be finite and not negative, got {step_size}")
+        self.step_size = step_size
+        self.settings = {"risk": "GroupDRO", "num_groups": _at_least_one(num_groups), "step_size": step_size}
+        self.register_buffer("weights", torch.full((num_groups,), 1 / num_groups))
+        self.updated: Tensor | None = None
+
+    def forward(self, losses: Tensor, groups: Tensor | None) -> Tensor:
+        out = group_dro(losses, groups, self.weights, self.step_size)
+        self.updated = out.weights
+        return out.loss
+
+    def after_step(self) -> None:
+        """Keeps the weights of the last batch."""
+        if self.updated is not None:
+            self.weights.copy_(self.updated)
+            self.updated = None
+
+
+class CVaR(Risk):
+    """The mean of the worst fraction `alpha` of a batch's losses: the worst case over unknown groups that large.
+
+    alpha = 1 is the mean, a small alpha the largest loss. Source: Levy et al. 2020 (arXiv 2010.05893), section 2; over
+    a batch it is biased towards the mean, less for larger batches.
+    """
+
+    grouped = False
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        if not 0.0 < alpha <= 1.0:
+            raise ValueError(f"alpha must lie in (0, 1], got {alpha}")
+        self.alpha = alpha
+        self.settings = {"risk": "CVaR", "alpha": alpha}
+
+    def forward(self, losses: Tensor, groups: Tensor | None) -> Tensor:
+        return cvar(losses, self.alpha)
+
+
+class WorstCaseFineTune(FineTune):
+    """`FineTune` of a worst-case risk of the batch's cross-entropies instead of their mean.
+
+    A grouped risk needs batches {"image", "label", "group"}; `robustft.fit` makes them from a dictionary of tensors, or
+    from a data set with `groups`.
+
+    Args:
+        model, tokenizer, class_names, templates, total_steps, seed: as for `FineTune`.
+        risk: `GroupDRO`, `WorstGroup`, `CVaR` or a `Risk` of your own; copied, its state is part of `state_dict()`.
+        label_smoothing: e mixes the targets as (1 - e) one-hot + e / K.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Any,
+        class_names: Sequence[str],
+        templates: Sequence[Any],
+        risk: Risk,
+        total_steps: int | None = None,
+        seed: int = 0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        if not isinstance(risk, Risk):
+            raise TypeError(f"risk must be a Risk, such as GroupDRO(num_groups), got {type(risk).__name__}")
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        super().__init__(
+            model,
+            tokenizer=tokenizer,
+            class_names=class_names,
+            templates=templates,
+            total_steps=total_steps,
+            seed=seed,
+        )
+        self.risk = copy.deepcopy(risk).to(self.head.device)
+        self.label_smoothing = label_smoothing
+        self.config |= {"label_smoothing": label_smoothing, "risk": risk.settings}
+
+    def step(self, batch: Any) -> Step:
+        images, labels, _ = self.checked(batch)
+        if labels is None:
+            raise ValueError("WorstCaseFineTune needs labels in the batch, which has texts only")
+        groups = column(batch, "group", images)
+        if self.risk.grouped and groups is None:
+            raise ValueError(f'{type(self.risk).__name__} needs batches with "group", (N,) integers')
+        features = clip.encode_images(self.model, images)
+        losses = classification_loss(
+            features, self.head, labels, 1.0, label_smoothing=self.label_smoothing, reduction="none"
+        ).cross_entropy
+        risk = self.risk(losses, groups)
+        return Step(risk, {"risk": risk.detach(), "cross_entropy": losses.detach().mean()})
+
+    def after_step(self) -> None:
+        """Counts the step, and moves the risk's state."""
+        super().after_step()
+        self.risk.after_step()
+
+
+def _at_least_one(num_groups: int) -> int:
+    if num_groups < 1:
+        raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+    return num_groups

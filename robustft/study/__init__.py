@@ -1,0 +1,120 @@
+"""The study: every method on GlyphWorld, and for each paper whether its findings appear there.
+
+    seeds 0, 1, 2  ->  a section's tables and curves, results/<section>-<seed>.json  ->  verdicts  ->  study.{html,md}
+
+`robustft study` runs it. A section is one module here: what it measures in one seed's `World`, and the claims that the
+tables may or may not show. What a killed run has finished is kept, down to single epochs of a training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from robustft.features import write_file
+from robustft.study import carot, cmp, compositions, detection, drm, vrf
+from robustft.study.findings import Measured
+from robustft.study.page import Answer, markdown, page, summary
+from robustft.study.world import World
+
+SECTIONS = {module.SECTION.name: module.SECTION for module in (carot, vrf, drm, cmp, detection, compositions)}
+SEEDS = (0, 1, 2)
+
+
+def study(
+    output: str | os.PathLike[str] = "runs/study",
+    *,
+    seeds: Sequence[int] = SEEDS,
+    sections: Sequence[str] = tuple(SECTIONS),
+    quick: bool = False,
+    resume: bool = False,
+    log: Callable[[str], None] = print,
+) -> list[Answer]:
+    """Runs the sections on the seeds and writes study.html, study.md, results.json and figures/ into `output`.
+
+    Args:
+        output: folder for everything; it must not hold another study, unless `resume`.
+        seeds: of the fine-tuning.
+        sections: some of `SECTIONS`.
+        quick: fewer epochs and test images: minutes, for a look.
+        resume: go on with the study in `output`, under the same configuration.
+        log: receives one line of text at a time.
+
+    Raises: ValueError for unknown sections or no seed, FileExistsError for a folder that holds something else, OSError
+    for one that cannot be written.
+    """
+    from robustft.quickstart import open_folder
+
+    unknown = [name for name in sections if name not in SECTIONS]
+    if unknown or not sections:
+        raise ValueError(f"sections are {list(sections)}; expected some of {', '.join(SECTIONS)}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {list(seeds)}; expected distinct ones, at least one")
+    folder = Path(output)
+    open_folder(folder, {"quick": quick, "seeds": list(seeds), "sections": list(sections)}, resume)
+    started = time.monotonic()
+    measured = {(name, seed): _measured(folder, name, seed) for seed in seeds for name in sections}
+    for seed in seeds:
+        world = World(folder / f"seed-{seed}", seed, quick=quick, log=log)
+        for name in sections:
+            if measured[name, seed] is None:
+                log(f"seed {seed}: {SECTIONS[name].title}")
+                measured[name, seed] = SECTIONS[name].measure(world)
+                _keep(folder, name, seed, measured[name, seed])
+        shutil.rmtree(world.folder, ignore_errors=True)  # every section of the seed is on disk
+    answers = [Answer(SECTIONS[name], [measured[name, seed] for seed in seeds]) for name in sections]
+    _write(folder, answers, _command(quick, seeds, sections))
+    log(summary(answers))
+    log(f"\nstudy: {folder / 'study.html'}   ({time.monotonic() - started:.0f} s)")
+    return answers
+
+
+def _path(folder: Path, name: str, seed: int) -> Path:
+    return folder / "results" / f"{name}-{seed}.json"
+
+
+def _measured(folder: Path, name: str, seed: int) -> Measured | None:
+    path = _path(folder, name, seed)
+    return Measured(**json.loads(path.read_text())) if path.exists() else None
+
+
+def _keep(folder: Path, name: str, seed: int, measured: Measured) -> None:
+    text = json.dumps(measured._asdict(), indent=1, allow_nan=False)
+    write_file(_path(folder, name, seed), text.encode())
+
+
+def _write(folder: Path, answers: Sequence[Answer], command: str) -> None:
+    import torch
+
+    machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    text, images = page(answers, command, machine)
+    for name, png in images.items():
+        write_file(folder / "figures" / f"{name}.png", png)
+    numbers = {
+        "command": command,
+        "machine": machine,
+        "sections": {
+            answer.section.name: {
+                "seeds": [m._asdict() for m in answer.seeds],
+                "claims": [
+                    {"claim": f.claim.text, "verdict": f.verdict, "margins": f.margins} for f in answer.findings
+                ],
+            }
+            for answer in answers
+        },
+    }
+    write_file(folder / "results.json", (json.dumps(numbers, indent=1) + "\n").encode())
+    write_file(folder / "study.md", markdown(answers, command, machine).encode())
+    write_file(folder / "study.html", text.encode())
+
+
+def _command(quick: bool, seeds: Sequence[int], sections: Sequence[str]) -> str:
+    parts = ["robustft study"]
+    parts += ["--quick"] if quick else []
+    parts += [f"--seeds {' '.join(map(str, seeds))}"] if tuple(seeds) != SEEDS else []
+    parts += [f"--sections {' '.join(sections)}"] if tuple(sections) != tuple(SECTIONS) else []
+    return " ".join(parts)

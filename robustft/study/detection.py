@@ -1,0 +1,116 @@
+"""OOD detection after fine-tuning (arXiv 2306.06048): scores of every model, against near and far unknowns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from robustft.detection import ood_metrics
+from robustft.detector import Detector
+from robustft.methods import Classifier, Predictor, WiSEFT
+from robustft.study.findings import Claim, Measured, Section, Table, falls, higher
+from robustft.study.world import World
+
+NEAR, FAR = "letters", "textures"
+SCORES: dict[str, tuple[str, dict[str, Any]]] = {
+    "MCM": ("mcm", {}),
+    "max cosine": ("max_cosine", {}),
+    "MSP": ("msp", {}),
+    "energy": ("energy", {}),
+    "entropy": ("entropy", {}),
+    "variance": ("variance", {}),
+    "Mahalanobis": ("mahalanobis", {}),
+    "k-NN": ("knn", {}),
+    "L-MCM": ("l_mcm", {}),
+    "GL-MCM": ("gl_mcm", {}),
+}
+OF_PATCHES = ("L-MCM", "GL-MCM")
+
+
+def measure(world: World) -> Measured:
+    predictors: dict[str, Predictor] = {"zero-shot": world.zero_shot}
+    predictors |= {name: world.classifier(name) for name in ("FT", "FLYP", "CaRot")}
+    wise = WiSEFT(world.zero_shot, predictors["CaRot"]).fit(world.data.validation)
+    predictors["WiSE CaRot"] = wise.classifier()
+    tables: dict[str, dict[str, dict[str, float]]] = {title(known): {} for known in (NEAR, FAR)}
+    for name, predictor in predictors.items():
+        rows = separation(world, predictor)
+        for known in (NEAR, FAR):
+            tables[title(known)][name] = {score: row[known] for score, row in rows.items()}
+    return Measured(tables, {})
+
+
+def title(known: str) -> str:
+    return f"AUROC against {known}"
+
+
+def separation(world: World, predictor: Predictor) -> dict[str, dict[str, float]]:
+    """AUROC in % of every score, against each set of unknowns."""
+    suite, training = world.suite(predictor), world.training(predictor)
+    rows = {}
+    for name, (score, options) in SCORES.items():
+        detector = Detector(score, **options)
+        if name in OF_PATCHES:
+            if not isinstance(predictor, Classifier):
+                continue
+            detector.fit(predictor, world.data.validation)
+            sets = {"id": world.data.test.id[0], **{known: pair[0] for known, pair in world.data.test.ood.items()}}
+            scores = {key: detector.scores(predictor, images) for key, images in sets.items()}
+        else:
+            detector.fit(training, validation=world.validation(predictor))
+            scores = {key: detector.scores(p) for key, p in {"id": suite.id, **suite.ood}.items()}
+        rows[name] = {known: 100 * ood_metrics(scores["id"], scores[known]).auroc for known in suite.ood}
+    return rows
+
+
+def gains(known: str, score: str, name: str) -> Callable[[Mapping[str, Table]], float]:
+    return higher(title(known), score, name, "zero-shot")
+
+
+SECTION = Section(
+    name="detection",
+    title="OOD detection after fine-tuning",
+    question="Which score separates known from unknown, before and after fine-tuning; and is MCM, by which zero-shot "
+    "models are scored, still the right one afterwards?",
+    measure=measure,
+    claims=(
+        *(
+            Claim(f"Zero-shot, MCM beats {score} against {known}", falls(title(known), "zero-shot", "MCM", score))
+            for known in (NEAR, FAR)
+            for score in ("MSP", "energy")
+        ),
+        *(
+            Claim(f"After {name}, MCM beats {score} against {known}", falls(title(known), name, "MCM", score))
+            for name in ("FT", "CaRot")
+            for known in (NEAR, FAR)
+            for score in ("MSP", "energy")
+        ),
+        *(
+            Claim(
+                f"After FT, MCM is as good as max cosine against {known}",
+                falls(title(known), "FT", "MCM", "max cosine"),
+            )
+            for known in (NEAR, FAR)
+        ),
+        *(
+            Claim(
+                f"GL-MCM beats MCM for the zero-shot model against {known}",
+                falls(title(known), "zero-shot", "GL-MCM", "MCM"),
+            )
+            for known in (NEAR, FAR)
+        ),
+        *(
+            Claim(
+                f"By MCM, {name} separates {known} better than zero-shot",
+                higher(title(known), "MCM", name, "zero-shot"),
+            )
+            for name in ("FT", "CaRot")
+            for known in (NEAR, FAR)
+        ),
+    ),
+    notes={
+        title(NEAR): "Letters in the style of the digits: near.",
+        title(FAR): "Textures without any character: far. Mahalanobis and k-NN learn the training features; L-MCM and "
+        "GL-MCM look at the patches of one model with one head.",
+    },
+)

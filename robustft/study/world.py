@@ -1,0 +1,154 @@
+"""One seed's world: GlyphWorld's sets, the zero-shot model, and what has been trained on them.
+
+Runs are kept in `folder`, each under a name that says what it depends on, so that a killed study goes on where it was
+and sections that ask for the same run share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from robustft import methods
+from robustft.data import glyphworld
+from robustft.evaluate import Predictions, Suite, evaluate_predictions, predict
+from robustft.features import image_statistics
+from robustft.quickstart import QUICK_EPOCHS, RECIPES, Data, Recipe, predict_suite
+from robustft.train import fit, holds_run, steps_per_epoch
+
+Tensors = tuple[Tensor, Tensor]
+
+
+class World:
+    """GlyphWorld for one fine-tuning seed.
+
+    `quick` trains fewer epochs and looks at 200 images of each test set. Whatever is trained or predicted is computed
+    once.
+    """
+
+    def __init__(self, folder: Path, seed: int, *, quick: bool = False, log: Callable[[str], None] = print) -> None:
+        self.folder, self.seed, self.quick, self.log = folder, seed, quick, log
+        self.bundle = glyphworld.load_clip()
+        self.limit = 200 if quick else None
+        self._methods: dict[str, methods.Method] = {}
+        self._suites: dict[int, tuple[Any, Suite[Predictions]]] = {}
+
+    @cached_property
+    def data(self) -> Data:
+        return Data.load(self.bundle.model, limit=self.limit)
+
+    @cached_property
+    def prompts(self) -> dict[str, Any]:
+        """What every method is given: the tokenizer, class names and templates."""
+        return {
+            "tokenizer": self.bundle.tokenizer,
+            "class_names": glyphworld.CLASS_NAMES,
+            "templates": glyphworld.TEMPLATES,
+        }
+
+    @cached_property
+    def zero_shot(self) -> methods.Classifier:
+        return methods.zero_shot_classifier(self.bundle.model, **self.prompts)
+
+    def tensors(self, dataset: Any, limit: int | None = None) -> Tensors:
+        images, labels = dataset.tensors(*image_statistics(self.bundle.model))
+        return images[:limit], labels[:limit]
+
+    def train(self, recipe: Recipe, data: Any = None, *, what: str = "digits", **arguments: Any) -> methods.Method:
+        """The recipe's method trained on `data` (the digits, or what `what` names).
+
+        `arguments` go to the method beside the recipe's options; `what` must name all of theirs that matter.
+        """
+        data = self.data.train if data is None else data
+        if self.quick:
+            recipe = replace(recipe, epochs=min(recipe.epochs, QUICK_EPOCHS))
+        text = json.dumps([asdict(recipe), what, self.seed, self.quick], sort_keys=True, default=str)
+        key = f"{recipe.method}-{what}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        if key not in self._methods:
+            steps = recipe.epochs * steps_per_epoch(_count(data), recipe.batch_size)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # ablations ask for teachers that the method warns about
+                method = getattr(methods, recipe.method)(
+                    self.bundle.model,
+                    **self.prompts,
+                    total_steps=steps,
+                    seed=self.seed,
+                    **_built(recipe.options),
+                    **arguments,
+                )
+            output = self.folder / "runs" / key
+            history = fit(
+                method,
+                data,
+                epochs=recipe.epochs,
+                batch_size=recipe.batch_size,
+                lr=recipe.lr,
+                weight_decay=recipe.weight_decay,
+                warmup=recipe.warmup,
+                seed=self.seed,
+                output=output,
+                resume=holds_run(output),
+                progress=False,
+            )
+            self.log(f"  seed {self.seed}: {key.rsplit('-', 1)[0]}, {history.steps} steps, {history.seconds:.1f} s")
+            self._methods[key] = method
+        return self._methods[key]
+
+    def classifier(self, name: str) -> methods.Predictor:
+        """The quickstart's FT, FLYP or CaRot."""
+        return self.train(RECIPES[name]).classifier()
+
+    def suite(self, predictor: Any) -> Suite[Predictions]:
+        """A predictor's predictions on all test sets."""
+        if id(predictor) not in self._suites:  # kept beside its result: an id is only unique while its owner lives
+            self._suites[id(predictor)] = predictor, predict_suite(predictor, self.data.test)
+        return self._suites[id(predictor)][1]
+
+    def validation(self, predictor: Any) -> Predictions:
+        return predict(predictor, self.data.validation)
+
+    def training(self, predictor: Any) -> Predictions:
+        return predict(predictor, self.data.train)
+
+
+def _count(data: Any) -> int:
+    match data:
+        case tuple():
+            return len(data[0])
+        case dict():
+            return len(data["image"])
+    return len(data)
+
+
+def _built(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's options, of which JSON holds an objective as a dictionary."""
+    from robustft.objective import Objective
+
+    return {k: Objective(**v) if k == "objective" else v for k, v in options.items()}
+
+
+def columns(suites: Mapping[str, Suite[Predictions]]) -> dict[str, dict[str, float]]:
+    """The usual columns of a table, in %: a row a model."""
+    return {
+        name: {
+            "acc ID": 100 * m.id_accuracy,
+            "acc OOD": 100 * m.ood_accuracy,
+            "ECE ID": 100 * m.id.calibration.ece,
+            "ECE OOD": 100 * m.ood_ece,
+            "AUROC": 100 * m.auroc,
+        }
+        for name, m in evaluate_predictions(suites).models.items()
+    }
+
+
+def accuracy(p: Predictions) -> float:
+    """In %."""
+    return 100 * (p.logits.argmax(1) == p.labels).double().mean().item()

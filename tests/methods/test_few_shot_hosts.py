@@ -1,0 +1,175 @@
+"""What holds for every prompt learner and every adapter that is trained."""
+
+from __future__ import annotations
+
+import copy
+
+import open_clip
+import pytest
+import torch
+
+import robustft
+from robustft.methods import (
+    CLIPAdapter,
+    CoCoOp,
+    CoOp,
+    KgCoOp,
+    LoCoOp,
+    MaPLe,
+    ProDA,
+    TipAdapterF,
+    load_predictor,
+)
+from robustft.objective import Objective
+
+PROMPTED = {
+    CoOp: {"context": 3},
+    KgCoOp: {"context": 3},
+    LoCoOp: {"context": 3, "top_k": 2},
+    CoCoOp: {"context": 3},
+    ProDA: {"context": 3, "prompts": 4, "prompt_batch": 2},
+    MaPLe: {"context": 3},
+}
+HOSTS = [*PROMPTED, CLIPAdapter, TipAdapterF]
+
+
+def made(host, model, prompts, batches, **arguments):
+    prompts = {**prompts, "templates": ("a {}",)}
+    train = {"train": batches[8]} if host is TipAdapterF else {}
+    return host(model, **PROMPTED.get(host, {}), **train, **prompts, **arguments)
+
+
+def gradient(method, batch):
+    """The step's terms and the gradient of all that is trained, as one vector."""
+    method.zero_grad()
+    out = method.step(batch)
+    out.loss.backward()
+    return out, torch.cat([p.grad.flatten() for p in method.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_misalignment_adds_its_own_gradient(clip_model, prompts, batches, host):
+    """That of the term, by central differences along a direction, and none where every label is on top."""
+    plain, penalised = (
+        made(host, clip_model, prompts, batches, objective=Objective(misalignment=weight)) for weight in (0.0, 1.0)
+    )
+    images = batches[0][0]
+    top = plain.classifier().logits(images).argmax(1)
+    (calm, g0), (out, g1) = (gradient(method, (images, (top + 1) % 3)) for method in (plain, penalised))
+    torch.testing.assert_close(out.loss, calm.loss + out.terms["misalignment"])
+    assert out.terms["misalignment"] > 0 and set(out.terms) == {*calm.terms, "misalignment"}
+    direction = torch.randn(g0.shape, generator=torch.Generator().manual_seed(0), dtype=g0.dtype)
+    terms = []
+    for sign in (1, -1):
+        moved, places = copy.deepcopy(penalised), iter(direction)
+        with torch.no_grad():
+            for p in moved.parameters():
+                if p.requires_grad:
+                    p += sign * 1e-6 * torch.stack([next(places) for _ in range(p.numel())]).view_as(p)
+            terms.append(moved.step((images, (top + 1) % 3)).terms["misalignment"])
+    torch.testing.assert_close((g1 - g0) @ direction, (terms[0] - terms[1]) / 2e-6, rtol=1e-5, atol=1e-7)
+    # ProDA's training logits hold a variance, which may put another class on top.
+    if host is not ProDA:
+        (_, g0), (out, g1) = (gradient(method, (images, top)) for method in (plain, penalised))
+        assert out.terms["misalignment"] == 0
+        torch.testing.assert_close(g1, g0)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_never_stopped(clip_model, prompts, batches, tmp_path, host):
+    data = tuple(torch.cat(parts) for parts in zip(*batches[:3], strict=True))
+    recipe = {"epochs": 3, "batch_size": 6, "lr": 0.01, "progress": False}
+
+    def method():
+        return made(host, clip_model, prompts, batches, total_steps=9, objective=Objective(misalignment=1.0))
+
+    whole = method()
+    robustft.fit(whole, data, **recipe)
+    stopped = method()
+    after_step = stopped.after_step
+
+    def stop():
+        after_step()
+        if int(stopped.steps) == 5:
+            raise RuntimeError("power cut")
+
+    stopped.after_step = stop
+    with pytest.raises(RuntimeError, match="power cut"):
+        robustft.fit(stopped, data, output=tmp_path, **recipe)
+    resumed = method()
+    robustft.fit(resumed, data, output=tmp_path, resume=True, **recipe)
+    assert not any(name.startswith("model.") for name in whole.state_dict())
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    images = batches[4][0]
+    assert torch.equal(resumed.classifier().logits(images), whole.classifier().logits(images))
+    with torch.no_grad():
+        clip_model.logit_scale += 0.1
+    with pytest.raises(ValueError, match="under another configuration.*method.model was"):
+        robustft.fit(method(), data, output=tmp_path, resume=True, **recipe)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_training_leaves_the_model_as_it_was_and_learns(clip_model, prompts, batches, host):
+    method = made(host, clip_model, prompts, batches)
+    before = copy.deepcopy(method.model.state_dict())
+    first = method.step(batches[0]).loss.item()
+    robustft.fit(method, batches[0], epochs=30, batch_size=6, lr=0.05, weight_decay=0.0, progress=False)
+    assert method.step(batches[0]).loss.item() < first
+    assert all(torch.equal(value, before[name]) for name, value in method.model.state_dict().items())
+
+
+@pytest.mark.parametrize("host", [host for host in HOSTS if host is not MaPLe])
+def test_running_statistics_of_a_resnet_tower_are_used_and_kept(resnet_model, prompts, resnet_batches, host):
+    method = made(host, resnet_model, prompts, resnet_batches).train()
+    before = copy.deepcopy(method.model.state_dict())
+    images, labels = resnet_batches[0]
+    whole = method.classifier().logits(images)
+    alone = torch.cat([method.classifier().logits(image[None]) for image in images])
+    torch.testing.assert_close(alone, whole)
+    _, g = gradient(method, (images, labels))
+    assert g.isfinite().all() and g.norm() > 0
+    assert all(torch.equal(value, before[name]) for name, value in method.model.state_dict().items())
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_half_precision_models_and_autocast_stay_near_single_precision(clip_model, prompts, batches, host):
+    single = [(images.float(), labels) for images, labels in batches]
+    method = made(host, clip_model.float(), prompts, single)
+    expected = method.step(single[0]).loss
+    assert expected.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        out = method.step(single[0])
+    torch.testing.assert_close(out.loss, expected, rtol=0.1, atol=0.05)
+    halves = [(images.bfloat16(), labels) for images, labels in batches]
+    half = made(host, clip_model.bfloat16(), prompts, halves)
+    half.load_state_dict(method.state_dict())
+    out, g = gradient(half, halves[0])
+    torch.testing.assert_close(out.loss, expected, rtol=0.1, atol=0.05)
+    assert g.dtype == torch.float32 and g.isfinite().all()
+    outputs = half.classifier().outputs(halves[0][0])
+    assert {part.dtype for part in outputs} == {torch.float32}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_saved_classifiers_come_back_with_the_same_predictions(prompts, batches, tmp_path, host):
+    config = {
+        "model_cfg": {
+            "embed_dim": 8,
+            "vision_cfg": {"image_size": 8, "patch_size": 4, "width": 16, "head_width": 8, "layers": 2},
+            "text_cfg": {"context_length": 15, "vocab_size": 30, "width": 8, "heads": 2, "layers": 2},
+        },
+        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+    }
+    torch.manual_seed(3)
+    model = open_clip.CLIP(**config["model_cfg"])
+    single = [(images.float(), labels) for images, labels in batches]
+    method = made(host, model, prompts, single)
+    robustft.fit(method, single[0], epochs=2, batch_size=6, lr=0.05, progress=False)
+    images = single[1][0]
+    classifier = method.classifier()
+    for saved in (classifier, classifier.restrict(["cow", "ant"])):
+        loaded = load_predictor(saved.save(tmp_path / "saved", config))
+        assert type(loaded) is type(saved) and loaded.classes == saved.classes
+        for found, expected in zip(loaded.outputs(images), saved.outputs(images), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loaded.logits(images), classifier.logits(images)[:, [2, 0]])
