@@ -166,7 +166,7 @@ class Detector:
             outputs = predictor.outputs(images)
             return Evidence(outputs.features, outputs.cosines, outputs.logits)
         model, head = getattr(predictor, "model", None), getattr(predictor, "class_embeddings", None)
-        if not isinstance(model, nn.Module) or head is None:
+        if not isinstance(model, nn.Module) or not isinstance(head, Tensor):
             raise ValueError(
                 f"score {self.score!r} reads patches, which a {type(predictor).__name__} has not: use a Classifier, "
                 "one model with one head"
