@@ -57,9 +57,9 @@ class VRF:
     a = 1.5, b = 0.6 belong to features of one model on ImageNet; elsewhere distances have another scale (CIFAR-10:
     0.3 and 0.3). So a and b are searched over a grid that is moved and stretched with the validation distances
     (`vrf_weights.grid`). The released code chooses them, and the temperatures, on the ID test set; here it is held-out
-    ID data, by accuracy. Many pairs tie there, as they do in the paper's table, and the paper does not say which to
-    take; here it is the one with the smallest mean weight of the fine-tuned model: what ID data cannot decide is left
-    to the model that has seen more than ID data. `grid_` has the scores for another choice.
+    ID data, by accuracy. Many pairs tie there, as they do in the paper's table. Of these the one with the smallest mean
+    weight of the fine-tuned model is taken, a rule of ours: what ID data cannot decide is left to the model that has
+    seen more than ID data. `grid_` has the scores for another choice.
 
     Args:
         k: which neighbour; None for the paper's max(1, floor(0.001 M)), "released" for max(1, round(1000 M / N)), of
