@@ -140,7 +140,8 @@ class Detector:
             raise ValueError(f"data is missing: a {type(source).__name__} scores images, so pass it and them")
         for images, labels in _image_batches(source, data, batch_size):
             with torch.no_grad():
-                yield self._read(self._observe(source, images)._replace(labels=labels), source, widths)
+                observed = self._observe(source, images)._replace(labels=labels)
+            yield self._read(observed, source, widths)
 
     def _read(self, evidence: Evidence, source: Any, widths: dict[str, int]) -> Evidence:
         """The fields that the score reads, checked, and the labels."""

@@ -207,3 +207,11 @@ def test_damaged_and_foreign_files_are_refused(classifier, tmp_path):
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="no Detector saved by robustft"):
         Detector.load(path)
+
+
+def test_scoring_leaves_the_gradient_mode_alone_even_when_it_fails(classifier):
+    with pytest.raises(ValueError, match="no negative texts"):
+        Detector("neg_label").fit(classifier, VALIDATION)
+    assert torch.is_grad_enabled()
+    assert not Detector().fit(classifier, VALIDATION).scores(classifier, TEST).requires_grad
+    assert torch.is_grad_enabled()
