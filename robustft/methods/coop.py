@@ -45,6 +45,8 @@ class CoOp(FrozenModel):
     Raises ValueError for a name that leaves too few tokens for the context, and for text towers other than open_clip's.
     """
 
+    takes_features = True
+
     def __init__(
         self,
         model: nn.Module,

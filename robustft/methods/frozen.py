@@ -33,6 +33,10 @@ PREDICTORS: dict[str, type[FrozenPredictor]] = {}
 class FrozenModel(Method):
     """A method whose model (a copy, in evaluation mode) is never changed; it trains parameters of its own.
 
+    Where `takes_features` is true a batch holds images, or their unit features (N, D) in the images' place:
+    `robustft.features.encode` once, then `fit(method, (features.image_features, features.labels), ...)` trains without
+    the image tower, for as long as the images are not augmented.
+
     Args:
         model, tokenizer, class_names, templates, total_steps, seed: as for `Method`.
         objective: what the logits are trained with.
@@ -75,8 +79,8 @@ class FrozenModel(Method):
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
-        """u (N, D), unit rows of the frozen tower."""
-        return clip.encode_images(self.model, images)
+        """u (N, D), unit rows of the frozen tower, or what was given in the images' place if `takes_features`."""
+        return images if images.ndim == 2 else clip.encode_images(self.model, images)
 
     def train(self, mode: bool = True) -> FrozenModel:
         super().train(mode)

@@ -34,6 +34,8 @@ class LoCoOp(CoOp):
         others: as for `CoOp`.
     """
 
+    takes_features = False  # a patch's features are needed too
+
     def __init__(self, model: nn.Module, *, weight: float = 0.25, top_k: int | None = None, **arguments: Any) -> None:
         if not 0.0 <= weight < float("inf"):
             raise ValueError(f"weight must be finite and not negative, got {weight}")

@@ -37,6 +37,8 @@ class MaPLe(CoOp):
         depth: J, how many blocks have prompts of their own; None for three quarters of the shallower tower's.
     """
 
+    takes_features = False  # the image tower has prompts of its own
+
     def __init__(self, model: nn.Module, *, context: int | str = 2, depth: int | None = None, **arguments: Any) -> None:
         for name in ("class_specific", "position", "chunk_size"):
             if name in arguments:

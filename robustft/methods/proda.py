@@ -46,6 +46,8 @@ class ProDA(FrozenModel):
         weight: of the term that keeps prompts apart.
     """
 
+    takes_features = True
+
     def __init__(
         self,
         model: nn.Module,

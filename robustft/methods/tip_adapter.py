@@ -99,6 +99,8 @@ class TipAdapterF(FrozenModel):
         alpha, beta: during training; `select` chooses them anew afterwards.
     """
 
+    takes_features = True
+
     def __init__(
         self,
         model: nn.Module,

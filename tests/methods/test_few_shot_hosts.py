@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import robustft
+from robustft import clip
 from robustft.methods import (
     CLIPAdapter,
     CoCoOp,
@@ -192,3 +193,15 @@ def test_hosts_compose_with_ensembles_and_what_has_no_fixed_head_is_no_part_of_w
     else:
         with pytest.raises(TypeError, match="fine_tuned must be a Classifier.*OutputEnsemble mixes"):
             WiSEFT(zero_shot, classifier)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_unit_features_in_the_images_place_train_alike_where_the_method_takes_them(clip_model, prompts, batches, host):
+    images, labels = batches[0]
+    u = clip.encode_images(clip_model, images).detach()
+    first, second = (made(host, clip_model, prompts, batches) for _ in range(2))
+    if host in (LoCoOp, MaPLe, CLIPAdapter):
+        with pytest.raises(TypeError, match=r"images must be a tensor \(N, C, H, W\)"):
+            second.step((u, labels))
+        return
+    torch.testing.assert_close(gradient(second, (u, labels)), gradient(first, (images, labels)))
