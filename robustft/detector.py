@@ -183,9 +183,11 @@ class Detector:
 def _image_batches(predictor: Any, data: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     device = next((p.device for p in predictor.parameters()), None) if isinstance(predictor, nn.Module) else None
     if isinstance(data, Tensor):
-        yield from ((images.to(device), None) for images in data.split(batch_size))
+        yield from ((images.to(device=device), None) for images in data.split(batch_size))
     else:
-        yield from ((images.to(device), labels) for images, labels in batches(data, predictor, batch_size=batch_size))
+        yield from (
+            (images.to(device=device), labels) for images, labels in batches(data, predictor, batch_size=batch_size)
+        )
 
 
 def _ready(source: Any) -> Evidence:
