@@ -140,7 +140,8 @@ class Detector:
             raise ValueError(f"data is missing: a {type(source).__name__} scores images, so pass it and them")
         for images, labels in _image_batches(source, data, batch_size):
             with torch.no_grad():
-                yield self._read(self._observe(source, images)._replace(labels=labels), source, widths)
+                observed = self._observe(source, images)._replace(labels=labels)
+            yield self._read(observed, source, widths)
 
     def _read(self, evidence: Evidence, source: Any, widths: dict[str, int]) -> Evidence:
         """The fields that the score reads, checked, and the labels."""
@@ -166,7 +167,7 @@ class Detector:
             outputs = predictor.outputs(images)
             return Evidence(outputs.features, outputs.cosines, outputs.logits)
         model, head = getattr(predictor, "model", None), getattr(predictor, "class_embeddings", None)
-        if not isinstance(model, nn.Module) or head is None:
+        if not isinstance(model, nn.Module) or not isinstance(head, Tensor):
             raise ValueError(
                 f"score {self.score!r} reads patches, which a {type(predictor).__name__} has not: use a Classifier, "
                 "one model with one head"
@@ -182,9 +183,11 @@ class Detector:
 def _image_batches(predictor: Any, data: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     device = next((p.device for p in predictor.parameters()), None) if isinstance(predictor, nn.Module) else None
     if isinstance(data, Tensor):
-        yield from ((images.to(device), None) for images in data.split(batch_size))
+        yield from ((images.to(device=device), None) for images in data.split(batch_size))
     else:
-        yield from ((images.to(device), labels) for images, labels in batches(data, predictor, batch_size=batch_size))
+        yield from (
+            (images.to(device=device), labels) for images, labels in batches(data, predictor, batch_size=batch_size)
+        )
 
 
 def _ready(source: Any) -> Evidence:

@@ -50,7 +50,9 @@ def local_features(visual: nn.Module, inputs: Tensor) -> Tensor:
     length = inputs.shape[1 if batch_first else 0]
     itself = torch.full((length, length), -torch.inf, dtype=inputs.dtype, device=inputs.device).fill_diagonal_(0.0)
     tokens = last(inputs, attn_mask=itself)
-    tokens = visual.ln_post(tokens if batch_first else tokens.transpose(0, 1))[:, 1:]
+    # Prompts that a method has appended to the image's tokens are no patches.
+    own = slice(1, len(visual.positional_embedding))
+    tokens = visual.ln_post((tokens if batch_first else tokens.transpose(0, 1))[:, own])
     return tokens if visual.proj is None else tokens @ visual.proj
 
 
@@ -59,7 +61,7 @@ def _last_attention(visual: nn.Module) -> nn.Module:
     if isinstance(getattr(pool, "v_proj", None), nn.Linear):
         return pool
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
-    if blocks is not None and hasattr(visual, "proj") and getattr(visual, "attn_pool", None) is None:
+    if blocks is not None and hasattr(visual, "positional_embedding") and getattr(visual, "attn_pool", None) is None:
         return blocks[-1]
     raise ValueError(
         f"model: the {type(visual).__name__} tower has no patch features in the space of the texts; expected "

@@ -73,6 +73,9 @@ def test_scores_do_not_depend_on_the_source_or_the_batches(name, classifier):
     expected = detector.scores(classifier, TEST)
     assert expected.shape == (17,) and expected.dtype == torch.float64
     torch.testing.assert_close(detector.scores(classifier, TEST[0], batch_size=5), expected)
+    if "patch_cosines" not in detector._score.reads:
+        anything = types.SimpleNamespace(outputs=classifier.outputs)  # a predictor need not be a module
+        torch.testing.assert_close(detector.scores(anything, TEST), expected)
     u, patches = clip.encode_images_and_patches(classifier.model.eval(), TEST[0])
     ready = evidence(u, classifier.class_embeddings, classifier.logit_scale, patch_features=patches)
     torch.testing.assert_close(detector.scores(ready), expected)
@@ -207,3 +210,11 @@ def test_damaged_and_foreign_files_are_refused(classifier, tmp_path):
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="no Detector saved by robustft"):
         Detector.load(path)
+
+
+def test_scoring_leaves_the_gradient_mode_alone_even_when_it_fails(classifier):
+    with pytest.raises(ValueError, match="no negative texts"):
+        Detector("neg_label").fit(classifier, VALIDATION)
+    assert torch.is_grad_enabled()
+    assert not Detector().fit(classifier, VALIDATION).scores(classifier, TEST).requires_grad
+    assert torch.is_grad_enabled()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from robustft import clip
+from robustft import clip, deep_prompts
 
 open_clip = clip.import_open_clip()
 
@@ -95,6 +95,18 @@ def test_patches_do_not_see_other_patches_in_the_last_attention():
     a, b = (clip.encode_patches(model, x) for x in (images, changed))
     assert not torch.allclose(a[:, 0], b[:, 0])
     torch.testing.assert_close(a[:, 1:], b[:, 1:])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_prompts_among_the_tokens_are_no_patches_but_are_seen_before_the_last_attention(layers):
+    torch.manual_seed(0)
+    model = open_clip.CLIP(embed_dim=6, vision_cfg=VIT | {"layers": layers}, text_cfg=TEXT).double().eval()
+    images, prompts = images_for(model), torch.randn(2, 3, 16, dtype=torch.float64)
+    plain = clip.encode_patches(model, images)
+    with deep_prompts.visual_prompts(model, prompts[:layers]):
+        prompted = clip.encode_patches(model, images)
+    assert prompted.shape == plain.shape == (2, 9, 6)
+    assert torch.allclose(prompted, plain) == (layers == 1)
 
 
 @pytest.mark.parametrize("tower", ["vit", "resnet"])

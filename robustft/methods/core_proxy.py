@@ -43,7 +43,7 @@ class CoreProxy:
 
     The paper's training code was never released, and how exactly it normalises affinities is not known: the forms are
     offered by name. The defaults are robustft's own choice, made on GlyphWorld (docs/drm.md): mass that is dropped
-    rather than spread only weighs the images, which changed nothing there, and with half of it on the label no image
+    rather than spread only weighs the images, which changed little there, and with half of it on the label no image
     is taught that it is of another class.
 
     Args:

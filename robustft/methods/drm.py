@@ -27,7 +27,7 @@ from robustft.functional import contrastive_loss, dual_risk
 from robustft.methods.base import Classifier, Step, evaluating
 from robustft.methods.batch import column
 from robustft.methods.core_proxy import CoreProxy, Ranges, core_similarities
-from robustft.methods.dual_classifier import DualClassifier
+from robustft.methods.dual_classifier import DualClassifier, check_beta
 from robustft.methods.flyp import FLYP
 from robustft.prompts import match_descriptions
 
@@ -87,6 +87,7 @@ class DRM(FLYP):
             raise ValueError("worst_case_weight and empirical_weight are both 0: there is nothing to train on")
         if text_chunk < 1:
             raise ValueError(f"text_chunk must be at least 1, got {text_chunk}")
+        check_beta(beta)
         super().__init__(
             model,
             tokenizer=tokenizer,
@@ -127,9 +128,12 @@ class DRM(FLYP):
         """Find the range of similarities of each class, by one pass of the frozen model over the training images.
 
         data, cache, batch_size: as for `core_labels`. The ranges are part of `state_dict()`: a resumed run has them.
+        Without a worst-case risk there is nothing to do.
         """
+        if not self.worst_case_weight:
+            return self
         if self.proxy is None:
-            raise ValueError("there is no proxy to prepare: DRM(proxy=None), or worst_case_weight=0")
+            raise ValueError("DRM(proxy=None) has no proxy to prepare: its batches bring it")
         frozen = self.zero_shot
         cosines, labels = core_similarities(
             frozen.model, data, frozen.class_embeddings, cache=cache, batch_size=batch_size
@@ -167,8 +171,10 @@ class DRM(FLYP):
 
     def _core(self, batch: Any, images: Tensor, labels: Tensor) -> Tensor:
         """q of a batch: (N,), or (N, K)."""
-        given = column(batch, "core", images)
+        given, classes = column(batch, "core", images), len(self.class_names)
         if given is not None:
+            if given.shape[1:] not in ((), (classes,)):
+                raise ValueError(f'batch["core"] must be (N,) or (N, {classes}), got {tuple(given.shape)}')
             return given
         if self.proxy is None:
             raise ValueError('DRM(proxy=None) needs the proxy in every batch, under "core"; core_labels computes it')

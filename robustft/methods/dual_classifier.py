@@ -41,8 +41,7 @@ class DualClassifier(Predictor):
         logit_scale: Tensor | float | None = None,
     ) -> None:
         super().__init__()
-        if not 0.0 <= beta <= 1.0:
-            raise ValueError(f"beta must lie in [0, 1], got {beta}")
+        check_beta(beta)
         if core_embeddings.shape != class_embeddings.shape:
             raise ValueError(
                 f"core_embeddings must be {tuple(class_embeddings.shape)}, as class_embeddings, got "
@@ -109,3 +108,8 @@ class DualClassifier(Predictor):
 
     def _head(self, embeddings: Tensor) -> Classifier:
         return Classifier(self.model, embeddings, self.classes, logit_scale=self.logit_scale)
+
+
+def check_beta(beta: float) -> None:
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta must lie in [0, 1], got {beta}")

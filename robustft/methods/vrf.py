@@ -14,7 +14,6 @@ accuracies falls with d (`VRF.accuracy_ratio`), and errors that are independent 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import warnings
@@ -26,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from robustft.features import write_file
+from robustft.files import load_fitted, save_fitted
 from robustft.methods.base import Outputs, Predictor
 from robustft.methods.output_ensemble import (
     PairPredictor,
@@ -42,7 +41,6 @@ from robustft.methods.wise_ft import check_alpha
 from robustft.neighbors import NeighborIndex
 
 FEW_FAILURES = 20  # below it a distance to V says more about single samples than about a region
-_KEY = "robustft.VRF"  # of the one metadata entry: safetensors orders several as it likes
 
 
 class VRF:
@@ -59,9 +57,9 @@ class VRF:
     a = 1.5, b = 0.6 belong to features of one model on ImageNet; elsewhere distances have another scale (CIFAR-10:
     0.3 and 0.3). So a and b are searched over a grid that is moved and stretched with the validation distances
     (`vrf_weights.grid`). The released code chooses them, and the temperatures, on the ID test set; here it is held-out
-    ID data, by accuracy. Many pairs tie there, as they do in the paper's table, and the paper does not say which to
-    take; here it is the one with the smallest mean weight of the fine-tuned model: what ID data cannot decide is left
-    to the model that has seen more than ID data. `grid_` has the scores for another choice.
+    ID data, by accuracy. Many pairs tie there, as they do in the paper's table. Of these the one with the smallest mean
+    weight of the fine-tuned model is taken, a rule of ours: what ID data cannot decide is left to the model that has
+    seen more than ID data. `grid_` has the scores for another choice.
 
     Args:
         k: which neighbour; None for the paper's max(1, floor(0.001 M)), "released" for max(1, round(1000 M / N)), of
@@ -194,10 +192,8 @@ class VRF:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes what `fit` learnt as one safetensors file, whole or not at all; not the two classifiers."""
-        from safetensors.torch import save
-
         self._check_fitted()
-        learnt = {
+        settings = {
             "k": self.k_,
             "a": self.a_,
             "b": self.b_,
@@ -207,32 +203,23 @@ class VRF:
             "grid": self.grid_,
         }
         tensors = {"failure_set": self.failure_set_, "validation_distances": self.validation_distances_}
-        content = save({name: x.cpu().contiguous() for name, x in tensors.items()}, {_KEY: json.dumps(learnt)})
-        write_file(Path(path), content)
+        save_fitted(Path(path), "VRF", settings, tensors)
         return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> VRF:
         """What `save` wrote, on the CPU. FileNotFoundError where there is no file, ValueError for any other one."""
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such file; VRF.save writes one")
-        try:
-            with safe_open(path, "pt") as file:
-                learnt = json.loads((file.metadata() or {})[_KEY])
-                vrf = cls(
-                    learnt["k"],
-                    temperatures=tuple(learnt["temperatures"]),
-                    weighting=learnt["weighting"],
-                    reference=learnt["reference"],
-                )
-                vrf.failure_set_ = file.get_tensor("failure_set")
-                vrf.validation_distances_ = file.get_tensor("validation_distances")
-            vrf.k_, vrf.a_, vrf.b_, vrf.temperatures_ = learnt["k"], learnt["a"], learnt["b"], vrf.temperatures
-            vrf.grid_ = tuple(GridPoint(*point) for point in learnt["grid"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: truncated, or no file of VRF.save: {error!r:.200}") from error
+        settings, tensors = load_fitted(Path(path), "VRF")
+        vrf = cls(
+            settings["k"],
+            temperatures=tuple(settings["temperatures"]),
+            weighting=settings["weighting"],
+            reference=settings["reference"],
+        )
+        vrf.failure_set_ = tensors["failure_set"]
+        vrf.validation_distances_ = tensors["validation_distances"]
+        vrf.k_, vrf.a_, vrf.b_, vrf.temperatures_ = settings["k"], settings["a"], settings["b"], vrf.temperatures
+        vrf.grid_ = tuple(GridPoint(*point) for point in settings["grid"])
         return vrf
 
     def _check_fitted(self) -> None:

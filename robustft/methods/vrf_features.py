@@ -34,8 +34,8 @@ class VRFFeatures:
     same data in the same order: `VRFFeatures(ft.image_features, zs.logits, ft.logits, ft.labels)`. For a linear probe
     both logits come from the same features.
 
-    ValueError or TypeError for shapes that do not match, one class only, features that have no unit norm, and
-    labels out of range.
+    ValueError or TypeError for shapes that do not match, one class only, logits that are not finite, features that
+    have no unit norm, and labels out of range.
     """
 
     features: Tensor
@@ -52,6 +52,8 @@ class VRFFeatures:
             raise ValueError(f"with one class every probability is 1; expected at least 2 classes, got {shapes}")
         if not (u.is_floating_point() and zs.is_floating_point() and ft.is_floating_point()):
             raise TypeError(f"features and logits must be floating point, got {u.dtype}, {zs.dtype} and {ft.dtype}")
+        if not (bool(zs.isfinite().all()) and bool(ft.isfinite().all())):
+            raise ValueError("zero_shot_logits and fine_tuned_logits must be finite, but hold NaN or infinity")
         norms = torch.linalg.vector_norm(u, dim=1, dtype=torch.promote_types(u.dtype, torch.float32))
         if len(u) and not bool(((norms - 1.0).abs() <= _NORM_TOLERANCE).all()):
             raise ValueError(

@@ -190,7 +190,7 @@ def test_soft_labels_of_the_classes_present_are_dropped_elsewhere_not_renormalis
 
 def test_without_a_worst_case_it_is_flyp_and_without_an_empirical_risk_cross_entropy(clip_model, described, batches):
     flyp = {key: value for key, value in described.items() if key != "descriptions"}
-    methods = DRM(clip_model, worst_case_weight=0.0, **described), FLYP(clip_model, **flyp)
+    methods = DRM(clip_model, worst_case_weight=0.0, **described).prepare(batches[0]), FLYP(clip_model, **flyp)
     outs = [method.step(batches[0]) for method in methods]
     assert torch.equal(outs[0].loss, outs[1].loss) and outs[0].terms.keys() == {"contrastive"}
     assert methods[0].state_dict().keys() == methods[1].state_dict().keys(), "no frozen model is kept"
@@ -326,6 +326,7 @@ def test_descriptions_are_matched_by_name_or_refused(clip_model, described, tmp_
         ({"worst_case_weight": -1.0}, "worst_case_weight must be finite and not negative, got -1.0"),
         ({"worst_case_weight": 0.0, "empirical_weight": 0.0}, "nothing to train on"),
         ({"text_chunk": 0}, "text_chunk must be at least 1, got 0"),
+        ({"beta": 1.1}, r"beta must lie in \[0, 1\], got 1.1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(clip_model, described, arguments, message):
@@ -357,6 +358,8 @@ def test_what_the_proxy_needs_is_said(clip_model, described, batches):
         given.prepare(batches[0])
     with pytest.raises(ValueError, match=r'batch\["core"\] must be a tensor with a row for each of the 6 images'):
         given.step({"image": images, "label": labels, "core": torch.rand(5)})
+    with pytest.raises(ValueError, match=r'batch\["core"\] must be \(N,\) or \(N, 3\), got \(6, 4\)'):
+        given.step({"image": images, "label": labels, "core": torch.rand(6, 4)})
     with pytest.raises(ValueError, match="DRM needs labels"):
         given.step({"image": images, "text": ["a"] * 6, "core": torch.rand(6)})
     with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\], got 2"):
