@@ -80,9 +80,10 @@ def build(check: Check) -> None:
 
 def tests(check: Check) -> None:
     """The suites with GPU cases. That none was found is a failure too: pytest says so by its status."""
-    suites = ["tests/test_contrastive.py", "tests/test_neighbors.py", "tests/test_risks.py", "tests/ops"]
+    names = ("contrastive", "class_losses", "scores", "risks", "neighbors")
+    suites = [*(f"tests/test_{name}.py" for name in names), "tests/ops"]
     command = [sys.executable, "-m", "pytest", "--maxfail=30", "-k", "cuda", *suites]
-    run = check.run(command, 200)
+    run = check.run(command, 300)
     lines = run.pop("output").splitlines()
     run["failures"] = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     run["summary"] = next((line for line in reversed(lines) if re.search(r"passed|failed|error|no tests", line)), "")

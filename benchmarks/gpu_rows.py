@@ -139,42 +139,80 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: (graph.replay(), result)[1]
 
 
-def classes(n: int, k: int, d: int) -> Candidates:
+def penalties(z: Tensor, y: Tensor) -> Tensor:
+    z_label = z.gather(1, y[:, None])
+    above = z > z_label
+    penalty = torch.where(above.any(1), z.masked_fill(~above, -torch.inf).logsumexp(1) - z_label[:, 0], 0)
+    return penalty.nan_to_num(neginf=0).mean()
+
+
+def eager_classes(x: Tensor, w: Tensor, y: Tensor, s: Tensor) -> Tensor:
+    z = (s.to(x.dtype) * x @ w.T).float()
+    return F.cross_entropy(z, y) + penalties(z, y)
+
+
+def eager_dual_risk(x: Tensor, w: Tensor, v: Tensor, y: Tensor, core: Tensor, s: Tensor) -> Tensor:
+    z, of_core = ((s.to(x.dtype) * x @ heads.T).float() for heads in (w, v))
+    return F.cross_entropy(z, y) - (core * of_core.log_softmax(1)).sum(1).mean()
+
+
+def eager_scores(x: Tensor, w: Tensor, s: float) -> tuple[Tensor, ...]:
+    cosines = (x @ w.T).float()
+    z, p = s * cosines, (s * cosines).softmax(1)
+    top = cosines.max(1)
+    entropy = -torch.special.entr(p).sum(1)
+    return top.values, cosines.softmax(1).amax(1), p.amax(1), z.logsumexp(1) / s, entropy, top.indices
+
+
+def labelled(n: int, k: int, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features, embeddings of their classes, labels and a scale; about as often right as wrong."""
     w = unit(k, d, 1).requires_grad_()
     y = torch.randint(k, (n,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
     x = F.normalize(w.detach().float()[y] + 7 * unit(n, d, 2, torch.float32), dim=1).bfloat16().requires_grad_()
-    s = torch.tensor(50.0, device=DEVICE, requires_grad=True)
+    return x, w, y, torch.tensor(50.0, device=DEVICE, requires_grad=True)
 
-    def eager() -> Tensor:
-        z = (s.to(x.dtype) * x @ w.T).float()
-        z_label = z.gather(1, y[:, None])
-        above = z > z_label
-        penalty = torch.where(above.any(1), z.masked_fill(~above, -torch.inf).logsumexp(1) - z_label[:, 0], 0)
-        return F.cross_entropy(z, y) + penalty.nan_to_num(neginf=0).mean()
 
+def classes(n: int, k: int, d: int, memory: str | int = "auto") -> Candidates:
+    x, w, y, s = labelled(n, k, d)
+    compiled = torch.compile(eager_classes, dynamic=False)
     return {
-        "robustft": backward(lambda: sum(rf.classification_loss(x, w, y, s)), x, w, s),
-        "eager": backward(eager, x, w, s),
+        "robustft": backward(lambda: sum(rf.classification_loss(x, w, y, s, memory=memory)), x, w, s),
+        "eager": backward(lambda: eager_classes(x, w, y, s), x, w, s),
+        "torch.compile": backward(lambda: compiled(x, w, y, s), x, w, s),
+    }
+
+
+def dual_risk(n: int, k: int, d: int) -> Candidates:
+    x, w, y, s = labelled(n, k, d)
+    v = unit(k, d, 3).requires_grad_()
+    core = (9 * unit(n, k, 4, torch.float32)).softmax(1)
+    compiled = torch.compile(eager_dual_risk, dynamic=False)
+    return {
+        "robustft": backward(lambda: sum(rf.dual_risk(x, w, v, y, core, s)), x, w, v, s),
+        "eager": backward(lambda: eager_dual_risk(x, w, v, y, core, s), x, w, v, s),
+        "torch.compile": backward(lambda: compiled(x, w, v, y, core, s), x, w, v, s),
+    }
+
+
+def misalignment(n: int, k: int) -> Candidates:
+    z = (50 * unit(n, k, 1, torch.float32)).requires_grad_()
+    y = torch.randint(k, (n,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+    compiled = torch.compile(penalties, dynamic=False)
+    return {
+        "robustft": backward(lambda: rf.misalignment_penalty(z, y), z),
+        "eager": backward(lambda: penalties(z, y), z),
+        "torch.compile": backward(lambda: compiled(z, y), z),
     }
 
 
 def scores(n: int, k: int, d: int) -> Candidates:
     x, w = unit(n, d, 1), unit(k, d, 2)
-
-    def eager() -> tuple[Tensor, ...]:
-        cosines = (x @ w.T).float()
-        z, p = 50 * cosines, (50 * cosines).softmax(1)
-        top = cosines.max(1)
-        return (
-            top.values,
-            cosines.softmax(1).amax(1),
-            p.amax(1),
-            z.logsumexp(1) / 50,
-            -torch.special.entr(p).sum(1),
-            top.indices,
-        )
-
-    return {"robustft": lambda: rf.concept_scores(x, w, logit_scale=50.0), "eager": eager}
+    compiled = torch.compile(eager_scores, dynamic=False)
+    return {
+        "robustft": lambda: rf.concept_scores(x, w, logit_scale=50.0),
+        "eager": lambda: eager_scores(x, w, 50.0),
+        "torch.compile": lambda: compiled(x, w, 50.0),
+    }
 
 
 def neighbors(q: int, n: int, d: int, k: int) -> Candidates:
@@ -265,6 +303,10 @@ ROWS: dict[str, tuple[Callable[[], Candidates], Bar, float]] = {
     "contrastive-bf16-2048": (lambda: contrastive(2048, 512, BF16), Bar(), 6.0 * 2048**2 * 512),
     "contrastive-bf16-512": (lambda: contrastive(512, 512, BF16), Bar(), 6.0 * 512**2 * 512),
     "classes-bf16-4096": (lambda: classes(4096, 1000, 512), Bar(), 6.0 * 4096 * 1000 * 512),
+    "classes-bf16-512": (lambda: classes(512, 1000, 512), Bar(), 6.0 * 512 * 1000 * 512),
+    "classes-panel-65536": (lambda: classes(65536, 1000, 512, 0), Bar(), 8.0 * 65536 * 1000 * 512),
+    "dual-risk-bf16-4096": (lambda: dual_risk(4096, 1000, 512), Bar(), 12.0 * 4096 * 1000 * 512),
+    "misalignment-fp32-4096": (lambda: misalignment(4096, 1000), Bar(), 0.0),
     "scores-bf16-65536": (lambda: scores(65536, 1000, 512), Bar(), 2.0 * 65536 * 1000 * 512),
 }
 
@@ -367,8 +409,10 @@ def small() -> None:
             candidates["robustft"]()
         x, t = pairs(333, 37, dtype)
         sum(rf.contrastive_distillation_loss(x, t, 20.0, x.detach(), t.detach(), 10.0)).backward()
-    classes(333, 47, 40)["robustft"]()
-    scores(333, 47, 40)["robustft"]()
+    for memory in ("auto", 0):
+        classes(2333, 147, 40, memory)["robustft"]()
+    for candidates in (dual_risk(333, 47, 40), misalignment(333, 47), scores(333, 47, 40)):
+        candidates["robustft"]()
     queries, points = unit(77, 40, 1, torch.float32), unit(3001, 40, 2, torch.float32)
     rf.kth_neighbor_distance(queries, points, 30)
     losses = torch.rand(1000, device=DEVICE, requires_grad=True)

@@ -228,12 +228,15 @@ def classification_loss(
         logit_scale: multiplied out. bias: (K,), added after the scale.
         variant: of the penalty. top1: H is the highest class only.
         label_smoothing: of the cross-entropy, over K. weight, reduction: as in `contrastive_loss`, on both terms.
-        memory: bytes that may be kept from the forward to the backward, or "auto", 512 MiB. If N K exponentials (4
-            bytes each, 8 for float64) fit, they are kept, else the logits are multiplied again: 6 or 8 N K D flops.
+        memory: bytes that may be kept from the forward to the backward, or "auto", 512 MiB, on a GPU 4 GiB. If N K
+            exponentials (4 bytes each, 8 for float64, on a GPU 2 for bfloat16) fit, they are kept, else the logits are
+            multiplied again: 6 or 8 N K D flops.
 
     Gradients reach features, class_embeddings, logit_scale, bias and weight.
     Memory: the gradients and what `memory` allows; forward up to 4 MB a thread (64 K numbers where that is more);
-    backward 8 MB (256 K numbers where that is more) and, for few classes, up to eight times their gradient.
+    backward 8 MB (256 K numbers where that is more) and, for few classes, up to eight times their gradient. On a GPU,
+    where labels outside [0, K) are not looked for but make their losses NaN: O(N), up to 256 MB (2048 rows of K
+    exponentials where that is more), and in the backward float32 sums of the embeddings' gradient, 16 MB or K D.
     Source: CMP, arXiv 2501.17595; the default is the negative logarithm of its ratio (appendix B).
     Raises: ValueError or TypeError naming the argument.
     """
@@ -275,7 +278,8 @@ def misalignment_penalty(
             class (0 when there is none).
         reduction: "mean", "sum" or "none".
 
-    Gradient reaches logits, exactly 0 in rows without a misranked class. A NaN in a row makes its penalty NaN.
+    Gradient reaches logits, exactly 0 in rows without a misranked class. A NaN in a row makes its penalty NaN; so does,
+    on a GPU, where labels are not looked at, one outside [0, K).
     Memory: the gradient (N, K) and O(N); the eager reference holds a few N x K temporaries.
     Source: CMP, arXiv 2501.17595.
     Raises: ValueError or TypeError naming the argument.
@@ -388,7 +392,7 @@ def concept_scores(
     No gradients: scores are for detection, and nothing is kept for a backward. Results are float32 (float64 for
     float64 features), `prediction` int64.
     Memory: O(N), up to 2 MB a thread (32 K numbers where that is more), half-precision features 8192 rows at a time in
-    float32.
+    float32. On a GPU O(N).
     Source: MCM, Ming et al. 2022 (arXiv 2211.13445); energy, Liu et al. 2020; MSP, Hendrycks and Gimpel 2017.
     Raises: ValueError or TypeError naming the argument.
     """

@@ -1,7 +1,8 @@
 """Which tiles the kernels use: a static table by architecture, arithmetic and size.
 
 The arithmetic of a product is "half" (bfloat16 or float16 factors), or, of float32 factors, "tf32", "tf32x3" or "ieee".
-A matrix is `small` while large tiles would leave most of the processors idle.
+A matrix is `small` while large tiles would leave most of the processors idle. Losses on class logits take the rows of a
+contrastive loss that holds as much at a time; so do scores, whose programs keep what they sum.
 
 Evidence. Every entry compiles, offline, without spilling on sm_80 and sm_90 and within the shared memory a block may
 have; registers, shared memory and instructions of each are in benchmarks/results/triton_resources.json, written by
