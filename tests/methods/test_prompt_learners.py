@@ -336,6 +336,25 @@ def test_deep_prompts_leave_the_model_as_it_was(hosts, batches):
     assert all(torch.equal(encode(method.model, x), y) for (encode, x), y in zip(inputs, before, strict=True))
 
 
+def test_image_prompts_are_gone_before_pooling(hosts, batches):
+    method = MaPLe(deep_model(), context=CONTEXT, **hosts)
+    seen = []
+    method.model.visual.transformer.resblocks[3].register_forward_hook(lambda _m, _i, out: seen.append(out.shape[1]))
+    method.model.visual.ln_post.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[1]))
+    method.step(batches[0])
+    assert seen == [5 + CONTEXT, 5]
+
+
+def test_deep_prompts_are_the_same_in_towers_that_put_the_sequence_first(hosts, batches):
+    expected = MaPLe(deep_model(), context=CONTEXT, **hosts).step(batches[0]).loss
+    model = deep_model()
+    for tower in (model, model.visual):
+        tower.transformer.batch_first = False
+        for block in tower.transformer.resblocks:
+            block.attn.batch_first = False
+    torch.testing.assert_close(MaPLe(model, context=CONTEXT, **hosts).step(batches[0]).loss, expected)
+
+
 def test_what_a_host_cannot_do_is_refused(clip_model, resnet_model, hosts):
     checkpointed = deep_model()
     checkpointed.set_grad_checkpointing(True)
