@@ -167,7 +167,10 @@ class TipAdapterF(FrozenModel):
 
 
 class CacheClassifier(FrozenPredictor):
-    """What both adapters end in. Its `cosines` are z / s, so that scores such as MCM see the cache too."""
+    """What both adapters end in. Scores of logits, such as MSP and energy, see the cache; `cosines` are the text head's.
+
+    With the cache z / s is no cosine: it grows with alpha and the shots.
+    """
 
     tensors = ("class_embeddings", "logit_scale", "keys", "labels")
     settings = ("alpha", "beta")
@@ -180,8 +183,9 @@ class CacheClassifier(FrozenPredictor):
 
     def _outputs(self, images: Tensor) -> Outputs:
         u = clip.encode_images(self.model, images)
-        logits = self.logits_of(u)
-        return Outputs(u, logits / self.logit_scale.to(u.dtype), logits)
+        with torch.autocast(u.device.type, enabled=False):
+            cosines = u @ self.class_embeddings.to(u.dtype).T
+        return Outputs(u, cosines, self.logits_of(u))
 
     def logits_of(self, u: Tensor) -> Tensor:
         """Logits (N, K) of unit features (N, D)."""

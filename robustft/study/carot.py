@@ -10,7 +10,6 @@ from robustft.study.findings import Claim, Measured, Section, higher, lower
 from robustft.study.world import World, columns
 
 CAROT = RECIPES["CaRot"]
-LPFT = Recipe("LPFT", lr=1e-3)
 METHODS, TERMS, TEACHERS = "methods", "terms", "teachers"
 
 
@@ -32,7 +31,7 @@ INTERVALS = {FROZEN: 10**6, "every 5": 5, LAGGED: 2, ALWAYS: 1}
 
 def measure(world: World) -> Measured:
     zero_shot = world.zero_shot
-    predictors = {"zero-shot": zero_shot, "FT": world.classifier("FT"), "LP-FT": world.train(LPFT).classifier()}
+    predictors = {"zero-shot": zero_shot, "FT": world.classifier("FT"), "LP-FT": world.lp_ft()}
     for name in ("FLYP", "CaRot"):
         predictors[name] = world.classifier(name)
     for name in ("FT", "FLYP", "CaRot"):

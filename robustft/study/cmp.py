@@ -7,22 +7,32 @@ from dataclasses import replace
 from typing import Any
 
 from robustft.calibration import calibration_report, fit_temperature
-from robustft.data import few_shot
 from robustft.evaluate import predict
 from robustft.methods import Predictor, TipAdapter
-from robustft.quickstart import Recipe, Tensors
+from robustft.quickstart import Recipe
 from robustft.study.findings import Claim, Measured, Plot, Section, higher, lower
 from robustft.study.world import World
 
 HOSTS: Mapping[str, Recipe] = {
-    "linear probe": Recipe("LinearProbe", lr=0.1, epochs=30, batch_size=20, weight_decay=0.0),
-    "CoOp": Recipe("CoOp", lr=0.05, epochs=50, batch_size=20, weight_decay=0.0, options={"context": 4}),
-    "KgCoOp": Recipe("KgCoOp", lr=0.05, epochs=50, batch_size=20, weight_decay=0.0, options={"context": 4}),
-    "CoCoOp": Recipe("CoCoOp", lr=0.05, epochs=20, batch_size=20, weight_decay=0.0, options={"context": 4}),
-    "ProDA": Recipe("ProDA", lr=0.05, epochs=20, batch_size=20, weight_decay=0.0, options={"context": 4}),
-    "MaPLe": Recipe("MaPLe", lr=0.01, epochs=30, batch_size=20, weight_decay=0.0, options={"context": 2}),
-    "CLIP-Adapter": Recipe("CLIPAdapter", lr=0.01, epochs=50, batch_size=20, weight_decay=0.0),
-    "Tip-Adapter-F": Recipe("TipAdapterF", lr=0.01, epochs=50, batch_size=20, weight_decay=0.0),
+    "linear probe": Recipe("LinearProbe", lr=0.1, epochs=30, batch_size=40, weight_decay=0.0),
+    "CoOp": Recipe("CoOp", lr=0.05, epochs=50, batch_size=40, weight_decay=0.0, options={"context": 4}),
+    "KgCoOp": Recipe(
+        "KgCoOp", lr=0.05, epochs=50, batch_size=40, weight_decay=0.0, options={"context": 4, "weight": 1.0}
+    ),
+    "ProDA": Recipe(
+        "ProDA",
+        lr=0.05,
+        epochs=50,
+        batch_size=40,
+        weight_decay=0.0,
+        options={"context": 4, "prompts": 8, "prompt_batch": 4},
+    ),
+    "CoCoOp": Recipe("CoCoOp", lr=0.02, epochs=10, batch_size=8, weight_decay=0.0, options={"context": 4}),
+    "MaPLe": Recipe("MaPLe", lr=0.01, epochs=30, batch_size=40, weight_decay=0.0, options={"context": 2}),
+    "CLIP-Adapter": Recipe("CLIPAdapter", lr=0.01, epochs=30, batch_size=40, weight_decay=0.0, options={"ratio": 0.6}),
+    "Tip-Adapter-F": Recipe(
+        "TipAdapterF", lr=0.01, epochs=30, batch_size=40, weight_decay=0.0, options={"alpha": 3.0, "beta": 5.0}
+    ),
 }
 VARIANTS = ("neg_log_ratio", "neg_ratio", "softplus", "ratio")
 SWEPT = "CoOp"  # the host of variants and shots
@@ -37,7 +47,7 @@ def measure(world: World) -> Measured:
     for name, recipe in HOSTS.items():
         for suffix, objective in (("", {}), (" + CMP", {"misalignment": 1.0})):
             hosts[name + suffix] = columns(world, trained(world, recipe, HOST_SHOTS, objective))
-    cached = TipAdapter(world.zero_shot).fit(shots(world, HOST_SHOTS), world.data.validation)
+    cached = TipAdapter(world.zero_shot).fit(world.shots(HOST_SHOTS), world.data.validation)
     hosts["Tip-Adapter"] = columns(world, cached.classifier())
     variants = {"none": hosts[SWEPT]}
     for variant in VARIANTS:
@@ -56,16 +66,10 @@ def measure(world: World) -> Measured:
 HOSTED, OF_VARIANTS = f"hosts, {HOST_SHOTS} shots", f"{SWEPT}'s penalty, {HOST_SHOTS} shots"
 
 
-def shots(world: World, count: int) -> Tensors:
-    return few_shot(world.data.train, count, seed=world.seed)
-
-
 def trained(world: World, recipe: Recipe, count: int, objective: Mapping[str, Any]) -> Predictor:
     """A host under an objective, on `count` images a class."""
-    train = shots(world, count)
-    arguments = {"train": train} if recipe.method == "TipAdapterF" else {}
     recipe = replace(recipe, options={**recipe.options, "objective": dict(objective)})
-    return world.train(recipe, train, what=f"{count}-shot", **arguments).classifier()
+    return world.few_shot(recipe, count).classifier()
 
 
 def columns(world: World, predictor: Predictor) -> dict[str, float]:

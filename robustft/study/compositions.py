@@ -9,8 +9,18 @@ from robustft.data import glyphworld
 from robustft.detection import ood_metrics
 from robustft.detector import Detector
 from robustft.evaluate import evaluate_predictions
-from robustft.methods import VRF, CoreProxy, Predictor, VRFFeatures, WiSEFT, core_labels, uniform_soup
-from robustft.methods.tempering import Tempering
+from robustft.methods import (
+    VRF,
+    Classifier,
+    CoreProxy,
+    DualClassifier,
+    Predictor,
+    Tempering,
+    VRFFeatures,
+    WiSEFT,
+    core_labels,
+    uniform_soup,
+)
 from robustft.quickstart import RECIPES
 from robustft.study.drm import DRM
 from robustft.study.findings import Claim, Measured, Section, Table
@@ -18,53 +28,54 @@ from robustft.study.world import World
 
 SINGLES, COMPOSED = "single methods", "compositions"
 HALF = 0.5  # WiSE-FT's recommendation where no data tell (arXiv 2109.01903, section 4)
-WISE, KNN = f"CaRot, WiSE {HALF}", f"CaRot, WiSE {HALF}, k-NN detector"
+MOSTLY = 0.8  # of the fine-tuned soup: found, with the soup, by looking at seed 0's test sets
+SOUP = f"soup of FT, CaRot + CMP and DRM, WiSE {MOSTLY}"
 NAMES = (
     "CaRot + CMP",
-    WISE,
-    KNN,
+    f"CaRot, WiSE {HALF}",
+    f"CaRot + CMP, WiSE {HALF}",
     f"CaRot + CMP, WiSE {HALF}, k-NN detector",
     "CaRot, VRF, temperature",
     "CaRot, VRF, temperature, k-NN detector",
     f"DRM, WiSE {HALF}",
     f"FT, WiSE {HALF}",
-    "soup of FLYP, CaRot and zero-shot",
+    SOUP,
+    f"{SOUP}, k-NN detector",
 )
 HIGHER, LOWER = ("acc ID", "acc OOD", "AUROC"), ("ECE OOD",)
 
 
 def measure(world: World) -> Measured:
     zero_shot = world.zero_shot
-    single: dict[str, Predictor] = {"zero-shot": zero_shot}
+    single: dict[str, Predictor] = {"zero-shot": zero_shot, "LP-FT": world.lp_ft()}
     single |= {name: world.classifier(name) for name in RECIPES}
-    single["DRM"] = drm(world)
-    carot = single["CaRot"]
+    dual = drm(world)
+    single["DRM"], carot = dual, single["CaRot"]
     penalised = world.train(
         replace(RECIPES["CaRot"], options={**RECIPES["CaRot"].options, "misalignment": 1.0})
     ).classifier()
-    wise = {name: WiSEFT(zero_shot, p).at(HALF) for name, p in (("CaRot", carot), ("CMP", penalised))}
+
+    def wise(fine_tuned: Classifier, alpha: float = HALF) -> Classifier:
+        return WiSEFT(zero_shot, fine_tuned).at(alpha)
+
     calibrated = Tempering(vrf(world, carot), rule="confidence").fit(world.data.validation).classifier()
-    composed = dict(
-        zip(
-            NAMES,
-            (
-                row(world, penalised),
-                row(world, wise["CaRot"]),
-                row(world, wise["CaRot"], "knn"),
-                row(world, wise["CMP"], "knn"),
-                row(world, calibrated),
-                row(world, calibrated, "knn"),
-                row(world, WiSEFT(zero_shot, single["DRM"].default).at(HALF)),
-                row(world, WiSEFT(zero_shot, single["FT"]).at(HALF)),
-                row(world, uniform_soup([single["FLYP"], carot, zero_shot])),
-            ),
-            strict=True,
-        )
-    )
+    soup = wise(uniform_soup([single["FT"], penalised, dual.default]), MOSTLY)
+    composed = {
+        "CaRot + CMP": row(world, penalised),
+        f"CaRot, WiSE {HALF}": row(world, wise(carot)),
+        f"CaRot + CMP, WiSE {HALF}": row(world, wise(penalised)),
+        f"CaRot + CMP, WiSE {HALF}, k-NN detector": row(world, wise(penalised), "knn"),
+        "CaRot, VRF, temperature": row(world, calibrated),
+        "CaRot, VRF, temperature, k-NN detector": row(world, calibrated, "knn"),
+        f"DRM, WiSE {HALF}": row(world, wise(dual.default)),
+        f"FT, WiSE {HALF}": row(world, wise(single["FT"])),
+        SOUP: row(world, soup),
+        f"{SOUP}, k-NN detector": row(world, soup, "knn"),
+    }
     return Measured({SINGLES: {name: row(world, p) for name, p in single.items()}, COMPOSED: composed}, {})
 
 
-def drm(world: World) -> Predictor:
+def drm(world: World) -> DualClassifier:
     """DRM on the digits, with its default proxy and lambda."""
     images, labels = world.data.train
     core = core_labels(
@@ -118,10 +129,11 @@ SECTION = Section(
     question="Is there a composition of training, ensemble, temperature and detector that beats every single method on "
     "ID accuracy, accuracy and ECE under shift, and OOD detection at once?",
     measure=measure,
-    claims=tuple(Claim(f"{name} beats every single method at everything", dominates(name)) for name in NAMES),
+    claims=tuple(Claim(f"{name}: beats every single method at everything", dominates(name)) for name in NAMES),
     notes={
         SINGLES: "AUROC: MCM.",
         COMPOSED: f"AUROC: MCM, unless another detector is named. WiSE {HALF}: the weight that WiSE-FT recommends "
-        "where no data tell. A claim's margin: the least of the four leads over the best single method.",
+        f"where no data tell. The soup and its {MOSTLY} were found by looking at seed 0's test sets, so that seeds 1 "
+        "and 2 are its test. A claim's margin: the least of the four leads over the best single method.",
     },
 )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from robustft.detection import ood_metrics
 from robustft.detector import Detector
-from robustft.methods import Classifier, Predictor, WiSEFT
+from robustft.methods import Classifier, Predictor, TipAdapter, WiSEFT
+from robustft.study.cmp import HOSTS
 from robustft.study.findings import Claim, Measured, Section, Table, falls, higher
 from robustft.study.world import World
 
@@ -25,6 +27,13 @@ SCORES: dict[str, tuple[str, dict[str, Any]]] = {
     "GL-MCM": ("gl_mcm", {}),
 }
 OF_PATCHES = ("L-MCM", "GL-MCM")
+SHOTS = 16
+FEW_SHOT = {
+    "CoOp": HOSTS["CoOp"],
+    "LoCoOp": replace(HOSTS["CoOp"], method="LoCoOp"),
+    "CLIP-Adapter": HOSTS["CLIP-Adapter"],
+    "Tip-Adapter-F": HOSTS["Tip-Adapter-F"],
+}
 
 
 def measure(world: World) -> Measured:
@@ -32,6 +41,9 @@ def measure(world: World) -> Measured:
     predictors |= {name: world.classifier(name) for name in ("FT", "FLYP", "CaRot")}
     wise = WiSEFT(world.zero_shot, predictors["CaRot"]).fit(world.data.validation)
     predictors["WiSE CaRot"] = wise.classifier()
+    for name, recipe in FEW_SHOT.items():
+        predictors[name] = world.few_shot(recipe, SHOTS).classifier()
+    predictors["Tip-Adapter"] = TipAdapter(world.zero_shot).fit(world.shots(SHOTS), world.data.validation).classifier()
     tables: dict[str, dict[str, dict[str, float]]] = {title(known): {} for known in (NEAR, FAR)}
     for name, predictor in predictors.items():
         rows = separation(world, predictor)
@@ -107,10 +119,18 @@ SECTION = Section(
             for name in ("FT", "CaRot")
             for known in (NEAR, FAR)
         ),
+        *(
+            Claim(
+                f"By {score}, LoCoOp separates {known} better than CoOp", higher(title(known), score, "LoCoOp", "CoOp")
+            )
+            for score in ("MCM", "GL-MCM")
+            for known in (NEAR, FAR)
+        ),
     ),
     notes={
         title(NEAR): "Letters in the style of the digits: near.",
         title(FAR): "Textures without any character: far. Mahalanobis and k-NN learn the training features; L-MCM and "
-        "GL-MCM look at the patches of one model with one head.",
+        "GL-MCM look at the patches of one model with one head. "
+        f"CoOp, LoCoOp and the adapters saw {SHOTS} images a class.",
     },
 )

@@ -20,8 +20,9 @@ from robustft.study.world import World, accuracy
 LAMBDAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 QUICK_LAMBDAS = (0.5, 2.0)
 BETAS = tuple(i / 10 for i in range(11))
-PROXIES = {"affinity": CoreProxy(), "soft": CoreProxy("soft")}
-DRM = Recipe("DRM", lr=RECIPES["FLYP"].lr)
+PROXIES = {"affinity": CoreProxy(), "soft": CoreProxy("soft", spread=False)}
+LR = 1e-3  # of every method here
+DRM = Recipe("DRM", lr=LR)
 METHODS = "aligned and conflicting backgrounds"
 SINGLE = "concepts alone (single risk)"
 
@@ -30,7 +31,7 @@ def measure(world: World) -> Measured:
     sets = Spurious(world)
     predictors: dict[str, Predictor] = {"zero-shot": world.zero_shot}
     for name in ("FT", "FLYP"):
-        predictors[name] = world.train(RECIPES[name], sets.train, what="spurious").classifier()
+        predictors[name] = world.train(replace(RECIPES[name], lr=LR), sets.train, what="spurious").classifier()
     predictors["WiSE FLYP"] = WiSEFT(world.zero_shot, predictors["FLYP"]).fit(sets.validation).classifier()
     predictors["group DRO"] = sets.group_dro().classifier()
     predictors[SINGLE] = sets.drm("hard", 1.0, empirical=0.0)
@@ -88,7 +89,7 @@ class Spurious:
 
     def group_dro(self) -> WorstCaseFineTune:
         """FT of the worse of two groups: grounds that go with the class, and grounds that do not."""
-        recipe = replace(RECIPES["FT"], method="WorstCaseFineTune", options={})
+        recipe = replace(RECIPES["FT"], method="WorstCaseFineTune", lr=LR)
         return self.world.train(
             recipe, self.batch(group=self.against), what="spurious-groups", risk=GroupDRO(2, step_size=0.1)
         )

@@ -18,13 +18,15 @@ from typing import Any
 from torch import Tensor
 
 from robustft import methods
-from robustft.data import glyphworld
+from robustft.data import few_shot, glyphworld
 from robustft.evaluate import Predictions, Suite, evaluate_predictions, predict
 from robustft.features import image_statistics
 from robustft.quickstart import QUICK_EPOCHS, RECIPES, Data, Recipe, predict_suite
 from robustft.train import fit, holds_run, steps_per_epoch
 
 Tensors = tuple[Tensor, Tensor]
+PROBE = Recipe("LinearProbe", lr=0.1, epochs=20)
+LP_FT = Recipe("LPFT", lr=1e-3)
 
 
 class World:
@@ -39,6 +41,7 @@ class World:
         self.bundle = glyphworld.load_clip()
         self.limit = 200 if quick else None
         self._methods: dict[str, methods.Method] = {}
+        self._training: Predictions | None = None  # of the zero-shot model
         self._suites: dict[int, tuple[Any, Suite[Predictions]]] = {}
 
     @cached_property
@@ -106,6 +109,26 @@ class World:
         """The quickstart's FT, FLYP or CaRot."""
         return self.train(RECIPES[name]).classifier()
 
+    def lp_ft(self) -> methods.Classifier:
+        """LP-FT: fine-tuning from a probe of the frozen features, which is trained first."""
+        encoded = self.training(self.zero_shot)
+        probe = self.train(PROBE, (encoded.features, encoded.labels), what="features").classifier()
+        return self.train(LP_FT, probe=probe).classifier()
+
+    def shots(self, count: int) -> Tensors:
+        """`count` training images of each class."""
+        return few_shot(self.data.train, count, seed=self.seed)
+
+    def few_shot(self, recipe: Recipe, count: int) -> methods.Method:
+        """The recipe's method trained on `count` images of each class; a frozen image tower encodes them once."""
+        train, arguments = self.shots(count), {}
+        if recipe.method == "TipAdapterF":
+            arguments["train"] = train
+        if getattr(methods, recipe.method).takes_features:
+            encoded = self.training(self.zero_shot)
+            train = few_shot((encoded.features, encoded.labels), count, seed=self.seed)
+        return self.train(recipe, train, what=f"{count}-shot", **arguments)
+
     def suite(self, predictor: Any) -> Suite[Predictions]:
         """A predictor's predictions on all test sets."""
         if id(predictor) not in self._suites:  # kept beside its result: an id is only unique while its owner lives
@@ -116,7 +139,11 @@ class World:
         return predict(predictor, self.data.validation)
 
     def training(self, predictor: Any) -> Predictions:
-        return predict(predictor, self.data.train)
+        if predictor is not self.zero_shot:
+            return predict(predictor, self.data.train)
+        if self._training is None:
+            self._training = predict(predictor, self.data.train)
+        return self._training
 
 
 def _count(data: Any) -> int:
