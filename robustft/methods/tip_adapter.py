@@ -167,7 +167,7 @@ class TipAdapterF(FrozenModel):
 
 
 class CacheClassifier(FrozenPredictor):
-    """What both adapters end in. Scores of logits, such as MSP and energy, see the cache; `cosines` are the text head's.
+    """What both adapters end in. Its `cosines` are the text head's; MSP, energy and entropy, of logits, see the cache.
 
     With the cache z / s is no cosine: it grows with alpha and the shots.
     """

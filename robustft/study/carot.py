@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from robustft.methods import OutputEnsemble, WiSEFT
+from robustft.methods import OutputEnsemble, WiSEFT, uniform_soup
 from robustft.quickstart import RECIPES, Recipe
 from robustft.study.findings import Claim, Measured, Section, higher, lower
 from robustft.study.world import World, columns
 
 CAROT = RECIPES["CaRot"]
 METHODS, TERMS, TEACHERS = "methods", "terms", "teachers"
+
+
+def _ft(**options: float) -> Recipe:
+    return replace(RECIPES["FT"], options=options)
 
 
 def _with(**options: float) -> Recipe:
@@ -40,6 +44,12 @@ def measure(world: World) -> Measured:
         predictors[f"OSE {name}"] = (
             OutputEnsemble(zero_shot, predictors[name], temperatures="fit").fit(world.data.validation).classifier()
         )
+    predictors |= {
+        "LP": world.linear_probe(),
+        "FT, label smoothing 0.1": world.train(_ft(label_smoothing=0.1)).classifier(),
+        "FT, L2-SP": world.train(replace(_ft(l2_sp=1e-2), weight_decay=0.0)).classifier(),
+        "soup of FT, FLYP and CaRot": uniform_soup([predictors[name] for name in ("FT", "FLYP", "CaRot")]),
+    }
     terms = {name: world.train(recipe).classifier() for name, recipe in ABLATIONS.items()}
     teachers = {}
     for name, interval in INTERVALS.items():

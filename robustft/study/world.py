@@ -109,11 +109,13 @@ class World:
         """The quickstart's FT, FLYP or CaRot."""
         return self.train(RECIPES[name]).classifier()
 
-    def lp_ft(self) -> methods.Classifier:
-        """LP-FT: fine-tuning from a probe of the frozen features, which is trained first."""
+    def linear_probe(self) -> methods.Classifier:
         encoded = self.training(self.zero_shot)
-        probe = self.train(PROBE, (encoded.features, encoded.labels), what="features").classifier()
-        return self.train(LP_FT, probe=probe).classifier()
+        return self.train(PROBE, (encoded.features, encoded.labels), what="features").classifier()
+
+    def lp_ft(self) -> methods.Classifier:
+        """LP-FT: fine-tuning from the probe of the frozen features."""
+        return self.train(LP_FT, probe=self.linear_probe()).classifier()
 
     def shots(self, count: int) -> Tensors:
         """`count` training images of each class."""
