@@ -17,7 +17,7 @@ from robustft import functional as rf
 # Below, at and above a tile's sides.
 SHAPES = sizes(
     [(1, 1), (2, 37), (7, 128), (255, 37), (256, 16), (257, 16), (1031, 37)],
-    [(1, 1), (2, 37), (32, 16), (71, 20)],
+    [(1, 1), (2, 37), (32, 16), (35, 20)],
 )
 SCALES = sizes([1.0, 14.3, 100.0], [1.0, 100.0])
 
@@ -83,7 +83,7 @@ def test_tiles_too_wide_for_one_exponential_are_as_accurate(n, memory, target):
 
 
 @each_device
-@pytest.mark.parametrize("n", sizes([9, 300, 2100], [9, 70]))
+@pytest.mark.parametrize("n", sizes([9, 300, 2100], [9, 35]))
 def test_keeping_exponentials_equals_computing_them_again(n, target):
     x, t = (f.to(target.device, torch.float32) for f in planted.pairs(n, 16))
     labels = torch.arange(n, device=target.device) // 2
@@ -103,7 +103,7 @@ def test_keeping_exponentials_equals_computing_them_again(n, target):
 
 @each_target
 def test_hard_label_loss_is_never_negative(target):
-    x, t = (f.to(target.device, target.dtype) for f in planted.pairs(*sizes([(512, 64)], [(70, 64)])[0], noise=0.01))
+    x, t = (f.to(target.device, target.dtype) for f in planted.pairs(*sizes([(512, 64)], [(35, 64)])[0], noise=0.01))
     labels = torch.arange(len(x), device=target.device) + 10**12
     with robustft.backend(target.backend):
         each = rf.contrastive_loss(x, t, 100.0, reduction="none")
@@ -115,7 +115,7 @@ def test_hard_label_loss_is_never_negative(target):
 @each_device
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_and_inf_in_the_features_reach_the_loss(bad, target):
-    n = sizes([300], [70])[0]
+    n = sizes([300], [35])[0]
     x, t = (f.to(target.device, torch.float32) for f in planted.pairs(n, 16))
     x[7, 3] = bad
     with robustft.backend(target.backend):
@@ -126,26 +126,30 @@ def test_nan_and_inf_in_the_features_reach_the_loss(bad, target):
 
 @each_device
 def test_repeating_a_computation_repeats_its_bits(target):
-    x, t = (f.to(target.device, torch.float32) for f in planted.pairs(sizes([700], [70])[0], 64))
+    x, t = (f.to(target.device, torch.float32) for f in planted.pairs(sizes([700], [35])[0], 64))
     with robustft.backend(target.backend):
         first, second = (gradients(lambda x, t: rf.contrastive_loss(x, t, 50.0), x, t) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @each_device
-@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "misaligned", "surrounded by NaN"])
+@pytest.mark.parametrize(
+    "layout",
+    sizes(["transposed", "strided", "expanded", "misaligned", "surrounded by NaN"], ["strided", "surrounded by NaN"]),
+)
 def test_any_strides_give_the_same_loss_and_gradients(layout, target):
-    x, t = (f.to(target.device, torch.float32) for f in planted.pairs(70, 24))
+    n = sizes([70], [35])[0]
+    x, t = (f.to(target.device, torch.float32) for f in planted.pairs(n, 24))
     match layout:
         case "transposed":
             other = x.T.contiguous().T
         case "strided":
-            other = torch.stack((x, x), 2).reshape(70, 48)[:, ::2]
+            other = torch.stack((x, x), 2).reshape(n, 48)[:, ::2]
         case "expanded":
-            x = x[:1].expand(70, 24)
+            x = x[:1].expand(n, 24)
             other = x.contiguous()
         case "misaligned":
-            other = torch.cat((x.new_zeros(1), x.flatten()))[1:].view(70, 24)
+            other = torch.cat((x.new_zeros(1), x.flatten()))[1:].view(n, 24)
         case _:
             other = torch.nn.functional.pad(x, (3, 5, 2, 9), value=torch.nan)[2:-9, 3:-5]
     results = []
@@ -158,7 +162,7 @@ def test_any_strides_give_the_same_loss_and_gradients(layout, target):
 
 
 @each_target
-@pytest.mark.parametrize("size", sizes([(1031, 37), (256, 16)], [(70, 37)]))
+@pytest.mark.parametrize("size", sizes([(1031, 37), (256, 16)], [(35, 37)]))
 def test_gradient_errors_are_small_against_the_gradients_themselves(size, target):
     # At s = 100 most gradients are far below 1: a bound in absolute terms would let a wrong kernel pass.
     x, t = (f.to(target.device, target.dtype) for f in planted.pairs(*size, noise=2.0))
