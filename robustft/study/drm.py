@@ -166,6 +166,7 @@ SECTION = Section(
     notes={
         METHODS: "The ground's colour goes with the class for 97 % of the training and validation images and for all "
         "aligned test images, and never for a conflicting one. worst class: the lowest accuracy of a class on "
-        "conflicting ones. lambda is chosen on validation data, which can hardly tell: its grounds lie as well."
+        "conflicting ones. lambda is chosen on validation data, which can hardly tell: its grounds lie as well. "
+        "The proxy's defaults are robustft's own and were set on this benchmark (docs/drm.md)."
     },
 )

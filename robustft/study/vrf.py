@@ -155,7 +155,8 @@ SECTION = Section(
     ),
     notes={
         name: f"best OOD: the best point of a frontier whose ID accuracy is within {WITHIN:g} point of {name}'s. It "
-        "compares frontiers, by the test sets; the other columns are of weights chosen on ID validation."
+        "compares frontiers, by the test sets; the other columns are of weights chosen on ID validation, where many "
+        "are equally good: of those VRF takes the one nearest to zero-shot, WSE and OSE that of the lowest NLL."
         for name in FINE_TUNED
     },
 )
