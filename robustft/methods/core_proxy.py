@@ -104,7 +104,7 @@ def core_labels(
     tokenizer: Any,
     class_names: Sequence[str],
     descriptions: Mapping[str, str | Sequence[str]] | Sequence[str | Sequence[str]],
-    proxy: CoreProxy = CoreProxy(),  # noqa: B008, it is frozen
+    proxy: CoreProxy = CoreProxy(),
     cache: str | Path | None = None,
     batch_size: int = 256,
 ) -> Tensor:

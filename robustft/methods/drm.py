@@ -75,7 +75,7 @@ class DRM(FLYP):
         label_smoothing: float = 0.0,
         worst_case_weight: float = 1.0,
         empirical_weight: float = 1.0,
-        proxy: CoreProxy | None = CoreProxy(),  # noqa: B008, it is frozen
+        proxy: CoreProxy | None = CoreProxy(),
         present_only: bool = False,
         text_chunk: int = 256,
         beta: float = 0.5,

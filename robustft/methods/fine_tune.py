@@ -46,7 +46,7 @@ class FineTune(LinearHead):
         total_steps: int | None = None,
         seed: int = 0,
         label_smoothing: float = 0.0,
-        objective: Objective = Objective(),  # noqa: B008
+        objective: Objective = Objective(),
         l2_sp: float = 0.0,
         start: Classifier | None = None,
     ) -> None:

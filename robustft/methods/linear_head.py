@@ -37,7 +37,7 @@ class LinearHead(Method):
         templates: Sequence[Any],
         total_steps: int | None = None,
         seed: int = 0,
-        objective: Objective = Objective(),  # noqa: B008
+        objective: Objective = Objective(),
         label_smoothing: float = 0.0,
     ) -> None:
         if label_smoothing:

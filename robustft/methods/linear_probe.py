@@ -46,7 +46,7 @@ class LinearProbe(LinearHead):
         seed: int = 0,
         init: Literal["zero_shot", "zero"] = "zero_shot",
         bias: bool = True,
-        objective: Objective = Objective(),  # noqa: B008
+        objective: Objective = Objective(),
         label_smoothing: float = 0.0,
     ) -> None:
         if init not in ("zero_shot", "zero"):

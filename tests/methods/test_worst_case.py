@@ -153,8 +153,12 @@ def test_what_is_missing_or_out_of_range_is_said(clip_model, prompts, batches):
     with pytest.raises(TypeError, match="risk must be a Risk, .*got float"):
         WorstCaseFineTune(clip_model, risk=0.5, **prompts)
     name = next(iter(TERMS))
-    with pytest.raises(ValueError, match=f"terms without losses of single samples: .*{name}"):
-        WorstCaseFineTune(clip_model, risk=CVaR(0.5), objective=Objective(terms={name: 1.0}), **prompts)
+    for objective, message in (
+        (Objective(terms={name: 1.0}), f"single samples, .*{name}"),
+        (Objective(focal=2.0), "focal, 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            WorstCaseFineTune(clip_model, risk=CVaR(0.5), objective=objective, **prompts)
     for make, message in (
         (lambda: GroupDRO(0), "num_groups must be at least 1, got 0"),
         (lambda: GroupDRO(2, -1.0), "step_size must be finite and not negative"),
