@@ -1,0 +1,73 @@
+"""CLIP models of any open_clip architecture: load, encode, build heads from prompts, interpolate, export.
+
+    u = normalise(f(x))                                          image features (N, D)
+    l = normalise(value path of f's last attention)              patch features (N, P, D), `robustft.patches`
+    v = normalise(g(t))                                          text features (M, D)
+    w_c = normalise(mean_t normalise(g(template_t(name_c))))     class embeddings (K, D)
+    z = s u w^T,  s = exp(model.logit_scale)                     zero-shot logits (N, K)
+    theta = (1 - a) theta_zs + a theta_ft                        WiSE-FT weights
+
+A model is used through `encode_image`, `encode_text` and `logit_scale` alone, never through `forward`, whose
+output differs between open_clip's versions and settings. A `Bundle` carries the configuration its model was
+built from, so that every model can be exported as a directory that open_clip itself loads: nothing (the
+activation, the context length, the image statistics) is left to be guessed from a name.
+"""
+
+from robustft.clip.encoding import (
+    LocalFeatures,
+    encode_embedded_texts,
+    encode_images,
+    encode_images_and_patches,
+    encode_patches,
+    encode_texts,
+    logit_scale,
+    text_projection,
+    text_tower,
+    token_embedding,
+    unwrap,
+    visual_projection,
+)
+from robustft.clip.exporting import CARD_FILE, export
+from robustft.clip.heads import (
+    CaptionGroups,
+    caption_embeddings,
+    class_embeddings,
+    encode_captions,
+    group_captions,
+    grouped_embeddings,
+)
+from robustft.clip.loading import CLASSIFIER_FILE, CONFIG_FILE, WEIGHTS_FILE, Bundle, import_open_clip, load
+from robustft.clip.weights import average_states, fingerprint, interpolate, interpolate_state
+
+__all__ = [
+    "CARD_FILE",
+    "CLASSIFIER_FILE",
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "Bundle",
+    "CaptionGroups",
+    "LocalFeatures",
+    "average_states",
+    "caption_embeddings",
+    "class_embeddings",
+    "encode_captions",
+    "encode_embedded_texts",
+    "encode_images",
+    "encode_images_and_patches",
+    "encode_patches",
+    "encode_texts",
+    "export",
+    "fingerprint",
+    "group_captions",
+    "grouped_embeddings",
+    "import_open_clip",
+    "interpolate",
+    "interpolate_state",
+    "load",
+    "logit_scale",
+    "text_projection",
+    "text_tower",
+    "token_embedding",
+    "unwrap",
+    "visual_projection",
+]

@@ -1,0 +1,184 @@
+"""Encoding images, patches, texts and embedded texts, and the parts of a model that this takes.
+
+u = normalise(f(x))     image features (N, D)         v = normalise(g(t))     text features (M, D)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustft import patches
+
+
+class LocalFeatures(NamedTuple):
+    """Image features (N, D) and the features of their patches (N, P, D)."""
+
+    image_features: Tensor
+    patch_features: Tensor
+
+
+def logit_scale(model: nn.Module) -> Tensor:
+    """s = exp(model.logit_scale), a 0-d tensor in at least float32; the gradient reaches the parameter."""
+    scale = getattr(model, "logit_scale", None)
+    if not isinstance(scale, Tensor) or scale.numel() != 1:
+        raise ValueError(f"model: expected a logit_scale of one element, got {scale!r:.80}")
+    return _at_least_float32(scale).exp().reshape(())
+
+
+def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -> Tensor:
+    """Image features (N, D) of transformed images (N, 3, H, W); the gradient reaches tower and images.
+
+    images: floating point, on the model's device; cast to the tower's dtype. normalize: unit rows, computed
+    and returned in at least float32, also under autocast; otherwise the features as the tower gives them.
+    """
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"images: expected (N, 3, H, W) floating point, as the transforms give, got "
+            f"{tuple(images.shape)} {images.dtype}"
+        )
+    parameter = next(getattr(model, "visual", model).parameters(), images)
+    features = _pooled(model.encode_image(images.to(parameter.dtype)))
+    return F.normalize(_at_least_float32(features), dim=-1) if normalize else features
+
+
+def encode_patches(model: nn.Module, images: Tensor, *, normalize: bool = True) -> Tensor:
+    """Patch features (N, P, D) of transformed images, comparable with text features; gradients as in `encode_images`.
+
+    P patches row by row: (H / patch)^2 for a ViT, (H / 32)^2 for a ModifiedResNet. They are the value path of the last
+    attention, as in GL-MCM and LoCoOp (`robustft.patches` has the formulas). The model stays as it is. images,
+    normalize: as in `encode_images`. Costs one pass and the last block once more: `encode_images_and_patches` gives
+    the image features of that pass too. ValueError for towers without such patches (timm, Hugging Face, CoCa).
+    """
+    return encode_images_and_patches(model, images, normalize=normalize).patch_features
+
+
+def encode_images_and_patches(model: nn.Module, images: Tensor, *, normalize: bool = True) -> LocalFeatures:
+    """`encode_images` and `encode_patches` in one pass. Memory: N P D floats for the patches."""
+    visual = unwrap(model).visual
+    with patches.last_inputs(visual) as inputs:
+        image_features = encode_images(model, images, normalize=normalize)
+    patch_features = patches.local_features(visual, inputs[0])
+    if normalize:
+        patch_features = F.normalize(_at_least_float32(patch_features), dim=-1)
+    return LocalFeatures(image_features, patch_features)
+
+
+def encode_texts(model: nn.Module, tokens: Tensor, *, normalize: bool = True) -> Tensor:
+    """Text features (M, D) of tokenised captions (M, L), with `normalize` as in `encode_images`."""
+    if tokens.ndim != 2 or tokens.is_floating_point():
+        raise ValueError(f"tokens: expected (M, L) integers, got {tuple(tokens.shape)} {tokens.dtype}")
+    features = _pooled(model.encode_text(tokens))
+    return F.normalize(_at_least_float32(features), dim=-1) if normalize else features
+
+
+def token_embedding(model: nn.Module) -> nn.Embedding:
+    """The table (vocabulary, width) of token embeddings, of open_clip's own text tower.
+
+    Found in `CLIP` and in `CustomTextCLIP`. ValueError for other towers, such as Hugging Face ones.
+    """
+    table = getattr(text_tower(model), "token_embedding", None)
+    if not isinstance(table, nn.Embedding):
+        raise ValueError(
+            f"model: texts are embedded by open_clip's own text tower, which this {type(model).__name__} lacks "
+            "(no token_embedding in it or in its .text): prompts cannot be learnt for it"
+        )
+    return table
+
+
+def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, *, normalize: bool = True) -> Tensor:
+    """Text features (M, D) of embeddings (M, L, width) that stand in for those of the tokens (M, L).
+
+    Positions, masks, layers, pooling and projection are the tower's own: embeddings looked up in `token_embedding`
+    give `encode_texts`. The tokens say where a text ends and what is padding. The gradient reaches the embeddings,
+    which may be wider than the tower's weights; `normalize` as in `encode_texts`. Under a causal mask nothing
+    after the place of pooling is looked at, and it is not computed: short prompts in a long context cost little.
+    ValueError for shapes that do not fit and for towers without `token_embedding`.
+    """
+    table = token_embedding(model)
+    if embeddings.shape != (*tokens.shape, table.embedding_dim) or tokens.ndim != 2:
+        raise ValueError(
+            f"embeddings: expected (M, L, {table.embedding_dim}) for tokens (M, L), got {tuple(embeddings.shape)} "
+            f"for {tuple(tokens.shape)}"
+        )
+    tower = text_tower(model)
+    length = _pooled_length(tower, tokens)
+
+    def cut(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any]:
+        mask = keywords["attn_mask"][..., :length, :length].contiguous()
+        return (arguments[0][:, :length].contiguous(), *arguments[1:]), {**keywords, "attn_mask": mask}
+
+    with contextlib.ExitStack() as hooks:
+        replaced = table.register_forward_hook(lambda _module, _tokens, found: embeddings.to(found.dtype))
+        hooks.callback(replaced.remove)
+        if length is not None:
+            hooks.callback(tower.transformer.register_forward_pre_hook(cut, with_kwargs=True).remove)
+        return encode_texts(model, tokens, normalize=normalize)
+
+
+def text_tower(model: nn.Module) -> nn.Module:
+    """What holds the text transformer: `CustomTextCLIP` has a tower of its own, `CLIP` is one."""
+    model = unwrap(model)
+    return getattr(model, "text", model)
+
+
+def _pooled_length(tower: nn.Module, tokens: Tensor) -> int | None:
+    """How many leading tokens the pooled features of a batch depend on, None if that is not known to be less than all.
+
+    CLIP pools at the largest token, and a causal mask lets nothing after it matter.
+    """
+    pooling = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
+    return int(tokens.argmax(-1).max()) + 1 if causal and pooling == "argmax" else None
+
+
+def visual_projection(model: nn.Module) -> Tensor:
+    """W (width, D) with image feature = h @ W (+ bias): the parameter or a view of it; gradients reach it.
+
+    Found for open_clip's ViT (`visual.proj`), ModifiedResNet (`visual.attnpool.c_proj`) and timm towers with
+    a linear head (`visual.head.proj`). Raises ValueError for towers without a final linear map.
+    """
+    return _projection(model, "visual", "visual.proj", "visual.attnpool.c_proj", "visual.head.proj")
+
+
+def text_projection(model: nn.Module) -> Tensor:
+    """W (width, D) with text feature = h @ W (+ bias): the parameter or a view of it; gradients reach it.
+
+    Found for open_clip's own text tower, in `CLIP` and `CustomTextCLIP`, and for Hugging Face towers with a
+    linear projection. Raises ValueError for towers without a final linear map.
+    """
+    return _projection(model, "text", "text_projection", "text.text_projection", "text.proj")
+
+
+def _projection(model: nn.Module, tower: str, *paths: str) -> Tensor:
+    for path in paths:
+        match functools.reduce(lambda owner, part: getattr(owner, part, None), path.split("."), model):
+            case nn.Linear() as linear:
+                return linear.weight.T
+            case Tensor() as weight:
+                return weight
+    raise ValueError(
+        f"model: the {tower} tower of this {type(model).__name__} does not end in a linear projection "
+        f"(looked for {', '.join(paths)})"
+    )
+
+
+def _pooled(features: Any) -> Tensor:
+    # Towers built with output_tokens return (pooled, tokens).
+    return features[0] if isinstance(features, tuple) else features
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+    while isinstance(inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None), nn.Module):
+        model = inner
+    return model

@@ -1,0 +1,110 @@
+"""Exporting: a model as a directory that open_clip itself loads, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from robustft.clip.encoding import unwrap
+from robustft.clip.loading import CLASSIFIER_FILE, COMPANIONS, CONFIG_FILE, WEIGHTS_FILE
+from robustft.clip.messages import few
+from robustft.prompts import Tokenizer
+
+CARD_FILE = "README.md"
+
+
+def export(
+    model: nn.Module,
+    directory: str | Path,
+    config: Mapping[str, Any],
+    *,
+    tokenizer: Tokenizer | None = None,
+    card: str | None = None,
+    classifier: bytes | None = None,
+) -> Path:
+    """Writes a directory that `open_clip.create_model_and_transforms("local-dir:...")` loads bit for bit.
+
+    config: a `Bundle`'s, describing this model. tokenizer: needed only where it is a Hugging Face one (the
+    configuration names it), whose files are then written too. card: text of README.md; None writes a short
+    one. classifier: content of classifier.safetensors, as `methods.Classifier.save` gives it; None writes none.
+
+    The directory is built beside its place and then renamed, so that it is whole or not there. An earlier
+    export is replaced, with its classifier, detector and calibrator. Raises FileExistsError when `directory` holds
+    anything else, ValueError when `config` is incomplete. Memory: one copy of the weights on the CPU.
+    """
+    from safetensors.torch import save_file
+
+    if not all(isinstance(config.get(key), Mapping) for key in ("model_cfg", "preprocess_cfg")):
+        raise ValueError(f"config: expected the mappings 'model_cfg' and 'preprocess_cfg', got {config!r:.80}")
+    model = unwrap(model)
+    directory = Path(directory).resolve()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    fresh = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+    try:
+        fresh.mkdir()
+        (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (fresh / CARD_FILE).write_text(_card(directory.name, model) if card is None else card, encoding="utf-8")
+        if classifier is not None:
+            (fresh / CLASSIFIER_FILE).write_bytes(classifier)
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(fresh)
+        _check_replaceable(directory, {path.name for path in fresh.iterdir()} | {WEIGHTS_FILE} | COMPANIONS)
+        # Copies, because safetensors refuses tensors that share memory.
+        state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+        save_file(state, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        _replace_directory(directory, fresh)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return directory
+
+
+def _check_replaceable(directory: Path, names: set[str]) -> None:
+    """Raises FileExistsError unless `directory` is absent, empty, or an export of no files but `names`."""
+    if not directory.exists():
+        return
+    held = {path.name for path in directory.iterdir()} if directory.is_dir() else {directory.name}
+    if held and (held - names or not {CONFIG_FILE, WEIGHTS_FILE} <= held):
+        raise FileExistsError(
+            f"{directory}: holds something other than an earlier export: "
+            f"{few(sorted(held), 'files')}; choose another directory or empty it"
+        )
+
+
+def _replace_directory(directory: Path, fresh: Path) -> None:
+    if not directory.exists():
+        os.rename(fresh, directory)
+        return
+    old = fresh.with_name(f"{fresh.name}.old")
+    os.rename(directory, old)
+    try:
+        os.rename(fresh, directory)
+    except OSError:
+        os.rename(old, directory)
+        raise
+    shutil.rmtree(old)
+
+
+def _card(name: str, model: nn.Module) -> str:
+    return f"""---
+library_name: open_clip
+pipeline_tag: zero-shot-image-classification
+---
+# {name}
+
+A CLIP model of {sum(parameter.numel() for parameter in model.parameters()):,} parameters, exported by
+robustft.
+
+```python
+import open_clip
+
+model, train_transform, eval_transform = open_clip.create_model_and_transforms("local-dir:path/to/{name}")
+tokenizer = open_clip.get_tokenizer("local-dir:path/to/{name}")
+```
+"""

@@ -1,0 +1,103 @@
+"""Heads from captions: w_c = normalise(mean_t normalise(g(caption_t of class c))), (K, D)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from robustft.clip.encoding import encode_texts
+from robustft.prompts import Template, Tokenizer, captions, check_captions
+
+
+def class_embeddings(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    class_names: Sequence[str],
+    templates: Sequence[Template],
+    *,
+    batch_size: int = 256,
+) -> Tensor:
+    """The zero-shot head (K, D): unit mean over templates of unit text features (CLIP, section 3.1.4).
+
+    templates: strings with `{}` or `{c}`, or callables of the class name. Classes of the same name get
+    identical rows. The gradient reaches the text tower unless disabled. Memory: K T D floats, and the
+    activations of `batch_size` captions (of all K T when gradients are on). Raises ValueError for empty lists
+    and blank names.
+    """
+    return caption_embeddings(model, tokenizer, captions(class_names, templates), batch_size=batch_size)
+
+
+def caption_embeddings(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    captions: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 256,
+    checkpoint: bool = False,
+) -> Tensor:
+    """A head (K, D) from ready captions, such as concept descriptions: one or more of them a class.
+
+    checkpoint: as in `encode_captions`. Otherwise as `class_embeddings`.
+    """
+    return grouped_embeddings(model, group_captions(tokenizer, captions), batch_size=batch_size, checkpoint=checkpoint)
+
+
+class CaptionGroups(NamedTuple):
+    """Tokens (P, L) of the captions of G distinct groups, one after the other; sizes of the groups; group of each
+    class (K,)."""
+
+    tokens: Tensor
+    sizes: tuple[int, ...]
+    rows: Tensor
+
+    def of(self, classes: Tensor) -> CaptionGroups:
+        """The captions of some classes (C,), in that order."""
+        groups, rows = self.rows[classes.to(self.rows.device)].unique(return_inverse=True)
+        parts = self.tokens.split(self.sizes)
+        return CaptionGroups(
+            torch.cat([parts[g] for g in groups.tolist()]), tuple(self.sizes[g] for g in groups.tolist()), rows
+        )
+
+
+def group_captions(tokenizer: Tokenizer, captions: Sequence[Sequence[str]]) -> CaptionGroups:
+    """The captions of K classes, tokenised: classes of the same captions share a group."""
+    check_captions(captions)
+    distinct = {texts: row for row, texts in enumerate(dict.fromkeys(map(tuple, captions)))}
+    return CaptionGroups(
+        tokenizer([text for group in distinct for text in group]),
+        tuple(map(len, distinct)),
+        torch.tensor([distinct[tuple(group)] for group in captions]),
+    )
+
+
+def grouped_embeddings(
+    model: nn.Module, groups: CaptionGroups, *, batch_size: int = 256, checkpoint: bool = False
+) -> Tensor:
+    """`caption_embeddings` of captions that are tokenised already, to be encoded again at every step of a training."""
+    features = encode_captions(model, groups.tokens, batch_size=batch_size, checkpoint=checkpoint)
+    means = torch.stack([group.mean(dim=0) for group in features.split(groups.sizes)])
+    # F.embedding, because the gradient of means[rows] adds up in no fixed order on several threads.
+    return F.embedding(groups.rows.to(means.device), F.normalize(means, dim=-1))
+
+
+def encode_captions(model: nn.Module, tokens: Tensor, *, batch_size: int = 256, checkpoint: bool = False) -> Tensor:
+    """Unit text features (P, D) of tokenised captions (P, L) on any device, `batch_size` of them at a time.
+
+    checkpoint: in a training, keep no activations of the tower and encode each batch once more in the backward, under
+    the same random numbers: the same gradients for half as much time again, and the activations of one batch instead
+    of all P captions. Has no effect without gradients.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    device = next(model.parameters()).device
+    chunks = [chunk.to(device) for chunk in tokens.split(batch_size)]
+    if not (checkpoint and torch.is_grad_enabled()):
+        return torch.cat([encode_texts(model, chunk) for chunk in chunks])
+    again = functools.partial(recomputed, encode_texts, model, use_reentrant=False)
+    return torch.cat([again(chunk) for chunk in chunks])
