@@ -31,9 +31,11 @@ def test_a_verdict_needs_seeds_that_agree(margins, expected):
     assert verdict(margins) == expected
 
 
-def test_cells_are_means_and_spreads_in_the_order_of_the_first_seed():
+def test_cells_are_means_and_spreads_of_the_seeds_that_have_them():
     seeds = [Measured({"t": {"b": {"x": v}, "a": {"y": 2.0, "x": -v}}}, {}) for v in (1.0, 3.0)]
     assert joined(seeds, "t") == (("", "x", "y"), ("b", "2.0 ± 1.4", "–"), ("a", "-2.0 ± 1.4", "2.0 ± 0.0"))
+    seeds[1].tables["t"]["c"] = seeds[1].tables["t"].pop("b")
+    assert joined(seeds, "t")[1:] == (("b", "1.0", "–"), ("a", "-2.0 ± 1.4", "2.0 ± 0.0"), ("c", "3.0", "–"))
     assert spread([0.125], 3) == "0.125"
 
 

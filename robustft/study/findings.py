@@ -112,11 +112,12 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def joined(seeds: Sequence[Measured], table: str) -> tuple[tuple[str, ...], ...]:
-    """A table's cells over the seeds as text, header first; rows and columns in the order of the first seed."""
-    first = seeds[0].tables[table]
-    columns = list(dict.fromkeys(column for row in first.values() for column in row))
-    body = [
-        (name, *(spread([s.tables[table][name][c] for s in seeds if c in s.tables[table][name]]) for c in columns))
-        for name in first
-    ]
-    return (("", *columns), *body)
+    """A table's cells over the seeds as text, header first; a cell is of the seeds that have it."""
+    tables = [measured.tables[table] for measured in seeds]
+    rows = list(dict.fromkeys(name for rows in tables for name in rows))
+    columns = list(dict.fromkeys(column for rows in tables for row in rows.values() for column in row))
+
+    def cell(name: str, column: str) -> str:
+        return spread([rows[name][column] for rows in tables if column in rows.get(name, {})])
+
+    return (("", *columns), *((name, *(cell(name, column) for column in columns)) for name in rows))
