@@ -57,3 +57,56 @@ def test_recipes_are_those_chosen_on_id_validation():
 
 def test_readme_shows_the_committed_table():
     assert (RESULTS / "glyphworld.md").read_text() in README
+
+
+STUDY = json.loads((RESULTS / "study.json").read_text())
+VERDICTS = {c["claim"]: c["verdict"] for section in STUDY["sections"].values() for c in section["claims"]}
+SOUP = "soup of LP-FT, CaRot + CMP and DRM"
+
+
+@pytest.mark.parametrize(
+    "verdict, claims",
+    [
+        (
+            "appears",
+            [
+                *(f"CaRot is more accurate under shift than {name}" for name in ("FLYP", "FT", "WiSE FLYP")),
+                *(f"CaRot's ECE under shift is lower than {name}'s" for name in ("FLYP", "FT", "WiSE FLYP")),
+                "A lagged teacher beats a frozen one under shift",
+                "A teacher that moves every step is worse under shift",
+                *(f"{name} + VRF is more accurate under shift than {name}" for name in ("FT", "FLYP", "CaRot")),
+                "FT: VRF's frontier is above that of OSE with temperatures",
+                *(f"DRM is more accurate than {name} on conflicting backgrounds" for name in ("FLYP", "FT")),
+                "The released ratio lowers accuracy",
+                f"{SOUP}: the same, but for one image of ID",
+            ],
+        ),
+        (
+            "does not appear",
+            ["CaRot is more accurate under shift than LP-FT", "By MCM, LoCoOp is better than CoOp against textures"],
+        ),
+        (
+            "the opposite appears",
+            [
+                *(f"{name}: VRF's frontier is above WSE's" for name in ("FT", "FLYP", "CaRot")),
+                "The mixture of both heads beats the default head on conflicting backgrounds",
+                "Zero-shot's ECE under shift is still lower than CaRot's",
+            ],
+        ),
+    ],
+)
+def test_the_study_finds_what_readme_says(verdict, claims):
+    assert {claim: VERDICTS[claim] for claim in claims} == dict.fromkeys(claims, verdict)
+
+
+def test_the_recipes_table_is_the_studys():
+    docs = RESULTS.parent.parent / "docs"
+    study = (docs / "study.md").read_text()
+    compositions = study[study.index("**single methods**") :]
+    rows = [line.replace("**", "") for line in (docs / "recipe.md").read_text().splitlines() if line.startswith("|")][
+        2:
+    ]
+    assert len(rows) == 5
+    for row in rows:
+        assert row.replace("the mean", SOUP) in compositions
+    assert STUDY["command"] in study and STUDY["command"] == "robustft study"
