@@ -125,6 +125,8 @@ def _draw(plot: Plot, seeds: Sequence[Measured]) -> Figure:
     ax.set(xlabel=plot.x, ylabel=plot.y)
     if plot.logarithmic:
         ax.set_xscale("log")
+        ax.set_xticks(x, [f"{value:g}" for value in x])
+        ax.set_xticks([], minor=True)
     columns = math.ceil(len(seeds[0].curves[plot.name]) / 8)
     ax.legend(frameon=False, fontsize=8, ncols=columns)
     return figure
