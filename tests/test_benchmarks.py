@@ -308,6 +308,7 @@ def test_the_share_is_of_the_fastest_product_that_the_precision_allows():
 def bench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "robustft", "bench", *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # inherited, it would turn the benchmarks off
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
