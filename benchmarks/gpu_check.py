@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu_check                # about ten minutes; --minutes 5 leaves out what does not fit
     python -m benchmarks.gpu_check --only rows    # some of: build, rates, tests, sanitizer, rows, host
+    python -m benchmarks.gpu_check --list         # what is to be measured, as results/gpu.md has it; needs no GPU
 
 Needs torch with CUDA, Triton, nvcc, CMake and pytest; neither open_clip nor a network. Each step is a process of its
 own with a time limit, and results/<gpu>.json is rewritten after each, so that a step that hangs, crashes or is cut off
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+OTHER_DEMANDS = {"carot-step-512": "1.45 of a FLYP step", "contrastive-bf16-1M": "fits 80 GB"}
 STEPS = ("build", "rates", "tests", "sanitizer", "rows", "host")
 
 
@@ -158,12 +160,38 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def unmeasured() -> str:
+    """Every row and its bar, as long as no GPU has measured them."""
+    from benchmarks.gpu_rows import ROWS
+
+    lines = [
+        "# GPU rows",
+        "",
+        "`python -m benchmarks.gpu_check` measures them beside their peers and writes `<gpu>.json` and `<gpu>.md` "
+        "here; no GPU has run it yet. `python -m benchmarks.gpu_check --list` writes this file.",
+        "",
+        "| row | must | here |",
+        "|---|---|---|",
+    ]
+    for name, (_, bar, _) in ROWS.items():
+        demands = [OTHER_DEMANDS[name]] if name in OTHER_DEMANDS else []
+        demands += [f"{bar.milliseconds:g} ms"] if bar.milliseconds is not None else []
+        demands += [f"{bar.eager:g}x eager"] if bar.eager is not None else []
+        demands += [f"{bar.peers:g}x every peer"] if bar.peers is not None else []
+        lines.append(f"| {name} | {', '.join(demands)} | not measured |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9.5, help="stop after this many")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, help="these steps alone")
     parser.add_argument("--output", type=Path, default=None, help="folder of the results (default benchmarks/results)")
+    parser.add_argument("--list", action="store_true", help="print the rows instead")
     options = parser.parse_args()
+    if options.list:
+        print(unmeasured())
+        return 0
     import torch
 
     if not torch.cuda.is_available():

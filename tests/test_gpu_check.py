@@ -87,6 +87,12 @@ def test_nothing_is_begun_when_no_time_is_left():
     assert check.run([sys.executable, "-c", "print(1)"], 60)["status"] == "no time left"
 
 
+def test_the_list_of_what_no_gpu_has_measured_is_of_these_rows():
+    text = (gpu_check.ROOT / "benchmarks" / "results" / "gpu.md").read_text()
+    assert text == gpu_check.unmeasured() + "\n", "python -m benchmarks.gpu_check --list > benchmarks/results/gpu.md"
+    assert all(f"| {name} |" in text for name in gpu_rows.ROWS) and "6.5 ms, 4x eager, 2x every peer" in text
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_claimed():
     root = Path(gpu_check.__file__).parent.parent
