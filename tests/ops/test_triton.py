@@ -269,6 +269,7 @@ def test_autotuning_takes_the_fastest_and_prints_its_row(monkeypatch, capsys):
     "capability, row", [(7, "sm_80"), (8, "sm_80"), (9, "sm_90"), (10, "sm_100"), (11, "sm_100"), (12, "sm_80")]
 )
 def test_a_device_takes_the_row_of_its_kind(monkeypatch, capability, row):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
     assert triton.architecture.__wrapped__(torch.device("cuda", 0)) == row
 

@@ -55,6 +55,8 @@ def computes(op: str, device: torch.device, dtype: torch.dtype | None = None) ->
 @cache
 def architecture(device: torch.device) -> str:
     """Whose configurations a device takes. sm_120 has no tensor memory and takes those of sm_80."""
+    if not torch.cuda.is_available():
+        return "sm_80"  # the tensors are fakes
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
