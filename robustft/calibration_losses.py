@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustft.ops import arguments
+from robustft.precision import at_least_float32
 
 
 @arguments.own_precision
@@ -149,7 +150,7 @@ def rescale_to_range(logits: Tensor, zero_shot_logits: Tensor) -> Tensor:
     ZS-Norm is the cross-entropy of the result; SaLS is the same at test time only. A constant row becomes the middle of
     the range. Gradients to the logits. Source: Murugesan et al. 2024 (arXiv 2407.13588).
     """
-    z, z0 = (_wide(x) for x in (logits, zero_shot_logits.detach()))
+    z, z0 = (at_least_float32(x) for x in (logits, zero_shot_logits.detach()))
     if z.ndim != 2 or z0.ndim != 2 or len(z) != len(z0):
         raise ValueError(
             f"logits {tuple(z.shape)} and zero_shot_logits {tuple(z0.shape)} must be (N, K) and (N, K') of one N"
@@ -177,8 +178,4 @@ def _checked(logits: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(f"logits is {tuple(logits.shape)} {logits.dtype}; expected floating (N, K), not empty")
     if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"labels is {tuple(labels.shape)} {labels.dtype}; expected ({len(logits)},) torch.int64")
-    return _wide(logits)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return at_least_float32(logits)

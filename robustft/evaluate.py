@@ -28,6 +28,7 @@ from robustft.detection import OODMetrics, ood_metrics
 from robustft.features import batches
 from robustft.methods.output_ensemble import PairPredictor
 from robustft.methods.wise_ft import ALPHAS
+from robustft.precision import at_least_float32
 from robustft.scoring import SCORES, Evidence, Pointwise
 
 TPR = 0.95
@@ -380,7 +381,7 @@ def predict(classifier: Classifier, dataset: Any, batch_size: int = 256) -> Pred
     with _evaluating(modules):
         for images, target in batches(dataset, classifier, batch_size=batch_size):
             out = classifier.outputs(images.to(device))
-            outputs.append([_at_least_float32(part).cpu() for part in (out.features, out.cosines, out.logits)])
+            outputs.append([at_least_float32(part).cpu() for part in (out.features, out.cosines, out.logits)])
             labels.append(target.cpu())
     features, cosines, logits = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     bad = int((~logits.isfinite()).any(1).sum())
@@ -529,10 +530,6 @@ def _evaluating(modules: tuple[nn.Module, ...]) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _mean(values: Iterator[float]) -> float:

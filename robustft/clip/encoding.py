@@ -9,11 +9,11 @@ import contextlib
 import functools
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustft import patches
+from robustft.precision import at_least_float32
 
 
 class LocalFeatures(NamedTuple):
@@ -28,7 +28,7 @@ def logit_scale(model: nn.Module) -> Tensor:
     scale = getattr(model, "logit_scale", None)
     if not isinstance(scale, Tensor) or scale.numel() != 1:
         raise ValueError(f"model: expected a logit_scale of one element, got {scale!r:.80}")
-    return _at_least_float32(scale).exp().reshape(())
+    return at_least_float32(scale).exp().reshape(())
 
 
 def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -> Tensor:
@@ -44,7 +44,7 @@ def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -
         )
     parameter = next(getattr(model, "visual", model).parameters(), images)
     features = _pooled(model.encode_image(images.to(parameter.dtype)))
-    return F.normalize(_at_least_float32(features), dim=-1) if normalize else features
+    return F.normalize(at_least_float32(features), dim=-1) if normalize else features
 
 
 def encode_patches(model: nn.Module, images: Tensor, *, normalize: bool = True) -> Tensor:
@@ -65,7 +65,7 @@ def encode_images_and_patches(model: nn.Module, images: Tensor, *, normalize: bo
         image_features = encode_images(model, images, normalize=normalize)
     patch_features = patches.local_features(visual, inputs[0])
     if normalize:
-        patch_features = F.normalize(_at_least_float32(patch_features), dim=-1)
+        patch_features = F.normalize(at_least_float32(patch_features), dim=-1)
     return LocalFeatures(image_features, patch_features)
 
 
@@ -74,7 +74,7 @@ def encode_texts(model: nn.Module, tokens: Tensor, *, normalize: bool = True) ->
     if tokens.ndim != 2 or tokens.is_floating_point():
         raise ValueError(f"tokens: expected (M, L) integers, got {tuple(tokens.shape)} {tokens.dtype}")
     features = _pooled(model.encode_text(tokens))
-    return F.normalize(_at_least_float32(features), dim=-1) if normalize else features
+    return F.normalize(at_least_float32(features), dim=-1) if normalize else features
 
 
 def token_embedding(model: nn.Module) -> nn.Embedding:
@@ -171,10 +171,6 @@ def _projection(model: nn.Module, tower: str, *paths: str) -> Tensor:
 def _pooled(features: Any) -> Tensor:
     # Towers built with output_tokens return (pooled, tokens).
     return features[0] if isinstance(features, tuple) else features
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from robustft import clip
 from robustft.features import batches
 from robustft.methods.batch import Batch, check_labels, unpack
+from robustft.precision import at_least_float32
 
 
 class Step(NamedTuple):
@@ -145,9 +146,11 @@ class Classifier(Predictor):
         scale = clip.logit_scale(model) if logit_scale is None else logit_scale
         self.model = model
         self.classes = tuple(classes)
-        self.register_buffer("class_embeddings", _wide(class_embeddings.detach()).clone())
-        self.register_buffer("logit_scale", _wide(torch.as_tensor(scale).detach()).clone().to(class_embeddings.device))
-        self.register_buffer("bias", None if bias is None else _wide(bias.detach()).clone())
+        self.register_buffer("class_embeddings", at_least_float32(class_embeddings.detach()).clone())
+        self.register_buffer(
+            "logit_scale", at_least_float32(torch.as_tensor(scale).detach()).clone().to(class_embeddings.device)
+        )
+        self.register_buffer("bias", None if bias is None else at_least_float32(bias.detach()).clone())
 
     def outputs(self, images: Tensor) -> Outputs:
         with evaluating(self.model):
@@ -292,7 +295,3 @@ class Method(nn.Module):
             labels = labels.to(weight.device, torch.int64)
             check_labels(labels, len(self.class_names))
         return Batch(images, labels, texts)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

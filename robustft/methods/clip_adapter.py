@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.methods.base import Outputs, Step, stateless_generator
-from robustft.methods.frozen import FrozenModel, FrozenPredictor, at_least_float32, seeded_linear
+from robustft.methods.frozen import FrozenModel, FrozenPredictor, seeded_linear
 from robustft.methods.zero_shot import zero_shot_classifier
 from robustft.objective import Objective
+from robustft.precision import at_least_float32
 
 
 class CLIPAdapter(FrozenModel):

@@ -178,10 +178,6 @@ def load_predictor(
     return kind(model, classes, **tensors, **settings)
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def seeded_linear(inputs: int, outputs: int, generator: torch.Generator, *, bias: bool = True) -> nn.Linear:
     """A linear layer with torch's default distribution, uniform in +-1/sqrt(inputs), drawn from `generator`."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)

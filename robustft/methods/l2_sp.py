@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 from robustft.methods.base import Step
+from robustft.precision import at_least_float32
 
 
 class L2SP(nn.Module):
@@ -33,7 +33,7 @@ class L2SP(nn.Module):
         """1/2 ||theta - theta_0||^2, 0-d, at least float32; the gradient is the difference."""
         parameters = dict(method.named_parameters())
         return 0.5 * sum(
-            (_wide(parameters[name]) - _wide(self.get_buffer(f"start_{i}"))).square().sum()
+            (at_least_float32(parameters[name]) - at_least_float32(self.get_buffer(f"start_{i}"))).square().sum()
             for i, name in enumerate(self.names)
         )
 
@@ -46,7 +46,3 @@ class L2SP(nn.Module):
 def check_l2_sp(beta: float) -> None:
     if not 0.0 <= beta < math.inf:
         raise ValueError(f"l2_sp is {beta}; expected a weight, finite and not negative")
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

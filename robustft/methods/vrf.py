@@ -39,6 +39,7 @@ from robustft.methods.vrf_features import RatioBin, VRFFeatures, ratio_bins
 from robustft.methods.vrf_weights import ROWS, WEIGHTINGS, GridPoint, centre, grid, scores, weigh
 from robustft.methods.wise_ft import check_alpha
 from robustft.neighbors import NeighborIndex
+from robustft.precision import at_least_float32
 
 FEW_FAILURES = 20  # below it a distance to V says more about single samples than about a region
 
@@ -147,14 +148,14 @@ class VRF:
         """log p (N, K), at least float32, some thousand rows at a time; a sample's is the same among any others."""
         parts = [
             mixture_log_probabilities(
-                _wide(part.zero_shot_logits),
-                _wide(part.fine_tuned_logits),
+                at_least_float32(part.zero_shot_logits),
+                at_least_float32(part.fine_tuned_logits),
                 self.weights(part.features),
                 self.temperatures_,
             )
             for part in features.rows(ROWS)
         ]
-        return torch.cat(parts) if parts else _wide(features.fine_tuned_logits)
+        return torch.cat(parts) if parts else at_least_float32(features.fine_tuned_logits)
 
     def probabilities(self, features: VRFFeatures) -> Tensor:
         """p (N, K), at least float32."""
@@ -286,7 +287,3 @@ def _choices(value: Any, name: str) -> tuple[float, ...] | None:
     if not values or not all(isinstance(v, Real) and math.isfinite(v) for v in values):
         raise ValueError(f"{name} must be a finite number, several of them, or None, got {value!r}")
     return tuple(map(float, values))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
