@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     study = commands.add_parser(
         "study",
         help="run every method on the bundled benchmark and say which papers' findings appear there",
-        description="Runs every method on GlyphWorld with several seeds, all choices made on ID validation data, and "
+        description="Runs every method on GlyphWorld with several seeds, mixing weights chosen on ID validation, and "
         "writes study.html and study.md: tables, and for each claim of a paper whether it appears. Works offline.",
     )
     study.add_argument("--output", default="runs/study", help="folder to write (default: %(default)s)")
