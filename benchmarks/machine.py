@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import robustft
+from robustft.doctor import processor
 
 RESULTS = Path(__file__).parent / "results"
 """Of the source tree. An installed robustft must not write there; see `output_folder`."""
@@ -19,13 +20,9 @@ RESULTS = Path(__file__).parent / "results"
 
 def describe() -> dict[str, Any]:
     """The machine and the software, without anything that names a person or a place."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     info = robustft.build_info()
     return {
-        "cpu": model,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "isa": info.get("active_isa"),
         "threads": torch.get_num_threads(),

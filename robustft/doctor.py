@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 REINSTALL = "pip install --force-reinstall --no-deps .   (in robustft's source tree)"
@@ -52,6 +53,14 @@ def run(log: Callable[[str], None] = print) -> int:
         log(f"{check.name}: {check.cure}")
     log(f"{len(failed)} problems" if failed else "everything works")
     return 1 if failed else 0
+
+
+def processor() -> str:
+    """The processor's name, as the system has it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def checks() -> Iterator[Check]:

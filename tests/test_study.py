@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from robustft import study
 from robustft.cli import main
+from robustft.evaluate import Predictions, Suite
+from robustft.methods import CVaR
 from robustft.quickstart import RECIPES
+from robustft.study.calibration import NONE, TEMPERATURE, calibrated
 from robustft.study.findings import Claim, Measured, Plot, Section, find, higher, joined, lower, spread, verdict
-from robustft.study.world import World
+from robustft.study.recipes import SPURIOUS
+from robustft.study.world import World, _built, alone
 
 
 @pytest.mark.parametrize(
@@ -109,6 +115,53 @@ def test_a_run_is_trained_once_and_its_weights_survive_a_kill(tmp_path):
     torch.testing.assert_close(again.state_dict(), method.state_dict(), rtol=0, atol=0)
     other = world.train(replace(recipe, lr=recipe.lr / 2))
     assert other is not method and len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_who_asks_for_a_run_that_is_being_trained_waits(tmp_path):
+    order = []
+
+    def second():
+        with alone(tmp_path / "run"):
+            order.append("second")
+
+    with alone(tmp_path / "run"):
+        thread = Thread(target=second)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_processes_measure_what_is_missing(tmp_path, capfd):
+    output = tmp_path / "study"
+    answers = study.study(output, sections=["calibration"], seeds=(0,), quick=True, workers=2)
+    (measured,) = answers[0].seeds
+    assert json.loads((output / "results" / "calibration-0.json").read_text())["tables"] == measured.tables
+    assert not (output / "seed-0").exists()
+
+
+def test_recipes_say_in_json_which_risk_they_want():
+    risk = _built(json.loads(json.dumps(SPURIOUS["CVaR"].options)))["risk"]
+    assert isinstance(risk, CVaR) and risk.settings == SPURIOUS["CVaR"].options["risk"]
+
+
+@pytest.mark.parametrize("errors", [0, 40])
+def test_a_model_without_an_error_on_validation_stays_as_it_is(errors):
+    generator = torch.Generator().manual_seed(0)
+
+    def predictions(errors):
+        labels = torch.randint(5, (200,), generator=generator)
+        logits = torch.randn(200, 5, generator=generator) + 9.0 * torch.nn.functional.one_hot(labels, 5)
+        return Predictions(logits, logits, torch.where(torch.arange(200) < errors, (labels + 1) % 5, labels), logits)
+
+    world = SimpleNamespace(
+        validation=lambda _: predictions(errors), suite=lambda _: Suite(predictions(40), {"s": predictions(40)}, {})
+    )
+    rows = calibrated(world, None)
+    assert (rows[TEMPERATURE] == rows[NONE]) == (errors == 0)
+    if errors:
+        assert all(rows[TEMPERATURE][column] < rows[NONE][column] for column in ("NLL ID", "ECE ID", "ECE OOD"))
 
 
 @pytest.mark.parametrize(

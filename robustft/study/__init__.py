@@ -13,20 +13,21 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from robustft.doctor import processor
 from robustft.features import write_file
-from robustft.study import carot, cmp, compositions, detection, drm, vrf
+from robustft.study import calibration, carot, cmp, compositions, detection, drm, vrf
 from robustft.study.findings import Measured
 from robustft.study.page import Answer, markdown, page, summary
 from robustft.study.world import World
 
-SECTIONS = {module.SECTION.name: module.SECTION for module in (carot, vrf, drm, cmp, detection, compositions)}
+MODULES = (carot, vrf, drm, cmp, calibration, detection, compositions)
+SECTIONS = {module.SECTION.name: module.SECTION for module in MODULES}
 SEEDS = (0, 1, 2)
 
 
@@ -48,8 +49,8 @@ def study(
         sections: some of `SECTIONS`.
         quick: fewer epochs and test images: minutes, for a look.
         resume: go on with the study in `output`, under the same configuration.
-        workers: processes, each with a seed at a time and its share of the cores; by default as many as there are of
-            either. With one, everything runs in this process.
+        workers: processes, each with a section of a seed at a time and its share of the cores; by default one a core.
+            With one, everything runs in this process.
         log: receives one line of text at a time; lines of other processes are printed.
 
     Raises: ValueError for unknown sections or no seed, FileExistsError for a folder that holds something else, OSError
@@ -66,15 +67,22 @@ def study(
     open_folder(folder, {"quick": quick, "seeds": list(seeds), "sections": list(sections)}, resume)
     started = time.monotonic()
     cores = len(os.sched_getaffinity(0))
-    workers = workers or min(len(seeds), cores)
+    tasks = [(name, seed) for name in sections for seed in seeds if not _path(folder, name, seed).exists()]
+    workers = workers or max(1, min(len(tasks), cores))
     if workers == 1:
-        for seed in seeds:
-            _measure(folder, sections, seed, quick, log)
+        worlds = {seed: World(folder / f"seed-{seed}", seed, quick=quick, log=log) for seed in seeds}
+        for name, seed in tasks:
+            _measure(folder, name, worlds[seed])
     else:
-        with ProcessPoolExecutor(
-            workers, get_context("spawn"), torch.set_num_threads, (max(1, cores // workers),)
-        ) as pool:
-            list(pool.map(partial(_measure, folder, sections, quick=quick), seeds))
+        threads = max(1, cores // workers)
+        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+            waiting = [pool.submit(_measure_apart, folder, name, seed, quick) for name, seed in tasks]
+            for task in as_completed(waiting):
+                if task.exception():
+                    pool.shutdown(cancel_futures=True)
+                task.result()
+    for seed in seeds:
+        shutil.rmtree(folder / f"seed-{seed}", ignore_errors=True)
     answers = [Answer(SECTIONS[name], [_measured(folder, name, seed) for seed in seeds]) for name in sections]
     _write(folder, answers, _command(quick, seeds, sections))
     log(summary(answers))
@@ -82,16 +90,16 @@ def study(
     return answers
 
 
-def _measure(folder: Path, sections: Sequence[str], seed: int, quick: bool, log: Callable[[str], None] = print) -> None:
-    """Measures what is missing of a seed; each section is on disk as soon as it is done."""
-    world = World(folder / f"seed-{seed}", seed, quick=quick, log=log)
-    for name in sections:
-        if not _path(folder, name, seed).exists():
-            started = time.monotonic()
-            measured = SECTIONS[name].measure(world)
-            write_file(_path(folder, name, seed), json.dumps(measured._asdict(), indent=1, allow_nan=False).encode())
-            log(f"seed {seed}: {SECTIONS[name].title} ({time.monotonic() - started:.0f} s)")
-    shutil.rmtree(world.folder, ignore_errors=True)
+def _measure(folder: Path, name: str, world: World) -> None:
+    """Measures a section in a seed's world; it is on disk as soon as it is done."""
+    started = time.monotonic()
+    measured = SECTIONS[name].measure(world)
+    write_file(_path(folder, name, world.seed), json.dumps(measured._asdict(), indent=1, allow_nan=False).encode())
+    world.log(f"seed {world.seed}: {SECTIONS[name].title} ({time.monotonic() - started:.0f} s)")
+
+
+def _measure_apart(folder: Path, name: str, seed: int, quick: bool) -> None:
+    _measure(folder, name, World(folder / f"seed-{seed}", seed, quick=quick))
 
 
 def _path(folder: Path, name: str, seed: int) -> Path:
@@ -103,7 +111,7 @@ def _measured(folder: Path, name: str, seed: int) -> Measured:
 
 
 def _write(folder: Path, answers: Sequence[Answer], command: str) -> None:
-    machine = f"torch {torch.__version__}, {len(os.sched_getaffinity(0))} cores"
+    machine = f"torch {torch.__version__}, {processor()}, {len(os.sched_getaffinity(0))} cores"
     text, images = page(answers, command, machine)
     for name, png in images.items():
         write_file(folder / "figures" / f"{name}.png", png)

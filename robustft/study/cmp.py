@@ -11,31 +11,26 @@ from robustft.evaluate import predict
 from robustft.methods import Predictor, TipAdapter
 from robustft.quickstart import Recipe
 from robustft.study.findings import Claim, Measured, Plot, Section, higher, lower
+from robustft.study.recipes import HOST_SHOTS, HOSTS
 from robustft.study.world import World
 
-
-def _host(method: str, lr: float, epochs: int = 30, batch_size: int = 40, **options: Any) -> Recipe:
-    return Recipe(method, lr=lr, epochs=epochs, batch_size=batch_size, weight_decay=0.0, options=options)
-
-
-HOSTS: Mapping[str, Recipe] = {
-    "linear probe": _host("LinearProbe", lr=0.1),
-    "CoOp": _host("CoOp", lr=0.05, epochs=50, context=4),
-    "KgCoOp": _host("KgCoOp", lr=0.05, epochs=50, context=4, weight=1.0),
-    "ProDA": _host("ProDA", lr=0.05, epochs=50, context=4, prompts=8, prompt_batch=4),
-    "CoCoOp": _host("CoCoOp", lr=0.02, epochs=10, batch_size=8, context=4),
-    "MaPLe": _host("MaPLe", lr=0.01, context=2),
-    "CLIP-Adapter": _host("CLIPAdapter", lr=0.01, ratio=0.6),
-    "Tip-Adapter-F": _host("TipAdapterF", lr=0.01, alpha=3.0, beta=5.0),
-}
 VARIANTS = ("neg_log_ratio", "neg_ratio", "softplus", "ratio")
 SWEPT = "CoOp"  # the host of variants and shots
 SHOTS = (1, 2, 4, 8, 16)
-HOST_SHOTS, QUICK_SHOTS = 8, (1, 4)
+QUICK_SHOTS = (1, 4)
+USUAL_WEIGHTS = {
+    "brier": 1.0,
+    "dca": 1.0,
+    "mdca": 1.0,
+    "mmce": 1.0,
+    "mbls": 0.1,
+    "confidence_penalty": 0.1,
+    "logit_range": 10.0,
+}
 OTHER_TERMS: Mapping[str, dict[str, Any]] = {
     "label smoothing 0.1": {"label_smoothing": 0.1},
     "focal loss, gamma 2": {"focal": 2.0},
-    **{f"{name}, weight 1": {"terms": {name: 1.0}} for name in ("brier", "dca", "mdca", "mmce", "mbls")},
+    **{f"{name}, weight {weight:g}": {"terms": {name: weight}} for name, weight in USUAL_WEIGHTS.items()},
 }
 OURS, RELEASED = "log-ratio (default)", "ratio (released)"
 NAMES = {"neg_log_ratio": OURS, "ratio": RELEASED}
@@ -127,8 +122,8 @@ SECTION = Section(
     ),
     notes={
         HOSTED: "CMP: weight 1, the log-ratio. ECE ID, temperature: with the temperature of lowest NLL on ID "
-        "validation, which costs nothing and is what a penalty competes with. The hosts' recipes, the same with "
-        "and without the penalty, were set by looking at seed 0's ID test set.",
-        OF_VARIANTS: "First CMP's variants, then other terms; weights are not chosen.",
+        "validation, which costs nothing and is what a penalty competes with. The hosts' recipes are the same "
+        "with and without the penalty.",
+        OF_VARIANTS: "First CMP's variants, then other terms, of their usual weights.",
     },
 )

@@ -5,24 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from robustft.data import glyphworld
 from robustft.detection import ood_metrics
 from robustft.detector import Detector
 from robustft.evaluate import evaluate_predictions
-from robustft.methods import (
-    VRF,
-    Classifier,
-    CoreProxy,
-    DualClassifier,
-    Predictor,
-    Tempering,
-    VRFFeatures,
-    WiSEFT,
-    core_labels,
-    uniform_soup,
-)
+from robustft.methods import VRF, Classifier, Predictor, Tempering, VRFFeatures, WiSEFT, uniform_soup
 from robustft.quickstart import RECIPES
-from robustft.study.drm import DRM
 from robustft.study.findings import Claim, Measured, Section, Table
 from robustft.study.world import World
 
@@ -45,10 +32,9 @@ HIGHER, LOWER = ("acc ID", "acc OOD", KNN), ("ECE OOD",)
 
 def measure(world: World) -> Measured:
     zero_shot = world.zero_shot
-    single: dict[str, Predictor] = {"zero-shot": zero_shot, "LP-FT": world.lp_ft()}
-    single |= {name: world.classifier(name) for name in RECIPES}
-    dual = drm(world)
-    single["DRM"], carot = dual, single["CaRot"]
+    single: dict[str, Predictor] = {"zero-shot": zero_shot}
+    single |= {name: world.classifier(name) for name in ("LP-FT", *RECIPES, "DRM")}
+    dual, carot = single["DRM"], single["CaRot"]
     penalised = world.train(
         replace(RECIPES["CaRot"], options={**RECIPES["CaRot"].options, "misalignment": 1.0})
     ).classifier()
@@ -61,21 +47,6 @@ def measure(world: World) -> Measured:
     composed = (penalised, wise(carot), wise(penalised), calibrated, wise(dual.default), wise(single["FT"]), soup)
     tables = {SINGLES: single, COMPOSED: dict(zip(NAMES, composed, strict=True))}
     return Measured({t: {name: row(world, p) for name, p in group.items()} for t, group in tables.items()}, {})
-
-
-def drm(world: World) -> DualClassifier:
-    """DRM on the digits, with its default proxy and lambda."""
-    images, labels = world.data.train
-    core = core_labels(
-        world.bundle.model,
-        world.data.train,
-        tokenizer=world.bundle.tokenizer,
-        class_names=glyphworld.CLASS_NAMES,
-        descriptions=glyphworld.CONCEPTS,
-        proxy=CoreProxy(),
-    )
-    data = {"image": images, "label": labels, "core": core}
-    return world.train(DRM, data, what="digits-core", descriptions=glyphworld.CONCEPTS, proxy=None).classifier()
 
 
 def vrf(world: World, fine_tuned: Predictor) -> Predictor:

@@ -34,8 +34,9 @@ class Answer(NamedTuple):
 INTRODUCTION = (
     "A toy that shows mechanisms: a tiny CLIP pre-trained on synthetic glyphs, fine-tuned on 8 x 8 handwritten digits. "
     "It replicates no table of a paper. Each claim below is read off this toy alone: whether it appears here.",
-    "Mixing weights, temperatures, VRF's a and b, lambda and Tip-Adapter's alpha and beta are chosen on ID validation "
-    "data, and so were the learning rates of FT, FLYP and CaRot; other recipes are fixed. "
+    "Mixing weights, temperatures, VRF's a and b, DRM's proxy and lambda, Tip-Adapter's alpha and beta are chosen on "
+    "ID validation data, and so were all learning rates, once for all seeds (`python -m benchmarks.study_selection`); "
+    "the rest of the recipes are defaults. "
     "Numbers are means ± standard deviations over fine-tuning seeds, in % unless said otherwise; "
     "OOD columns are means over the six shifts, AUROC is MCM's mean over letters and textures. "
     "A margin is positive where a seed agrees with the claim. A claim appears if every seed agrees and the mean margin "

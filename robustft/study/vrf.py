@@ -13,7 +13,7 @@ from robustft.quickstart import Tensors
 from robustft.study.findings import Claim, Curve, Measured, Plot, Section, Table, falls, higher
 from robustft.study.world import World, columns
 
-FINE_TUNED = ("FT", "FLYP", "CaRot")
+FINE_TUNED = ("FT", "FLYP", "CaRot", "LP")
 ABLATED = "FLYP"
 VARIANTS = {
     "VRF, NLL temperatures": {"temperatures": "nll"},

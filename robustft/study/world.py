@@ -1,15 +1,17 @@
 """One seed's world: GlyphWorld's sets, the zero-shot model, and what has been trained on them.
 
 Runs are kept in `folder`, each under a name that says what it depends on, so that a killed study goes on where it was
-and sections that ask for the same run share it.
+and sections that ask for the same run share it, in one process or several: the first trains it, the others wait.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +23,12 @@ from robustft import methods
 from robustft.data import few_shot, glyphworld
 from robustft.evaluate import Predictions, Suite, evaluate_predictions, predict
 from robustft.features import image_statistics
+from robustft.objective import Objective
 from robustft.quickstart import QUICK_EPOCHS, RECIPES, Data, Recipe, predict_suite
+from robustft.study.recipes import DRM, HOSTS, LP_FT, PROBE
 from robustft.train import fit, holds_run, steps_per_epoch
 
 Tensors = tuple[Tensor, Tensor]
-PROBE = Recipe("LinearProbe", lr=0.1, epochs=20)
-LP_FT = Recipe("LPFT", lr=1e-3)
 
 
 class World:
@@ -74,7 +76,7 @@ class World:
         if self.quick:
             recipe = replace(recipe, epochs=max(1, recipe.epochs * QUICK_EPOCHS // RECIPES["FT"].epochs))
         text = json.dumps([asdict(recipe), what, self.seed, self.quick], sort_keys=True, default=str)
-        key = f"{recipe.method}-{what}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        key = f"{recipe.method}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         if key not in self._methods:
             steps = recipe.epochs * steps_per_epoch(_count(data), recipe.batch_size)
             with warnings.catch_warnings():
@@ -88,34 +90,56 @@ class World:
                     **arguments,
                 )
             output = self.folder / "runs" / key
-            history = fit(
-                method,
-                data,
-                epochs=recipe.epochs,
-                batch_size=recipe.batch_size,
-                lr=recipe.lr,
-                weight_decay=recipe.weight_decay,
-                warmup=recipe.warmup,
-                seed=self.seed,
-                output=output,
-                resume=holds_run(output),
-                progress=False,
-            )
-            self.log(f"  seed {self.seed}: {key.rsplit('-', 1)[0]}, {history.steps} steps, {history.seconds:.1f} s")
+            with alone(self.folder / "locks" / key):
+                history = fit(
+                    method,
+                    data,
+                    epochs=recipe.epochs,
+                    batch_size=recipe.batch_size,
+                    lr=recipe.lr,
+                    weight_decay=recipe.weight_decay,
+                    warmup=recipe.warmup,
+                    seed=self.seed,
+                    output=output,
+                    resume=holds_run(output),
+                    progress=False,
+                )
+            self.log(f"  seed {self.seed}: {recipe.method}, {what}, {history.steps} steps, {history.seconds:.1f} s")
             self._methods[key] = method
         return self._methods[key]
 
     def classifier(self, name: str) -> methods.Predictor:
-        """The quickstart's FT, FLYP or CaRot."""
+        """The quickstart's FT, FLYP or CaRot; LP, LP-FT from it, or DRM."""
+        match name:
+            case "LP":
+                return self.linear_probe(PROBE)
+            case "LP-FT":
+                return self.lp_ft(LP_FT)
+            case "DRM":
+                return self.drm(DRM)
         return self.train(RECIPES[name]).classifier()
 
-    def linear_probe(self) -> methods.Classifier:
+    def linear_probe(self, recipe: Recipe) -> methods.Classifier:
         encoded = self.training(self.zero_shot)
-        return self.train(PROBE, (encoded.features, encoded.labels), what="features").classifier()
+        return self.train(recipe, (encoded.features, encoded.labels), what="features").classifier()
 
-    def lp_ft(self) -> methods.Classifier:
-        """LP-FT: fine-tuning from the probe of the frozen features."""
-        return self.train(LP_FT, probe=self.linear_probe()).classifier()
+    def lp_ft(self, recipe: Recipe) -> methods.Classifier:
+        """Fine-tuning from the probe of the frozen features."""
+        return self.train(recipe, probe=self.classifier("LP")).classifier()
+
+    def drm(self, recipe: Recipe) -> methods.DualClassifier:
+        """DRM with the default proxy."""
+        images, labels = self.data.train
+        core = methods.core_labels(
+            self.bundle.model,
+            self.data.train,
+            tokenizer=self.bundle.tokenizer,
+            class_names=glyphworld.CLASS_NAMES,
+            descriptions=glyphworld.CONCEPTS,
+            proxy=methods.CoreProxy(),
+        )
+        data = {"image": images, "label": labels, "core": core}
+        return self.train(recipe, data, what="core", descriptions=glyphworld.CONCEPTS, proxy=None).classifier()
 
     def shots(self, count: int) -> Tensors:
         """`count` training images of each class."""
@@ -124,8 +148,11 @@ class World:
     def few_shot(self, recipe: Recipe, count: int) -> methods.Method:
         """The recipe's method trained on `count` images of each class; a frozen image tower encodes them once."""
         train, arguments = self.shots(count), {}
-        if recipe.method == "TipAdapterF":
-            arguments["train"] = train
+        match recipe.method:
+            case "TipAdapterF":
+                arguments["train"] = train
+            case "LPFT":
+                arguments["probe"] = self.few_shot(HOSTS["linear probe"], count).classifier()
         if getattr(methods, recipe.method).takes_features:
             encoded = self.training(self.zero_shot)
             train = few_shot((encoded.features, encoded.labels), count, seed=self.seed)
@@ -158,10 +185,23 @@ def _count(data: Any) -> int:
 
 
 def _built(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's options, of which JSON holds an objective as a dictionary."""
-    from robustft.objective import Objective
+    """A recipe's options, of which JSON holds an objective, and a risk, as a dictionary."""
+    built = dict(options)
+    if "objective" in built:
+        built["objective"] = Objective(**built["objective"])
+    if "risk" in built:
+        settings = dict(built["risk"])
+        built["risk"] = getattr(methods, settings.pop("risk"))(**settings)
+    return built
 
-    return {k: Objective(**v) if k == "objective" else v for k, v in options.items()}
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Holds the lock of that name against other processes; a killed one lets go of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def columns(suites: Mapping[str, Suite[Predictions]]) -> dict[str, dict[str, float]]:
