@@ -47,7 +47,7 @@ class CoCoOp(CoOp):
         images, labels = self.labelled(batch)
         u = self.image_features(images)
         cosines = conditional_cosines(self.model, u, chunk_size=self.chunk_size, **self._parts())
-        return Step(*self.objective.of_logits(clip.logit_scale(self.model) * cosines, labels))
+        return Step(*self.objective.of_logits(clip.logit_scale(self.model) * cosines, labels, self.reference(u)))
 
     def class_embeddings(self) -> Tensor:
         raise ValueError("CoCoOp has other class embeddings for every image: ask classifier() for outputs")

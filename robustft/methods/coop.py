@@ -101,7 +101,7 @@ class CoOp(FrozenModel):
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)
         u, s = self.image_features(images), clip.logit_scale(self.model)
-        return Step(*self.objective(u, self.class_embeddings(), labels, s))
+        return Step(*self.objective(u, self.class_embeddings(), labels, s, zero_shot_logits=self.reference(u)))
 
     @torch.no_grad()
     def classifier(self) -> Classifier:
@@ -132,6 +132,7 @@ class KgCoOp(CoOp):
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)
         u, w = self.image_features(images), self.class_embeddings()
-        loss, terms = self.objective(u, w, labels, clip.logit_scale(self.model))
+        s, z0 = clip.logit_scale(self.model), self.reference(u)
+        loss, terms = self.objective(u, w, labels, s, zero_shot_logits=z0)
         distance = (1 - F.cosine_similarity(w, self.hand_embeddings.to(w.dtype), dim=-1)).mean()
         return Step(loss + self.weight * distance, {**terms, "distance": distance.detach()})

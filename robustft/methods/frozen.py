@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.methods.base import Classifier, Method, Predictor, evaluating, load_classifier, stateless_seed
+from robustft.methods.zero_shot import ZeroShotReference
 from robustft.objective import Objective
 from robustft.prompts import captions
 
@@ -69,6 +70,8 @@ class FrozenModel(Method):
             "prompts": stateless_seed(0, prompts),
             "objective": asdict(objective),
         }
+        self.reference = ZeroShotReference(self, trained=False)
+        self.config |= self.reference.config
 
     def labelled(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Images and labels of a batch; ValueError for one of texts."""

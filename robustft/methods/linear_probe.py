@@ -34,6 +34,7 @@ class LinearProbe(LinearHead):
     """
 
     takes_features = True
+    trains_model = False
 
     def __init__(
         self,
@@ -69,7 +70,8 @@ class LinearProbe(LinearHead):
 
     def step(self, batch: Any) -> Step:
         images, labels, _ = self.checked(batch)
-        return self.head_step(images if images.ndim == 2 else self.features(images), labels)
+        u = images if images.ndim == 2 else self.features(images)
+        return self.head_step(u, labels, self.reference(u))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:

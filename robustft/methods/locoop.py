@@ -51,7 +51,7 @@ class LoCoOp(CoOp):
         with torch.no_grad():
             u, local = clip.encode_images_and_patches(self.model, images)
         w, s = self.class_embeddings(), clip.logit_scale(self.model)
-        loss, terms = self.objective(u, w, labels, s)
+        loss, terms = self.objective(u, w, labels, s, zero_shot_logits=self.reference(u))
         with torch.autocast(u.device.type, enabled=False):
             entropy = background_entropy(s * (local @ w.to(local.dtype).T), labels, self.top_k)
         return Step(loss - self.weight * entropy, {**terms, "background_entropy": entropy.detach()})

@@ -71,7 +71,8 @@ class MaPLe(CoOp):
         images, labels = self.labelled(batch)
         with deep_prompts.visual_prompts(self.model, self.visual_prompts()):
             u = clip.encode_images(self.model, images)
-        return Step(*self.objective(u, self.class_embeddings(), labels, clip.logit_scale(self.model)))
+        w, s, z0 = self.class_embeddings(), clip.logit_scale(self.model), self.reference(images)
+        return Step(*self.objective(u, w, labels, s, zero_shot_logits=z0))
 
     @torch.no_grad()
     def classifier(self) -> MaPLeClassifier:

@@ -130,7 +130,7 @@ class ProDA(FrozenModel):
         with torch.autocast(u.device.type, enabled=False):
             mean = w.mean(0)
             logits = s * (u @ mean.to(u.dtype).T) + s.square() / 2 * difference_variance(u, w - mean, labels)
-        loss, terms = self.objective.of_logits(logits, labels)
+        loss, terms = self.objective.of_logits(logits, labels, self.reference(u))
         nameless = self.nameless(self.model, self.contexts[prompts], torch.zeros_like(prompts))
         with torch.autocast(u.device.type, enabled=False):
             rows, columns = torch.triu_indices(len(prompts), len(prompts), 1, device=u.device)

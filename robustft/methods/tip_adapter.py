@@ -141,7 +141,7 @@ class TipAdapterF(FrozenModel):
         with torch.autocast(u.device.type, enabled=False):
             z = clip.logit_scale(self.model) * (u @ self.class_embeddings.to(u.dtype).T)
             cache = cache_logits(u, self.keys, self.labels, len(self.class_names), float(self.beta))
-        return Step(*self.objective.of_logits(z + float(self.alpha) * cache, labels))
+        return Step(*self.objective.of_logits(z + float(self.alpha) * cache, labels, zero_shot_logits=z))
 
     def select(
         self, validation: Features | Any, *, alphas: Sequence[float] = ALPHAS, betas: Sequence[float] = BETAS

@@ -122,10 +122,11 @@ class WorstCaseFineTune(FineTune):
         if not isinstance(risk, Risk):
             raise TypeError(f"risk must be a Risk, such as GroupDRO(num_groups), got {type(risk).__name__}")
         super().__init__(model, **options)
-        if any(self.objective.terms.values()) or self.objective.focal:
+        if any(self.objective.terms.values()) or self.objective.focal or self.objective.rescale:
             raise ValueError(
-                f"objective has terms without losses of single samples, {sorted(self.objective.terms)}, or focal, "
-                f"{self.objective.focal}; expected cross-entropy, with the misalignment penalty if wanted"
+                f"objective has terms without losses of single samples, {sorted(self.objective.terms)}, focal, "
+                f"{self.objective.focal}, or rescale, {self.objective.rescale}; expected cross-entropy, with the "
+                "misalignment penalty if wanted"
             )
         self.risk = copy.deepcopy(risk).to(self.head.device)
         self.config |= {"risk": risk.settings}
