@@ -189,9 +189,9 @@ def test_a_resumed_run_ends_bit_for_bit_and_saves_no_second_model(clip_model, pr
     with pytest.raises(RuntimeError, match="power cut"):
         fit(stopped, data, output=tmp_path, **recipe)
     fit(resumed, data, output=tmp_path, resume=True, **recipe)
-    state = whole.state_dict()
+    state, again = whole.state_dict(), resumed.state_dict()
     assert state.keys() == made(host, clip_model, prompts, batches).state_dict().keys()
-    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in state.items())
+    assert all(torch.equal(value, again[name]) for name, value in state.items())
     with pytest.raises(ValueError, match="under another configuration.*method.zero_shot.prompts was"):
         fit(method(templates=("some {}",)), data, output=tmp_path, resume=True, **recipe)
 
