@@ -61,7 +61,7 @@ def data_of(tower):
     return {"image": images_of(tower, 12), "label": torch.arange(12) % 3, "group": torch.arange(12) // 6}
 
 
-def made(name, model, data):
+def made(name, model, data, prompts=PROMPTS):
     options = {
         "CaRot": {"ema_interval": 2},
         "DRM": {"descriptions": {"ant": "six legs", "bee": ["striped", "it flies"], "cow": "horns"}},
@@ -74,7 +74,7 @@ def made(name, model, data):
         options["probe"] = methods.LinearProbe(model, **PROMPTS).classifier()
     if name == "TipAdapterF":
         options["train"] = data["image"], data["label"]
-    method = getattr(methods, name)(model, total_steps=4, **PROMPTS, **options)
+    method = getattr(methods, name)(model, total_steps=4, **prompts, **options)
     return method.prepare((data["image"], data["label"])) if name == "DRM" else method
 
 
@@ -137,3 +137,10 @@ def test_bf16_steps_stay_near_single_precision_and_leave_finite_gradients(models
         assert all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients)
     outputs = half.classifier().outputs(data["image"].bfloat16())
     assert {part.dtype for part in outputs} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_class_only_is_refused_with_a_way_out(models, name):
+    one = PROMPTS | {"class_names": ("ant",)}
+    with pytest.raises(ValueError, match=r"at least two classes, got \['ant'\].*Add a class for what it is not"):
+        made(name, models["vit"], data_of("vit"), one)
