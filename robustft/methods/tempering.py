@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from robustft.methods.base import Classifier, Outputs, Predictor
+from robustft.methods.composite import Composite
 from robustft.methods.output_ensemble import TEMPERATURE_RULES, TemperatureRule
 
 
@@ -56,8 +57,11 @@ class Tempering:
         return self.at(self.temperature_)
 
 
-class Tempered(Predictor):
+class Tempered(Composite):
     """Any predictor with its logits divided by a temperature."""
+
+    members = ("predictor",)
+    settings = ("temperature",)
 
     def __init__(self, predictor: Predictor, temperature: float) -> None:
         super().__init__()

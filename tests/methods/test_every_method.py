@@ -1,17 +1,20 @@
-"""Whatever is trained: learns, resumes bit for bit, is saved and comes back, on both towers, in fp32 and bf16."""
+"""Whatever is trained or mixed: learns, resumes bit for bit, comes back from disk, on both towers, in fp32 and bf16."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import letters
 
 from robustft import methods
-from robustft.methods import Method, load_predictor
+from robustft.methods import Method, VRFFeatures, load_predictor
+from robustft.methods.composite import ENSEMBLE_FILE
 from robustft.train import fit
 
 TEXT = {"context_length": 15, "vocab_size": 30, "width": 8, "heads": 2, "layers": 2}
@@ -144,3 +147,79 @@ def test_one_class_only_is_refused_with_a_way_out(models, name):
     one = PROMPTS | {"class_names": ("ant",)}
     with pytest.raises(ValueError, match=r"at least two classes, got \['ant'\].*Add a class for what it is not"):
         made(name, models["vit"], data_of("vit"), one)
+
+
+ENSEMBLES = ("WiSE-FT", "soup", "OSE", "VRF", "VRF of a probe", "temperature", "tempered OSE", "Tip-Adapter")
+
+
+@pytest.fixture(scope="module")
+def ensembles(models):
+    """By tower and name, what is made of trained classifiers, with nothing trained any more."""
+
+    def of(tower):
+        model, data = models[tower], data_of(tower)
+        zero_shot, probe = methods.zero_shot_classifier(model, **PROMPTS), methods.LinearProbe(model, **PROMPTS)
+        fine_tuned = made("FineTune", model, data).classifier()
+        other = F.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(3)), dim=1)
+        with torch.no_grad():
+            fine_tuned.class_embeddings.copy_(other)
+            probe.head.copy_(zero_shot.logit_scale * other)
+            for p in fine_tuned.model.visual.parameters():
+                p *= 1.1
+        pairs = {"VRF": (zero_shot, fine_tuned), "VRF of a probe": (probe.zero_shot_classifier(), probe.classifier())}
+        vrf = {}
+        for name, pair in pairs.items():
+            images = images_of(tower, 40)
+            with torch.no_grad():  # labels that either member gets right now and then
+                labels = torch.stack([member.logits(images).argmax(1) for member in pair])
+            labels = labels[torch.arange(40) % 2, torch.arange(40)]
+            sets = [VRFFeatures.of(*pair, part) for part in ((images, labels), (images[::3], labels[::3]))]
+            vrf[name] = methods.VRF(temperatures=(1.2, 0.8)).fit(*sets).classifier(*pair)
+        ose = methods.OutputEnsemble(zero_shot, fine_tuned, (1.5, 2.0)).at(0.3)
+        train = data["image"], data["label"]
+        return vrf | {
+            "WiSE-FT": methods.WiSEFT(zero_shot, fine_tuned).at(0.4),
+            "soup": methods.uniform_soup([zero_shot, fine_tuned]),
+            "OSE": ose,
+            "temperature": methods.Tempering(fine_tuned).at(2.5),
+            "tempered OSE": methods.Tempering(ose).at(2.5),
+            "Tip-Adapter": methods.TipAdapter(zero_shot).fit(train).classifier(),
+        }
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the failure set has")
+        return {tower: of(tower) for tower in VISION}
+
+
+@pytest.mark.parametrize("tower", VISION)
+@pytest.mark.parametrize("name", ENSEMBLES)
+def test_what_is_mixed_comes_back_and_stays_near_itself_under_bf16(ensembles, tmp_path, name, tower):
+    predictor, images = ensembles[tower][name], images_of(tower, 5)
+    expected = predictor.outputs(images)
+    saved = predictor.save(tmp_path / "export", config(tower))
+    assert predictor.save(tmp_path / "export", config(tower)) == saved, "it replaces an earlier one"
+    loaded = load_predictor(saved)
+    assert type(loaded) is type(predictor) and loaded.classes == predictor.classes
+    torch.testing.assert_close(tuple(loaded.outputs(images)), tuple(expected), rtol=1e-5, atol=1e-5)
+    if name == "VRF of a probe":
+        assert loaded.zero_shot.model is loaded.fine_tuned.model
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = predictor.outputs(images)
+    assert {part.dtype for part in outputs} == {torch.float32}
+    torch.testing.assert_close(outputs.logits.softmax(1), expected.logits.softmax(1), rtol=0, atol=0.1)
+
+
+def test_ensembles_that_are_not_whole_are_refused(ensembles, tmp_path):
+    saved = ensembles["vit"]["OSE"].save(tmp_path / "export", config("vit"))
+    file = saved / ENSEMBLE_FILE
+    content = file.read_bytes()
+    for damaged, message in ((content[:20], "truncated"), (content.replace(b"Mixture", b"Mixtape"), "holds a Mixtape")):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            load_predictor(saved)
+    file.write_bytes(content)
+    (saved / "fine_tuned" / "classifier.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="fine_tuned"):
+        load_predictor(saved)
+    with pytest.raises(FileExistsError, match="which no ensemble does"):
+        ensembles["vit"]["OSE"].save(saved / "zero_shot", config("vit"))
