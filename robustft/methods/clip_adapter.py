@@ -33,6 +33,8 @@ class CLIPAdapter(FrozenModel):
         seed: of the adapter's initial weights, torch's distribution for linear layers.
         ratio: share of the adapter in the features, in [0, 1]; the paper's is 0.2 for most data sets.
         reduction: how many times narrower the bottleneck is.
+
+    Source: Gao et al., CLIP-Adapter (IJCV 2024, arXiv 2110.04544), and its released code.
     """
 
     def __init__(

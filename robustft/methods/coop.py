@@ -49,6 +49,8 @@ class CoOp(FrozenModel):
         chunk_size: captions encoded at a time, which are encoded a second time in the backward.
 
     Raises ValueError for a name that leaves too few tokens for the context, and for text towers other than open_clip's.
+
+    Source: Zhou et al., CoOp (IJCV 2022, arXiv 2109.01134), and its released code.
     """
 
     takes_features = True
@@ -116,6 +118,8 @@ class KgCoOp(CoOp):
         weight: of the distance; 8 as released.
         templates: the hand-written prompts (one a data set in the released code), averaged as for zero-shot.
         others: as for `CoOp`.
+
+    Source: Yao et al., KgCoOp (CVPR 2023, arXiv 2303.13283), and its released code.
     """
 
     def __init__(self, model: nn.Module, *, weight: float = 8.0, **arguments: Any) -> None:

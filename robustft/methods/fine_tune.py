@@ -36,6 +36,8 @@ class FineTune(LinearHead):
         l2_sp: weight of half the squared distance of all trained parameters to their start (`l2_sp.L2SP`).
         start: a classifier over the same classes on the model's features, whose head and bias to start from; None for
             the zero-shot one.
+
+    Source: Wortsman et al., WiSE-FT (arXiv 2109.01903), section 3; as a baseline, the code of CaRot and VRF.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class LPFT(FineTune):
     Args:
         probe: the trained probe's classifier.
         others: as for `FineTune`.
+
+    Source: Kumar et al., LP-FT (ICLR 2022, arXiv 2202.10054).
     """
 
     def __init__(self, model: nn.Module, *, probe: Classifier, **options: Any) -> None:

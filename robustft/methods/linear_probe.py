@@ -31,6 +31,9 @@ class LinearProbe(LinearHead):
         init: "zero_shot", the head starts as the zero-shot one; "zero", and learns from the labels alone.
         bias: a bias (K,) that starts at 0.
         objective, label_smoothing: of the logits; cross-entropy by default.
+
+    Source: Radford et al., CLIP (arXiv 2103.00020), section 3.2, who fit it by L-BFGS; here it is trained step by step,
+    as in LP-FT (arXiv 2202.10054).
     """
 
     takes_features = True

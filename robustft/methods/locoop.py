@@ -32,6 +32,8 @@ class LoCoOp(CoOp):
         top_k: how many most probable classes a patch may have its image's label among and be foreground; None for
             a fifth of the classes, as released. K or more leaves no background.
         others: as for `CoOp`.
+
+    Source: Miyai et al., LoCoOp (NeurIPS 2023, arXiv 2306.01293), and its released code.
     """
 
     takes_features = False  # a patch's features are needed too

@@ -35,6 +35,8 @@ class MaPLe(CoOp):
         seed: of the prompts and the maps.
         context: words to start from, or a number of tokens.
         depth: J, how many blocks have prompts of their own; None for three quarters of the shallower tower's.
+
+    Source: Khattak et al., MaPLe (CVPR 2023, arXiv 2210.03117), and its released code.
     """
 
     takes_features = False  # the image tower has prompts of its own

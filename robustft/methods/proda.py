@@ -51,6 +51,8 @@ class ProDA(FrozenModel):
             second, which is at least 2.
         weight: of the term that keeps prompts apart.
         chunk_size: captions, of all prompts, encoded at a time, which are encoded a second time in the backward.
+
+    Source: Lu et al., ProDA (CVPR 2022, arXiv 2205.03340), and its released code.
     """
 
     takes_features = True

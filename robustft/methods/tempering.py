@@ -24,6 +24,8 @@ class Tempering:
         predictor: any, an ensemble too.
         rule: "nll", the T of lowest NLL, or "confidence", at which mean confidence equals accuracy; the former has no
             minimum where the predictor makes no error.
+
+    Source: Guo et al. 2017 (arXiv 1706.04599), section 4.2; the rule "confidence" is VRF's (arXiv 2411.06966).
     """
 
     def __init__(self, predictor: Predictor, rule: TemperatureRule = "nll") -> None:

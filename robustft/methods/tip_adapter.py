@@ -41,6 +41,8 @@ class TipAdapter:
     Args:
         zero_shot: a classifier without bias, whose model and head stay as they are.
         alpha, beta: used when `fit` gets no validation set.
+
+    Source: Zhang et al., Tip-Adapter (ECCV 2022, arXiv 2207.09519), and its released code.
     """
 
     def __init__(self, zero_shot: Classifier, *, alpha: float = ALPHA, beta: float = BETA) -> None:
@@ -97,6 +99,8 @@ class TipAdapterF(FrozenModel):
         seed: nothing here is random.
         train: what fills the cache, `Features` of the model or data as for `robustft.features.batches`.
         alpha, beta: during training; `select` chooses them anew afterwards.
+
+    Source: Zhang et al., Tip-Adapter (ECCV 2022, arXiv 2207.09519), and its released code.
     """
 
     takes_features = True

@@ -74,6 +74,8 @@ class VRF:
         reference: "failures", or for the ablation "train", distances to all training samples.
 
     Raises ValueError or TypeError naming the argument.
+
+    Source: Zhu, Cui, Zhang, VRF (NeurIPS 2024, arXiv 2411.06966), and its released code.
     """
 
     def __init__(

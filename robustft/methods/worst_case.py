@@ -116,6 +116,8 @@ class WorstCaseFineTune(FineTune):
         risk: `GroupDRO`, `WorstGroup`, `CVaR` or a `Risk` of your own; copied, its state is part of `state_dict()`.
         others: as for `FineTune`. The objective may be cross-entropy with a misalignment penalty; its further terms
             are means over a batch, not losses of samples, and are refused.
+
+    Sources: those of the risks; the tower, head and start are `FineTune`'s, arXiv 2109.01903.
     """
 
     def __init__(self, model: nn.Module, *, risk: Risk, **options: Any) -> None:

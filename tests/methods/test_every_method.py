@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import warnings
 
 import open_clip
@@ -223,3 +224,11 @@ def test_ensembles_that_are_not_whole_are_refused(ensembles, tmp_path):
         load_predictor(saved)
     with pytest.raises(FileExistsError, match="which no ensemble does"):
         ensembles["vit"]["OSE"].save(saved / "zero_shot", config("vit"))
+
+
+MIXERS = ("VRF", "WiSEFT", "OutputEnsemble", "uniform_soup", "greedy_soup", "TipAdapter", "Tempering")
+
+
+@pytest.mark.parametrize("name", [*NAMES, *MIXERS, "GroupDRO", "CVaR", "zero_shot_classifier"])
+def test_its_docstring_says_which_paper_it_is_from(name):
+    assert re.search(r"arXiv:? \d{4}\.\d{5}", " ".join(getattr(methods, name).__doc__.split())), name
