@@ -3,7 +3,7 @@
     L = CE(z, y; e) + lambda M(z, y) + sum_k weight_k term_k(z, y, z0)
 
     z (N, K) logits, y (N,) labels, e the label smoothing; the focal loss may take the place of CE
-    z0        (N, K) the zero-shot model's logits of the same images, for the terms of `ZERO_SHOT_TERMS` alone
+    z0        (N, K) the zero-shot model's logits of the same images, for `ZERO_SHOT_TERMS` and `rescale` alone
     M         the misalignment penalty of CMP (arXiv 2501.17595), `functional.misalignment_penalty`
     term_k    others by name, from `TERMS` and `ZERO_SHOT_TERMS`; their mathematics is in `calibration_losses`
 
