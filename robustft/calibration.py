@@ -254,8 +254,11 @@ def _increasing_root(function: Callable[[float], float], target: float, failure:
 
     f_low, f_high = f(low), f(high)
     if f_low >= 0.0 or f_high <= 0.0:
-        end = TEMPERATURES[1] if f_low >= 0.0 else TEMPERATURES[0]
-        warnings.warn(f"{failure} for temperatures in {TEMPERATURES}; returning {end:g}", RuntimeWarning, stacklevel=3)
+        end, remedy = TEMPERATURES[0], "(almost) no sample is wrong: hold out more, or match confidence to accuracy"
+        if f_low >= 0.0:
+            end, remedy = TEMPERATURES[1], "no better than chance: check that labels and classes are in one order"
+        message = f"{failure} for temperatures in {TEMPERATURES}; returning {end:g}, {remedy}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
         return 1.0 / end
     guess = math.inf
     while high - low > 1e-10:

@@ -12,8 +12,9 @@ p = softmax(z), confidence c_i = max_k p_ik, correctness a_i = [argmax_k z_ik = 
     logit range         1/(N K) sum_ik max(0, z_ik - high_i) + max(0, low_i - z_ik)
 
 Each is `term(logits, labels)`, a 0-d mean with a gradient to the logits, in float32 at least, also under autocast.
-All but focal and the logit range, which needs the zero-shot model's, are in `robustft.objective.TERMS` at their
-defaults; another setting is another name there:
+All but focal, which takes a place of its own, go by name in an objective: the logit range, which needs the zero-shot
+model's, from `robustft.objective.ZERO_SHOT_TERMS`, the others from its `TERMS` at their defaults; another setting is
+another name there:
 
     TERMS["mbls_6"] = functools.partial(margin_penalty, margin=6.0)
     Objective(terms={"mbls_6": 0.1})
@@ -128,11 +129,12 @@ def confidence_penalty(logits: Tensor, labels: Tensor) -> Tensor:
 def logit_range_penalty(logits: Tensor, labels: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """What the logits exceed the zero-shot model's range by; usual weight 10.
 
-    low, high: the zero-shot logits' smallest and largest: of each sample, (N, 1) tensors, in one's own loop, as
-    released; or two numbers for the whole training set, as a term by name:
+    low, high: the zero-shot logits' smallest and largest: of each sample, (N, 1) tensors, as released, which is what
+    `Objective(terms={"logit_range": 10.0})` computes in every method that takes an objective; or two numbers for the
+    whole training set, as a term of another name:
 
         z0 = zero_shot.predict(train)[0].logits
-        TERMS["logit_range"] = functools.partial(logit_range_penalty, low=float(z0.min()), high=float(z0.max()))
+        TERMS["one_range"] = functools.partial(logit_range_penalty, low=float(z0.min()), high=float(z0.max()))
 
     No gradient to the range. Source: Murugesan et al. 2024 (arXiv 2407.13588), the penalty; `rescale_to_range` is its
     other form.
@@ -147,8 +149,9 @@ def logit_range_penalty(logits: Tensor, labels: Tensor, low: Tensor | float, hig
 def rescale_to_range(logits: Tensor, zero_shot_logits: Tensor) -> Tensor:
     """Each row of logits (N, K) mapped linearly onto the range of its zero-shot logits (N, K'); keeps every argmax.
 
-    ZS-Norm is the cross-entropy of the result; SaLS is the same at test time only. A constant row becomes the middle of
-    the range. Gradients to the logits. Source: Murugesan et al. 2024 (arXiv 2407.13588).
+    ZS-Norm is the cross-entropy of the result, `Objective(rescale="zero_shot")`; SaLS is the same at test time only. A
+    constant row becomes the middle of the range. Gradients to the logits. Source: Murugesan et al. 2024 (arXiv
+    2407.13588).
     """
     z, z0 = (at_least_float32(x) for x in (logits, zero_shot_logits.detach()))
     if z.ndim != 2 or z0.ndim != 2 or len(z) != len(z0):

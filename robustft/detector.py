@@ -41,7 +41,8 @@ class Detector:
         options: of the score: temperature, local_weight, groups, k, shrinkage ...
 
     Learnt by `fit`: `threshold_`. It belongs to one model and one set of classes: MCM is not comparable across K.
-    ValueError for an unknown score, fields of another width than in `fit`, and scores that are NaN.
+    ValueError for an unknown score, fields of another width than in `fit`, scores that are NaN, and a
+    softmax over one class.
     """
 
     def __init__(self, score: str = "mcm", *, tpr: float = 0.95, **options: Any) -> None:
@@ -73,7 +74,15 @@ class Detector:
             self._score.fit(Evidence(*(None if part[0] is None else torch.cat(part) for part in parts)))
         if validation is not None:
             source, data = (validation, None) if data is None else (source, validation)
-        self.threshold_ = threshold(self._scores(source, data, batch_size, fitting=True), self.tpr)
+        scores = self._scores(source, data, batch_size, fitting=True)
+        classes = [width for name, width in self._widths.items() if name != "features"]
+        if 1 in classes and bool((scores == scores[0]).all()):
+            raise ValueError(
+                f"score {self.score!r} is {float(scores[0]):g} for every image: over one class every softmax is the "
+                "same, and no threshold tells images apart. Use a score without a softmax over the classes "
+                "(max_cosine, energy, neg_label, mahalanobis, knn), or add classes"
+            )
+        self.threshold_ = threshold(scores, self.tpr)
         return self
 
     def scores(self, source: Any, data: Any = None, *, batch_size: int = 256) -> Tensor:

@@ -37,6 +37,17 @@ def place(path: str | Path, name: str) -> Path:
     return path / name if path.is_dir() else path
 
 
+def fitted_kind(path: Path) -> str:
+    """The kind of what `save_fitted` wrote; ValueError for a file that holds none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return str(json.loads((file.metadata() or {})[_KEY])["kind"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: truncated, or nothing saved by robustft: {error!r:.200}") from error
+
+
 def load_fitted(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Settings and tensors of what `save_fitted` wrote; ValueError for a damaged file or another kind."""
     from safetensors import SafetensorError, safe_open

@@ -79,7 +79,7 @@ class Calibrator:
 class TemperatureScaling(Calibrator):
     """softmax(z / T), T of least NLL: keeps every prediction, and their order within a sample.
 
-    Of logits; `robustft.methods.TemperatureScaling` is the same of a predictor. Learnt: `temperature_`, as
+    Of logits; `robustft.methods.Tempering` is the same of a predictor. Learnt: `temperature_`, as
     `calibration.fit_temperature` finds it (and warns about). Source: Guo et al. 2017 (arXiv 1706.04599), section 4.2.
     """
 

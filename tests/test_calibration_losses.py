@@ -21,7 +21,7 @@ from robustft.calibration_losses import (
     mmce_loss,
     rescale_to_range,
 )
-from robustft.objective import TERMS, Objective
+from robustft.objective import TERMS, ZERO_SHOT_TERMS, Objective
 
 
 def softmax(row):
@@ -176,6 +176,17 @@ def test_registered_terms_add_to_the_objective_with_their_weight(name, batch):
     loss, terms = Objective(terms={name: 0.25}).of_logits(z, y)
     torch.testing.assert_close(loss, F.cross_entropy(z, y) + 0.25 * TERMS[name](z, y))
     torch.testing.assert_close(terms[name], TERMS[name](z, y).detach())
+
+
+def test_logit_range_by_name_has_each_samples_own_range_and_gives_it_no_gradient(batch):
+    z, y = batch
+    z0 = torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    loss, terms = Objective(terms={"logit_range": 0.25}).of_logits(z, y, z0)
+    rows = [logit_range(z[i : i + 1].detach().numpy(), None, z0[i].min().item(), z0[i].max().item()) for i in range(12)]
+    torch.testing.assert_close(terms["logit_range"].item(), float(np.mean(rows)))
+    torch.testing.assert_close(loss, F.cross_entropy(z, y) + 0.25 * terms["logit_range"])
+    assert torch.autograd.grad(loss, z0, allow_unused=True) == (None,)
+    assert not TERMS.keys() & ZERO_SHOT_TERMS.keys()
 
 
 def test_focal_takes_the_place_of_cross_entropy_in_both_forms_of_the_objective():

@@ -192,6 +192,18 @@ def test_misuse_is_refused_with_a_way_out(classifier, tmp_path):
         scoring.register("mcm", ood_scores.max_cosine, ("cosines",))
 
 
+def test_a_softmax_over_one_class_is_refused_and_what_needs_none_is_named(classifier):
+    one = classifier.restrict(["b"])
+    for name in ("mcm", "msp", "entropy", "variance", "l_mcm", "gl_mcm"):
+        with pytest.raises(ValueError, match=f"{name}.*over one class every softmax is the same.*max_cosine"):
+            Detector(name).fit(one, VALIDATION)
+    for name in ("max_cosine", "energy", "neg_label", "knn"):
+        kept = ~Detector(name, tpr=0.9, **OPTIONS.get(name, {})).fit(one, TRAIN, validation=VALIDATION).detect(
+            one, TEST
+        )
+        assert 0 < kept.sum() < 17, name
+
+
 def test_a_failed_fit_leaves_no_threshold_of_an_earlier_one():
     detector = Detector("msp").fit(outputs())
     with pytest.raises(ValueError, match="NaN"):

@@ -238,7 +238,7 @@ class Method(nn.Module):
     Args:
         model: an open_clip model; parameters frozen in it stay frozen.
         tokenizer: its tokenizer.
-        class_names: K names, in the order of the labels.
+        class_names: K names, at least two, in the order of the labels.
         templates: prompts with a place for the name, "a photo of a {}".
         total_steps: length of the run, for methods with a schedule.
         seed: of everything random in `step`.
@@ -259,6 +259,12 @@ class Method(nn.Module):
         super().__init__()
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+        if len(class_names) < 2:
+            raise ValueError(
+                f"class_names must name at least two classes, got {list(class_names)}: the probability of a single one "
+                "is always 1 and teaches nothing. Add a class for what it is not, or leave the model as it is and tell "
+                'the class from everything else by Detector("max_cosine")'
+            )
         self.model = copy.deepcopy(model)
         self.tokenizer = tokenizer
         self.class_names = tuple(class_names)

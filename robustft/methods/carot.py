@@ -54,6 +54,8 @@ class CaRot(FLYP):
         ema_interval_fraction: the same as a fraction of total_steps, instead (500 of the paper's 25,030 steps
             are 0.02).
         ema_start, ema_end, ema_warmup_fraction: the momentum's ramp.
+
+    Source: Oh et al., CaRot (NeurIPS 2024, arXiv 2311.01723), and its released code.
     """
 
     def __init__(

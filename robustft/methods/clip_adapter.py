@@ -33,6 +33,8 @@ class CLIPAdapter(FrozenModel):
         seed: of the adapter's initial weights, torch's distribution for linear layers.
         ratio: share of the adapter in the features, in [0, 1]; the paper's is 0.2 for most data sets.
         reduction: how many times narrower the bottleneck is.
+
+    Source: Gao et al., CLIP-Adapter (IJCV 2024, arXiv 2110.04544), and its released code.
     """
 
     def __init__(
@@ -76,7 +78,8 @@ class CLIPAdapter(FrozenModel):
         with torch.no_grad():
             x = at_least_float32(clip.encode_images(self.model, images, normalize=False))
         u = adapted(x, self.down.weight, self.up.weight, self.ratio)
-        return Step(*self.objective(u, self.class_embeddings, labels, clip.logit_scale(self.model)))
+        w, s, z0 = self.class_embeddings, clip.logit_scale(self.model), self.reference(F.normalize(x, dim=-1))
+        return Step(*self.objective(u, w, labels, s, zero_shot_logits=z0))
 
     def classifier(self) -> AdapterClassifier:
         """The adapter learnt so far, on the frozen model."""

@@ -32,6 +32,8 @@ class CoCoOp(CoOp):
     Args:
         model, tokenizer, class_names, templates, total_steps, seed, context, position, objective: as for `CoOp`.
         chunk_size: captions, of all images, encoded at a time, which are encoded a second time in the backward.
+
+    Source: Zhou et al., CoCoOp (CVPR 2022, arXiv 2203.05557), and its released code.
     """
 
     def __init__(self, model: nn.Module, *, context: int | str = 4, **arguments: Any) -> None:
@@ -47,7 +49,7 @@ class CoCoOp(CoOp):
         images, labels = self.labelled(batch)
         u = self.image_features(images)
         cosines = conditional_cosines(self.model, u, chunk_size=self.chunk_size, **self._parts())
-        return Step(*self.objective.of_logits(clip.logit_scale(self.model) * cosines, labels))
+        return Step(*self.objective.of_logits(clip.logit_scale(self.model) * cosines, labels, self.reference(u)))
 
     def class_embeddings(self) -> Tensor:
         raise ValueError("CoCoOp has other class embeddings for every image: ask classifier() for outputs")

@@ -49,6 +49,8 @@ class CoOp(FrozenModel):
         chunk_size: captions encoded at a time, which are encoded a second time in the backward.
 
     Raises ValueError for a name that leaves too few tokens for the context, and for text towers other than open_clip's.
+
+    Source: Zhou et al., CoOp (IJCV 2022, arXiv 2109.01134), and its released code.
     """
 
     takes_features = True
@@ -101,7 +103,7 @@ class CoOp(FrozenModel):
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)
         u, s = self.image_features(images), clip.logit_scale(self.model)
-        return Step(*self.objective(u, self.class_embeddings(), labels, s))
+        return Step(*self.objective(u, self.class_embeddings(), labels, s, zero_shot_logits=self.reference(u)))
 
     @torch.no_grad()
     def classifier(self) -> Classifier:
@@ -116,6 +118,8 @@ class KgCoOp(CoOp):
         weight: of the distance; 8 as released.
         templates: the hand-written prompts (one a data set in the released code), averaged as for zero-shot.
         others: as for `CoOp`.
+
+    Source: Yao et al., KgCoOp (CVPR 2023, arXiv 2303.13283), and its released code.
     """
 
     def __init__(self, model: nn.Module, *, weight: float = 8.0, **arguments: Any) -> None:
@@ -132,6 +136,7 @@ class KgCoOp(CoOp):
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)
         u, w = self.image_features(images), self.class_embeddings()
-        loss, terms = self.objective(u, w, labels, clip.logit_scale(self.model))
+        s, z0 = clip.logit_scale(self.model), self.reference(u)
+        loss, terms = self.objective(u, w, labels, s, zero_shot_logits=z0)
         distance = (1 - F.cosine_similarity(w, self.hand_embeddings.to(w.dtype), dim=-1)).mean()
         return Step(loss + self.weight * distance, {**terms, "distance": distance.detach()})

@@ -59,6 +59,8 @@ class DRM(FLYP):
             renormalised.
         text_chunk: how many captions' activations are held at once.
         beta: share of the default prompts in `classifier()`.
+
+    Source: Li et al., DRM (NeurIPS 2024, arXiv 2411.19757).
     """
 
     def __init__(

@@ -30,10 +30,14 @@ class FineTune(LinearHead):
     Args:
         model, tokenizer, class_names, templates, total_steps, seed: as for `Method`; nothing here is random.
         label_smoothing: e mixes the targets as (1 - e) one-hot + e / K.
-        objective: of the logits; cross-entropy by default.
+        objective: of the logits; cross-entropy by default. One that compares with the zero-shot model ("logit_range",
+            `rescale`) keeps a frozen copy of the model, which encodes every batch too, without a gradient; it is that
+            of `model` and `templates` whatever the start, and no part of `state_dict()`.
         l2_sp: weight of half the squared distance of all trained parameters to their start (`l2_sp.L2SP`).
         start: a classifier over the same classes on the model's features, whose head and bias to start from; None for
             the zero-shot one.
+
+    Source: Wortsman et al., WiSE-FT (arXiv 2109.01903), section 3; as a baseline, the code of CaRot and VRF.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class FineTune(LinearHead):
 
     def step(self, batch: Any) -> Step:
         images, labels, _ = self.checked(batch)
-        out = self.head_step(clip.encode_images(self.model, images), labels)
+        out = self.head_step(clip.encode_images(self.model, images), labels, self.reference(images))
         return out if self.l2_sp is None else self.l2_sp.added(out, self)
 
 
@@ -88,6 +92,8 @@ class LPFT(FineTune):
     Args:
         probe: the trained probe's classifier.
         others: as for `FineTune`.
+
+    Source: Kumar et al., LP-FT (ICLR 2022, arXiv 2202.10054).
     """
 
     def __init__(self, model: nn.Module, *, probe: Classifier, **options: Any) -> None:

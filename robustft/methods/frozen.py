@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.methods.base import Classifier, Method, Predictor, evaluating, load_classifier, stateless_seed
+from robustft.methods.base import Method, Predictor, evaluating, load_classifier, stateless_seed
+from robustft.methods.composite import ENSEMBLE_FILE, load_composite
+from robustft.methods.zero_shot import ZeroShotReference
 from robustft.objective import Objective
 from robustft.prompts import captions
 
@@ -69,6 +71,8 @@ class FrozenModel(Method):
             "prompts": stateless_seed(0, prompts),
             "objective": asdict(objective),
         }
+        self.reference = ZeroShotReference(self, trained=False)
+        self.config |= self.reference.config
 
     def labelled(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Images and labels of a batch; ValueError for one of texts."""
@@ -151,13 +155,15 @@ class FrozenPredictor(Predictor):
 
 def load_predictor(
     directory: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> FrozenPredictor | Classifier:
-    """What `FrozenPredictor.save` or `Classifier.save` wrote; `device` and `dtype` of its model as in `clip.load`.
+) -> Predictor:
+    """What the `save` of any predictor wrote, an ensemble too; `device` and `dtype` of its models as in `clip.load`.
 
     FileNotFoundError for a directory without a head, ValueError for a damaged one.
     """
     from safetensors import SafetensorError, safe_open
 
+    if (Path(directory) / ENSEMBLE_FILE).is_file():
+        return load_composite(directory, device=device, dtype=dtype)
     path = Path(directory) / clip.CLASSIFIER_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a directory that a predictor's save wrote holds one")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.methods.base import Classifier, Method, Step
-from robustft.methods.zero_shot import zero_shot_classifier
+from robustft.methods.zero_shot import ZeroShotReference, zero_shot_classifier
 from robustft.objective import Objective
 
 
@@ -27,6 +27,8 @@ class LinearHead(Method):
         objective: of the logits.
         label_smoothing: shorthand for that of the objective.
     """
+
+    trains_model = True  # so that a zero-shot reference keeps a copy of it
 
     def __init__(
         self,
@@ -56,6 +58,8 @@ class LinearHead(Method):
         )
         self.objective = objective
         self.config |= {"objective": dataclasses.asdict(objective)}
+        self.reference = ZeroShotReference(self, trained=self.trains_model)
+        self.config |= self.reference.config
 
     def zero_shot_classifier(self) -> Classifier:
         """The zero-shot classifier on this method's model: as long as that is frozen, the two share its pass."""
@@ -76,11 +80,13 @@ class LinearHead(Method):
         self.head = nn.Parameter((start.logit_scale * start.class_embeddings).clone())
         self.register_parameter("bias", None if start.bias is None else nn.Parameter(start.bias.clone()))
 
-    def head_step(self, features: Tensor, labels: Tensor | None) -> Step:
-        """The objective of unit features (N, D) under the head."""
+    def head_step(self, features: Tensor, labels: Tensor | None, zero_shot_logits: Tensor | None) -> Step:
+        """The objective of unit features (N, D) under the head; zero_shot_logits (N, K) if it asks for them."""
         if labels is None:
             raise ValueError(f"{type(self).__name__} needs labels in the batch, which has texts only")
-        return Step(*self.objective(features, self.head, labels, 1.0, bias=self.bias))
+        return Step(
+            *self.objective(features, self.head, labels, 1.0, bias=self.bias, zero_shot_logits=zero_shot_logits)
+        )
 
     def classifier(self) -> Classifier:
         """The tower and head learnt so far, with the model's scale taken back out of the head."""

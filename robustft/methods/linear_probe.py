@@ -31,9 +31,13 @@ class LinearProbe(LinearHead):
         init: "zero_shot", the head starts as the zero-shot one; "zero", and learns from the labels alone.
         bias: a bias (K,) that starts at 0.
         objective, label_smoothing: of the logits; cross-entropy by default.
+
+    Source: Radford et al., CLIP (arXiv 2103.00020), section 3.2, who fit it by L-BFGS; here it is trained step by step,
+    as in LP-FT (arXiv 2202.10054).
     """
 
     takes_features = True
+    trains_model = False
 
     def __init__(
         self,
@@ -69,7 +73,8 @@ class LinearProbe(LinearHead):
 
     def step(self, batch: Any) -> Step:
         images, labels, _ = self.checked(batch)
-        return self.head_step(images if images.ndim == 2 else self.features(images), labels)
+        u = images if images.ndim == 2 else self.features(images)
+        return self.head_step(u, labels, self.reference(u))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:

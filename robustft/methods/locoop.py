@@ -32,6 +32,8 @@ class LoCoOp(CoOp):
         top_k: how many most probable classes a patch may have its image's label among and be foreground; None for
             a fifth of the classes, as released. K or more leaves no background.
         others: as for `CoOp`.
+
+    Source: Miyai et al., LoCoOp (NeurIPS 2023, arXiv 2306.01293), and its released code.
     """
 
     takes_features = False  # a patch's features are needed too
@@ -51,7 +53,7 @@ class LoCoOp(CoOp):
         with torch.no_grad():
             u, local = clip.encode_images_and_patches(self.model, images)
         w, s = self.class_embeddings(), clip.logit_scale(self.model)
-        loss, terms = self.objective(u, w, labels, s)
+        loss, terms = self.objective(u, w, labels, s, zero_shot_logits=self.reference(u))
         with torch.autocast(u.device.type, enabled=False):
             entropy = background_entropy(s * (local @ w.to(local.dtype).T), labels, self.top_k)
         return Step(loss - self.weight * entropy, {**terms, "background_entropy": entropy.detach()})

@@ -35,6 +35,8 @@ class MaPLe(CoOp):
         seed: of the prompts and the maps.
         context: words to start from, or a number of tokens.
         depth: J, how many blocks have prompts of their own; None for three quarters of the shallower tower's.
+
+    Source: Khattak et al., MaPLe (CVPR 2023, arXiv 2210.03117), and its released code.
     """
 
     takes_features = False  # the image tower has prompts of its own
@@ -71,7 +73,8 @@ class MaPLe(CoOp):
         images, labels = self.labelled(batch)
         with deep_prompts.visual_prompts(self.model, self.visual_prompts()):
             u = clip.encode_images(self.model, images)
-        return Step(*self.objective(u, self.class_embeddings(), labels, clip.logit_scale(self.model)))
+        w, s, z0 = self.class_embeddings(), clip.logit_scale(self.model), self.reference(images)
+        return Step(*self.objective(u, w, labels, s, zero_shot_logits=z0))
 
     @torch.no_grad()
     def classifier(self) -> MaPLeClassifier:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from robustft.calibration import fit_temperature, temperature_matching_confidence
 from robustft.methods.base import Classifier, Outputs, Predictor
+from robustft.methods.composite import Composite
 from robustft.methods.wise_ft import ALPHAS, accuracy_and_nll, best_alpha, check_alpha, check_classes
 
 TemperatureRule = Literal["confidence", "nll"]
@@ -87,8 +88,10 @@ class OutputEnsemble:
         return self.at(self.alpha_)
 
 
-class PairPredictor(Predictor):
+class PairPredictor(Composite):
     """Two predictors over the same classes and a way to `combine` what they make of the same images."""
+
+    members = ("zero_shot", "fine_tuned")
 
     def __init__(self, zero_shot: Predictor, fine_tuned: Predictor) -> None:
         super().__init__()
@@ -107,6 +110,8 @@ class PairPredictor(Predictor):
 
 class Mixture(PairPredictor):
     """The mixture at one alpha: log-probabilities as logits, cosines mixed alike, fine-tuned features."""
+
+    settings = ("alpha", "temperatures")
 
     def __init__(
         self,

@@ -51,6 +51,8 @@ class ProDA(FrozenModel):
             second, which is at least 2.
         weight: of the term that keeps prompts apart.
         chunk_size: captions, of all prompts, encoded at a time, which are encoded a second time in the backward.
+
+    Source: Lu et al., ProDA (CVPR 2022, arXiv 2205.03340), and its released code.
     """
 
     takes_features = True
@@ -130,7 +132,7 @@ class ProDA(FrozenModel):
         with torch.autocast(u.device.type, enabled=False):
             mean = w.mean(0)
             logits = s * (u @ mean.to(u.dtype).T) + s.square() / 2 * difference_variance(u, w - mean, labels)
-        loss, terms = self.objective.of_logits(logits, labels)
+        loss, terms = self.objective.of_logits(logits, labels, self.reference(u))
         nameless = self.nameless(self.model, self.contexts[prompts], torch.zeros_like(prompts))
         with torch.autocast(u.device.type, enabled=False):
             rows, columns = torch.triu_indices(len(prompts), len(prompts), 1, device=u.device)

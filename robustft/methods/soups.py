@@ -34,6 +34,8 @@ def uniform_soup(classifiers: Sequence[Classifier]) -> Classifier:
     what is equal in all stays as it is. Memory: one more model.
 
     ValueError for no classifiers, other classes, and weights that do not match, naming them.
+
+    Source: Wortsman et al., model soups (ICML 2022, arXiv 2203.05482), section 2.
     """
     if not classifiers:
         raise ValueError("classifiers is empty: a soup needs at least one")
@@ -62,6 +64,8 @@ def greedy_soup(classifiers: Sequence[Classifier], validation: Any) -> GreedySou
 
     In the order of their accuracy (of equals the lower NLL, then the first), each is added if the mean's accuracy does
     not fall, as in the paper. At least as accurate there as the best alone. Memory: two more models.
+
+    Source: Wortsman et al., model soups (ICML 2022, arXiv 2203.05482), recipe 1.
     """
     uniform_soup(classifiers[:1])  # what is no classifier is refused before the work
     scores = [_score(classifier, validation) for classifier in classifiers]

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from robustft.methods.base import Classifier, Outputs, Predictor
+from robustft.methods.composite import Composite
 from robustft.methods.output_ensemble import TEMPERATURE_RULES, TemperatureRule
 
 
@@ -23,6 +24,8 @@ class Tempering:
         predictor: any, an ensemble too.
         rule: "nll", the T of lowest NLL, or "confidence", at which mean confidence equals accuracy; the former has no
             minimum where the predictor makes no error.
+
+    Source: Guo et al. 2017 (arXiv 1706.04599), section 4.2; the rule "confidence" is VRF's (arXiv 2411.06966).
     """
 
     def __init__(self, predictor: Predictor, rule: TemperatureRule = "nll") -> None:
@@ -56,8 +59,11 @@ class Tempering:
         return self.at(self.temperature_)
 
 
-class Tempered(Predictor):
+class Tempered(Composite):
     """Any predictor with its logits divided by a temperature."""
+
+    members = ("predictor",)
+    settings = ("temperature",)
 
     def __init__(self, predictor: Predictor, temperature: float) -> None:
         super().__init__()

@@ -41,6 +41,8 @@ class TipAdapter:
     Args:
         zero_shot: a classifier without bias, whose model and head stay as they are.
         alpha, beta: used when `fit` gets no validation set.
+
+    Source: Zhang et al., Tip-Adapter (ECCV 2022, arXiv 2207.09519), and its released code.
     """
 
     def __init__(self, zero_shot: Classifier, *, alpha: float = ALPHA, beta: float = BETA) -> None:
@@ -97,6 +99,8 @@ class TipAdapterF(FrozenModel):
         seed: nothing here is random.
         train: what fills the cache, `Features` of the model or data as for `robustft.features.batches`.
         alpha, beta: during training; `select` chooses them anew afterwards.
+
+    Source: Zhang et al., Tip-Adapter (ECCV 2022, arXiv 2207.09519), and its released code.
     """
 
     takes_features = True
@@ -141,7 +145,7 @@ class TipAdapterF(FrozenModel):
         with torch.autocast(u.device.type, enabled=False):
             z = clip.logit_scale(self.model) * (u @ self.class_embeddings.to(u.dtype).T)
             cache = cache_logits(u, self.keys, self.labels, len(self.class_names), float(self.beta))
-        return Step(*self.objective.of_logits(z + float(self.alpha) * cache, labels))
+        return Step(*self.objective.of_logits(z + float(self.alpha) * cache, labels, zero_shot_logits=z))
 
     def select(
         self, validation: Features | Any, *, alphas: Sequence[float] = ALPHAS, betas: Sequence[float] = BETAS

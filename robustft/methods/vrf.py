@@ -17,7 +17,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +74,8 @@ class VRF:
         reference: "failures", or for the ablation "train", distances to all training samples.
 
     Raises ValueError or TypeError naming the argument.
+
+    Source: Zhu, Cui, Zhang, VRF (NeurIPS 2024, arXiv 2411.06966), and its released code.
     """
 
     def __init__(
@@ -260,9 +262,18 @@ class VRFClassifier(PairPredictor):
     Two encoders an image, or one where both classifiers share theirs (a linear probe).
     """
 
+    kind = "VRF"  # whose file lies beside the members
+
     def __init__(self, zero_shot: Predictor, fine_tuned: Predictor, vrf: VRF) -> None:
         super().__init__(zero_shot, fine_tuned)
         self.vrf = vrf
+
+    def write(self, path: Path) -> None:
+        self.vrf.save(path)
+
+    @classmethod
+    def read(cls, path: Path, members: Mapping[str, Predictor]) -> VRFClassifier:
+        return cls(**members, vrf=VRF.load(path))
 
     @property
     def alpha_(self) -> float:

@@ -31,6 +31,8 @@ class WiSEFT:
 
     Args:
         zero_shot, fine_tuned: classifiers of one architecture over the same classes.
+
+    Source: Wortsman et al., WiSE-FT (CVPR 2022, arXiv 2109.01903), and its released code.
     """
 
     def __init__(self, zero_shot: Classifier, fine_tuned: Classifier) -> None:

@@ -116,16 +116,19 @@ class WorstCaseFineTune(FineTune):
         risk: `GroupDRO`, `WorstGroup`, `CVaR` or a `Risk` of your own; copied, its state is part of `state_dict()`.
         others: as for `FineTune`. The objective may be cross-entropy with a misalignment penalty; its further terms
             are means over a batch, not losses of samples, and are refused.
+
+    Sources: those of the risks; the tower, head and start are `FineTune`'s, arXiv 2109.01903.
     """
 
     def __init__(self, model: nn.Module, *, risk: Risk, **options: Any) -> None:
         if not isinstance(risk, Risk):
             raise TypeError(f"risk must be a Risk, such as GroupDRO(num_groups), got {type(risk).__name__}")
         super().__init__(model, **options)
-        if any(self.objective.terms.values()) or self.objective.focal:
+        if any(self.objective.terms.values()) or self.objective.focal or self.objective.rescale:
             raise ValueError(
-                f"objective has terms without losses of single samples, {sorted(self.objective.terms)}, or focal, "
-                f"{self.objective.focal}; expected cross-entropy, with the misalignment penalty if wanted"
+                f"objective has terms without losses of single samples, {sorted(self.objective.terms)}, focal, "
+                f"{self.objective.focal}, or rescale, {self.objective.rescale}; expected cross-entropy, with the "
+                "misalignment penalty if wanted"
             )
         self.risk = copy.deepcopy(risk).to(self.head.device)
         self.config |= {"risk": risk.settings}

@@ -80,36 +80,15 @@ def test_misalignment_adds_its_own_gradient(clip_model, prompts, batches, host):
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_never_stopped(clip_model, prompts, batches, tmp_path, host):
-    data = tuple(torch.cat(parts) for parts in zip(*batches[:3], strict=True))
-    recipe = {"epochs": 3, "batch_size": 6, "lr": 0.01, "progress": False}
-
-    def method():
-        return made(host, clip_model, prompts, batches, total_steps=9, objective=Objective(misalignment=1.0))
-
-    whole = method()
-    robustft.fit(whole, data, **recipe)
-    stopped = method()
-    after_step = stopped.after_step
-
-    def stop():
-        after_step()
-        if int(stopped.steps) == 5:
-            raise RuntimeError("power cut")
-
-    stopped.after_step = stop
-    with pytest.raises(RuntimeError, match="power cut"):
-        robustft.fit(stopped, data, output=tmp_path, **recipe)
-    resumed = method()
-    robustft.fit(resumed, data, output=tmp_path, resume=True, **recipe)
-    assert not any(name.startswith("model.") for name in whole.state_dict())
-    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
-    images = batches[4][0]
-    assert torch.equal(resumed.classifier().logits(images), whole.classifier().logits(images))
+def test_checkpoints_hold_no_frozen_model_and_are_not_resumed_on_another(clip_model, prompts, batches, tmp_path, host):
+    recipe = {"epochs": 1, "batch_size": 6, "lr": 0.01, "progress": False, "output": tmp_path}
+    method = made(host, clip_model, prompts, batches, total_steps=1)
+    robustft.fit(method, batches[0], **recipe)
+    assert not any(name.startswith("model.") for name in method.state_dict())
     with torch.no_grad():
         clip_model.logit_scale += 0.1
     with pytest.raises(ValueError, match="under another configuration.*method.model was"):
-        robustft.fit(method(), data, output=tmp_path, resume=True, **recipe)
+        robustft.fit(made(host, clip_model, prompts, batches, total_steps=1), batches[0], resume=True, **recipe)
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -133,25 +112,6 @@ def test_running_statistics_of_a_resnet_tower_are_used_and_kept(resnet_model, pr
     _, g = gradient(method, (images, labels))
     assert g.isfinite().all() and g.norm() > 0
     assert all(torch.equal(value, before[name]) for name, value in method.model.state_dict().items())
-
-
-@pytest.mark.parametrize("host", HOSTS)
-def test_half_precision_models_and_autocast_stay_near_single_precision(clip_model, prompts, batches, host):
-    single = [(images.float(), labels) for images, labels in batches]
-    method = made(host, clip_model.float(), prompts, single)
-    expected = method.step(single[0]).loss
-    assert expected.dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
-        out = method.step(single[0])
-    torch.testing.assert_close(out.loss, expected, rtol=0.1, atol=0.05)
-    halves = [(images.bfloat16(), labels) for images, labels in batches]
-    half = made(host, clip_model.bfloat16(), prompts, halves)
-    half.load_state_dict(method.state_dict())
-    out, g = gradient(half, halves[0])
-    torch.testing.assert_close(out.loss, expected, rtol=0.1, atol=0.05)
-    assert g.dtype == torch.float32 and g.isfinite().all()
-    outputs = half.classifier().outputs(halves[0][0])
-    assert {part.dtype for part in outputs} == {torch.float32}
 
 
 @pytest.mark.parametrize("host", HOSTS)

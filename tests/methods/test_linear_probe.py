@@ -1,5 +1,7 @@
 """The linear probe and what starts from it, against plain restatements; exact resume; features in the images' place."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +116,41 @@ def test_lp_ft_starts_as_the_probe_and_trains_tower_head_and_bias(clip_model, pr
     assert all(p.grad.abs().sum() > 0 for p in (method.head, method.bias, method.model.visual.proj))
     with pytest.raises(ValueError, match="same classes in the same order"):
         LPFT(clip_model, probe=probe.restrict([1, 0, 2]), **prompts)
+
+
+def test_lp_ft_with_l2_sp_equals_its_plain_restatement_at_every_step(case, prompts):
+    """A probe's head and bias on frozen features, then tower, head and bias at once, pulled to where they start."""
+    model, batches = case
+    probe = descend(LinearProbe(model, **prompts), batches[:4], 0.5)
+    method = LPFT(model, probe=probe.classifier(), l2_sp=0.3, **prompts).train()
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
+
+    student, zero_shot = copy.deepcopy(model), zero_shot_classifier(model, **prompts)
+    w = (zero_shot.logit_scale * zero_shot.class_embeddings).clone().requires_grad_()
+    b = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        features = [F.normalize(student.eval().encode_image(images), dim=-1) for images, _ in batches[:4]]
+    plain = torch.optim.SGD([w, b], lr=0.5)
+    for u, (_, labels) in zip(features, batches[:4], strict=True):
+        plain.zero_grad()
+        F.cross_entropy(u @ w.T + b, labels).backward()
+        plain.step()
+    tuned = [w, b, *student.train().visual.parameters()]
+    start = [p.detach().clone() for p in tuned]
+    plain = torch.optim.SGD(tuned, lr=0.01)
+    for images, labels in batches[4:]:
+        out = method.step((images, labels))
+        loss = F.cross_entropy(F.normalize(student.encode_image(images), dim=-1) @ w.T + b, labels)
+        loss = loss + 0.3 / 2 * sum((p - p0).square().sum() for p, p0 in zip(tuned, start, strict=True))
+        torch.testing.assert_close(out.loss, loss)
+        for chosen, value in ((optimizer, out.loss), (plain, loss)):
+            chosen.zero_grad()
+            value.backward()
+            chosen.step()
+        method.after_step()
+    torch.testing.assert_close((method.head, method.bias), (w, b))
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(method.model.state_dict()[name], value)
 
 
 def test_l2_sp_adds_half_the_squared_distance_to_the_start(clip_model, prompts, batches):
