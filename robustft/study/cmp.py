@@ -22,7 +22,7 @@ USUAL_WEIGHTS = {
     "brier": 1.0,
     "dca": 1.0,
     "mdca": 1.0,
-    "mmce": 1.0,
+    "mmce": 2.0,
     "mbls": 0.1,
     "confidence_penalty": 0.1,
     "logit_range": 10.0,
@@ -30,6 +30,7 @@ USUAL_WEIGHTS = {
 OTHER_TERMS: Mapping[str, dict[str, Any]] = {
     "label smoothing 0.1": {"label_smoothing": 0.1},
     "focal loss, gamma 2": {"focal": 2.0},
+    "ZS-Norm": {"rescale": "zero_shot"},
     **{f"{name}, weight {weight:g}": {"terms": {name: weight}} for name, weight in USUAL_WEIGHTS.items()},
 }
 OURS, RELEASED = "log-ratio (default)", "ratio (released)"
