@@ -216,9 +216,9 @@ def classification_loss(
 ) -> ClassificationTerms:
     """Cross-entropy of class logits `z = s x w^T + b`, and the confidence misalignment penalty, in one pass.
 
-    The penalty looks at H, the classes whose logit is strictly above the true one (ties are not misranked; duplicate
-    class names tie exactly, but in float64, where rounding can part them by some 1e-14), with R = p_true / sum_H p,
-    and is 0 where H is empty:
+    The penalty looks at H, the classes whose logit is strictly above the true one (ties are not misranked; classes of
+    equal embeddings and biases, as duplicate names give, tie exactly, and to rounding in the eager reference), with
+    R = p_true / sum_H p, and is 0 where H is empty:
     "neg_log_ratio" -log R = logsumexp_H z - z_true, "neg_ratio" 1 - R, "softplus" log(1 + 1/R), "ratio" R.
     H itself carries no gradient. "ratio" is the released code's form, for replication only: minimising it *lowers*
     the true logit, and with weight 1 two classes are stable at p_true = 0.38. "neg_log_ratio" has the sign that the
