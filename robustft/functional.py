@@ -23,6 +23,7 @@ from torch import Tensor
 from robustft.ops import arguments, neighbors, reference
 from robustft.ops.dispatch import use_native
 from robustft.ops.native import classification, contrastive, risks
+from robustft.ops.orthogonality import orthogonality
 
 
 class ContrastiveTerms(NamedTuple):
@@ -442,7 +443,8 @@ def orthogonality_penalty(projection: Tensor, *, squared: bool = False) -> Tenso
         projection: (P, D), for example a ViT's `visual.proj`. With P < D it cannot reach zero.
         squared: the squared norm. Default False, as in CaRot's released objective; the paper writes the square.
 
-    Gradient reaches `projection`; at an exactly orthonormal W the unsquared norm gets a zero gradient, not NaN.
+    Gradient reaches `projection`, and can be differentiated again; at an exactly orthonormal W the unsquared norm gets
+    a zero gradient, not NaN. Time: 4 P D^2 flops with the gradient, where autograd of the formula takes 6.
     Memory: D^2. Half precision is computed in float32, and the result is float32 (float64 for float64).
     Source: CaRot, Oh et al. 2024 (arXiv 2311.01723), orthogonality constraint.
     """
@@ -450,11 +452,7 @@ def orthogonality_penalty(projection: Tensor, *, squared: bool = False) -> Tenso
         raise ValueError(
             f"projection is {tuple(projection.shape)} {projection.dtype}; expected a floating (P, D) matrix"
         )
-    # Plain torch: three products of matrices are all its time. The symmetry of the residual would save one of them, at
-    # the price of a gradient that cannot be differentiated again.
-    w = reference.widen(projection)
-    residual = w.T @ w - torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
-    return residual.square().sum() if squared else torch.linalg.vector_norm(residual)
+    return orthogonality(reference.widen(projection), squared)
 
 
 @arguments.own_precision
