@@ -23,6 +23,7 @@ from torch import Tensor
 from robustft.ops import arguments, neighbors, reference
 from robustft.ops.dispatch import use_native
 from robustft.ops.native import classification, contrastive, risks
+from robustft.ops.orthogonality import orthogonality
 
 
 class ContrastiveTerms(NamedTuple):
@@ -216,9 +217,9 @@ def classification_loss(
 ) -> ClassificationTerms:
     """Cross-entropy of class logits `z = s x w^T + b`, and the confidence misalignment penalty, in one pass.
 
-    The penalty looks at H, the classes whose logit is strictly above the true one (ties are not misranked; duplicate
-    class names tie exactly, but in float64, where rounding can part them by some 1e-14), with R = p_true / sum_H p,
-    and is 0 where H is empty:
+    The penalty looks at H, the classes whose logit is strictly above the true one (ties are not misranked; classes of
+    equal embeddings and biases, as duplicate names give, tie exactly, and to rounding in the eager reference), with
+    R = p_true / sum_H p, and is 0 where H is empty:
     "neg_log_ratio" -log R = logsumexp_H z - z_true, "neg_ratio" 1 - R, "softplus" log(1 + 1/R), "ratio" R.
     H itself carries no gradient. "ratio" is the released code's form, for replication only: minimising it *lowers*
     the true logit, and with weight 1 two classes are stable at p_true = 0.38. "neg_log_ratio" has the sign that the
@@ -442,7 +443,8 @@ def orthogonality_penalty(projection: Tensor, *, squared: bool = False) -> Tenso
         projection: (P, D), for example a ViT's `visual.proj`. With P < D it cannot reach zero.
         squared: the squared norm. Default False, as in CaRot's released objective; the paper writes the square.
 
-    Gradient reaches `projection`; at an exactly orthonormal W the unsquared norm gets a zero gradient, not NaN.
+    Gradient reaches `projection`, and can be differentiated again; at an exactly orthonormal W the unsquared norm gets
+    a zero gradient, not NaN. Time: 4 P D^2 flops with the gradient, where autograd of the formula takes 6.
     Memory: D^2. Half precision is computed in float32, and the result is float32 (float64 for float64).
     Source: CaRot, Oh et al. 2024 (arXiv 2311.01723), orthogonality constraint.
     """
@@ -450,11 +452,7 @@ def orthogonality_penalty(projection: Tensor, *, squared: bool = False) -> Tenso
         raise ValueError(
             f"projection is {tuple(projection.shape)} {projection.dtype}; expected a floating (P, D) matrix"
         )
-    # Plain torch: three products of matrices are all its time. The symmetry of the residual would save one of them, at
-    # the price of a gradient that cannot be differentiated again.
-    w = reference.widen(projection)
-    residual = w.T @ w - torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
-    return residual.square().sum() if squared else torch.linalg.vector_norm(residual)
+    return orthogonality(reference.widen(projection), squared)
 
 
 @arguments.own_precision

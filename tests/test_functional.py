@@ -166,9 +166,41 @@ def test_orthogonality_penalty_has_zero_gradient_at_its_minimum():
 
 
 @pytest.mark.parametrize("squared", [False, True])
-def test_orthogonality_penalty_gradient(squared):
-    w = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("shape", [(6, 4), (3, 5), (1, 1)])
+def test_orthogonality_penalty_gradients(shape, squared):
+    w = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda w: rf.orthogonality_penalty(w, squared=squared), w)
+    torch.autograd.gradgradcheck(lambda w: rf.orthogonality_penalty(w, squared=squared), w)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_orthogonality_penalty_is_the_formula_in_any_dtype_and_strides(dtype, squared):
+    w = torch.randn(8, 20).to(dtype)[:, 1::2].requires_grad_()
+
+    def formula(w):
+        wide = w.to(torch.promote_types(w.dtype, torch.float32))
+        norm = torch.linalg.matrix_norm(wide.T @ wide - torch.eye(10, dtype=wide.dtype))
+        return norm.square() if squared else norm
+
+    value, expected = rf.orthogonality_penalty(w, squared=squared), formula(w)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(a, w)[0] for a in (value, expected)))
+
+
+def test_orthogonality_penalty_compiles_in_one_graph():
+    w = torch.randn(8, 5, requires_grad=True)
+    compiled = torch.compile(rf.orthogonality_penalty, fullgraph=True, backend="aot_eager")
+    values = [function(w) for function in (compiled, rf.orthogonality_penalty)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value, w)[0] for value in values))
+
+
+def test_orthogonality_penalty_is_nan_where_the_projection_is():
+    w = torch.eye(4).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(torch.nan)).requires_grad_()
+    value = rf.orthogonality_penalty(w)
+    value.backward()
+    assert value.isnan() and w.grad.isnan().any()
 
 
 def test_group_risk_of_known_losses(backend):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import planted
 import pytest
 import torch
-from targets import each_body, each_device, each_target, placed, sizes
+from targets import each_body, each_target, placed, sizes
 from torch import Tensor
 
 import robustft
@@ -78,12 +78,12 @@ def test_mcm_is_msp_at_the_inverse_temperature(target):
         torch.testing.assert_close(rf.concept_scores(x, w, logit_scale=4.0).msp, without.mcm)
 
 
-@each_device
+@each_target
 def test_of_equal_classes_the_first_is_predicted(target, placeless_products):
-    n, k = sizes([(60, 70)], [(34, 20)])[0]
-    x, w = placed(target, *unit(n, k, 16))
-    with robustft.backend(target.backend):
-        assert (rf.concept_scores(x, torch.cat((w, w, w))).prediction < k).all()
+    for n, k, d in sizes([(60, 70, 16), (65, 5, 37), (17, 101, 7)], [(34, 20, 16)]):
+        x, w = placed(target, *unit(n, k, d))
+        with robustft.backend(target.backend):
+            assert (rf.concept_scores(x, torch.cat((w, w, w))).prediction < k).all()
 
 
 @each_body

@@ -21,6 +21,7 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "duplicates.h"
 #include "tile.h"
 
 namespace robustft {
@@ -109,6 +110,11 @@ struct Classes {
     return p;
   }
 
+  // The classes that must tie, if logits are multiplied now: those of several heads are not compared.
+  Duplicates<T> duplicates(bool multiplied) const {
+    return multiplied && in.heads == 1 ? Duplicates<T>(w) : Duplicates<T>();
+  }
+
   // How many tasks of that many dot products are worth a thread.
   int64_t grain(int64_t products) const {
     return std::max<int64_t>(1, kTaskWork / (products * std::max<int64_t>(d, 1)));
@@ -141,6 +147,7 @@ std::tuple<Tensor, Tensor> statistics(const ClassInputs& in, const ClassStatisti
   Tensor exponentials = torch::stable::new_empty(in.x, {keep ? n : int64_t(0), cols}, scalar_type<T>());
   T *result = out.mutable_data_ptr<T>(), *kept = exponentials.mutable_data_ptr<T>();
   const RightMatrix<T> right(c.w, RightMatrix<T>::kColumns, c.arithmetic);
+  const Duplicates<T> duplicates = c.duplicates(true);
   Pool<Workspace> pool;
   for (int64_t first = 0; first < n; first += stretch) {
     const int64_t count = std::min(stretch, n - first);
@@ -151,6 +158,7 @@ std::tuple<Tensor, Tensor> statistics(const ClassInputs& in, const ClassStatisti
       T* s = keep ? kept + i * cols : work->s.get();
       const LeftRows<T> left(x, i - first, end - i, c.arithmetic);
       multiply(left, 0, end - i, right, 0, cols, s, cols);
+      duplicates.tie(s, end - i, cols);
       for (int64_t head = 0; head < in.heads; ++head) {
         T* of_head = result + head * class_statistic::kHardCount * n;
         const ClassPanel<T> panel = c.panel(head, s, nullptr, i, end - i, targets, first);
@@ -227,6 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor&
   Tensor dx_stretch = torch::stable::new_empty(in.x, {converted ? stretch : int64_t(0), d}, scalar_type<T>());
   const RightMatrix<T> w_columns(c.w, 0, kept ? 0 : cols, RightMatrix<T>::kColumns, c.arithmetic);
   const RightMatrix<T> w_rows(c.w, RightMatrix<T>::kRows, c.arithmetic);
+  const Duplicates<T> duplicates = c.duplicates(!kept);
   const Buffer<T> g(stretch * cols);
   ColumnGradient<T> dw(c);
   const int64_t panels = c.bias ? (n + c.rows - 1) / c.rows : 0;
@@ -243,6 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor&
       if (!kept) {
         const LeftRows<T> left(x, i - first, end - i, c.arithmetic);
         multiply(left, 0, end - i, w_columns, 0, cols, g_rows, cols);
+        duplicates.tie(g_rows, end - i, cols);
       }
       for (int64_t head = 0; head < in.heads; ++head) {
         const T* of_head = wide.const_data_ptr<T>() + head * class_coefficient::kCount * n;

@@ -14,6 +14,7 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "duplicates.h"
 #include "tile.h"
 
 namespace robustft {
@@ -35,6 +36,7 @@ std::tuple<Tensor, Tensor> scores(const Tensor& features, const Tensor& embeddin
   shape.scale = T(*contiguous_as(logit_scale, ScalarType::Double).template const_data_ptr<double>());
   const Tensor w = contiguous_as(embeddings, scalar_type<T>());
   const RightMatrix<T> right(w, RightMatrix<T>::kColumns, arithmetic);
+  const Duplicates<T> duplicates(w);
   const int64_t rows = std::clamp(kPanelBytes / int64_t(sizeof(T)) / k / kMinRows * kMinRows, kMinRows,
                                   std::clamp(round_up(n / 8, kMinRows), 4 * kMinRows, kMaxRows));
   T* result = out.mutable_data_ptr<T>();
@@ -50,6 +52,7 @@ std::tuple<Tensor, Tensor> scores(const Tensor& features, const Tensor& embeddin
         panel.cosines = cosines->get(), panel.row0 = first + i, panel.rows = std::min(rows, count - i);
         const LeftRows<T> left(x, i, panel.rows, arithmetic);
         multiply(left, 0, panel.rows, right, 0, k, cosines->get(), k);
+        duplicates.tie(cosines->get(), panel.rows, k);
         ROBUSTFT_CALL(class_scores<T>, panel, result, classes);
       }
     });

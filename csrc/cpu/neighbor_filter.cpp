@@ -1,0 +1,139 @@
+// The filter of a neighbour search (neighbors.cpp): products of tiles, and the points that reach a threshold.
+//
+// A threshold guessed from a sample lets through little more than the k best of t; all points that reach it are kept as
+// hits. If at least k did and t_k - 2 eps reaches it, t_k being the k-th largest t of the hits, nothing that matters
+// was lost; otherwise that query is done again, with a threshold that holds for certain. So the guess decides how long
+// a search takes, never what it finds. Queries for which eps does not hold, or that have more hits than there is memory
+// for, are measured against all points instead.
+#include "neighbor_search.h"
+
+namespace robustft {
+namespace {
+
+constexpr int64_t kGrowth = 4;  // of the hits of a block
+
+}  // namespace
+
+template <class T>
+void Search<T>::filtered(const std::vector<int64_t>& ids, std::vector<T> thresholds, int64_t threads) {
+  const int64_t rows = ids.size(), d = set_.d;
+  const bool bf16 = set_.arithmetic == Arithmetic::bf16;
+  const Buffer<T> centred(rows * d);
+  std::vector<double> eps(rows), norms_squared(rows);
+  std::vector<int64_t> beyond;  // the bound, or the range of T
+  for (int64_t r = 0; r < rows; ++r) {
+    RowNorms norms;
+    const T* query = queries_ + ids[r] * d;
+    std::copy(query, query + d, centred.get() + r * d);
+    ROBUSTFT_CALL(centre_row<T>, query, set_.centre_or_null(), d, bf16, centred.get() + r * d, &norms);
+    norms_squared[r] = norms.squared;
+    eps[r] = bound(std::sqrt(norms.squared), std::sqrt(norms.residual));
+    if (!(eps[r] > 0)) {
+      beyond.push_back(ids[r]);
+      std::fill_n(centred.get() + r * d, d, T(0));
+    }
+  }
+  const LeftRows<T> left(centred.get(), rows, d, set_.arithmetic);
+  if (thresholds.empty()) thresholds = guess(left, eps, threads);
+  for (int64_t r = 0; r < rows; ++r)
+    if (!(eps[r] > 0)) thresholds[r] = std::numeric_limits<T>::infinity();
+
+  const int64_t step = std::clamp<int64_t>(kTileSize / rows / 16 * 16, 16, 4096);
+  const int64_t tiles = (set_.n + step - 1) / step, parts = std::min(threads, tiles);
+  const int64_t budget = kGrowth * std::max(room_ * rows, kHitBytes / int64_t(sizeof(Hit<T>)));
+  std::vector<Hits<T>> hits;
+  for (int64_t p = 0; p < parts; ++p) hits.emplace_back(thresholds, eps, k_, room_ + 2 * step, budget);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    auto workspace = pool_.take([] { return SearchWorkspace<T>(); });
+    for (int64_t p = first; p < last; ++p)
+      for (int64_t tile = tiles * p / parts; tile < tiles * (p + 1) / parts; ++tile)
+        scan(left, tile * step, std::min(step, set_.n - tile * step), hits[p], *workspace);
+  });
+
+  constexpr T kDone = std::numeric_limits<T>::quiet_NaN();
+  std::vector<T> again(rows, kDone);
+  torch::stable::parallel_for(0, rows, threads == 1 ? rows : 1, [&](int64_t first, int64_t last) {
+    auto workspace = pool_.take([] { return SearchWorkspace<T>(); });
+    for (int64_t r = first; r < last; ++r)
+      if (eps[r] > 0) again[r] = finish(ids[r], r, eps[r], norms_squared[r], hits, *workspace);
+  });
+  std::vector<int64_t> repeated;
+  std::vector<T> certain;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (again[r] != again[r]) continue;
+    if (again[r] == std::numeric_limits<T>::infinity()) {
+      beyond.push_back(ids[r]);
+    } else {
+      repeated.push_back(ids[r]);
+      certain.push_back(again[r]);
+    }
+  }
+  hits.clear();
+  if (!repeated.empty()) filtered(repeated, certain, threads);
+  direct(beyond);
+}
+
+template <class T>
+double Search<T>::bound(double norm, double residual) const {
+  const double scale = norm + set_.norm, rounded = norm + residual;
+  const bool is_float = scalar_type<T>() == ScalarType::Float;
+  if (!(scale > (is_float ? 1e-10 : 1e-140) && scale < (is_float ? 1e15 : 1e140))) return 0;  // squares leave T's range
+  return 1.001 * (residual * set_.norm + rounded * set_.residual + gamma_ * rounded * (set_.norm + set_.residual) +
+                  rounding_ * scale * scale);
+}
+
+template <class T>
+std::vector<T> Search<T>::guess(const LeftRows<T>& left, const std::vector<double>& eps, int64_t threads) {
+  std::vector<T> thresholds(left.count, -std::numeric_limits<T>::infinity());
+  if (!sample_) return thresholds;
+  const int64_t m = set_.samples;
+  std::vector<T> bias(m);
+  for (int64_t i = 0; i < m; ++i) bias[i] = set_.bias.template const_data_ptr<T>()[sample_row(i, m, set_.n)];
+  const int64_t step = kSampleSize / m / 16 * 16, steps = (left.count + step - 1) / step;
+  torch::stable::parallel_for(0, steps, threads == 1 ? steps : 1, [&](int64_t first, int64_t last) {
+    auto workspace = pool_.take([] { return SearchWorkspace<T>(); });
+    T* scores = workspace->scores.get();
+    for (int64_t i = first * step; i < std::min(last * step, left.count); i += step) {
+      const int64_t rows = std::min(step, left.count - i);
+      multiply(left, i, rows, *sample_, 0, m, scores, m);
+      for (int64_t r = 0; r < rows; ++r) {
+        T score;
+        ROBUSTFT_CALL(score_reached<T>, scores + r * m, bias.data(), m, rank_, &score);
+        thresholds[i + r] = below<T>(score - 2 * eps[i + r]);
+      }
+    }
+  });
+  return thresholds;
+}
+
+template <class T>
+void Search<T>::scan(const LeftRows<T>& left, int64_t begin, int64_t count, Hits<T>& hits, SearchWorkspace<T>& w) {
+  const int64_t d = set_.d;
+  T* scores = w.scores.get();
+  if (set_.arithmetic == Arithmetic::bf16 || !set_.centred) {
+    multiply(left, 0, left.count, set_.columns, begin, count, scores, count);
+  } else {
+    w.centred.resize(count * d);
+    for (int64_t i = 0; i < count; ++i) {
+      RowNorms norms;
+      ROBUSTFT_CALL(centre_row<T>, set_.row(begin + i), set_.centre_or_null(), d, false, w.centred.data() + i * d,
+                    &norms);
+    }
+    multiply(left, 0, left.count, RightMatrix<T>(w.centred.data(), count, d, nullptr), 0, count, scores, count);
+  }
+  const T* bias = set_.bias.template const_data_ptr<T>() + begin;
+  for (int64_t r = 0; r < left.count; ++r)
+    if (hits.thresholds[r] == -std::numeric_limits<T>::infinity() && 2 * k_ <= count) {
+      T score;  // without a guess the first tile gives a threshold, for certain
+      ROBUSTFT_CALL(score_reached<T>, scores + r * count, bias, count, k_, &score);
+      hits.raise(r, score);
+    }
+  hits.reserve(count);
+  const Scores<T> tile{scores, bias, left.count, count, count, begin};
+  ROBUSTFT_CALL(collect<T>, tile, hits.thresholds.data(), hits.data.data(), hits.counts.data());
+}
+
+template void Search<float>::filtered(const std::vector<int64_t>&, std::vector<float>, int64_t);
+template void Search<double>::filtered(const std::vector<int64_t>&, std::vector<double>, int64_t);
+
+}  // namespace robustft

@@ -1,0 +1,75 @@
+// A neighbour search: its queries, its workspaces, and the steps of which it consists. See neighbors.cpp.
+#pragma once
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "dispatch.h"
+#include "neighbor_hits.h"
+#include "neighbor_set.h"
+
+namespace robustft {
+
+constexpr int64_t kSearchRows = 1024;     // of a block of queries: packed to bfloat16 at d = 512 they take 1 MB
+constexpr int64_t kTileSize = 1 << 17;    // scores of a tile
+constexpr int64_t kSampleSize = 1 << 18;  // scores of a tile of sampled points
+constexpr int64_t kHitBytes = 16 << 20;   // of hits a block starts with, at the most
+
+// A workspace of a thread.
+template <class T>
+struct SearchWorkspace {
+  Buffer<T> scores{kSampleSize};
+  std::vector<T> centred;  // points of a tile
+  std::vector<Hit<T>> hits, open;
+  std::vector<int32_t> rows;
+  std::vector<double> query, squared, order;
+  std::vector<Neighbor<T>> neighbors;
+};
+
+template <class T>
+class Search {
+ public:
+  Search(const Tensor& queries, const PointSet<T>& set, int64_t k, bool squared, T* distances, int64_t* indices);
+
+  // All of the first `count` queries.
+  void run(int64_t count);
+
+ private:
+  // In neighbor_filter.cpp:
+
+  // The queries `ids` by filter and band, with the given thresholds or guessed ones, points shared among `threads`.
+  void filtered(const std::vector<int64_t>& ids, std::vector<T> thresholds, int64_t threads);
+  // eps of a query of this norm, rounded to bfloat16 with this residual; 0 where it would not hold.
+  double bound(double norm, double residual) const;
+  // For each query a threshold that a little more than its k best points should reach, or -inf.
+  std::vector<T> guess(const LeftRows<T>& left, const std::vector<double>& eps, int64_t threads);
+  // Collects the hits among points [begin, begin + count).
+  void scan(const LeftRows<T>& left, int64_t begin, int64_t count, Hits<T>& hits, SearchWorkspace<T>& w);
+
+  // In neighbor_band.cpp:
+
+  // Writes the result of query `id` from its hits, the r-th of each part, and returns NaN; or the threshold with which
+  // to scan again; or infinity where there were too many hits.
+  T finish(int64_t id, int64_t r, double eps, double norm_squared, std::vector<Hits<T>>& parts, SearchWorkspace<T>& w);
+  // Appends the distances of w.query to the points w.rows.
+  void measure(SearchWorkspace<T>& w);
+  // The queries `ids` by the distances to all points.
+  void direct(const std::vector<int64_t>& ids);
+  // The result of a query from candidates of which it needs the `rank` nearest; NaN if distances were.
+  void write(int64_t id, std::vector<Neighbor<T>>& candidates, int64_t rank);
+  T distance(double squared) const { return T(squared_ ? squared : std::sqrt(squared)); }
+
+  const PointSet<T>& set_;
+  const T* queries_;
+  const int64_t k_;
+  const bool squared_;
+  T* out_;
+  int64_t* indices_;  // null: only the k-th distance is asked for
+  double gamma_, rounding_;
+  int64_t rank_, room_, max_rows_;
+  std::optional<RightMatrix<T>> sample_;  // where thresholds are guessed
+  Pool<SearchWorkspace<T>> pool_;
+};
+
+}  // namespace robustft
