@@ -32,7 +32,7 @@ from robustft.ops.triton.class_statistics import (
     class_statistics_kernel,
     label_kernel,
 )
-from robustft.ops.triton.launch import architecture, launch
+from robustft.ops.triton.launch import addressable, architecture, launch
 from robustft.ops.triton.table import dot_precision
 
 
@@ -84,16 +84,12 @@ class Classes(NamedTuple):
         return min(configs.panel_rows(len(self.w), size), len(self.x))
 
 
-def _rows(features: Tensor | None) -> Tensor | None:
-    return features if features is None or features.stride(1) == 1 else features.contiguous()
-
-
 def _flat(values: Tensor | None) -> Tensor | None:
     return values if values is None else values.contiguous()
 
 
 def _classes(x, w, scale, bias, labels, q, heads, above, targets) -> Classes:
-    every = (_rows(x), _rows(w), scale, _flat(bias), _flat(labels), _rows(q))
+    every = (addressable(x), addressable(w), scale, _flat(bias), _flat(labels), addressable(q))
     return Classes(*every, heads, above.value, targets.value)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from robustft.ops.triton import autotune, configs
 from robustft.ops.triton.combine import combine_kernel
 from robustft.ops.triton.gradient import gradient_kernel, keep_kernel
-from robustft.ops.triton.launch import architecture, launch
+from robustft.ops.triton.launch import addressable, architecture, launch
 from robustft.ops.triton.statistics import statistics_kernel
 from robustft.ops.triton.table import dot_precision
 from robustft.ops.triton.tile import LABELS, PAIRS, RECTANGLE
@@ -70,14 +70,12 @@ class Matrices(NamedTuple):
 
 
 def _matrices(x, t, scale, x_labels, t_labels, xt, tt, st, targets, precision=None) -> Matrices:
-    def rows(features: Tensor | None) -> Tensor | None:
-        return features if features is None or features.stride(1) == 1 else features.contiguous()
-
     def flat(labels: Tensor | None) -> Tensor | None:
         return labels if labels is None else labels.contiguous()
 
     precision = precision or torch.get_float32_matmul_precision()
-    return Matrices(rows(x), rows(t), scale, rows(xt), rows(tt), st, flat(x_labels), flat(t_labels), targets, precision)
+    x, t, xt, tt = map(addressable, (x, t, xt, tt))
+    return Matrices(x, t, scale, xt, tt, st, flat(x_labels), flat(t_labels), targets, precision)
 
 
 def _pairs(x, t, scale, labels, xt=None, tt=None, st=None) -> Matrices:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from robustft.ops.triton import autotune, configs
-from robustft.ops.triton.launch import architecture, launch
+from robustft.ops.triton.launch import addressable, architecture, launch
 from robustft.ops.triton.tile import LN2, LOG2E, LOWEST, long, product
 
 
@@ -62,7 +62,7 @@ def class_scores_kernel(
 
 
 def class_scores(x, w, temperature, scale, precision) -> tuple[Tensor, Tensor]:
-    x, w = (f if f.stride(1) == 1 else f.contiguous() for f in (x, w))
+    x, w = addressable(x), addressable(w)
     (n, d), k = x.shape, len(w)
     scores, prediction = x.new_empty(5, n, dtype=torch.float32), x.new_empty(n, dtype=torch.int64)
     arithmetic = configs.arithmetic(x.dtype, precision)
