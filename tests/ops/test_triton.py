@@ -33,6 +33,7 @@ SUITES = [
     "test_class_losses.py",
     "test_scores.py",
     "test_risks.py",
+    "ops/test_offsets.py",
     "ops/interpreted_triton.py",
 ]
 
