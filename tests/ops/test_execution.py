@@ -15,11 +15,13 @@ import pytest
 import torch
 from targets import Target, each_device, each_target, placed
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import robustft
 from robustft import functional as rf
-from robustft.ops import dispatch
+from robustft.ops import dispatch, triton
 from robustft.ops.arguments import VARIANTS
 
 pytestmark = pytest.mark.skipif(
@@ -191,6 +193,42 @@ def test_repeating_a_loss_repeats_its_bits(name, target):
         first = computed(name, inputs)
         assert all(term.isfinite().all() for term in first)
         assert all(same(computed(name, inputs), first) for _ in range(ROUNDS))
+
+
+class Watched(TorchDispatchMode):
+    """Names what copies between the host and the device, where that waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        devices = {a.device.type for a in (*args, result) if isinstance(a, Tensor)}
+        if len(devices) > 1:
+            self.copies.append(str(op))
+        return result
+
+
+@pytest.mark.skipif(triton.STATUS != "registered", reason=triton.STATUS)
+@each_loss
+def test_losses_neither_wait_for_a_gpu_nor_copy_to_it(name):
+    # Tensors that only pretend to be on a GPU: asking them for a value is an error. What the operators launch behind
+    # them, forward and backward, test_triton.py records on tensors that have no values either.
+    real = made(Target("native", "cpu", torch.bfloat16), 0)
+    with FakeTensorMode(), Watched() as watched:
+        pretended = (torch.empty(a.shape, dtype=a.dtype, device="cuda") for a in real)
+        LOSSES[name](Inputs(*(a.requires_grad_(a.is_floating_point()) for a in pretended)))
+    assert watched.copies == []
+
+
+@pytest.mark.skipif(triton.STATUS != "registered", reason=triton.STATUS)
+@pytest.mark.xfail(strict=True, reason="robustft.ops.arguments.scale_tensor copies a number to the device, and waits")
+def test_scales_that_are_numbers_are_not_copied_to_a_gpu():
+    with FakeTensorMode(), Watched() as watched:
+        x = torch.empty(9, 8, device="cuda")
+        rf.contrastive_loss(x, x, 20.0)
+    assert watched.copies == []
 
 
 @pytest.mark.parametrize("family", dict.fromkeys(name.split()[0] for name in LOSSES))
