@@ -95,8 +95,15 @@ OF_DTYPE = {
     "bfloat16": "cuda and bfloat16",
     "float16": "cuda and float16 and not bfloat16",
 }
-BY_DTYPE = {"contrastive": "test_contrastive", "classes": "test_class_losses", "execution": "ops/test_execution"}
-"""Suites all of whose GPU tests name a dtype."""
+BY_DTYPE = {
+    "contrastive": ("test_contrastive", "not distillation"),
+    "distillation": ("test_contrastive", "distillation"),
+    "classification": ("test_class_losses", "classification_loss"),
+    "dual risk": ("test_class_losses", "not classification_loss"),
+    "execution of pairs": ("ops/test_execution", "(contrastive or distillation)"),
+    "execution of classes": ("ops/test_execution", "not (contrastive or distillation)"),
+}
+"""Suites all of whose GPU tests name a dtype, and which of their tests."""
 WHOLE = {
     "scores and risks": ("test_scores", "test_risks"),
     "cuda kernels": ("ops/test_cuda_kernels",),
@@ -107,11 +114,11 @@ WHOLE = {
 
 def parts() -> list[Part]:
     """Every GPU test in one of them, the most telling first. Compiling a suite's Triton kernels takes longer than
-    running them, and a process compiles one at a time: so the suites are split by dtype."""
+    running them, and a process compiles one at a time: so the suites are split."""
     split = [
-        Part(f"{name}, {dtype}", (f"tests/{suite}.py",), selects)
-        for name, suite in BY_DTYPE.items()
-        for dtype, selects in OF_DTYPE.items()
+        Part(f"{name}, {dtype}", (f"tests/{suite}.py",), f"{of_dtype} and {selects}")
+        for name, (suite, selects) in BY_DTYPE.items()
+        for dtype, of_dtype in OF_DTYPE.items()
     ]
     whole = [Part(name, tuple(f"tests/{suite}.py" for suite in suites), "cuda") for name, suites in WHOLE.items()]
     return split + whole
@@ -135,8 +142,8 @@ def tests(check: Check) -> None:
     one cache of Triton's. Each is kept as it ends. That a part has none is a failure too: pytest says so by its status.
     """
     done: dict[str, Any] = {}
-    workers = max(1, min(len(parts()), (os.cpu_count() or 1) - 1))
-    deadline = time.monotonic() + min(300, check.left())
+    workers = max(1, min(len(parts()), os.cpu_count() or 1))
+    deadline = time.monotonic() + min(240, check.left())
 
     def one(part: Part) -> dict[str, Any]:
         command = [sys.executable, "-m", "pytest", "-v", "--maxfail=10", "-p", "no:cacheprovider"]
@@ -157,12 +164,16 @@ def sanitizer(check: Check) -> None:
     if tool is None:
         check.keep("sanitizer", "not measured: no compute-sanitizer")
         return
-    found = {}
-    for kind in ("memcheck", "racecheck"):
+
+    def one(kind: str) -> dict[str, Any]:
         command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_rows", "small"]
         run = check.run(command, 75)
         run["output"] = run["output"][-1500:] if run["status"] else run["output"][-200:]
-        found[kind] = run
+        return run
+
+    kinds = ("memcheck", "racecheck")
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        found = dict(zip(kinds, pool.map(one, kinds), strict=True))
     check.keep("sanitizer", found)
 
 

@@ -145,7 +145,7 @@ def test_parts_run_at_once_and_are_kept_as_they_end(ends, tmp_path, monkeypatch)
         def run(self, command, limit, **environment):
             together.wait()  # neither ends before the other has begun
             first = command[-1] == "first.py"
-            assert command[-3:-1] == ["-k", "cuda"] and 0 < limit <= 300
+            assert command[-3:-1] == ["-k", "cuda"] and 0 < limit <= 240
             return {"seconds": 1.0, "status": ends[0 if first else 1], "output": "tests/a.py::b PASSED\n1 passed\n"}
 
         def keep(self, step, result):
