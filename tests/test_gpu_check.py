@@ -75,6 +75,16 @@ def test_verdict_says_what_is_met(bar, times, said):
     assert gpu_rows.verdict(bar, times) == said
 
 
+def test_the_roofline_is_the_slowest_of_products_and_copies():
+    rates = {"bf16_tflops": 800.0, "fp32_tflops": 50.0, "copy_tb_per_second": 2.5}
+    least = {name: work.milliseconds(rates) for name, (_, _, work) in gpu_rows.ROWS.items()}
+    assert min(least.values()) > 0
+    assert least["contrastive-bf16-32768"] == pytest.approx(6 * 32768**2 * 512 / 800e9)  # 4.1 ms
+    assert least["contrastive-fp32-8192"] == pytest.approx(6 * 8192**2 * 512 / 50e9)
+    assert least["misalignment-fp32-4096"] == pytest.approx(3 * 4 * 4096 * 1000 / 2.5e9)
+    assert 90 < least["carot-step-512"] < 120
+
+
 def test_a_step_that_hangs_costs_only_itself(tmp_path):
     check = gpu_check.Check(tmp_path / "gpu.json", minutes=5)
     run = check.run([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], 6)
