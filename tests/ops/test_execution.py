@@ -231,6 +231,30 @@ def test_scales_that_are_numbers_are_not_copied_to_a_gpu():
     assert watched.copies == []
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_without_compiled_code_everything_falls_back_with_one_warning(device, monkeypatch):
+    monkeypatch.setitem(dispatch.LIBRARIES, device, "not built")
+    monkeypatch.setattr(triton, "STATUS", "Triton is not installed")
+    for op in dict(dispatch._KERNELS):
+        monkeypatch.setitem(dispatch._KERNELS, op, False)
+    dispatch._warn_once.cache_clear()
+    real = made(Target("native", "cpu", torch.float32), 0)
+    with pytest.warns(RuntimeWarning) as warned:
+        if device == "cpu":
+            found = [LOSSES[name](real) for name in (*LOSSES, *LOSSES)]
+        else:
+            with FakeTensorMode():
+                pretended = Inputs(*(torch.empty(a.shape, dtype=a.dtype, device=device) for a in real))
+                found = [LOSSES[name](pretended) for name in (*LOSSES, *LOSSES)]
+    dispatch._warn_once.cache_clear()
+    (warning,) = warned.list
+    assert f"library for {device} not built; using the eager reference" in str(warning.message)
+    assert all(term.device.type == device for terms in found for term in terms)
+    if device == "cpu":
+        with robustft.backend("reference"):
+            assert all(same(terms, LOSSES[name](real)) for terms, name in zip(found, LOSSES, strict=False))
+
+
 @pytest.mark.parametrize("family", dict.fromkeys(name.split()[0] for name in LOSSES))
 @each_device
 def test_compiled_losses_are_the_eager_ones(family, target):
