@@ -195,6 +195,33 @@ def test_repeating_a_loss_repeats_its_bits(name, target):
         assert all(same(computed(name, inputs), first) for _ in range(ROUNDS))
 
 
+def surrounded(a: Tensor) -> Tensor:
+    """The same numbers in the middle of NaN, or of labels that are no class."""
+    if a.dim() == 0:
+        return a
+    wider = a.new_full([size + 70 for size in a.shape], torch.nan if a.is_floating_point() else 2**40)
+    inside = wider[tuple(slice(3, 3 + size) for size in a.shape)]
+    inside.copy_(a)
+    return inside
+
+
+@each_loss
+@each_target
+def test_neither_what_surrounds_inputs_nor_what_memory_held_is_read(name, target):
+    inputs = made(target, 0)
+    before = torch.are_deterministic_algorithms_enabled()
+    with robustft.backend(target.backend):
+        expected = computed(name, inputs)
+        try:
+            torch.use_deterministic_algorithms(True, warn_only=True)  # new memory is full of NaN then
+            assert torch.empty(9, device=target.device).isnan().all()
+            found = computed(name, Inputs(*map(surrounded, inputs)))
+        finally:
+            torch.use_deterministic_algorithms(before)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 class Watched(TorchDispatchMode):
     """Names what copies between the host and the device, where that waits for it."""
 
