@@ -258,7 +258,7 @@ def test_scales_that_are_numbers_are_not_copied_to_a_gpu():
     assert watched.copies == []
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["host", "pretended GPU"])
 def test_without_compiled_code_everything_falls_back_with_one_warning(device, monkeypatch):
     monkeypatch.setitem(dispatch.LIBRARIES, device, "not built")
     monkeypatch.setattr(triton, "STATUS", "Triton is not installed")
