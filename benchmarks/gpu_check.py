@@ -20,8 +20,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHER_DEMANDS = {"carot-step-512": "1.45 of a FLYP step", "contrastive-bf16-1M": "fits 80 GB"}
@@ -80,18 +82,81 @@ def build(check: Check) -> None:
     check.keep("build", run)
 
 
-def tests(check: Check) -> None:
-    """The suites with GPU cases. That none was found is a failure too: pytest says so by its status."""
-    names = ("contrastive", "class_losses", "scores", "risks", "neighbors")
-    suites = [*(f"tests/test_{name}.py" for name in names), "tests/ops"]
-    command = [sys.executable, "-m", "pytest", "--maxfail=30", "-k", "cuda", *suites]
-    run = check.run(command, 300)
+class Part(NamedTuple):
+    """Some of the GPU tests: a process of its own."""
+
+    name: str
+    suites: tuple[str, ...]
+    selects: str
+
+
+OF_DTYPE = {
+    "float32": "cuda and float32",
+    "bfloat16": "cuda and bfloat16",
+    "float16": "cuda and float16 and not bfloat16",
+}
+BY_DTYPE = {
+    "contrastive": ("test_contrastive", "not distillation"),
+    "distillation": ("test_contrastive", "distillation"),
+    "classification": ("test_class_losses", "classification_loss"),
+    "dual risk": ("test_class_losses", "not classification_loss"),
+    "execution of pairs": ("ops/test_execution", "(contrastive or distillation)"),
+    "execution of classes": ("ops/test_execution", "not (contrastive or distillation)"),
+}
+"""Suites all of whose GPU tests name a dtype, and which of their tests."""
+WHOLE = {
+    "scores and risks": ("test_scores", "test_risks"),
+    "cuda kernels": ("ops/test_cuda_kernels",),
+    "neighbors": ("test_neighbors",),
+    "offsets": ("ops/test_offsets",),  # the largest allocations, for which a card has room once
+}
+
+
+def parts() -> list[Part]:
+    """Every GPU test in one of them, the most telling first. Compiling a suite's Triton kernels takes longer than
+    running them, and a process compiles one at a time: so the suites are split."""
+    split = [
+        Part(f"{name}, {dtype}", (f"tests/{suite}.py",), f"{of_dtype} and {selects}")
+        for name, (suite, selects) in BY_DTYPE.items()
+        for dtype, of_dtype in OF_DTYPE.items()
+    ]
+    whole = [Part(name, tuple(f"tests/{suite}.py" for suite in suites), "cuda") for name, suites in WHOLE.items()]
+    return split + whole
+
+
+def outcome(run: dict[str, Any]) -> dict[str, Any]:
+    """What a part's pytest said, how many tests passed even of one that was cut off, and where it was then."""
     lines = run.pop("output").splitlines()
+    said = [re.search(r"^(tests/\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", line) for line in lines]
+    counts = Counter(match[2].lower() for match in said if match)
+    run["counts"] = dict(counts)
     run["failures"] = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     run["summary"] = next((line for line in reversed(lines) if re.search(r"passed|failed|error|no tests", line)), "")
     if run["status"] != 0:
         run["tail"] = lines[-60:]
-    check.keep("tests", run)
+    return run
+
+
+def tests(check: Check) -> None:
+    """The suites' GPU cases, as many processes at once as there are cores: they compile more than they compute, into
+    one cache of Triton's. Each is kept as it ends. That a part has none is a failure too: pytest says so by its status.
+    """
+    done: dict[str, Any] = {}
+    workers = max(1, min(len(parts()), os.cpu_count() or 1))
+    deadline = time.monotonic() + min(240, check.left())
+
+    def one(part: Part) -> dict[str, Any]:
+        command = [sys.executable, "-m", "pytest", "-v", "--maxfail=10", "-p", "no:cacheprovider"]
+        limit = deadline - time.monotonic()
+        return outcome(check.run([*command, "-k", part.selects, *part.suites], limit, OMP_NUM_THREADS="1"))
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(one, part): part.name for part in parts()}
+        for future in as_completed(futures):
+            done[futures[future]] = future.result()
+            failed = [name for name, run in done.items() if run["status"] != 0]
+            status = failed or (0 if len(done) == len(futures) else "unfinished")
+            check.keep("tests", {"status": status, "parts": done})
 
 
 def sanitizer(check: Check) -> None:
@@ -99,12 +164,16 @@ def sanitizer(check: Check) -> None:
     if tool is None:
         check.keep("sanitizer", "not measured: no compute-sanitizer")
         return
-    found = {}
-    for kind in ("memcheck", "racecheck"):
+
+    def one(kind: str) -> dict[str, Any]:
         command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_rows", "small"]
         run = check.run(command, 75)
         run["output"] = run["output"][-1500:] if run["status"] else run["output"][-200:]
-        found[kind] = run
+        return run
+
+    kinds = ("memcheck", "racecheck")
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        found = dict(zip(kinds, pool.map(one, kinds), strict=True))
     check.keep("sanitizer", found)
 
 

@@ -32,6 +32,23 @@ class Bar(NamedTuple):
     peers: float | None = None
 
 
+class Work(NamedTuple):
+    """The least that a row has to do: flops of bfloat16 and of float32 factors, and bytes read and written."""
+
+    bf16: float = 0.0
+    fp32: float = 0.0
+    bytes: float = 0.0
+
+    def milliseconds(self, rates: dict[str, Any]) -> float:
+        """By the card's measured rates: the roofline."""
+        seconds = (
+            self.bf16 / rates["bf16_tflops"],
+            self.fp32 / rates["fp32_tflops"],
+            self.bytes / rates["copy_tb_per_second"],
+        )
+        return max(seconds) / 1e9
+
+
 Candidates = dict[str, Callable[[], Any]]
 
 
@@ -281,33 +298,39 @@ def step(batch: int) -> Candidates:
     return {"robustft": run(True), "FLYP step": run(False)}
 
 
+def transformer(tokens: int, width: int) -> float:
+    """Flops of the 12 layers for one sequence."""
+    return 12.0 * tokens * (24 * width**2 + 4 * tokens * width)
+
+
 BF16 = torch.bfloat16
-ROWS: dict[str, tuple[Callable[[], Candidates], Bar, float]] = {
-    # name: (candidates, bar, multiply-adds times two of the least work, in bfloat16)
-    "contrastive-bf16-32768": (lambda: contrastive(32768, 512, BF16), Bar(6.5, 4.0, 2.0), 6.0 * 32768**2 * 512),
-    "distillation-bf16-32768": (lambda: distillation(32768, 512, BF16), Bar(9.0), 8.0 * 32768**2 * 512),
+STEP = 4 * 512 * (transformer(196, 768) + transformer(77, 512))
+"""Flops of a CaRot step of 512 pairs: the students' forward and backward, three of a forward, and the teachers'."""
+ROWS: dict[str, tuple[Callable[[], Candidates], Bar, Work]] = {
+    "contrastive-bf16-32768": (lambda: contrastive(32768, 512, BF16), Bar(6.5, 4.0, 2.0), Work(6.0 * 32768**2 * 512)),
+    "distillation-bf16-32768": (lambda: distillation(32768, 512, BF16), Bar(9.0), Work(8.0 * 32768**2 * 512)),
     "graph-bf16-512": (
         lambda: {k: graphed(f) for k, f in contrastive(512, 512, BF16, peers=False).items()},
         Bar(0.060),
-        6.0 * 512**2 * 512,
+        Work(6.0 * 512**2 * 512),
     ),
     "kth-neighbor-50k-1M": (
         lambda: neighbors(50_000, 1_000_000, 512, 300),
         Bar(300.0, None, 4.0),
-        2.0 * 5e4 * 1e6 * 512,
+        Work(2.0 * 5e4 * 1e6 * 512),
     ),
-    "carot-step-512": (lambda: step(512), Bar(), 0.0),
-    "contrastive-bf16-1M": (lambda: contrastive(2**20, 512, BF16, 0, False), Bar(), 8.0 * 2.0**40 * 512),
-    "contrastive-panel-32768": (lambda: contrastive(32768, 512, BF16, 0, False), Bar(), 8.0 * 32768**2 * 512),
-    "contrastive-fp32-8192": (lambda: contrastive(8192, 512, torch.float32), Bar(), 0.0),
-    "contrastive-bf16-2048": (lambda: contrastive(2048, 512, BF16), Bar(), 6.0 * 2048**2 * 512),
-    "contrastive-bf16-512": (lambda: contrastive(512, 512, BF16), Bar(), 6.0 * 512**2 * 512),
-    "classes-bf16-4096": (lambda: classes(4096, 1000, 512), Bar(), 6.0 * 4096 * 1000 * 512),
-    "classes-bf16-512": (lambda: classes(512, 1000, 512), Bar(), 6.0 * 512 * 1000 * 512),
-    "classes-panel-65536": (lambda: classes(65536, 1000, 512, 0), Bar(), 8.0 * 65536 * 1000 * 512),
-    "dual-risk-bf16-4096": (lambda: dual_risk(4096, 1000, 512), Bar(), 12.0 * 4096 * 1000 * 512),
-    "misalignment-fp32-4096": (lambda: misalignment(4096, 1000), Bar(), 0.0),
-    "scores-bf16-65536": (lambda: scores(65536, 1000, 512), Bar(), 2.0 * 65536 * 1000 * 512),
+    "carot-step-512": (lambda: step(512), Bar(), Work(STEP)),
+    "contrastive-bf16-1M": (lambda: contrastive(2**20, 512, BF16, 0, False), Bar(), Work(8.0 * 2.0**40 * 512)),
+    "contrastive-panel-32768": (lambda: contrastive(32768, 512, BF16, 0, False), Bar(), Work(8.0 * 32768**2 * 512)),
+    "contrastive-fp32-8192": (lambda: contrastive(8192, 512, torch.float32), Bar(), Work(fp32=6.0 * 8192**2 * 512)),
+    "contrastive-bf16-2048": (lambda: contrastive(2048, 512, BF16), Bar(), Work(6.0 * 2048**2 * 512)),
+    "contrastive-bf16-512": (lambda: contrastive(512, 512, BF16), Bar(), Work(6.0 * 512**2 * 512)),
+    "classes-bf16-4096": (lambda: classes(4096, 1000, 512), Bar(), Work(6.0 * 4096 * 1000 * 512)),
+    "classes-bf16-512": (lambda: classes(512, 1000, 512), Bar(), Work(6.0 * 512 * 1000 * 512)),
+    "classes-panel-65536": (lambda: classes(65536, 1000, 512, 0), Bar(), Work(8.0 * 65536 * 1000 * 512)),
+    "dual-risk-bf16-4096": (lambda: dual_risk(4096, 1000, 512), Bar(), Work(12.0 * 4096 * 1000 * 512)),
+    "misalignment-fp32-4096": (lambda: misalignment(4096, 1000), Bar(), Work(bytes=3.0 * 4 * 4096 * 1000)),
+    "scores-bf16-65536": (lambda: scores(65536, 1000, 512), Bar(), Work(2.0 * 65536 * 1000 * 512)),
 }
 
 
@@ -330,6 +353,8 @@ def rates() -> dict[str, Any]:
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BF16) for _ in range(2))
     source, target = (torch.empty(2**30, device=DEVICE, dtype=torch.uint8) for _ in range(2))
     product = median([timed(lambda: a @ b, 5) for _ in range(7)])
+    wide_a, wide_b = a[:4096, :4096].float(), b[:4096, :4096].float()
+    wide = median([timed(lambda: wide_a @ wide_b, 5) for _ in range(7)])
     copy = median([timed(lambda: target.copy_(source), 5) for _ in range(7)])
     import triton
 
@@ -340,12 +365,13 @@ def rates() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "bf16_tflops": round(2 * 8192**3 / product / 1e9, 1),
+        "fp32_tflops": round(2 * 4096**3 / wide / 1e9, 1),
         "copy_tb_per_second": round(2 * 2**30 / copy / 1e9, 3),
     }
 
 
 def measure(name: str) -> dict[str, Any]:
-    make, bar, flops = ROWS[name]
+    make, bar, work = ROWS[name]
     candidates = make()
     first: dict[str, Any] = {}
     times: dict[str, Any] = {}
@@ -377,8 +403,7 @@ def measure(name: str) -> dict[str, Any]:
             taken[candidate].append(timed(run, repeats[candidate]))
     times = {c: round(median(t), 5) for c, t in taken.items()} | times
     record: dict[str, Any] = {"milliseconds": times, "rounds": rounds, "first": first}
-    if flops:
-        record["share"] = round(flops / (rates()["bf16_tflops"] * 1e9) / times["robustft"], 3)
+    record["share"] = round(work.milliseconds(rates()) / times["robustft"], 3)
     record["verdict"] = verdict(bar, times)
     return record
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,16 @@ def test_verdict_says_what_is_met(bar, times, said):
     assert gpu_rows.verdict(bar, times) == said
 
 
+def test_the_roofline_is_the_slowest_of_products_and_copies():
+    rates = {"bf16_tflops": 800.0, "fp32_tflops": 50.0, "copy_tb_per_second": 2.5}
+    least = {name: work.milliseconds(rates) for name, (_, _, work) in gpu_rows.ROWS.items()}
+    assert min(least.values()) > 0
+    assert least["contrastive-bf16-32768"] == pytest.approx(6 * 32768**2 * 512 / 800e9)  # 4.1 ms
+    assert least["contrastive-fp32-8192"] == pytest.approx(6 * 8192**2 * 512 / 50e9)
+    assert least["misalignment-fp32-4096"] == pytest.approx(3 * 4 * 4096 * 1000 / 2.5e9)
+    assert 90 < least["carot-step-512"] < 120
+
+
 def test_a_step_that_hangs_costs_only_itself(tmp_path):
     check = gpu_check.Check(tmp_path / "gpu.json", minutes=5)
     run = check.run([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], 6)
@@ -80,6 +93,79 @@ def test_a_step_that_hangs_costs_only_itself(tmp_path):
     check.keep("rows", {"a-row": {"status": 1}})
     held = json.loads((tmp_path / "gpu.json").read_text())
     assert held["build"]["status"] == "cut off" and "| a-row | not measured | 1 |" in gpu_check.table(held)
+
+
+def collected(suites: list[str]) -> list[str]:
+    """The names of the suites' tests as on a machine with a GPU."""
+    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "--collect-only", *suites]
+    code = f"import pytest, torch; torch.cuda.is_available = lambda: True; pytest.main({options})"
+    environment = os.environ | {"PYTHONPATH": f"{gpu_check.ROOT}:{gpu_check.ROOT / 'tests'}"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=gpu_check.ROOT
+    )
+    return [line for line in run.stdout.splitlines() if "::" in line]
+
+
+def test_every_gpu_test_is_in_one_part():
+    from _pytest.mark.expression import Expression
+
+    parts = gpu_check.parts()
+    suites = list(dict.fromkeys(suite for part in parts for suite in part.suites))
+    chosen = dict.fromkeys((name for name in collected(suites) if "cuda" in name), 0)
+    for part in parts:
+        selects = Expression.compile(part.selects)
+        mine = [
+            name
+            for name in chosen
+            if name.split("::")[0] in part.suites and selects.evaluate(lambda word, name=name, **_: word in name)
+        ]
+        assert mine, part.name
+        for name in mine:
+            chosen[name] += 1
+    assert set(chosen.values()) == {1}
+    for path in (gpu_check.ROOT / "tests").rglob("test_*.py"):
+        shared = re.search(r"^@each_|^@.*TARGETS|^def test\w*\(.*\bdevice\b", path.read_text(), re.MULTILINE)
+        assert not shared or path.relative_to(gpu_check.ROOT).as_posix() in suites, path
+
+
+SAID = """\
+tests/test_scores.py::test_a[triton-cuda-float32-1-2] PASSED [ 20%]
+tests/test_scores.py::test_b[triton-cuda-float32] FAILED [ 40%]
+tests/test_scores.py::test_c[a b] PASSED [ 60%]
+tests/test_scores.py::test_d[1] """
+
+
+def test_a_part_that_is_cut_off_says_how_far_it_came():
+    run = gpu_check.outcome({"seconds": 9.0, "status": "cut off", "output": SAID})
+    assert run["counts"] == {"passed": 2, "failed": 1} and run["tail"][-1].startswith("tests/test_scores.py::test_d[1]")
+    end = SAID + "PASSED\nFAILED tests/test_scores.py::test_b[x] - assert\n1 failed, 3 passed in 9.00s\n"
+    run = gpu_check.outcome({"seconds": 9.0, "status": 1, "output": end})
+    assert run["counts"] == {"passed": 3, "failed": 1} and run["summary"] == "1 failed, 3 passed in 9.00s"
+    assert run["failures"] == ["FAILED tests/test_scores.py::test_b[x] - assert"]
+
+
+@pytest.mark.parametrize("ends", [[0, 0], [0, 5]])
+def test_parts_run_at_once_and_are_kept_as_they_end(ends, tmp_path, monkeypatch):
+    parts = [gpu_check.Part(name, (f"{name}.py",), "cuda") for name in ("first", "second")]
+    monkeypatch.setattr(gpu_check, "parts", lambda: parts)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    together, kept = threading.Barrier(2, timeout=30), []
+
+    class Check(gpu_check.Check):
+        def run(self, command, limit, **environment):
+            together.wait()  # neither ends before the other has begun
+            first = command[-1] == "first.py"
+            assert command[-3:-1] == ["-k", "cuda"] and 0 < limit <= 240
+            return {"seconds": 1.0, "status": ends[0 if first else 1], "output": "tests/a.py::b PASSED\n1 passed\n"}
+
+        def keep(self, step, result):
+            kept.append(json.loads(json.dumps(result)))
+            super().keep(step, result)
+
+    gpu_check.tests(Check(tmp_path / "gpu.json", minutes=5))
+    assert [len(result["parts"]) for result in kept] == [1, 2]
+    assert kept[0]["status"] != 0 and kept[1]["status"] == (["second"] if ends[1] else 0)
+    assert json.loads((tmp_path / "gpu.json").read_text())["tests"] == kept[1]
 
 
 def test_nothing_is_begun_when_no_time_is_left():

@@ -10,9 +10,13 @@ import robustft
 from robustft import functional as rf
 from robustft.ops import dispatch
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or dispatch.LIBRARIES["cuda"] != "loaded", reason="no GPU, or nothing compiled for it"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or dispatch.LIBRARIES["cuda"] != "loaded",
+        reason="no GPU, or nothing compiled for it",
+    ),
+    pytest.mark.parametrize("device", ["cuda"], indirect=True),
+]
 
 
 def exact_kth(queries: torch.Tensor, points: torch.Tensor, k: int) -> torch.Tensor:

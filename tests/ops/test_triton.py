@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 import robustft
 from benchmarks import triton_resources as resources
 from robustft.ops import dispatch, triton
+from robustft.ops.triton import table
 
 TESTS = Path(__file__).parent.parent
 pytestmark = [
@@ -33,6 +33,7 @@ SUITES = [
     "test_class_losses.py",
     "test_scores.py",
     "test_risks.py",
+    "ops/test_offsets.py",
     "ops/interpreted_triton.py",
 ]
 
@@ -123,16 +124,20 @@ def test_small_class_losses_take_three_launches_at_most_and_one(n):
         assert names(backward) == ["class_gradient_kernel"]
 
 
-def test_scores_and_penalties_take_one_launch():
+def record_scores_and_penalties(n: int, k: int = 100):
     from robustft.ops.triton import misalignment, scores
     from robustft.ops.triton.launch import recorded
 
-    x, w, z, y = new(999, 512), new(100, 512), new(999, 100), new(999, dtype=torch.int64)
+    x, w, z, y = new(n, 512), new(k, 512), new(n, k), new(n, dtype=torch.int64)
     with recorded("sm_90") as launches:
         scores.class_scores(x, w, 1.0, new(()), "highest")
         kept = misalignment.misalignment_penalty(z, y, "ratio", True)[2]
-        misalignment.misalignment_penalty_backward(new(999), z, y, True, kept)
-    assert len(launches) == 3
+        misalignment.misalignment_penalty_backward(new(n), z, y, True, kept)
+    return launches
+
+
+def test_scores_and_penalties_take_one_launch():
+    assert len(record_scores_and_penalties(999)) == 3
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -230,39 +235,150 @@ def test_blocks_divide_the_tiles_that_they_read(architecture, dtype, precision):
     from robustft.ops.triton import configs
 
     for small in (False, True):
-        for load in (1, 2, 3):
-            block = configs.block(512, architecture, configs.gradient_arithmetic(dtype, precision), load, small)
-            for kept_by in (1, load):  # keep_kernel, statistics_kernel
+        for work in (1, 2, 3, "classes", "heads"):
+            rows, key = configs.blocks(architecture, configs.gradient_arithmetic(dtype, precision), work, small)
+            for kept_by in {1, work} if isinstance(work, int) else {work}:  # keep_kernel, statistics_kernel
                 tile = configs.tile(512, architecture, configs.arithmetic(dtype, precision), kept_by, small)
                 for side in (tile.bm, tile.bn):
-                    assert side % block.bm == side % block.bk == 0 and side >= configs.LEAST_TILE
-                    assert configs.PANEL_ROWS % side == configs.PANEL_ROWS % configs.COMBINE.bs == 0
+                    assert side % rows[key].bm == side % rows[key].bk == 0 and side >= configs.LEAST_TILE
+                    assert configs.PANEL_ROWS % side == 0
+    assert all(configs.PANEL_ROWS % row.bs == 0 for row in table.COMBINES.values())
 
 
-def test_autotuning_takes_the_fastest_and_prints_its_row(monkeypatch, capsys):
-    from robustft.ops.triton import autotune, configs
+def test_a_block_that_was_tuned_beside_larger_tiles_is_cut_to_smaller_ones(monkeypatch):
+    from robustft.ops.triton import configs
 
-    monkeypatch.setattr(configs, "HALF_TILES", dict(configs.HALF_TILES))
-    monkeypatch.setattr(configs, "HALF_BLOCKS", dict(configs.HALF_BLOCKS))
+    row = ("sm_90", "tf32", 1, True)
+    monkeypatch.setattr(table, "FLOAT_BLOCKS", {("tf32", 1): table.Block(128, 128, 64, 8, 3)})
+    assert configs.block(512, table.Tile(128, 64, 32, 8, 3), *row) == (64, 128, 64, 8, 3)
+    assert configs.block(40, table.Tile(32, 64, 32, 4, 3), *row) == (32, 64, 32, 8, 3)
+
+
+def half_rows(family: str, tile: tuple, block: tuple) -> set[tuple[str, object]]:
+    return {("HALF_TILES", ("sm_90", *tile)), ("COMBINES", family), ("HALF_BLOCKS", ("sm_90", *block))}
+
+
+FAMILIES = {
+    "contrastive": lambda: recorded(4096),
+    "distillation": lambda: recorded(4096, teacher=True),
+    "panels": lambda: recorded(4096, teacher=True, keep=False),
+    "classes": lambda: recorded_classes(4096),
+    "heads": lambda: recorded_classes(512, heads=2),
+    "scores and penalties": lambda: record_scores_and_penalties(9999),
+}
+ROWS = {
+    "contrastive": half_rows("contrastive", (1, False), (1, False)),
+    "distillation": half_rows("contrastive", (2, False), (2, False)),
+    "panels": half_rows("contrastive", (2, False), (2, False)) | {("HALF_TILES", ("sm_90", 1, False))},
+    "classes": half_rows("classes", ("classes", False), ("classes", False)),
+    "heads": half_rows("classes", ("heads", True), ("heads", True)),
+    "scores and penalties": {("FLOAT_TILES", ("ieee", "scores")), ("PENALTIES", "sm_90")},
+}
+"""Of the table, what an operator of each family meets."""
+
+
+@pytest.fixture
+def tuning(monkeypatch):
+    """ROBUSTFT_AUTOTUNE with times of the test's choice, in place of those of a GPU: `times(candidate)`."""
+    from robustft.ops.triton import autotune
+
+    for name in autotune.TABLES:
+        monkeypatch.setattr(table, name, dict(getattr(table, name)))
     monkeypatch.setattr(autotune, "WANTED", True)
     monkeypatch.setattr(autotune, "_tuned", set())
-    runs = Counter()
+    monkeypatch.setattr(autotune, "_print_at_exit", lambda: None)
+    before = {name: dict(getattr(table, name)) for name in autotune.TABLES}
+    tried: dict[tuple[str, object], list] = {}
+    tune, met = autotune.tune, []
 
-    def milliseconds(run) -> float:
-        run()
-        runs["timed"] += 1
-        return 1000.0 / runs["timed"] if runs["timed"] < 40 else 99.0
+    def tuned(row, *how):
+        name = next(name for name in autotune.TABLES if getattr(table, name) is row[0])
+        met.append((name, row[1]))
+        tune(row, *how)
 
-    monkeypatch.setattr(autotune, "_milliseconds", milliseconds)
-    recorded(4096)
-    tile = configs.HALF_TILES["sm_90", 1, False]
-    block = configs.HALF_BLOCKS["sm_90", 1, False]
-    assert tile in autotune.tiles() and block in autotune.blocks(tile)
+    def start(times):
+        def milliseconds(run) -> float:
+            run()
+            name, key = met[-1]
+            tried.setdefault(met[-1], []).append(getattr(table, name)[key])
+            return times(tried[met[-1]][-1])
+
+        monkeypatch.setattr(autotune, "_milliseconds", milliseconds)
+        monkeypatch.setattr(autotune, "tune", tuned)
+        return before, tried
+
+    return start
+
+
+def some_time(candidate) -> int:
+    """Its own for most candidates, the least somewhere among them."""
+    return 1 + sum((k + 1) * value for k, value in enumerate(candidate)) * 37 % 101
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autotuning_takes_the_fastest_for_the_rows_of_each_family(family, tuning, capsys):
+    from robustft.ops.triton import autotune
+
+    before, tried = tuning(some_time)
+    FAMILIES[family]()
     printed = capsys.readouterr().out
-    assert f"HALF_TILES[('sm_90', 1, False)] = {tile}" in printed and "HALF_BLOCKS" in printed
-    before = runs["timed"]
-    recorded(4096)
-    assert runs["timed"] == before  # once a row
+    assert set(tried) == ROWS[family]
+    for (name, key), candidates in tried.items():
+        assert candidates[0] == before[name][key] and len(candidates) == len(set(candidates)) > 10
+        best = min(candidates, key=some_time)
+        assert getattr(table, name)[key] == best
+        assert f"{name}[{key!r}] = {autotune._literal(best)}  # {some_time(best):.3f} ms" in printed
+    for name in autotune.TABLES:
+        unmet = {key for key in before[name] if (name, key) not in tried}
+        assert all(getattr(table, name)[key] == before[name][key] for key in unmet)
+    count = sum(map(len, tried.values()))
+    FAMILIES[family]()
+    assert sum(map(len, tried.values())) == count  # once a row
+
+
+def test_the_table_that_autotuning_prints_is_the_one_to_commit(tuning):
+    from robustft.ops.triton import autotune
+
+    source = Path(table.__file__).read_text()
+    assert source.endswith("-\n" + autotune.text())  # as it stands, to the last character
+    tuning(lambda candidate: 1.0 / (1 + sum(candidate)))
+    for run in FAMILIES.values():
+        run()
+    printed = autotune.text()
+    assert printed != source.split("# ---")[1].split("\n", 1)[1]
+    pasted: dict = {}
+    exec(source.split("# ---")[0] + printed, pasted)
+    for name in autotune.TABLES:
+        assert pasted[name] == getattr(table, name)
+
+
+def test_what_cannot_be_timed_leaves_the_table_as_it_was(tuning):
+    from robustft.ops.triton import autotune
+
+    before, tried = tuning(lambda candidate: float("inf"))
+    FAMILIES["classes"]()
+    assert tried and all(getattr(table, name) == before[name] for name in autotune.TABLES)
+
+
+def test_a_candidate_that_fails_takes_forever(monkeypatch):
+    from robustft.ops.triton import autotune
+
+    def do_bench(run, **_):
+        return run()
+
+    def too_large():
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr("triton.testing.do_bench", do_bench)
+    assert autotune._milliseconds(lambda: 0.25) == 0.25
+    assert autotune._milliseconds(too_large) == float("inf")
+
+
+def test_autotuning_prints_its_table_when_the_process_ends():
+    code = "from robustft.ops.triton import autotune; autotune._print_at_exit(); autotune._print_at_exit()"
+    environment = {**os.environ, "PYTHONPATH": str(Path(robustft.__file__).parent.parent), "ROBUSTFT_AUTOTUNE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert Path(table.__file__).read_text().endswith("-\n" + run.stdout)
 
 
 @pytest.mark.parametrize(
@@ -308,8 +424,7 @@ def check(case, kernels: dict) -> None:
     ieee = case.dtype == "float32" and case.precision == "highest"
     for name, of in kernels.items():
         assert of["shared"] <= resources.SHARED[case.architecture], name
-        if case.architecture != "sm_100":
-            assert of["stack"] == 0, name
+        assert of["stack"] == 0, name
         if not name.endswith("combine_kernel") and not name.startswith("misalignment") and not ieee:
             assert of["HMMA"] + of["HGMMA"] + of["UTCHMMA"] > 0, name
         if name.endswith(("statistics_kernel", "scores_kernel")) and case.dtype == "bfloat16":

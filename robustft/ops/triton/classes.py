@@ -12,13 +12,14 @@ stretches of dw, a few MB more than dw itself in float32 (configs.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from robustft.ops.arguments import VARIANTS
-from robustft.ops.triton import configs
+from robustft.ops.triton import autotune, configs
 from robustft.ops.triton.class_gradient import class_gradient_kernel
 from robustft.ops.triton.class_losses import classification_combine_kernel, dual_combine_kernel
 from robustft.ops.triton.class_statistics import (
@@ -31,7 +32,8 @@ from robustft.ops.triton.class_statistics import (
     class_statistics_kernel,
     label_kernel,
 )
-from robustft.ops.triton.launch import architecture, launch
+from robustft.ops.triton.launch import addressable, architecture, launch
+from robustft.ops.triton.table import dot_precision
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -55,10 +57,10 @@ class Classes(NamedTuple):
     def k(self) -> int:
         return len(self.w) // self.heads
 
-    def row(self, arithmetic: str, load: int) -> tuple:
-        """Of the tables in configs.py: as a contrastive loss that holds as much at a time."""
+    def row(self, arithmetic: str) -> tuple:
+        """Of the tables in configs.py."""
         small = len(self.x) * len(self.w) <= configs.SMALL_CLASSES
-        return architecture(self.x.device), arithmetic, load, small
+        return architecture(self.x.device), arithmetic, "classes" if self.heads == 1 else "heads", small
 
     @property
     def arithmetic(self) -> str:
@@ -69,11 +71,10 @@ class Classes(NamedTuple):
         return configs.gradient_arithmetic(self.x.dtype, torch.get_float32_matmul_precision())
 
     def tile(self) -> configs.Tile:
-        return configs.tile(self.x.shape[1], *self.row(self.arithmetic, 2))
+        return configs.tile(self.x.shape[1], *self.row(self.arithmetic))
 
-    def block(self) -> configs.Block:
-        arithmetic = self.gradient_arithmetic
-        return configs.block(self.x.shape[1], *self.row(arithmetic, 2 if arithmetic == "half" else 3))
+    def block(self, tile: configs.Tile) -> configs.Block:
+        return configs.block(self.x.shape[1], tile, *self.row(self.gradient_arithmetic))
 
     def tiles(self, tile: configs.Tile) -> int:
         """Of one head's classes."""
@@ -83,16 +84,12 @@ class Classes(NamedTuple):
         return min(configs.panel_rows(len(self.w), size), len(self.x))
 
 
-def _rows(features: Tensor | None) -> Tensor | None:
-    return features if features is None or features.stride(1) == 1 else features.contiguous()
-
-
 def _flat(values: Tensor | None) -> Tensor | None:
     return values if values is None else values.contiguous()
 
 
 def _classes(x, w, scale, bias, labels, q, heads, above, targets) -> Classes:
-    every = (_rows(x), _rows(w), scale, _flat(bias), _flat(labels), _rows(q))
+    every = (addressable(x), addressable(w), scale, _flat(bias), _flat(labels), addressable(q))
     return Classes(*every, heads, above.value, targets.value)
 
 
@@ -132,7 +129,7 @@ def _threshold(of: Classes, tile: configs.Tile) -> Tensor:
 
 def _forward(of: Classes, keep: bool, combine_kernel, **combined) -> tuple[Tensor, Tensor]:
     """row and kept; the losses go into what the combining kernel is given."""
-    n, tile, combine = len(of.x), of.tile(), configs.COMBINE
+    n, tile, combine = len(of.x), of.tile(), configs.combine("classes")
     tiles = of.heads * of.tiles(tile)
     shapes = configs.class_kept_like(n, of.k, of.heads, keep, of.x.dtype)
     row, kept = (of.x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
@@ -164,7 +161,8 @@ def _backward(
     """dx, dw, db, of which nothing is written without a bias, and ds."""
     (n, d), cols = of.x.shape, len(of.w)
     keep = len(kept) > 0
-    tile, block = of.tile(), of.block()
+    tile = of.tile()
+    block = of.block(tile)
     tiles = of.heads * of.tiles(tile)
     dx, dw = (torch.empty_like(f, memory_format=torch.contiguous_format) for f in (of.x, of.w))
     db, ds = row.new_empty(cols), torch.empty_like(of.scale)
@@ -197,7 +195,7 @@ def _backward(
                 "pitch": configs.kept_pitch(of.k), "g_stride": g.stride(0), "h_stride": h.stride(0),
                 "smoothing": float(smoothing),
                 "HEADS": of.heads, "ABOVE": of.above, "TARGETS": of.targets, "SPLITS": splits,
-                "PRECISION": configs.dot_precision(of.gradient_arithmetic), "TILE_N": tile.bn,
+                "PRECISION": dot_precision(of.gradient_arithmetic), "TILE_N": tile.bn,
                 "BM": block.bm, "BD": block.bd, "BK": block.bk,
             },
             warps=block.warps,
@@ -208,16 +206,32 @@ def _backward(
     return dx, dw, db, ds
 
 
+def _tuned(of: Classes, forward: Callable, backward: Callable) -> tuple[Tensor, Tensor]:
+    """What `forward` returns, after a search for better rows where ROBUSTFT_AUTOTUNE asks for it."""
+    if autotune.WANTED:
+        autotune.tune(configs.tiles(*of.row(of.arithmetic)), autotune.tiles(), forward)
+        autotune.tune(configs.combines("classes"), autotune.combines(), forward)
+        row, kept = forward()
+        blocks = configs.blocks(*of.row(of.gradient_arithmetic))
+        autotune.tune(blocks, autotune.blocks(of.tile()), lambda: backward(row, kept))
+    return forward()
+
+
 def classification_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep):
     targets = UNIFORM if label_smoothing > 0 else NONE
     of = _classes(x, w, scale, bias, labels, None, 1, TOP if top1 else ALL, targets)
     cross_entropy, misalignment, by_gap = (x.new_empty(len(x), dtype=torch.float32) for _ in range(3))
     by_scale = x.new_empty(2, len(x), dtype=torch.float32)
-    row, kept = _forward(
-        of, keep, classification_combine_kernel,
-        CROSS_ENTROPY=cross_entropy, MISALIGNMENT=misalignment, BY_GAP=by_gap, BY_SCALE=by_scale,
-        smoothing=float(label_smoothing), VARIANT=VARIANTS.index(variant), ABOVE=of.above,
-    )  # fmt: skip
+
+    def forward() -> tuple[Tensor, Tensor]:
+        return _forward(
+            of, keep, classification_combine_kernel,
+            CROSS_ENTROPY=cross_entropy, MISALIGNMENT=misalignment, BY_GAP=by_gap, BY_SCALE=by_scale,
+            smoothing=float(label_smoothing), VARIANT=VARIANTS.index(variant), ABOVE=of.above,
+        )  # fmt: skip
+
+    g = cross_entropy
+    row, kept = _tuned(of, forward, lambda *kept: _backward(of, g, g, by_gap, by_scale, *kept, label_smoothing))
     return cross_entropy, misalignment, by_gap, by_scale, row, kept
 
 
@@ -236,11 +250,16 @@ def dual_risk(x, w, scale, labels, core, keep):
     of = _dual(x, w, scale, labels, core)
     empirical, worst_case = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
     by_scale = x.new_empty(2, len(x), dtype=torch.float32)
-    row, kept = _forward(
-        of, keep, dual_combine_kernel,
-        CONFIDENCE=None if of.q is not None else core, confidence_stride=core.stride(0),
-        EMPIRICAL=empirical, WORST_CASE=worst_case, BY_SCALE=by_scale,
-    )  # fmt: skip
+
+    def forward() -> tuple[Tensor, Tensor]:
+        return _forward(
+            of, keep, dual_combine_kernel,
+            CONFIDENCE=None if of.q is not None else core, confidence_stride=core.stride(0),
+            EMPIRICAL=empirical, WORST_CASE=worst_case, BY_SCALE=by_scale,
+        )  # fmt: skip
+
+    g = empirical
+    row, kept = _tuned(of, forward, lambda *kept: _backward(of, g, g, None, by_scale, *kept, 0.0))
     return empirical, worst_case, by_scale, row, kept
 
 

@@ -1,64 +1,19 @@
 """Which tiles the kernels use: a static table by architecture, arithmetic and size.
 
 The arithmetic of a product is "half" (bfloat16 or float16 factors), or, of float32 factors, "tf32", "tf32x3" or "ieee".
-A matrix is `small` while large tiles would leave most of the processors idle. Losses on class logits take the rows of a
-contrastive loss that holds as much at a time; so do scores, whose programs keep what they sum.
+A matrix is `small` while large tiles would leave most of the processors idle. The work of a program is how much a tile
+of a contrastive loss has to hold at a time (1, 2 or 3: the matrices, and, as much as one, labels or uniform targets),
+or "classes", "heads" (dual risk) or "scores".
 
-Evidence. Every entry compiles, offline, without spilling on sm_80 and sm_90 and within the shared memory a block may
-have; registers, shared memory and instructions of each are in benchmarks/results/triton_resources.json, written by
-`python -m benchmarks.triton_resources` and held by tests/ops/test_triton.py. No entry has been timed: choices follow
-from registers alone. What spills: tiles of 128 x 256, and gradient blocks of 128 x 256 (312 bytes of a thread's stack
-on sm_90, 56 on sm_80; with BK = 32 and without the diagonal 24).
-
-Prediction (not measured). H100, 800 TFLOP/s of bfloat16, N = 32768, D = 512: the 6 N^2 D flops of a loss take 4.1 ms;
-storing and loading its exponentials, 6 bytes a logit, takes 2.2 ms, behind the products; the tile pass writes and reads
-0.2 GB of statistics (0.1 ms). A product of 128 x 128 tiles loads 12.5 TB/s from L2 to run at that peak; at 7 TB/s it
-reaches 56 % of it. The tile pass, 1.4 ms at peak, then takes 2.5 ms and some of its reductions, which no second block
-on the processor hides (255 registers): 3 ms; the gradient, 2.7 ms at peak, 4.9 ms. In all 8 ms, where 6.5 is the goal:
-first of all a gradient block of 128 x 256 that does not spill (9.4 TB/s at peak, 75 %: 3.7 ms) is worth having.
-`ROBUSTFT_AUTOTUNE=1` times candidates where a loss first meets a row of the table, and prints the lines to put here.
+The table, with its evidence, is table.py; `ROBUSTFT_AUTOTUNE=1` makes it anew (autotune.py).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-
-class Tile(NamedTuple):
-    """Of statistics_kernel and keep_kernel: BM x BN logits, BK of D at a time; GROUP tiles down share columns."""
-
-    bm: int
-    bn: int
-    bk: int
-    warps: int
-    stages: int
-    group: int = 8
-
-    def constants(self, arithmetic: str) -> dict[str, object]:
-        sides = {"BM": self.bm, "BN": self.bn, "BK": self.bk, "GROUP": self.group}
-        return {"PRECISION": dot_precision(arithmetic), **sides}
-
-
-class Block(NamedTuple):
-    """Of gradient_kernel: BM rows and BD of the D columns of a gradient, BK logits of each row at a time."""
-
-    bm: int
-    bd: int
-    bk: int
-    warps: int
-    stages: int
-
-
-class Combine(NamedTuple):
-    """Of combine_kernel: BS samples, BT tiles at a time, BC labels at a time."""
-
-    bs: int = 64
-    bt: int = 32
-    bc: int = 64
-    warps: int = 4
-
+from robustft.ops.triton import table
+from robustft.ops.triton.table import Block, Combine, Tile
 
 LEAST_TILE = 32
 """No tile's side is smaller."""
@@ -78,8 +33,6 @@ SPLIT_ROWS = 1024
 """A stretch has at least that many rows."""
 SMALL_ROWS = 8192
 """Few rows for scores, whose programs own all classes of their rows: no more than 64 of each of 128 processors."""
-PENALTY_WARPS = 4
-"""Of a program of the misalignment penalty."""
 
 KEPT = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
 """What exponentials are kept in, by the features' dtype. float16 would lose bits to bfloat16 and range to float16."""
@@ -108,13 +61,6 @@ def stretches(blocks: int, rows: int) -> int:
     return max(1, min(SPLIT_BLOCKS // blocks, rows // SPLIT_ROWS))
 
 
-def penalty_block(k: int) -> tuple[int, int]:
-    """Rows of logits that a program of the misalignment penalty owns, and how many of their k classes it reads at once:
-    2048 numbers, 16 for each of its threads."""
-    classes = min(1024, max(16, 1 << (k - 1).bit_length()))
-    return 2048 // classes, classes
-
-
 def panel_rows(m: int, size: int) -> int:
     """Rows of a panel, with kept entries of `size` bytes: a multiple of every tile's height."""
     return max(PANEL_ROWS, PANEL_BYTES // (size * m) // PANEL_ROWS * PANEL_ROWS)
@@ -132,99 +78,64 @@ def gradient_arithmetic(dtype: torch.dtype, precision: str) -> str:
     return "tf32" if dtype == torch.float16 else arithmetic(dtype, precision)
 
 
-def dot_precision(arithmetic: str) -> str:
-    """What tl.dot calls it."""
-    return "ieee" if arithmetic == "half" else arithmetic
-
-
 def _at_most(side: int, size: int) -> int:
     """No more than holds all of a small dimension; 16 is the least that a product takes."""
     return min(side, max(16, 1 << (size - 1).bit_length()))
 
 
-def tiles(architecture: str, arithmetic: str, load: int, small: bool) -> tuple[dict, object]:
-    """The table and its row for a forward. Its load: 1, and 1 more with a teacher, and with labels or smoothing."""
-    return _row(INTERPRETER_TILES, HALF_TILES, FLOAT_TILES, architecture, arithmetic, load, small)
+def tiles(architecture: str, arithmetic: str, work: int | str, small: bool) -> tuple[dict, object]:
+    """The table and its row for what computes logits."""
+    return _row(INTERPRETER_TILES, table.HALF_TILES, table.FLOAT_TILES, architecture, arithmetic, work, small)
 
 
-def blocks(architecture: str, arithmetic: str, load: int, small: bool) -> tuple[dict, object]:
-    """The table of blocks and its row, for the backward."""
-    return _row(INTERPRETER_BLOCKS, HALF_BLOCKS, FLOAT_BLOCKS, architecture, arithmetic, load, small)
+def blocks(architecture: str, arithmetic: str, work: int | str, small: bool) -> tuple[dict, object]:
+    """Likewise for a gradient."""
+    return _row(INTERPRETER_BLOCKS, table.HALF_BLOCKS, table.FLOAT_BLOCKS, architecture, arithmetic, work, small)
 
 
-def _row(interpreter: dict, half: dict, floats: dict, architecture: str, arithmetic: str, load: int, small: bool):
+def _row(interpreter: dict, half: dict, floats: dict, architecture: str, arithmetic: str, work: int | str, small: bool):
     if architecture == "interpreter":
         return interpreter, None
     if arithmetic != "half":
-        return floats, (arithmetic, load)
+        return floats, (arithmetic, work)
     # What is too much for a large tile is left to a small one.
-    return half, (architecture, min(load, 2), small or load == 3)
+    return half, (architecture, 2, True) if work == 3 else (architecture, work, small)
 
 
 def tile(d: int, *row) -> Tile:
     """Of matrices of d columns."""
-    table, key = tiles(*row)
-    return table[key]._replace(bk=_at_most(table[key].bk, d))
+    rows, key = tiles(*row)
+    return rows[key]._replace(bk=_at_most(rows[key].bk, d))
 
 
-def block(d: int, *row) -> Block:
-    table, key = blocks(*row)
-    return table[key]._replace(bd=_at_most(table[key].bd, d))
+def block(d: int, tile: Tile, *row) -> Block:
+    """Of d columns, and of logits in such tiles, whose sides its own divide whatever was tuned."""
+    rows, key = blocks(*row)
+    best = rows[key]
+    bm, bk = (min(side, tile.bm, tile.bn) for side in (best.bm, best.bk))
+    return best._replace(bm=bm, bk=bk, bd=_at_most(best.bd, d))
 
 
-COMBINE = Combine()
+def combines(family: str) -> tuple[dict, object]:
+    """Of "contrastive" losses and of "classes"."""
+    return table.COMBINES, family
+
+
+def combine(family: str) -> Combine:
+    return table.COMBINES[family]
+
+
+def penalties(architecture: str) -> tuple[dict, object]:
+    return table.PENALTIES, "sm_80" if architecture == "interpreter" else architecture
+
+
+def penalty(k: int, architecture: str) -> tuple[int, int, int]:
+    """Rows of logits that a program of the misalignment penalty owns, how many of their k classes it reads at once, and
+    its warps."""
+    rows, key = penalties(architecture)
+    classes = min(rows[key].classes, max(16, 1 << (k - 1).bit_length()))
+    return rows[key].logits // classes, classes, rows[key].warps
+
+
 INTERPRETER_TILES = {None: Tile(32, 32, 32, 1, 1)}
 INTERPRETER_BLOCKS = {None: Block(32, 32, 32, 1, 1)}
-
-# By architecture, load, and whether the matrices are small. A block's BM and BK divide both sides of its tiles.
-HALF_TILES = {
-    ("sm_80", 1, False): Tile(128, 128, 32, 8, 3),
-    ("sm_80", 1, True): Tile(64, 64, 64, 4, 3),
-    ("sm_80", 2, False): Tile(128, 64, 32, 8, 3),
-    ("sm_80", 2, True): Tile(64, 64, 32, 8, 3),
-    ("sm_90", 1, False): Tile(128, 128, 64, 8, 3),
-    ("sm_90", 1, True): Tile(64, 64, 64, 4, 3),
-    ("sm_90", 2, False): Tile(128, 64, 64, 8, 3),
-    ("sm_90", 2, True): Tile(64, 64, 64, 8, 3),
-    ("sm_100", 1, False): Tile(128, 64, 64, 8, 3),
-    ("sm_100", 1, True): Tile(64, 64, 64, 4, 3),
-    ("sm_100", 2, False): Tile(128, 64, 64, 8, 3),
-    ("sm_100", 2, True): Tile(64, 64, 64, 8, 3),
-}
-HALF_BLOCKS = {
-    ("sm_80", 1, False): Block(128, 128, 32, 8, 3),
-    ("sm_80", 1, True): Block(64, 64, 32, 4, 3),
-    ("sm_80", 2, False): Block(64, 128, 32, 4, 3),
-    ("sm_80", 2, True): Block(64, 64, 32, 4, 3),
-    ("sm_90", 1, False): Block(128, 128, 64, 8, 3),
-    ("sm_90", 1, True): Block(64, 64, 64, 4, 3),
-    ("sm_90", 2, False): Block(64, 128, 32, 4, 3),
-    ("sm_90", 2, True): Block(64, 64, 32, 4, 3),
-    ("sm_100", 1, False): Block(64, 128, 32, 4, 3),
-    ("sm_100", 1, True): Block(64, 64, 32, 4, 3),
-    ("sm_100", 2, False): Block(64, 128, 32, 4, 3),
-    ("sm_100", 2, True): Block(64, 64, 32, 4, 3),
-}
-# float32 factors on any architecture, of any size.
-FLOAT_TILES = {
-    ("tf32", 1): Tile(64, 64, 32, 4, 3),
-    ("tf32", 2): Tile(64, 64, 32, 8, 3),
-    ("tf32", 3): Tile(64, 64, 32, 8, 3),
-    ("tf32x3", 1): Tile(64, 64, 32, 8, 2),
-    ("tf32x3", 2): Tile(32, 64, 32, 8, 2),
-    ("tf32x3", 3): Tile(32, 64, 32, 8, 2),
-    ("ieee", 1): Tile(64, 64, 16, 8, 2),
-    ("ieee", 2): Tile(64, 64, 16, 8, 2),
-    ("ieee", 3): Tile(64, 64, 16, 8, 2),
-}
-FLOAT_BLOCKS = {
-    ("tf32", 1): Block(64, 64, 32, 4, 3),
-    ("tf32", 2): Block(64, 64, 32, 4, 3),
-    ("tf32", 3): Block(32, 64, 32, 4, 3),
-    ("tf32x3", 1): Block(64, 64, 32, 8, 2),
-    ("tf32x3", 2): Block(32, 64, 16, 4, 2),
-    ("tf32x3", 3): Block(32, 32, 16, 4, 2),
-    ("ieee", 1): Block(64, 64, 16, 8, 2),
-    ("ieee", 2): Block(32, 32, 16, 4, 2),
-    ("ieee", 3): Block(32, 64, 16, 4, 2),
-}

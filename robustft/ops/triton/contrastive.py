@@ -7,7 +7,7 @@ Nothing here waits for the device, so the losses can be captured in a CUDA graph
 kept: statistics of tiles and, in the backward without kept exponentials, a panel of them (configs.py), both
 proportional to the larger of n and m once that is large.
 
-`row` is (11, n): the eight statistics of statistics.py, S_ii, the teacher's S_ii, and how often sample i's label
+`row` is (11, n): the eight statistics of combine.py, S_ii, the teacher's S_ii, and how often sample i's label
 occurs. `col` is (8, m).
 """
 
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from robustft.ops.triton import autotune, configs
+from robustft.ops.triton.combine import combine_kernel
 from robustft.ops.triton.gradient import gradient_kernel, keep_kernel
-from robustft.ops.triton.launch import architecture, launch
-from robustft.ops.triton.statistics import combine_kernel, statistics_kernel
+from robustft.ops.triton.launch import addressable, architecture, launch
+from robustft.ops.triton.statistics import statistics_kernel
+from robustft.ops.triton.table import dot_precision
 from robustft.ops.triton.tile import LABELS, PAIRS, RECTANGLE
 
 
@@ -52,7 +54,7 @@ class Matrices(NamedTuple):
         return configs.gradient_arithmetic(self.x.dtype, self.precision)
 
     def load(self, totals: bool) -> int:
-        """What a tile has to hold at a time: the matrices, and, as much as one, labels or uniform targets."""
+        """What a tile has to hold at a time (configs.py)."""
         return self.heads + (totals or self.targets != PAIRS.value)
 
     def row(self, arithmetic: str, load: int) -> tuple:
@@ -63,19 +65,17 @@ class Matrices(NamedTuple):
     def tile(self, load: int) -> configs.Tile:
         return configs.tile(self.x.shape[1], *self.row(self.arithmetic, load))
 
-    def block(self, load: int) -> configs.Block:
-        return configs.block(self.x.shape[1], *self.row(self.gradient_arithmetic, load))
+    def block(self, load: int, tile: configs.Tile) -> configs.Block:
+        return configs.block(self.x.shape[1], tile, *self.row(self.gradient_arithmetic, load))
 
 
 def _matrices(x, t, scale, x_labels, t_labels, xt, tt, st, targets, precision=None) -> Matrices:
-    def rows(features: Tensor | None) -> Tensor | None:
-        return features if features is None or features.stride(1) == 1 else features.contiguous()
-
     def flat(labels: Tensor | None) -> Tensor | None:
         return labels if labels is None else labels.contiguous()
 
     precision = precision or torch.get_float32_matmul_precision()
-    return Matrices(rows(x), rows(t), scale, rows(xt), rows(tt), st, flat(x_labels), flat(t_labels), targets, precision)
+    x, t, xt, tt = map(addressable, (x, t, xt, tt))
+    return Matrices(x, t, scale, xt, tt, st, flat(x_labels), flat(t_labels), targets, precision)
 
 
 def _pairs(x, t, scale, labels, xt=None, tt=None, st=None) -> Matrices:
@@ -93,7 +93,7 @@ def _stride(tensor: Tensor | None) -> int:
 def _forward(of: Matrices, totals: bool, smoothing: float, keep: bool) -> tuple[Tensor, ...]:
     """row, col, tiles, kept, and unless the targets are a rectangle's the losses and their derivatives by scale."""
     (n, d), m, heads = of.x.shape, len(of.t), of.heads
-    tile, combine = of.tile(of.load(totals)), configs.COMBINE
+    tile, combine = of.tile(of.load(totals)), configs.combine("contrastive")
     new = of.x.new_empty
     tiles, kept = (new(shape, dtype=dtype) for shape, dtype in configs.kept_like(n, m, heads, keep, of.x.dtype))
     f32 = torch.float32
@@ -155,7 +155,7 @@ def _backward(
     keep = len(kept) > 0
     # Kept by statistics_kernel, or now by keep_kernel, one matrix at a time.
     tile = of.tile(of.load(totals) if keep else 1)
-    block = of.block(of.load(totals))
+    block = of.block(of.load(totals), tile)
     dx, dt = (torch.empty_like(f, memory_format=torch.contiguous_format) for f in (of.x, of.t))
     ds = None if by_scale is None else torch.empty_like(of.scale)
     dtype = configs.KEPT[of.x.dtype]
@@ -176,7 +176,7 @@ def _backward(
                 keep_kernel,
                 down * across,
                 {
-                    "X": x, "T": t, "SCALE": scale, 
+                    "X": x, "T": t, "SCALE": scale,
                     "KEPT": kept[head * rows :], "TILES": tiles[head * down * across * 2 :],
                     "row0": row0, "rows": rows, "n": n, "m": m, "d": x.shape[1],
                     "x_stride": x.stride(0), "t_stride": t.stride(0), "pitch": pitch,
@@ -198,7 +198,7 @@ def _backward(
                 "x_stride": of.x.stride(0), "t_stride": of.t.stride(0), "pitch": pitch,
                 "g_stride": _stride(g), "h_stride": _stride(h), "smoothing": float(smoothing),
                 "TARGETS": of.targets, "TEACHER": heads == 2, "SMOOTHED": totals,
-                "PRECISION": configs.dot_precision(of.gradient_arithmetic), "TILE_M": tile.bm, "TILE_N": tile.bn,
+                "PRECISION": dot_precision(of.gradient_arithmetic), "TILE_M": tile.bm, "TILE_N": tile.bn,
                 "BM": block.bm, "BD": block.bd, "BK": block.bk,
             },
             warps=block.warps,
@@ -219,25 +219,37 @@ def similarity_gradient(x, t, scale, x_labels, t_labels, xt, tt, st, row, col, t
     return _backward(of, row.contiguous(), col.contiguous(), tiles, kept, totals, 0.0)[:2]
 
 
-def _tune(of: Matrices) -> None:
-    """Where ROBUSTFT_AUTOTUNE asks for it: the tiles and blocks of a loss as it is called."""
-    load = of.load(False)
-    table, key = configs.tiles(*of.row(of.arithmetic, load))
-    autotune.tune(table, key, autotune.tiles(), lambda: _forward(of, False, 0.0, True))
-    row, col, tiles, kept, losses, by_scale = _forward(of, False, 0.0, True)
+def _tune(of: Matrices, totals: bool, smoothing: float, keep: bool) -> None:
+    """Where ROBUSTFT_AUTOTUNE asks for it: the rows of a loss as it is called, forward and backward."""
+    load = of.load(totals)
+
+    def forward() -> tuple[Tensor, ...]:
+        return _forward(of, totals, smoothing, keep)
+
+    autotune.tune(configs.tiles(*of.row(of.arithmetic, load)), autotune.tiles(), forward)
+    autotune.tune(configs.combines("contrastive"), autotune.combines(), forward)
+    row, col, tiles, kept, losses, by_scale = forward()
     g = [torch.ones_like(loss) for loss in losses]
     h = g[-1] if of.heads == 2 else None
-    best = of.tile(load)
-    table, key = configs.blocks(*of.row(of.gradient_arithmetic, load))
-    gradient = (of, row, col, tiles, kept, False, 0.0, g[0], h, by_scale)
-    autotune.tune(table, key, autotune.blocks(best), lambda: _backward(*gradient))
+
+    def backward() -> tuple[Tensor, ...]:
+        return _backward(of, row, col, tiles, kept, totals, smoothing, g[0], h, by_scale)
+
+    if not keep:
+        autotune.tune(configs.tiles(*of.row(of.arithmetic, 1)), autotune.tiles(), backward)
+    blocks = autotune.blocks(of.tile(load if keep else 1))
+    autotune.tune(configs.blocks(*of.row(of.gradient_arithmetic, load)), blocks, backward)
+
+
+def _losses(of: Matrices, label_smoothing: float, keep: bool) -> tuple[Tensor, ...]:
+    totals = label_smoothing > 0
+    if autotune.WANTED:
+        _tune(of, totals, label_smoothing, keep)
+    return _forward(of, totals, label_smoothing, keep)
 
 
 def contrastive_loss(x, t, scale, labels, label_smoothing, keep):
-    of = _pairs(x, t, scale, labels)
-    if autotune.WANTED:
-        _tune(of)
-    row, col, tiles, kept, losses, by_scale = _forward(of, label_smoothing > 0, label_smoothing, keep)
+    row, col, tiles, kept, losses, by_scale = _losses(_pairs(x, t, scale, labels), label_smoothing, keep)
     return losses[0], by_scale[0], row, col, tiles, kept
 
 
@@ -247,10 +259,7 @@ def contrastive_loss_backward(grad, x, t, scale, labels, label_smoothing, by_sca
 
 
 def contrastive_distillation_loss(x, t, scale, xt, tt, st, labels, keep):
-    of = _pairs(x, t, scale, labels, xt, tt, st)
-    if autotune.WANTED:
-        _tune(of)
-    row, col, tiles, kept, losses, by_scale = _forward(of, False, 0.0, keep)
+    row, col, tiles, kept, losses, by_scale = _losses(_pairs(x, t, scale, labels, xt, tt, st), 0.0, keep)
     return losses[0], losses[1], by_scale, row, col, tiles, kept
 
 

@@ -43,6 +43,13 @@ def architecture(device: torch.device) -> str:
     return "interpreter" if INTERPRETED else triton.architecture(device)
 
 
+def addressable(features: Tensor | None) -> Tensor | None:
+    """With adjacent columns, and rows near enough for offsets of 32 bits within 128 of them: a copy of others."""
+    if features is None or (features.stride(1) == 1 and features.stride(0) < 2**24):
+        return features
+    return features.clone(memory_format=torch.contiguous_format)
+
+
 def launch(kernel, programs: int, arguments: dict[str, object], *, warps: int, stages: int = 1) -> None:
     """Runs `programs` programs of the kernel on its first argument's device."""
     # Fused multiply-adds by name: their default changes with Triton 3.10, and with it the last bits of a result.

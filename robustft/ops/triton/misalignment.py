@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from robustft.ops.arguments import VARIANTS
-from robustft.ops.triton import configs
+from robustft.ops.triton import autotune, configs
 from robustft.ops.triton.class_losses import penalty_of_gap
-from robustft.ops.triton.launch import launch
+from robustft.ops.triton.launch import architecture, launch
 from robustft.ops.triton.tile import LN2, LOG2E, long
 
 
@@ -105,43 +105,37 @@ def misalignment_gradient_kernel(
         tl.store(at, dz.to(DZ.dtype.element_ty), mask=in_row[:, None] & (j < k)[None, :])
 
 
-def _shape(logits: Tensor) -> tuple[int, dict[str, int]]:
-    """How many programs, and their rows and classes at a time."""
+def _launch(kernel, logits: Tensor, arguments: dict[str, object]) -> None:
     n, k = logits.shape
-    rows, classes = configs.penalty_block(k)
-    return -(-n // rows), {"BR": rows, "BC": classes}
+    rows, classes, warps = configs.penalty(k, architecture(logits.device))
+    strides = {"row_stride": logits.stride(0), "class_stride": logits.stride(1)}
+    launch(kernel, -(-n // rows), {**arguments, "n": n, "k": k, **strides, "BR": rows, "BC": classes}, warps=warps)
 
 
-def misalignment_penalty(logits, labels, variant, top1) -> tuple[Tensor, Tensor, Tensor]:
-    n, k = logits.shape
+def _penalty(logits, labels, variant, top1) -> tuple[Tensor, Tensor, Tensor]:
+    n = len(logits)
     penalty, kept = (logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (3, n)))
     errors = labels.new_zeros(())
-    programs, block = _shape(logits)
-    launch(
-        misalignment_kernel,
-        programs,
-        {
-            "Z": logits, "LABELS": labels.contiguous(), "PENALTY": penalty, "ERRORS": errors, "KEPT": kept,
-            "n": n, "k": k, "row_stride": logits.stride(0), "class_stride": logits.stride(1),
-            "VARIANT": VARIANTS.index(variant), "TOP1": top1, **block,
-        },
-        warps=configs.PENALTY_WARPS,
-    )  # fmt: skip
+    results = {"PENALTY": penalty, "ERRORS": errors, "KEPT": kept}
+    switches = {"VARIANT": VARIANTS.index(variant), "TOP1": top1}
+    _launch(misalignment_kernel, logits, {"Z": logits, "LABELS": labels.contiguous(), **results, **switches})
     return penalty, errors, kept
 
 
+def misalignment_penalty(logits, labels, variant, top1) -> tuple[Tensor, Tensor, Tensor]:
+    if autotune.WANTED:
+        g = logits.new_ones(len(logits), dtype=torch.float32)
+
+        def both() -> Tensor:
+            kept = _penalty(logits, labels, variant, top1)[2]
+            return misalignment_penalty_backward(g, logits, labels, top1, kept)
+
+        autotune.tune(configs.penalties(architecture(logits.device)), autotune.penalties(), both)
+    return _penalty(logits, labels, variant, top1)
+
+
 def misalignment_penalty_backward(grad, logits, labels, top1, kept) -> Tensor:
-    n, k = logits.shape
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    programs, block = _shape(logits)
-    launch(
-        misalignment_gradient_kernel,
-        programs,
-        {
-            "Z": logits, "G": grad, "LABELS": labels.contiguous(), "KEPT": kept, "DZ": gradient,
-            "n": n, "k": k, "row_stride": logits.stride(0), "class_stride": logits.stride(1),
-            "g_stride": grad.stride(0), "TOP1": top1, **block,
-        },
-        warps=configs.PENALTY_WARPS,
-    )  # fmt: skip
+    tensors = {"Z": logits, "G": grad, "LABELS": labels.contiguous(), "KEPT": kept, "DZ": gradient}
+    _launch(misalignment_gradient_kernel, logits, {**tensors, "g_stride": grad.stride(0), "TOP1": top1})
     return gradient

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robustft.ops.triton import configs
-from robustft.ops.triton.launch import architecture, launch
+from robustft.ops.triton import autotune, configs
+from robustft.ops.triton.launch import addressable, architecture, launch
 from robustft.ops.triton.tile import LN2, LOG2E, LOWEST, long, product
 
 
@@ -62,22 +62,29 @@ def class_scores_kernel(
 
 
 def class_scores(x, w, temperature, scale, precision) -> tuple[Tensor, Tensor]:
-    x, w = (f if f.stride(1) == 1 else f.contiguous() for f in (x, w))
+    x, w = addressable(x), addressable(w)
     (n, d), k = x.shape, len(w)
     scores, prediction = x.new_empty(5, n, dtype=torch.float32), x.new_empty(n, dtype=torch.int64)
     arithmetic = configs.arithmetic(x.dtype, precision)
     # A program owns all classes of its rows: only few rows want small tiles.
-    tile = configs.tile(d, architecture(x.device), arithmetic, 2, n <= configs.SMALL_ROWS)
-    sides = {name: value for name, value in tile.constants(arithmetic).items() if name != "GROUP"}
-    launch(
-        class_scores_kernel,
-        -(-n // tile.bm),
-        {
-            "X": x, "W": w, "SCALE": scale, "SCORES": scores, "PREDICTION": prediction,
-            "inverse_temperature": 1 / temperature, "n": n, "k": k, "d": d,
-            "x_stride": x.stride(0), "w_stride": w.stride(0), **sides,
-        },
-        warps=tile.warps,
-        stages=tile.stages,
-    )  # fmt: skip
+    of = architecture(x.device), arithmetic, "scores", n <= configs.SMALL_ROWS
+
+    def run() -> None:
+        tile = configs.tile(d, *of)
+        sides = {name: value for name, value in tile.constants(arithmetic).items() if name != "GROUP"}
+        launch(
+            class_scores_kernel,
+            -(-n // tile.bm),
+            {
+                "X": x, "W": w, "SCALE": scale, "SCORES": scores, "PREDICTION": prediction,
+                "inverse_temperature": 1 / temperature, "n": n, "k": k, "d": d,
+                "x_stride": x.stride(0), "w_stride": w.stride(0), **sides,
+            },
+            warps=tile.warps,
+            stages=tile.stages,
+        )  # fmt: skip
+
+    if autotune.WANTED:
+        autotune.tune(configs.tiles(*of), autotune.tiles(), run)
+    run()
     return scores, prediction

@@ -1,0 +1,181 @@
+"""The static table of tiles, by architecture, arithmetic, work and size. configs.py says who takes which row.
+
+Evidence. Every entry compiles, offline, without spilling on sm_80 and sm_90 and within the shared memory a block may
+have; registers, shared memory and instructions of each are in benchmarks/results/triton_resources.json, written by
+`python -m benchmarks.triton_resources` and held by tests/ops/test_triton.py. No entry has been timed: choices follow
+from registers alone. What spills: tiles of 128 x 256, and gradient blocks of 128 x 256 (312 bytes of a thread's stack
+on sm_90, 56 on sm_80; with BK = 32 and without the diagonal 24); on sm_100 a teacher's tiles with BK = 64; two heads'
+blocks of 32 x 64 in TF32.
+
+Prediction (not measured). H100, 800 TFLOP/s of bfloat16, N = 32768, D = 512: the 6 N^2 D flops of a loss take 4.1 ms;
+storing and loading its exponentials, 6 bytes a logit, takes 2.2 ms, behind the products; the tile pass writes and reads
+0.2 GB of statistics (0.1 ms). A product of 128 x 128 tiles loads 12.5 TB/s from L2 to run at that peak; at 7 TB/s it
+reaches 56 % of it. The tile pass, 1.4 ms at peak, then takes 2.5 ms and some of its reductions, which no second block
+on the processor hides (255 registers): 3 ms; the gradient, 2.7 ms at peak, 4.9 ms. In all 8 ms, where 6.5 is the goal:
+first of all a gradient block of 128 x 256 that does not spill (9.4 TB/s at peak, 75 %: 3.7 ms) is worth having.
+
+Half-precision factors: by architecture, work (configs.py) and whether the matrices are small. float32 factors, on any
+architecture and of any size: by arithmetic and work. Combining: by family of losses. The penalty: by architecture. A
+block's BM and BK divide both sides of the tiles that it reads.
+
+`ROBUSTFT_AUTOTUNE=1` times candidates where a loss first meets a row, and prints, when the process ends, all that
+follows the line of dashes below as it should be on that device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+def dot_precision(arithmetic: str) -> str:
+    """What tl.dot calls it."""
+    return "ieee" if arithmetic == "half" else arithmetic
+
+
+class Tile(NamedTuple):
+    """Of the kernels of statistics and scores: BM x BN logits, BK of D at a time; GROUP tiles down share columns."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    group: int = 8
+
+    def constants(self, arithmetic: str) -> dict[str, object]:
+        sides = {"BM": self.bm, "BN": self.bn, "BK": self.bk, "GROUP": self.group}
+        return {"PRECISION": dot_precision(arithmetic), **sides}
+
+
+class Block(NamedTuple):
+    """Of gradient kernels: BM rows and BD of the D columns of a gradient, BK logits of each row at a time."""
+
+    bm: int
+    bd: int
+    bk: int
+    warps: int
+    stages: int
+
+
+class Combine(NamedTuple):
+    """Of combining kernels: BS samples, BT tiles at a time, BC labels at a time."""
+
+    bs: int
+    bt: int
+    bc: int
+    warps: int
+
+
+class Penalty(NamedTuple):
+    """Of the misalignment penalty's kernels: how many logits of some rows are read at once, of one row at most."""
+
+    logits: int
+    classes: int
+    warps: int
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+HALF_TILES = {
+    ("sm_80", 1, False): Tile(128, 128, 32, 8, 3),
+    ("sm_80", 1, True): Tile(64, 64, 64, 4, 3),
+    ("sm_80", 2, False): Tile(128, 64, 32, 8, 3),
+    ("sm_80", 2, True): Tile(64, 64, 32, 8, 3),
+    ("sm_80", "classes", False): Tile(128, 64, 32, 8, 3),
+    ("sm_80", "classes", True): Tile(64, 64, 32, 8, 3),
+    ("sm_80", "heads", False): Tile(128, 64, 32, 8, 3),
+    ("sm_80", "heads", True): Tile(64, 64, 32, 8, 3),
+    ("sm_80", "scores", False): Tile(128, 64, 32, 8, 3),
+    ("sm_80", "scores", True): Tile(64, 64, 32, 8, 3),
+    ("sm_90", 1, False): Tile(128, 128, 64, 8, 3),
+    ("sm_90", 1, True): Tile(64, 64, 64, 4, 3),
+    ("sm_90", 2, False): Tile(128, 64, 64, 8, 3),
+    ("sm_90", 2, True): Tile(64, 64, 64, 8, 3),
+    ("sm_90", "classes", False): Tile(128, 64, 64, 8, 3),
+    ("sm_90", "classes", True): Tile(64, 64, 64, 8, 3),
+    ("sm_90", "heads", False): Tile(128, 64, 64, 8, 3),
+    ("sm_90", "heads", True): Tile(64, 64, 64, 8, 3),
+    ("sm_90", "scores", False): Tile(128, 64, 64, 8, 3),
+    ("sm_90", "scores", True): Tile(64, 64, 64, 8, 3),
+    ("sm_100", 1, False): Tile(128, 64, 64, 8, 3),
+    ("sm_100", 1, True): Tile(64, 64, 64, 4, 3),
+    ("sm_100", 2, False): Tile(128, 64, 32, 8, 3),
+    ("sm_100", 2, True): Tile(64, 64, 64, 8, 3),
+    ("sm_100", "classes", False): Tile(128, 64, 64, 8, 3),
+    ("sm_100", "classes", True): Tile(64, 64, 64, 8, 3),
+    ("sm_100", "heads", False): Tile(128, 64, 64, 8, 3),
+    ("sm_100", "heads", True): Tile(64, 64, 64, 8, 3),
+    ("sm_100", "scores", False): Tile(128, 64, 64, 8, 3),
+    ("sm_100", "scores", True): Tile(64, 64, 64, 8, 3),
+}
+HALF_BLOCKS = {
+    ("sm_80", 1, False): Block(128, 128, 32, 8, 3),
+    ("sm_80", 1, True): Block(64, 64, 32, 4, 3),
+    ("sm_80", 2, False): Block(64, 128, 32, 4, 3),
+    ("sm_80", 2, True): Block(64, 64, 32, 4, 3),
+    ("sm_80", "classes", False): Block(64, 128, 32, 4, 3),
+    ("sm_80", "classes", True): Block(64, 64, 32, 4, 3),
+    ("sm_80", "heads", False): Block(64, 128, 32, 4, 3),
+    ("sm_80", "heads", True): Block(64, 64, 32, 4, 3),
+    ("sm_90", 1, False): Block(128, 128, 64, 8, 3),
+    ("sm_90", 1, True): Block(64, 64, 64, 4, 3),
+    ("sm_90", 2, False): Block(64, 128, 32, 4, 3),
+    ("sm_90", 2, True): Block(64, 64, 32, 4, 3),
+    ("sm_90", "classes", False): Block(64, 128, 32, 4, 3),
+    ("sm_90", "classes", True): Block(64, 64, 32, 4, 3),
+    ("sm_90", "heads", False): Block(64, 128, 32, 4, 3),
+    ("sm_90", "heads", True): Block(64, 64, 32, 4, 3),
+    ("sm_100", 1, False): Block(64, 128, 32, 4, 3),
+    ("sm_100", 1, True): Block(64, 64, 32, 4, 3),
+    ("sm_100", 2, False): Block(64, 128, 32, 4, 3),
+    ("sm_100", 2, True): Block(64, 64, 32, 4, 3),
+    ("sm_100", "classes", False): Block(64, 128, 32, 4, 3),
+    ("sm_100", "classes", True): Block(64, 64, 32, 4, 3),
+    ("sm_100", "heads", False): Block(64, 128, 32, 4, 3),
+    ("sm_100", "heads", True): Block(64, 64, 32, 4, 3),
+}
+FLOAT_TILES = {
+    ("tf32", 1): Tile(64, 64, 32, 4, 3),
+    ("tf32", 2): Tile(64, 64, 32, 8, 3),
+    ("tf32", 3): Tile(64, 64, 32, 8, 3),
+    ("tf32", "classes"): Tile(64, 64, 32, 8, 3),
+    ("tf32", "heads"): Tile(64, 64, 32, 8, 3),
+    ("tf32", "scores"): Tile(64, 64, 32, 8, 3),
+    ("tf32x3", 1): Tile(64, 64, 32, 8, 2),
+    ("tf32x3", 2): Tile(32, 64, 32, 8, 2),
+    ("tf32x3", 3): Tile(32, 64, 32, 8, 2),
+    ("tf32x3", "classes"): Tile(32, 64, 32, 8, 2),
+    ("tf32x3", "heads"): Tile(32, 64, 32, 8, 2),
+    ("tf32x3", "scores"): Tile(32, 64, 32, 8, 2),
+    ("ieee", 1): Tile(64, 64, 16, 8, 2),
+    ("ieee", 2): Tile(64, 64, 16, 8, 2),
+    ("ieee", 3): Tile(64, 64, 16, 8, 2),
+    ("ieee", "classes"): Tile(64, 64, 16, 8, 2),
+    ("ieee", "heads"): Tile(64, 64, 16, 8, 2),
+    ("ieee", "scores"): Tile(64, 64, 16, 8, 2),
+}
+FLOAT_BLOCKS = {
+    ("tf32", 1): Block(64, 64, 32, 4, 3),
+    ("tf32", 2): Block(64, 64, 32, 4, 3),
+    ("tf32", 3): Block(32, 64, 32, 4, 3),
+    ("tf32", "classes"): Block(32, 64, 32, 4, 3),
+    ("tf32", "heads"): Block(32, 32, 32, 4, 3),
+    ("tf32x3", 1): Block(64, 64, 32, 8, 2),
+    ("tf32x3", 2): Block(32, 64, 16, 4, 2),
+    ("tf32x3", 3): Block(32, 32, 16, 4, 2),
+    ("tf32x3", "classes"): Block(32, 32, 16, 4, 2),
+    ("tf32x3", "heads"): Block(32, 32, 16, 4, 2),
+    ("ieee", 1): Block(64, 64, 16, 8, 2),
+    ("ieee", 2): Block(32, 32, 16, 4, 2),
+    ("ieee", 3): Block(32, 64, 16, 4, 2),
+    ("ieee", "classes"): Block(32, 64, 16, 4, 2),
+    ("ieee", "heads"): Block(32, 64, 16, 4, 2),
+}
+COMBINES = {
+    "contrastive": Combine(64, 16, 64, 4),
+    "classes": Combine(64, 32, 64, 4),
+}
+PENALTIES = {
+    "sm_80": Penalty(2048, 1024, 4),
+    "sm_90": Penalty(2048, 1024, 4),
+    "sm_100": Penalty(2048, 1024, 4),
+}
