@@ -163,7 +163,8 @@ def scale_tensor(logit_scale: Tensor | float, device: torch.device, name: str = 
         if not logit_scale >= 0:
             raise ValueError(f"{name} is {logit_scale}; expected the multiplied-out scale exp(...), not negative")
         # float64: a Python float is not to be rounded to bfloat16 on its way
-        logit_scale = torch.tensor(float(logit_scale), dtype=torch.float64, device=device)
+        # filled rather than copied: a copy to a GPU waits for it
+        logit_scale = torch.full((), float(logit_scale), dtype=torch.float64, device=device)
     if logit_scale.numel() != 1:
         raise ValueError(f"{name} has shape {tuple(logit_scale.shape)}; expected one element")
     if logit_scale.device != device:

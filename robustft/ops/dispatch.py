@@ -106,6 +106,8 @@ def use_native(op: str, device: torch.device, dtype: torch.dtype | None = None) 
         if torch.compiler.is_compiling():  # a warning would break the graph
             return False
         why = LIBRARIES.get(device.type, "does not exist for this device type")
+        if why == "loaded" and (lacking := triton.lacking(op, device)):
+            why = f"needs Triton for the losses, and {lacking}"  # no operator in it: one warning for all
         reason = f"has no kernel of {op} for {tensors}" if exists or why == "loaded" else why
         _warn_once(
             f"robustft's compiled library for {device.type} {reason}; using the eager reference, which is slower and "

@@ -52,6 +52,15 @@ def computes(op: str, device: torch.device, dtype: torch.dtype | None = None) ->
     return suits and (dtype is None or dtype in DTYPES)
 
 
+def lacking(op: str, device: torch.device) -> str | None:
+    """Why an operator that has a Triton body is not computed on a device where others are."""
+    if device.type != DEVICE or op not in OPERATORS:
+        return None
+    if STATUS != "registered":
+        return STATUS
+    return None if _compiles_for(device) else "Triton before 3.8 does not compile for sm_100"
+
+
 @cache
 def architecture(device: torch.device) -> str:
     """Whose configurations a device takes. sm_120 has no tensor memory and takes those of sm_80."""
