@@ -1,6 +1,6 @@
 """The study's learning rates, and the settings of its worst-case risks, by ID validation data.
 
-    python -m benchmarks.study_selection                     # results/study_selection.json; about 25 minutes, two cores
+    python -m benchmarks.study_selection                     # results/study_selection.json; some 360 short trainings
     python -m benchmarks.study_selection --names CoOp "DRM, spurious"      # some of them, beside what is there
 
 A candidate is chosen for each method by its mean accuracy on the ID validation split over the seeds, of equals by its
@@ -34,9 +34,9 @@ from robustft.study.world import World
 
 from . import machine
 
-TOWERS = (3e-4, 1e-3, 3e-3, 1e-2)  # where the image tower is trained
-HEADS = (1e-2, 3e-2, 1e-1, 3e-1)  # where a head is
-PROMPTS = (5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+TOWERS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # where the image tower is trained
+HEADS = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)  # where a head is
+PROMPTS = (5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1)
 ADAPTERS = (1e-3, 3e-3, 1e-2, 3e-2)
 RATES: Mapping[str, Sequence[float]] = {
     "LinearProbe": HEADS,

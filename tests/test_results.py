@@ -55,6 +55,17 @@ def test_recipes_are_those_chosen_on_id_validation():
         assert min(own, key=lambda row: (-row["validation_accuracy"], row["validation_nll"]))["lr"] == recipe.lr
 
 
+def test_the_studys_recipes_are_those_chosen_on_id_validation():
+    from benchmarks.study_selection import SETTINGS, best
+
+    rows = json.loads((RESULTS / "study_selection.json").read_text())["results"]["rows"]
+    for name, setting in SETTINGS.items():
+        own = [row for row in rows if row["name"] == name]
+        assert len(own) == len(setting.candidates(name))
+        chosen = best(own)
+        assert (chosen["lr"], chosen.get("risk")) == (setting.recipe.lr, setting.recipe.options.get("risk")), name
+
+
 def test_readme_shows_the_committed_table():
     assert (RESULTS / "glyphworld.md").read_text() in README
 
