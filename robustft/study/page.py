@@ -36,7 +36,7 @@ INTRODUCTION = (
     "It replicates no table of a paper. Each claim below is read off this toy alone: whether it appears here.",
     "Mixing weights, temperatures, VRF's a and b, DRM's proxy and lambda, Tip-Adapter's alpha and beta are chosen on "
     "ID validation data, and so were all learning rates, once for all seeds (`python -m benchmarks.study_selection`); "
-    "the rest of the recipes are defaults. "
+    "the rest of the recipes is fixed. "
     "Numbers are means ± standard deviations over fine-tuning seeds, in % unless said otherwise; "
     "OOD columns are means over the six shifts, AUROC is MCM's mean over letters and textures. "
     "A margin is positive where a seed agrees with the claim. A claim appears if every seed agrees and the mean margin "

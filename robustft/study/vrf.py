@@ -158,7 +158,8 @@ SECTION = Section(
     notes={
         name: f"best OOD: the best point of a frontier whose ID accuracy is within {WITHIN:g} point of {name}'s. It "
         "compares frontiers, by the test sets; the other columns are of weights chosen on ID validation, where many "
-        "are equally good: of those VRF takes the one nearest to zero-shot, WSE and OSE that of the lowest NLL. "
+        "are equally good: of those VRF takes the one nearest to zero-shot, a rule that was set with these shifts in "
+        "view, WSE and OSE that of the lowest NLL. "
         "NLL temperatures: of the seeds in which the fine-tuned model errs on validation data at all."
         for name in FINE_TUNED
     },
