@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.methods.base import Classifier, Method, Step
+from robustft.methods.base import Classifier, Method, Step, stateless_seed
 from robustft.methods.zero_shot import ZeroShotReference, zero_shot_classifier
 from robustft.objective import Objective
+from robustft.prompts import captions
 
 
 class LinearHead(Method):
@@ -57,7 +58,8 @@ class LinearHead(Method):
             seed=seed,
         )
         self.objective = objective
-        self.config |= {"objective": dataclasses.asdict(objective)}
+        prompts = stateless_seed(0, captions(self.class_names, self.templates))
+        self.config |= {"objective": dataclasses.asdict(objective), "prompts": prompts}
         self.reference = ZeroShotReference(self, trained=self.trains_model)
         self.config |= self.reference.config
 

@@ -104,7 +104,7 @@ class ProDA(FrozenModel):
         self.prompt_batch, self.weight, self.chunk_size = prompt_batch, weight, chunk_size
         self.config |= {
             "context": context,
-            "prompts": prompts,
+            "prompt_count": prompts,
             "prompt_batch": prompt_batch,
             "weight": weight,
             "captions": stateless_seed(0, self.tokens.tolist()),

@@ -82,6 +82,13 @@ def made(name, model, data, prompts=PROMPTS):
     return method.prepare((data["image"], data["label"])) if name == "DRM" else method
 
 
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in CASES))
+def test_other_prompts_are_another_configuration_so_that_no_run_is_resumed_with_them(models, name):
+    data = data_of("vit")
+    same, other = made(name, models["vit"], data), made(name, models["vit"], data, PROMPTS | {"templates": ["one {}"]})
+    assert made(name, models["vit"], data).config == same.config != other.config
+
+
 def objective(method, data):
     """The mean loss of a method over all images as at step 0; CaRot's without the teacher, who keeps changing."""
     steps, method.steps[...] = method.steps.clone(), 0
