@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import letters
+from small_options import PROMPTED
 
 from robustft import methods
 from robustft.methods import Method, VRFFeatures, load_predictor
@@ -70,10 +71,8 @@ def made(name, model, data, prompts=PROMPTS):
         "CaRot": {"ema_interval": 2},
         "DRM": {"descriptions": {"ant": "six legs", "bee": ["striped", "it flies"], "cow": "horns"}},
         "WorstCaseFineTune": {"risk": methods.GroupDRO(2, 0.1)},
-        "LoCoOp": {"context": 3, "top_k": 2},
-        "ProDA": {"context": 3, "prompts": 4, "prompt_batch": 2},
-        "MaPLe": {"context": 3},
-    }.get(name, {"context": 3} if name in ("CoOp", "KgCoOp", "CoCoOp") else {})
+        **{kind.__name__: dict(options) for kind, options in PROMPTED.items()},
+    }.get(name, {})
     if name == "LPFT":
         options["probe"] = methods.LinearProbe(model, **PROMPTS).classifier()
     if name == "TipAdapterF":

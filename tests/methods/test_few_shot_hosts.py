@@ -7,12 +7,12 @@ import copy
 import open_clip
 import pytest
 import torch
+from small_options import PROMPTED
 
 import robustft
 from robustft import clip
 from robustft.methods import (
     CLIPAdapter,
-    CoCoOp,
     CoOp,
     KgCoOp,
     LoCoOp,
@@ -26,14 +26,6 @@ from robustft.methods import (
 )
 from robustft.objective import Objective
 
-PROMPTED = {
-    CoOp: {"context": 3},
-    KgCoOp: {"context": 3},
-    LoCoOp: {"context": 3, "top_k": 2},
-    CoCoOp: {"context": 3},
-    ProDA: {"context": 3, "prompts": 4, "prompt_batch": 2},
-    MaPLe: {"context": 3},
-}
 HOSTS = [*PROMPTED, CLIPAdapter, TipAdapterF]
 
 

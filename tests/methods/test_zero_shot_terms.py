@@ -8,17 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import letters
+from small_options import PROMPTED
 
 from robustft import clip, fit
 from robustft.methods import (
     LPFT,
     CLIPAdapter,
-    CoCoOp,
     CoOp,
     FineTune,
-    KgCoOp,
     LinearProbe,
-    LoCoOp,
     MaPLe,
     ProDA,
     TipAdapterF,
@@ -29,12 +27,7 @@ from robustft.objective import Objective
 
 RANGE = Objective(terms={"logit_range": 0.7})
 OPTIONS = {
-    CoOp: {"context": 3},
-    KgCoOp: {"context": 3},
-    LoCoOp: {"context": 3, "top_k": 2},
-    CoCoOp: {"context": 3},
-    ProDA: {"context": 3, "prompts": 4, "prompt_batch": 2},
-    MaPLe: {"context": 3},
+    **PROMPTED,
     CLIPAdapter: {"ratio": 0.9, "seed": 1},  # at seed 0 the two hidden units are dead for every image
 }
 HOSTS = [FineTune, LPFT, LinearProbe, *OPTIONS, TipAdapterF]
