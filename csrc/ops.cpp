@@ -41,6 +41,10 @@ STABLE_TORCH_LIBRARY(robustft, m) {
   // cpu/cvar.cpp, cuda/cvar.cu
   m.def("cvar(Tensor losses, float alpha) -> (Tensor value, Tensor boundary)");
   m.def("cvar_backward(Tensor grad, Tensor losses, float alpha, Tensor boundary) -> Tensor");
+  // cpu/orthogonality.cpp
+  m.def("orthogonality_penalty(Tensor w, bool squared) -> (Tensor penalty, Tensor residual)");
+  m.def(
+      "orthogonality_penalty_backward(Tensor grad, Tensor w, Tensor residual, Tensor penalty, bool squared) -> Tensor");
   // cpu/neighbor_pack.cpp, cpu/neighbors.cpp, cuda/neighbor_pack.cu, cuda/neighbors.cu
   m.def(
       "neighbor_pack(Tensor points, int samples) "
@@ -52,7 +56,7 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "nearest_neighbors(Tensor queries, Tensor points, Tensor centre, Tensor bias, Tensor filter, Tensor sample, "
       "Tensor bounds, int k, bool squared) -> (Tensor distances, Tensor indices)");
 
-  // Losses, composed from the kernels for every device, with autograd: robustft/ops/native.py
+  // Losses, composed from the kernels for every device, with autograd: robustft/ops/native/
   m.def(
       "contrastive_loss(Tensor x, Tensor t, Tensor scale, Tensor? labels, float label_smoothing, bool keep) "
       "-> (Tensor loss, Tensor scale_gradient, Tensor row, Tensor col, Tensor centers, Tensor kept)");

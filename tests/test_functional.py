@@ -152,14 +152,14 @@ def test_scale_gradient_matches_finite_differences():
     assert s.grad.item() == pytest.approx(slope.item(), rel=1e-6)
 
 
-def test_orthogonality_penalty_of_known_matrices():
+def test_orthogonality_penalty_of_known_matrices(backend):
     assert rf.orthogonality_penalty(torch.eye(5)[:, :3]) == 0
     w = 2 * torch.eye(4, dtype=torch.float64)
     assert rf.orthogonality_penalty(w).item() == pytest.approx(6.0)  # || 3 I_4 ||_F
     assert rf.orthogonality_penalty(w, squared=True).item() == pytest.approx(36.0)
 
 
-def test_orthogonality_penalty_has_zero_gradient_at_its_minimum():
+def test_orthogonality_penalty_has_zero_gradient_at_its_minimum(backend):
     w = torch.eye(4, requires_grad=True)
     rf.orthogonality_penalty(w).backward()
     assert torch.equal(w.grad, torch.zeros(4, 4))
@@ -167,7 +167,7 @@ def test_orthogonality_penalty_has_zero_gradient_at_its_minimum():
 
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("shape", [(6, 4), (3, 5), (1, 1)])
-def test_orthogonality_penalty_gradients(shape, squared):
+def test_orthogonality_penalty_gradients(backend, shape, squared):
     w = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda w: rf.orthogonality_penalty(w, squared=squared), w)
     torch.autograd.gradgradcheck(lambda w: rf.orthogonality_penalty(w, squared=squared), w)
@@ -175,20 +175,45 @@ def test_orthogonality_penalty_gradients(shape, squared):
 
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_orthogonality_penalty_is_the_formula_in_any_dtype_and_strides(dtype, squared):
-    w = torch.randn(8, 20).to(dtype)[:, 1::2].requires_grad_()
+@pytest.mark.parametrize(("p", "d"), [(8, 10), (1, 1), (40, 1), (300, 129), (37, 300)])
+def test_orthogonality_penalty_is_the_formula_in_any_dtype_and_strides(backend, p, d, dtype, squared):
+    w = (torch.randn(p, 2 * d, generator=torch.Generator().manual_seed(0)) / p**0.5).to(dtype)[:, 1::2]
 
     def formula(w):
         wide = w.to(torch.promote_types(w.dtype, torch.float32))
-        norm = torch.linalg.matrix_norm(wide.T @ wide - torch.eye(10, dtype=wide.dtype))
+        norm = torch.linalg.matrix_norm(wide.T @ wide - torch.eye(d, dtype=wide.dtype))
         return norm.square() if squared else norm
 
-    value, expected = rf.orthogonality_penalty(w, squared=squared), formula(w)
-    torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(a, w)[0] for a in (value, expected)))
+    def with_gradient(function, w):
+        leaf = w.detach().requires_grad_()
+        value = function(leaf)
+        return value.detach(), torch.autograd.grad(3 * value, leaf)[0]
+
+    value, gradient = with_gradient(lambda w: rf.orthogonality_penalty(w, squared=squared), w)
+    eager, eager_gradient = with_gradient(formula, w)
+    exact, exact_gradient = with_gradient(formula, w.double())
+    assert value.dtype == eager.dtype and gradient.dtype == dtype
+    assert (value - exact).abs() <= 3 * (eager - exact).abs() + 1e-6 * exact.abs()
+    error, eager_error = ((g - exact_gradient).norm() for g in (gradient, eager_gradient))
+    assert error <= 3 * eager_error + 1e-6 * exact_gradient.norm()
 
 
-def test_orthogonality_penalty_compiles_in_one_graph():
+def test_orthogonality_penalty_does_not_depend_on_threads():
+    w = torch.randn(700, 300, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            value = rf.orthogonality_penalty(w)
+            found.append((value.detach(), *torch.autograd.grad(value, w)))
+    finally:
+        torch.set_num_threads(before)
+    for value, gradient in found[1:]:
+        torch.testing.assert_close(value, found[0][0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-5, atol=1e-6)
+
+
+def test_orthogonality_penalty_compiles_in_one_graph(backend):
     w = torch.randn(8, 5, requires_grad=True)
     compiled = torch.compile(rf.orthogonality_penalty, fullgraph=True, backend="aot_eager")
     values = [function(w) for function in (compiled, rf.orthogonality_penalty)]
@@ -196,7 +221,7 @@ def test_orthogonality_penalty_compiles_in_one_graph():
     torch.testing.assert_close(*(torch.autograd.grad(value, w)[0] for value in values))
 
 
-def test_orthogonality_penalty_is_nan_where_the_projection_is():
+def test_orthogonality_penalty_is_nan_where_the_projection_is(backend):
     w = torch.eye(4).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(torch.nan)).requires_grad_()
     value = rf.orthogonality_penalty(w)
     value.backward()

@@ -177,8 +177,8 @@ class ColumnGradient {
       : c_(c),
         blocks_((c.cols + kClassBlock - 1) / kClassBlock),
         parts_(std::clamp<int64_t>((kClassTasks + blocks_ - 1) / blocks_, 1, std::max<int64_t>(1, c.n / kMinStretch))),
-        dw_(torch::stable::new_zeros(c.w, {c.cols, c.d})),
-        more_(torch::stable::new_zeros(c.w, {(parts_ - 1) * c.cols, c.d})) {}
+        dw_(torch::stable::new_empty(c.w, {c.cols, c.d})),
+        more_(torch::stable::new_empty(c.w, {(parts_ - 1) * c.cols, c.d})) {}
 
   // From g (count, cols) and x (count, d) of a stretch.
   void add(const T* g, const Tensor& x) {
@@ -189,12 +189,15 @@ class ColumnGradient {
           auto scratch = pool_.take([] { return Scratch(); });
           for (int64_t task = first; task < last; ++task) {
             const int64_t i = task / blocks_ * height, j = task % blocks_ * kClassBlock;
-            const int64_t rows = std::min(height, count - i);
+            const int64_t rows = std::min(height, count - i), width = std::min(kClassBlock, cols - j);
+            T* out = part(task / blocks_) + j * c_.d;
             if (rows > 0)
-              add_transposed_product(g + i * cols + j, cols, rows, std::min(kClassBlock, cols - j), right, i,
-                                     part(task / blocks_) + j * c_.d, *scratch);
+              add_transposed_product(g + i * cols + j, cols, rows, width, right, i, out, !begun_, *scratch);
+            else if (!begun_)
+              std::fill(out, out + width * c_.d, T(0));
           }
         });
+    begun_ = true;
   }
 
   // The parts, added in their order.
@@ -219,6 +222,7 @@ class ColumnGradient {
   const Classes<T>& c_;
   const int64_t blocks_, parts_;
   Tensor dw_, more_;
+  bool begun_ = false;
   Pool<Scratch> pool_;
 };
 
@@ -260,10 +264,8 @@ std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor&
         if (c.bias) panel.bias_gradient = bias_gradients.get() + i / c.rows * cols + head * c.k;
         ROBUSTFT_CALL(class_gradient<T>, panel, of_head, kept, top1);
       }
-      T* out = dx_first + (i - first) * d;
-      std::fill(out, out + (end - i) * d, T(0));
       auto scratch = pool.take([] { return Scratch(); });
-      add_product(g_rows, cols, end - i, cols, w_rows, 0, out, *scratch);
+      add_product(g_rows, cols, end - i, cols, w_rows, 0, dx_first + (i - first) * d, true, *scratch);
     });
     dw.add(g.get(), x);
     if (converted) {

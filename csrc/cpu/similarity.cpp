@@ -25,6 +25,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -372,8 +373,8 @@ std::tuple<Tensor, Tensor> gradient(const Inputs& in, const Tensor& row, const T
   const auto col_coefficients = coefficients_of<T>(col_c, teacher, totals);
   const RightMatrix<T> t_rows(all.student.t, RightMatrix<T>::kRows, all.arithmetic);
   std::vector<std::optional<RightMatrix<T>>> x_rows(all.panels);
-  Tensor dx = torch::stable::new_zeros(all.student.x, all.student.x.sizes());
-  Tensor dt = torch::stable::new_zeros(all.student.t, all.student.t.sizes());
+  Tensor dx = torch::stable::empty_like(all.student.x), dt = torch::stable::empty_like(all.student.t);
+  std::vector<char> panel_begun(all.panels, false), tile_begun(all.tiles, false);  // whether dx, dt hold a sum there
   T *const dx_at = dx.mutable_data_ptr<T>(), *const dt_at = dt.mutable_data_ptr<T>();
   const T* const kept_at = kept.const_data_ptr<T>();
 
@@ -413,8 +414,10 @@ std::tuple<Tensor, Tensor> gradient(const Inputs& in, const Tensor& row, const T
       const TileFactors<T> of_cols{w.col(0), w.col(1), w.col(2), w.col(3)};
       ROBUSTFT_CALL(tile_gradient<T>, tile, out, row_coefficients, col_coefficients, of_rows, of_cols);
     }
-    add_product(out.g, out.g_ld, tile.rows, tile.cols, t_rows, tile.col0, dx_at + tile.row0 * d, work->scratch);
-    add_transposed_product(out.g, out.g_ld, tile.rows, tile.cols, *x_rows[p], 0, dt_at + tile.col0 * d, work->scratch);
+    add_product(out.g, out.g_ld, tile.rows, tile.cols, t_rows, tile.col0, dx_at + tile.row0 * d,
+                !std::exchange(panel_begun[p], true), work->scratch);
+    add_transposed_product(out.g, out.g_ld, tile.rows, tile.cols, *x_rows[p], 0, dt_at + tile.col0 * d,
+                           !std::exchange(tile_begun[q], true), work->scratch);
   });
   const ScalarType dtype = in.x.scalar_type();
   return {contiguous_as(dx, dtype), contiguous_as(dt, dtype)};

@@ -95,30 +95,30 @@ void multiply(const LeftRows<T>& left, int64_t i, int64_t rows, const RightMatri
 
 template <class T>
 void add_product(const T* g, int64_t ld, int64_t rows, int64_t cols, const RightMatrix<T>& right, int64_t j, T* out,
-                 Scratch& scratch) {
+                 bool first, Scratch& scratch) {
   const int64_t d = right.depth;
   if (right.packed.high.get()) {
     Packed& left = room(scratch, rows, cols, right.packed.low.get());
     amx::pack_rows(as_float(g), ld, rows, cols, 0, (rows + 15) / 16, left.high.get(), left.low.get());
-    amx::multiply(left.from(0, 0), rows, right.packed.from(0, j / 32), d, left.stride, as_float(out), d, true);
+    amx::multiply(left.from(0, 0), rows, right.packed.from(0, j / 32), d, left.stride, as_float(out), d, !first);
     return;
   }
   Tensor sum = matrix_view(out, rows, d, d, 1);
-  add_mm(sum, matrix_view(g, rows, cols, ld, 1), matrix_view(right.rows + j * d, cols, d, d, 1));
+  sum_mm(sum, matrix_view(g, rows, cols, ld, 1), matrix_view(right.rows + j * d, cols, d, d, 1), first);
 }
 
 template <class T>
 void add_transposed_product(const T* g, int64_t ld, int64_t rows, int64_t cols, const RightMatrix<T>& right, int64_t i,
-                            T* out, Scratch& scratch) {
+                            T* out, bool first, Scratch& scratch) {
   const int64_t d = right.depth;
   if (right.packed.high.get()) {
     Packed& left = room(scratch, cols, rows, right.packed.low.get());
     amx::pack_columns_as_rows(as_float(g), ld, rows, cols, 0, (cols + 15) / 16, left.high.get(), left.low.get());
-    amx::multiply(left.from(0, 0), cols, right.packed.from(0, i / 32), d, left.stride, as_float(out), d, true);
+    amx::multiply(left.from(0, 0), cols, right.packed.from(0, i / 32), d, left.stride, as_float(out), d, !first);
     return;
   }
   Tensor sum = matrix_view(out, cols, d, d, 1);
-  add_mm(sum, matrix_view(g, cols, rows, 1, ld), matrix_view(right.rows + i * d, rows, d, d, 1));
+  sum_mm(sum, matrix_view(g, cols, rows, 1, ld), matrix_view(right.rows + i * d, rows, d, d, 1), first);
 }
 
 #define ROBUSTFT_INSTANTIATE(T)                                                                                    \
@@ -126,9 +126,10 @@ void add_transposed_product(const T* g, int64_t ld, int64_t rows, int64_t cols, 
   template class RightMatrix<T>;                                                                                   \
   template void multiply<T>(const LeftRows<T>&, int64_t, int64_t, const RightMatrix<T>&, int64_t, int64_t, T*,     \
                             int64_t);                                                                              \
-  template void add_product<T>(const T*, int64_t, int64_t, int64_t, const RightMatrix<T>&, int64_t, T*, Scratch&); \
+  template void add_product<T>(const T*, int64_t, int64_t, int64_t, const RightMatrix<T>&, int64_t, T*, bool,      \
+                               Scratch&);                                                                          \
   template void add_transposed_product<T>(const T*, int64_t, int64_t, int64_t, const RightMatrix<T>&, int64_t, T*, \
-                                          Scratch&);
+                                          bool, Scratch&);
 ROBUSTFT_INSTANTIATE(float)
 ROBUSTFT_INSTANTIATE(double)
 
@@ -140,8 +141,8 @@ std::tuple<Tensor, Tensor, Tensor> products(const Tensor& x, const Tensor& t, co
   const ScalarType dtype = scalar_type<T>();
   const Tensor xs = contiguous_as(x, dtype), ts = contiguous_as(t, dtype), gs = contiguous_as(g, dtype);
   const int64_t n = xs.size(0), m = ts.size(0), d = xs.size(1);
-  Tensor s = torch::stable::new_empty(xs, {n, m}), dx = torch::stable::new_zeros(xs, {n, d});
-  Tensor dt = torch::stable::new_zeros(xs, {m, d});
+  Tensor s = torch::stable::new_empty(xs, {n, m}), dx = torch::stable::new_empty(xs, {n, d});
+  Tensor dt = torch::stable::new_empty(xs, {m, d});
   const LeftRows<T> left(xs, 0, n, arithmetic);
   const RightMatrix<T> columns(ts, RightMatrix<T>::kColumns, arithmetic), rows(ts, RightMatrix<T>::kRows, arithmetic);
   const RightMatrix<T> x_rows(xs, RightMatrix<T>::kRows, arithmetic);
@@ -152,8 +153,8 @@ std::tuple<Tensor, Tensor, Tensor> products(const Tensor& x, const Tensor& t, co
       const int64_t height = std::min(kStep, n - i), width = std::min(kStep, m - j);
       multiply(left, i, height, columns, j, width, s.mutable_data_ptr<T>() + i * m + j, m);
       const T* tile = gs.const_data_ptr<T>() + i * m + j;
-      add_product(tile, m, height, width, rows, j, dx.mutable_data_ptr<T>() + i * d, scratch);
-      add_transposed_product(tile, m, height, width, x_rows, i, dt.mutable_data_ptr<T>() + j * d, scratch);
+      add_product(tile, m, height, width, rows, j, dx.mutable_data_ptr<T>() + i * d, j == 0, scratch);
+      add_transposed_product(tile, m, height, width, x_rows, i, dt.mutable_data_ptr<T>() + j * d, i == 0, scratch);
     }
   return {s, dx, dt};
 }

@@ -111,16 +111,16 @@ struct Scratch {
   int64_t size = 0;
 };
 
-// out (rows, depth), contiguous: += g (rows, cols; leading dimension ld) right[j, j + cols), right a kRows. For packed
-// factors j must be a multiple of 32.
+// out (rows, depth), contiguous: += g (rows, cols; leading dimension ld) right[j, j + cols), right a kRows. The `first`
+// of a sum writes out without reading it. For packed factors j must be a multiple of 32.
 template <class T>
 void add_product(const T* g, int64_t ld, int64_t rows, int64_t cols, const RightMatrix<T>& right, int64_t j, T* out,
-                 Scratch& scratch);
+                 bool first, Scratch& scratch);
 
 // out (cols, depth), contiguous: += g^T right[i, i + rows), right a kRows.
 template <class T>
 void add_transposed_product(const T* g, int64_t ld, int64_t rows, int64_t cols, const RightMatrix<T>& right, int64_t i,
-                            T* out, Scratch& scratch);
+                            T* out, bool first, Scratch& scratch);
 
 // Workspaces of one operator call, handed to whichever thread asks; as many exist as threads ever asked at once.
 template <class W>

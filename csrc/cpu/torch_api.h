@@ -48,9 +48,12 @@ inline void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
-// out += alpha a b
-inline void add_mm(Tensor& out, const Tensor& a, const Tensor& b, double alpha = 1.0) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, alpha));
+// out += a b, or out = a b if that is the first of a sum
+inline void sum_mm(Tensor& out, const Tensor& a, const Tensor& b, bool first) {
+  if (first)
+    mm_out(out, a, b);
+  else
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
 // Shares [0, count) among torch's threads in multiples of 16, in pieces worth about 32k exponentials at the least.

@@ -1,10 +1,10 @@
-"""The orthogonality penalty of W (P, D), and its gradient by one product instead of autograd's two.
+"""The orthogonality penalty of W (P, D) in plain torch, its gradient by one product instead of autograd's two.
 
     R = W^T W - I,  f = ||R||_F          df/dW = 2 W R / ||R||, 0 where R is 0
                     f = ||R||_F^2        df/dW = 4 W R
 
 Autograd of the formula multiplies W by df/dR and by its transpose. R being symmetric, so is df/dR, and both products
-are one. Plain torch on any device: three products of matrices, now two, are all its time.
+are one. On a GPU these two products of matrices are all its time, and this is what computes it there.
 """
 
 from __future__ import annotations
@@ -12,10 +12,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from robustft.ops.reference import widen
+
 
 def orthogonality(w: Tensor, squared: bool) -> Tensor:
-    """f, 0-d, of float32 or float64 W. Can be differentiated any number of times."""
-    return _Orthogonality.apply(w, squared)[0]
+    """f, 0-d, of a floating W, in float32 or float64. Can be differentiated any number of times."""
+    return _Orthogonality.apply(widen(w), squared)[0]
+
+
+def gradient(g: Tensor, w: Tensor, squared: bool, residual: Tensor | None = None) -> Tensor:
+    """g df/dW in W's dtype; without a residual it is computed, and then differentiable."""
+    wide = widen(w)
+    if residual is None:
+        residual = _residual(wide)
+    if squared:
+        return ((4 * g) * (wide @ residual)).to(w.dtype)
+    norm = torch.linalg.vector_norm(residual)
+    return ((2 * g / torch.where(norm == 0, torch.inf, norm)) * (wide @ residual)).to(w.dtype)
 
 
 def _residual(w: Tensor) -> Tensor:
@@ -42,9 +55,5 @@ class _Orthogonality(torch.autograd.Function):
         if g is None:
             return None, None
         w, residual = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is to be differentiated in turn: R depends on W
-            residual = _residual(w)
-        if ctx.squared:
-            return (4 * g) * (w @ residual), None
-        norm = torch.linalg.vector_norm(residual)
-        return (2 * g / torch.where(norm == 0, torch.inf, norm)) * (w @ residual), None
+        # Where the gradient is to be differentiated in turn, R depends on W.
+        return gradient(g, w, ctx.squared, None if torch.is_grad_enabled() else residual), None

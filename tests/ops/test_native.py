@@ -87,6 +87,11 @@ def test_operators_on_losses_pass_opcheck(dtype):
     torch.library.opcheck(ops.group_risk.default, (losses, labels, 6))
     mean, worst, group, counts = ops.group_risk(losses.detach(), labels, 6)
     torch.library.opcheck(ops.group_risk_backward.default, (mean, None, labels, group, counts))
+    for squared in (False, True):
+        torch.library.opcheck(ops.orthogonality_penalty.default, (z, squared))
+        penalty, residual = ops.orthogonality_penalty(z.detach(), squared)
+        arguments = (penalty, z.detach(), residual, penalty, squared)
+        torch.library.opcheck(ops.orthogonality_penalty_backward.default, arguments)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

@@ -4,7 +4,7 @@ csrc/ops.cpp declares all of them. The kernels know tensors and numbers; what of
 needs of them for its gradient, is N-vector algebra and stands here, once for every device.
 """
 
-from robustft.ops.native import classification, contrastive, neighbors, risks, scores
+from robustft.ops.native import classification, contrastive, neighbors, orthogonality, risks, scores
 
 KERNELS = (
     "similarity_statistics",
@@ -16,6 +16,7 @@ KERNELS = (
     "group_sums",
     "misalignment_penalty",
     "cvar",
+    "orthogonality_penalty",
     "neighbor_pack",
     "kth_neighbor_distance",
     "nearest_neighbors",
@@ -31,5 +32,6 @@ def register() -> None:
     contrastive.register()
     classification.register()
     risks.register()
+    orthogonality.register()
     neighbors.register()
     scores.register()
