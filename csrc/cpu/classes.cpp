@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> statistics(const ClassInputs& in, const ClassStatisti
   const int64_t kinds = in.heads * class_statistic::kHardCount +
                         (in.targets ? class_statistic::kSoftCount - class_statistic::kHardCount : 0);
   Tensor out = torch::stable::new_empty(in.x, {kinds, n}, scalar_type<T>());
-  Tensor exponentials = torch::stable::new_empty(in.x, {keep ? n : int64_t(0), cols}, scalar_type<T>());
+  Tensor exponentials = new_large_matrix(in.x, keep ? n : 0, cols, scalar_type<T>());
   T *result = out.mutable_data_ptr<T>(), *kept = exponentials.mutable_data_ptr<T>();
   const RightMatrix<T> right(c.w, RightMatrix<T>::kColumns, c.arithmetic);
   const Duplicates<T> duplicates = c.duplicates(true);

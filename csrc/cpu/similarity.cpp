@@ -11,7 +11,7 @@
 //                         dx = s G t,  dt = s G^T x         p by rows, p' by columns, pt of the teacher
 //
 // Every loss on an image-text similarity matrix is a choice of these coefficients. S exists one tile at a time; with
-// `keep` the forward leaves e = exp(s (S - centre of the tile)) behind, (n, m) in the dtype of the sums, and the
+// `keep` the forward leaves e = exp(z) / 2^(centre of the tile) behind, (n, m) in the dtype of the sums, and the
 // gradient is two products from it: 6 n m d flops in all, where multiplying again makes it 8. Kept in full precision:
 // half of it, in bfloat16, would save a few percent of the time and cost the gradient's accuracy where p is near 1.
 //
@@ -293,11 +293,14 @@ struct StatisticsBuffer {
   }
 };
 
-// The centre of logits that one exponential can serve, else NaN.
+// The centre of logits that one exponential can serve, else NaN. Equal ones, as a batch of one pair has, are left to
+// the other kernels too: there they are exp(0), and a gradient that is zero comes out as zero.
 template <class T>
 T center_of(const Range<T>& range, T scale) {
   const T half = (range.high - range.low) / 2;
-  return scale * half <= kHalfSpan<T> ? range.low + half : std::numeric_limits<T>::quiet_NaN();
+  const double center = std::nearbyint((double(range.low) + half) * scale * 1.4426950408889634);
+  const bool narrow = half > 0 && scale * half <= kHalfSpan<T> && std::abs(center) < kCenters<T>;
+  return narrow ? T(center) : std::numeric_limits<T>::quiet_NaN();
 }
 
 template <class T>
@@ -308,7 +311,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Inputs& in, bool kee
   StatisticsBuffer<T> row(n, teacher), col(m, teacher);
   const RunningStatistics<T> row_state = row.view(), col_state = col.view();
   Tensor centers = torch::stable::new_zeros(in.x, Centers<T>::sizes(in.heads(), n, m), scalar_type<T>());
-  Tensor kept = torch::stable::new_empty(in.x, {keep ? in.heads() * n : int64_t(0), m}, scalar_type<T>());
+  Tensor kept = new_large_matrix(in.x, keep ? in.heads() * n : 0, m, scalar_type<T>());
   const Centers<T> center_of_tile(centers.mutable_data_ptr<T>(), n, m);
   center_of_tile.keep(all.shape);
   T* keep_at = kept.mutable_data_ptr<T>();

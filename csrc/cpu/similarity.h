@@ -5,7 +5,8 @@
 // shape with logits zt. See similarity.cpp for the mathematics and *_kernels.cpp for the loops.
 //
 // Softmax over rows and over columns need exp(z) relative to two different maxima. Within a tile whose logits span less
-// than 2 kHalfSpan one exponential, relative to a centre c of the tile, serves both: e = exp(s (S - c)). Other tiles
+// than 2 kHalfSpan one exponential, about a centre c of the tile, serves both: e = 2^(z log2 e - c), c an integer.
+// Other tiles
 // (`wide`: a scale of 100 and cosines from -0.3 to 1, or an Inf or NaN among them) take two.
 #pragma once
 #include <cstdint>
@@ -55,11 +56,11 @@ struct RunningStatistics {
 template <class T>
 struct TileStatistics {
   T* max;       // max S
-  T* sum;       // sum e, e = exp(s (S - c))
+  T* sum;       // sum e, e = 2^(z log2 e - c)
   T* weighted;  // sum e (S - max)
   T* target;
   T* teacher_max;
-  T* teacher_sum;       // sum e_t, e_t = exp(st (S_t - c_t))
+  T* teacher_sum;       // sum e_t, e_t = 2^(z_t log2 e - c_t)
   T* teacher_weighted;  // sum e_t (S - max)
 };
 
@@ -105,9 +106,13 @@ struct TileFactors {
 template <class T>
 constexpr T kHalfSpan = sizeof(T) == 4 ? T(64) : T(500);
 
+// Centres are below this: they and powers near them are then added without rounding.
+template <class T>
+constexpr T kCenters = sizeof(T) == 4 ? T(1 << 22) : T(int64_t(1) << 51);
+
 #define ROBUSTFT_DECLARE_SIMILARITY(isa)                                                                              \
   namespace isa {                                                                                                     \
-  /* Maxima of the tile's rows and columns, and its range; also the teacher's. NaN if there is one. */                \
+  /* Maxima of the tile's rows and columns, and its range; also the teacher's. A range is NaN if anything is. */      \
   template <class T>                                                                                                  \
   void tile_range(const Tile<T>&, const TileStatistics<T>& row, const TileStatistics<T>& col, Range<T>* range,        \
                   Range<T>* teacher_range);                                                                           \

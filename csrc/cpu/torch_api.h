@@ -10,6 +10,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 
@@ -31,6 +35,21 @@ constexpr ScalarType scalar_type<double>() {
 
 inline Tensor contiguous_as(const Tensor& a, ScalarType dtype) {
   return torch::stable::contiguous(a.scalar_type() == dtype ? a : torch::stable::to(a, dtype));
+}
+
+// An empty (rows, cols) matrix that will be written whole and is too large for the allocator to have at hand. Where the
+// system grants pages of 2 MB only when asked, it is asked: the first touch of 4 KB pages takes longer than what is
+// computed from them.
+inline Tensor new_large_matrix(const Tensor& like, int64_t rows, int64_t cols, ScalarType dtype) {
+  Tensor matrix = torch::stable::new_empty(like, {rows, cols}, dtype);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHuge = 1 << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(matrix.data_ptr());
+  const uintptr_t end = begin + rows * cols * (dtype == ScalarType::Double ? 8 : 4);
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may be refused
+#endif
+  return matrix;
 }
 
 inline Tensor narrow_rows(const Tensor& a, int64_t start, int64_t length) {
