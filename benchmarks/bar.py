@@ -68,7 +68,10 @@ BAR = (
     Criterion(_CLASSES, "speed", 2.0, 3.0, "eager"),
     Criterion(_CLASSES, "speed", 1.3, None, "torch.compile"),
     Criterion(replace(_CLASSES, precision="high"), "speed", 3.0, 6.0, "eager"),
+    # The bar names no precision here. At "highest" both sides make the same six IEEE products, which are nearly all of
+    # the time; "high" is where a matrix unit can tell.
     Criterion(replace(_CLASSES, work="dual_risk"), "speed", 2.0, 4.0, "eager"),
+    Criterion(replace(_CLASSES, work="dual_risk", precision="high"), "speed", 2.0, 4.0, "eager"),
     Criterion(_SCORES, "speed", 1.5, 2.0, "eager"),
     Criterion(replace(_SCORES, dtype="bfloat16"), "speed", 4.0, 8.0, "eager"),
     Criterion(_NEIGHBOR, "speed", 6.0, 12.0, "faiss", ours="robustft"),

@@ -56,6 +56,7 @@ def test_the_bar_is_the_one_of_the_design():
         "classification N=4096 K=1000 D=512 float32 highest: 1.3x torch.compile, None",
         "classification N=4096 K=1000 D=512 float32 high: 3x eager, 6.0",
         "dual_risk N=4096 K=1000 D=512 float32 highest: 2x eager, 4.0",
+        "dual_risk N=4096 K=1000 D=512 float32 high: 2x eager, 4.0",
         "scores N=65536 K=1000 D=512 float32 highest: 1.5x eager, 2.0",
         "scores N=65536 K=1000 D=512 bfloat16: 4x eager, 8.0",
         "kth_neighbor N=8192 K=100000 D=512 float32 highest: 6x faiss, 12.0",

@@ -144,14 +144,15 @@ std::tuple<Tensor, Tensor> statistics(const ClassInputs& in, const ClassStatisti
   const int64_t kinds = in.heads * class_statistic::kHardCount +
                         (in.targets ? class_statistic::kSoftCount - class_statistic::kHardCount : 0);
   Tensor out = torch::stable::new_empty(in.x, {kinds, n}, scalar_type<T>());
-  Tensor exponentials = new_large_matrix(in.x, keep ? n : 0, cols, scalar_type<T>());
+  Tensor exponentials = in_large_pages<T>(torch::stable::new_empty(in.x, {keep ? n : 0, cols}, scalar_type<T>()));
   T *result = out.mutable_data_ptr<T>(), *kept = exponentials.mutable_data_ptr<T>();
   const RightMatrix<T> right(c.w, RightMatrix<T>::kColumns, c.arithmetic);
   const Duplicates<T> duplicates = c.duplicates(true);
+  Stretches<T> x_stretches(in.x, stretch);
   Pool<Workspace> pool;
   for (int64_t first = 0; first < n; first += stretch) {
     const int64_t count = std::min(stretch, n - first);
-    const Tensor x = contiguous_as(narrow_rows(in.x, first, count), scalar_type<T>());
+    const Tensor x = x_stretches.rows(first, count);
     const std::optional<Tensor> targets = rows_of(in.targets, first, count, scalar_type<T>());
     c.for_each_panel(first, count, [&](int64_t i, int64_t end) {
       auto work = pool.take([&] { return Workspace{Buffer<T>(keep ? 0 : c.rows * cols), Buffer<T>(c.k)}; });
@@ -177,7 +178,7 @@ class ColumnGradient {
       : c_(c),
         blocks_((c.cols + kClassBlock - 1) / kClassBlock),
         parts_(std::clamp<int64_t>((kClassTasks + blocks_ - 1) / blocks_, 1, std::max<int64_t>(1, c.n / kMinStretch))),
-        dw_(torch::stable::new_empty(c.w, {c.cols, c.d})),
+        dw_(in_large_pages<T>(torch::stable::new_empty(c.w, {c.cols, c.d}))),
         more_(torch::stable::new_empty(c.w, {(parts_ - 1) * c.cols, c.d})) {}
 
   // From g (count, cols) and x (count, d) of a stretch.
@@ -244,10 +245,11 @@ std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor&
   ColumnGradient<T> dw(c);
   const int64_t panels = c.bias ? (n + c.rows - 1) / c.rows : 0;
   const Buffer<T> bias_gradients(panels * cols);
+  Stretches<T> x_stretches(in.x, stretch);
   Pool<Scratch> pool;
   for (int64_t first = 0; first < n; first += stretch) {
     const int64_t count = std::min(stretch, n - first);
-    const Tensor x = contiguous_as(narrow_rows(in.x, first, count), scalar_type<T>());
+    const Tensor x = x_stretches.rows(first, count);
     const std::optional<Tensor> targets = rows_of(in.targets, first, count, scalar_type<T>());
     T* dx_first = converted ? dx_stretch.mutable_data_ptr<T>() : dx.mutable_data_ptr<T>() + first * d;
     c.for_each_panel(first, count, [&](int64_t i, int64_t end) {

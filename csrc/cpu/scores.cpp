@@ -41,10 +41,11 @@ std::tuple<Tensor, Tensor> scores(const Tensor& features, const Tensor& embeddin
                                   std::clamp(round_up(n / 8, kMinRows), 4 * kMinRows, kMaxRows));
   T* result = out.mutable_data_ptr<T>();
   int64_t* classes = prediction.mutable_data_ptr<int64_t>();
+  Stretches<T> stretches(features, kStretchRows);
   Pool<Buffer<T>> pool;
   for (int64_t first = 0; first < n; first += kStretchRows) {
     const int64_t count = std::min(kStretchRows, n - first);
-    const Tensor x = contiguous_as(narrow_rows(features, first, count), scalar_type<T>());
+    const Tensor x = stretches.rows(first, count);
     torch::stable::parallel_for(0, (count + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
       auto cosines = pool.take([&] { return Buffer<T>(rows * k); });
       for (int64_t i = begin * rows; i < std::min(end * rows, count); i += rows) {

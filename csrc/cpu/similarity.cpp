@@ -311,7 +311,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Inputs& in, bool kee
   StatisticsBuffer<T> row(n, teacher), col(m, teacher);
   const RunningStatistics<T> row_state = row.view(), col_state = col.view();
   Tensor centers = torch::stable::new_zeros(in.x, Centers<T>::sizes(in.heads(), n, m), scalar_type<T>());
-  Tensor kept = new_large_matrix(in.x, keep ? in.heads() * n : 0, m, scalar_type<T>());
+  Tensor kept = in_large_pages<T>(torch::stable::new_empty(in.x, {keep ? in.heads() * n : 0, m}, scalar_type<T>()));
   const Centers<T> center_of_tile(centers.mutable_data_ptr<T>(), n, m);
   center_of_tile.keep(all.shape);
   T* keep_at = kept.mutable_data_ptr<T>();
@@ -376,7 +376,8 @@ std::tuple<Tensor, Tensor> gradient(const Inputs& in, const Tensor& row, const T
   const auto col_coefficients = coefficients_of<T>(col_c, teacher, totals);
   const RightMatrix<T> t_rows(all.student.t, RightMatrix<T>::kRows, all.arithmetic);
   std::vector<std::optional<RightMatrix<T>>> x_rows(all.panels);
-  Tensor dx = torch::stable::empty_like(all.student.x), dt = torch::stable::empty_like(all.student.t);
+  Tensor dx = in_large_pages<T>(torch::stable::empty_like(all.student.x));
+  Tensor dt = in_large_pages<T>(torch::stable::empty_like(all.student.t));
   std::vector<char> panel_begun(all.panels, false), tile_begun(all.tiles, false);  // whether dx, dt hold a sum there
   T *const dx_at = dx.mutable_data_ptr<T>(), *const dt_at = dt.mutable_data_ptr<T>();
   const T* const kept_at = kept.const_data_ptr<T>();

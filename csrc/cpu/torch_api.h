@@ -37,19 +37,24 @@ inline Tensor contiguous_as(const Tensor& a, ScalarType dtype) {
   return torch::stable::contiguous(a.scalar_type() == dtype ? a : torch::stable::to(a, dtype));
 }
 
-// An empty (rows, cols) matrix that will be written whole and is too large for the allocator to have at hand. Where the
-// system grants pages of 2 MB only when asked, it is asked: the first touch of 4 KB pages takes longer than what is
-// computed from them.
-inline Tensor new_large_matrix(const Tensor& like, int64_t rows, int64_t cols, ScalarType dtype) {
-  Tensor matrix = torch::stable::new_empty(like, {rows, cols}, dtype);
+// Memory that is about to be written whole. Where the system grants pages of 2 MB only when asked, it is asked: the
+// first touch of a page of 4 KB takes longer than computing what is written there.
+inline void hint_large_pages(void* data, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHuge = 1 << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(matrix.data_ptr());
-  const uintptr_t end = begin + rows * cols * (dtype == ScalarType::Double ? 8 : 4);
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may be refused
+  constexpr uintptr_t kLarge = 1 << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + kLarge - 1) / kLarge * kLarge, last = (begin + bytes) / kLarge * kLarge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // may be refused
+#else
+  (void)data, (void)bytes;
 #endif
-  return matrix;
+}
+
+// A new tensor of T, so hinted.
+template <class T>
+Tensor in_large_pages(Tensor created) {
+  hint_large_pages(created.data_ptr(), created.numel() * int64_t(sizeof(T)));
+  return created;
 }
 
 inline Tensor narrow_rows(const Tensor& a, int64_t start, int64_t length) {
@@ -57,10 +62,29 @@ inline Tensor narrow_rows(const Tensor& a, int64_t start, int64_t length) {
   return torch::stable::narrow(view, 0, start, length);
 }
 
-inline Tensor block(const Tensor& a, int64_t row, int64_t rows, int64_t col, int64_t cols) {
-  Tensor view = narrow_rows(a, row, rows);
-  return torch::stable::narrow(view, 1, col, cols);
-}
+// Rows of a matrix in T, contiguous, at most `most` at a time. Those that have to be converted are where the last ones
+// were: fresh memory for each stretch would cost more than the conversion.
+template <class T>
+class Stretches {
+ public:
+  Stretches(const Tensor& matrix, int64_t most)
+      : matrix_(matrix),
+        room_(torch::stable::new_empty(
+            matrix, {matrix.scalar_type() == scalar_type<T>() ? 0 : std::min(most, matrix.size(0)), matrix.size(1)},
+            scalar_type<T>())) {}
+
+  Tensor rows(int64_t first, int64_t count) {
+    const Tensor source = narrow_rows(matrix_, first, count);
+    if (matrix_.scalar_type() == scalar_type<T>()) return torch::stable::contiguous(source);
+    Tensor converted = narrow_rows(room_, 0, count);
+    torch::stable::copy_(converted, source);
+    return converted;
+  }
+
+ private:
+  const Tensor matrix_;
+  Tensor room_;
+};
 
 // out = a b
 inline void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {
