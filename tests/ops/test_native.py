@@ -213,6 +213,24 @@ def test_vector_exp_at_the_ends():
     assert y[:5].tolist() == [0.0, 0.0, 1.0, torch.inf, torch.inf] and y[5].isnan()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exponentials_of_a_tile_do_not_magnify_errors_by_the_scale(dtype):
+    n, m, scale = 64, 128, torch.tensor(100.0, dtype=torch.float64)
+    x, t = torch.linspace(-0.55, 0.7, n, dtype=dtype)[:, None], torch.ones(m, 1, dtype=dtype)  # S is x, exactly
+    labels = torch.arange(n), torch.arange(n, n + m)
+    arguments = (x, t, scale, *labels, None, None, None, False, True, "highest")
+    _, _, centers, kept = torch.ops.robustft.similarity_statistics(*arguments)
+    center = centers[0, 0, 0].item()
+    assert center == round(center)
+    exact = (scale * x.double() - center * torch.tensor(2.0, dtype=torch.float64).log()).exp().expand(n, m)
+    error = ((kept.double() - exact).abs() / exact).max()
+    if dtype == torch.float64:
+        assert error < 1e-13
+    else:  # without fused multiply-add, that of rounding logits as large as 92
+        fused = dispatch.build_info()["active_isa"] != "portable"
+        assert error < (2.5e-7 if fused else 6e-6)
+
+
 PEAK = """
 import json, sys, torch
 from robustft import functional as rf
