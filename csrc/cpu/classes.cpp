@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> statistics(const ClassInputs& in, const ClassStatisti
   const int64_t kinds = in.heads * class_statistic::kHardCount +
                         (in.targets ? class_statistic::kSoftCount - class_statistic::kHardCount : 0);
   Tensor out = torch::stable::new_empty(in.x, {kinds, n}, scalar_type<T>());
-  Tensor exponentials = in_large_pages<T>(torch::stable::new_empty(in.x, {keep ? n : 0, cols}, scalar_type<T>()));
+  Tensor exponentials = torch::stable::new_empty(in.x, {keep ? n : 0, cols}, scalar_type<T>());
   T *result = out.mutable_data_ptr<T>(), *kept = exponentials.mutable_data_ptr<T>();
   const RightMatrix<T> right(c.w, RightMatrix<T>::kColumns, c.arithmetic);
   const Duplicates<T> duplicates = c.duplicates(true);
@@ -178,7 +178,7 @@ class ColumnGradient {
       : c_(c),
         blocks_((c.cols + kClassBlock - 1) / kClassBlock),
         parts_(std::clamp<int64_t>((kClassTasks + blocks_ - 1) / blocks_, 1, std::max<int64_t>(1, c.n / kMinStretch))),
-        dw_(in_large_pages<T>(torch::stable::new_empty(c.w, {c.cols, c.d}))),
+        dw_(torch::stable::new_empty(c.w, {c.cols, c.d})),
         more_(torch::stable::new_empty(c.w, {(parts_ - 1) * c.cols, c.d})) {}
 
   // From g (count, cols) and x (count, d) of a stretch.

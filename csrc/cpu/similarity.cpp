@@ -13,7 +13,9 @@
 // Every loss on an image-text similarity matrix is a choice of these coefficients. S exists one tile at a time; with
 // `keep` the forward leaves e = exp(z) / 2^(centre of the tile) behind, (n, m) in the dtype of the sums, and the
 // gradient is two products from it: 6 n m d flops in all, where multiplying again makes it 8. Kept in full precision:
-// half of it, in bfloat16, would save a few percent of the time and cost the gradient's accuracy where p is near 1.
+// half of it, in bfloat16, would save a few percent of the time and cost the gradient's accuracy where p is near 1. Its
+// first touch is a tenth of the forward; asking for pages of 2 MB (madvise) made that worse, as the system compacts
+// memory to find some.
 //
 // Maximum, softmax and target come from the same S, so log_sum + s (max - target) cannot go negative by rounding.
 // Half-precision features are widened once to float32: sums and outputs of the tiles are float32.
@@ -242,11 +244,11 @@ struct Workspace {
   Buffer<T> s, teacher, vectors;
   Scratch scratch;
 
-  Workspace(const TileShape& shape, bool tiles, bool teacher)
+  Workspace(const TileShape& shape, bool teacher)
       : rows(shape.rows),
         cols(shape.cols),
-        s(tiles ? rows * cols : 0),
-        teacher(tiles && teacher ? rows * cols : 0),
+        s(rows * cols),
+        teacher(teacher ? rows * cols : 0),
         vectors(kVectors * (rows + cols)) {}
 
   T* row(int64_t i) const { return vectors.get() + i * rows; }
@@ -303,6 +305,15 @@ T center_of(const Range<T>& range, T scale) {
   return narrow ? T(center) : std::numeric_limits<T>::quiet_NaN();
 }
 
+// Of a wide tile S itself is kept.
+template <class T>
+void keep_similarities(const Tile<T>& tile) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    std::copy_n(tile.s + r * tile.ld, tile.cols, tile.e + r * tile.e_ld);
+    if (tile.teacher) std::copy_n(tile.teacher + r * tile.ld, tile.cols, tile.teacher_e + r * tile.e_ld);
+  }
+}
+
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Inputs& in, bool keep, bool totals) {
   const int64_t n = in.n(), m = in.m();
@@ -311,7 +322,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Inputs& in, bool kee
   StatisticsBuffer<T> row(n, teacher), col(m, teacher);
   const RunningStatistics<T> row_state = row.view(), col_state = col.view();
   Tensor centers = torch::stable::new_zeros(in.x, Centers<T>::sizes(in.heads(), n, m), scalar_type<T>());
-  Tensor kept = in_large_pages<T>(torch::stable::new_empty(in.x, {keep ? in.heads() * n : 0, m}, scalar_type<T>()));
+  Tensor kept = torch::stable::new_empty(in.x, {keep ? in.heads() * n : 0, m}, scalar_type<T>());
   const Centers<T> center_of_tile(centers.mutable_data_ptr<T>(), n, m);
   center_of_tile.keep(all.shape);
   T* keep_at = kept.mutable_data_ptr<T>();
@@ -319,10 +330,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Inputs& in, bool kee
   Pool<Workspace<T>> pool;
   auto prepare = [&](int64_t first, int64_t last) { all.release(first), all.prepare(first, last); };
   tournament(all.panels, all.tiles, prepare, [&](int64_t p, int64_t q) {
-    auto work = pool.take([&] { return Workspace<T>(all.shape, !keep, teacher); });
-    T* const place = keep_at + p * all.shape.rows * m + q * all.shape.cols;
-    Tile<T> tile = keep ? all.at(p, q, place, teacher ? place + n * m : nullptr, m)
-                        : all.at(p, q, work->s.get(), teacher ? work->teacher.get() : nullptr, work->cols);
+    auto work = pool.take([&] { return Workspace<T>(all.shape, teacher); });
+    // S is never multiplied into where e is kept: rows that lie a power of 2 apart share few lines of the caches.
+    Tile<T> tile = all.at(p, q, work->s.get(), teacher ? work->teacher.get() : nullptr, work->cols);
+    if (keep) {
+      tile.e = keep_at + tile.row0 * m + tile.col0, tile.e_ld = m;
+      if (teacher) tile.teacher_e = tile.e + n * m;
+    }
     all.compute(tile, p);
     const Workspace<T>& w = *work;
     const TileStatistics<T> of_rows{w.row(0), w.row(1), w.row(2), w.row(3), w.row(4), w.row(5), w.row(6)};
@@ -339,6 +353,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Inputs& in, bool kee
       ROBUSTFT_CALL(tile_statistics<T>, tile, center, teacher_center, of_rows, of_cols, row_state, col_state);
     } else {
       ROBUSTFT_CALL(wide_statistics<T>, tile, row_state, col_state);
+      if (keep) keep_similarities(tile);
     }
     const T not_narrow = std::numeric_limits<T>::quiet_NaN();
     center_of_tile.at(0, tile.row0, tile.col0) = narrow ? center : not_narrow;
@@ -376,8 +391,7 @@ std::tuple<Tensor, Tensor> gradient(const Inputs& in, const Tensor& row, const T
   const auto col_coefficients = coefficients_of<T>(col_c, teacher, totals);
   const RightMatrix<T> t_rows(all.student.t, RightMatrix<T>::kRows, all.arithmetic);
   std::vector<std::optional<RightMatrix<T>>> x_rows(all.panels);
-  Tensor dx = in_large_pages<T>(torch::stable::empty_like(all.student.x));
-  Tensor dt = in_large_pages<T>(torch::stable::empty_like(all.student.t));
+  Tensor dx = torch::stable::empty_like(all.student.x), dt = torch::stable::empty_like(all.student.t);
   std::vector<char> panel_begun(all.panels, false), tile_begun(all.tiles, false);  // whether dx, dt hold a sum there
   T *const dx_at = dx.mutable_data_ptr<T>(), *const dt_at = dt.mutable_data_ptr<T>();
   const T* const kept_at = kept.const_data_ptr<T>();
@@ -396,7 +410,7 @@ std::tuple<Tensor, Tensor> gradient(const Inputs& in, const Tensor& row, const T
     });
   };
   tournament(all.panels, all.tiles, prepare, [&](int64_t p, int64_t q) {
-    auto work = pool.take([&] { return Workspace<T>(all.shape, true, teacher && !keep); });
+    auto work = pool.take([&] { return Workspace<T>(all.shape, teacher && !keep); });
     const Tile<T> tile = all.at(p, q, work->s.get(), teacher && !keep ? work->teacher.get() : nullptr, work->cols);
     GradientTile<T> out{};
     out.g = work->s.get(), out.g_ld = work->cols;

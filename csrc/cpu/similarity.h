@@ -31,7 +31,9 @@ template <class T>
 struct Tile {
   T* s;        // (rows, cols), leading dimension ld
   T* teacher;  // the same for the teacher, or null
-  int64_t ld, row0, col0, rows, cols;
+  T* e;        // (rows, cols), leading dimension e_ld: where the statistics leave e, or null
+  T* teacher_e;
+  int64_t ld, e_ld, row0, col0, rows, cols;
   T scale, teacher_scale;  // both >= 0
   const Label<T>* row_labels;
   const Label<T>* col_labels;
@@ -116,12 +118,12 @@ constexpr T kCenters = sizeof(T) == 4 ? T(1 << 22) : T(int64_t(1) << 51);
   template <class T>                                                                                                  \
   void tile_range(const Tile<T>&, const TileStatistics<T>& row, const TileStatistics<T>& col, Range<T>* range,        \
                   Range<T>* teacher_range);                                                                           \
-  /* Statistics of a tile with centres; S becomes e. */                                                               \
+  /* Statistics of a tile with centres, and e where it is wanted. */                                                  \
   template <class T>                                                                                                  \
   void tile_statistics(const Tile<T>&, T center, T teacher_center, const TileStatistics<T>& row,                      \
                        const TileStatistics<T>& col, const RunningStatistics<T>& row_state,                           \
                        const RunningStatistics<T>& col_state);                                                        \
-  /* The same of a wide tile; S stays. */                                                                             \
+  /* The same of a wide tile; no e. */                                                                                \
   template <class T>                                                                                                  \
   void wide_statistics(const Tile<T>&, const RunningStatistics<T>& row_state, const RunningStatistics<T>& col_state); \
   template <class T>                                                                                                  \

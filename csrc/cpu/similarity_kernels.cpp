@@ -84,8 +84,8 @@ struct TileExp {
   }
 };
 
-// Rows [r, r + kRows): e over S, its sums by row in registers, by column in memory.
-template <class T, int kRows, bool kTeacher, bool kSame>
+// Rows [r, r + kRows): e, its sums by row in registers, by column in memory.
+template <class T, int kRows, bool kTeacher, bool kSame, bool kKeep>
 inline void accumulate_rows(const Tile<T>& tile, const TileExp<T> exp_of, const TileExp<T> exp_of_teacher, int64_t r,
                             const TileStatistics<T>& row, const TileStatistics<T>& col) {
   using V = Vec<T>;
@@ -93,6 +93,10 @@ inline void accumulate_rows(const Tile<T>& tile, const TileExp<T> exp_of, const 
   T highest_of[kRows];
   Label<T> label_of[kRows];
   for (int q = 0; q < kRows; ++q) highest_of[q] = row.max[r + q], label_of[q] = tile.row_labels[tile.row0 + r + q];
+  const int64_t ld = tile.ld, kept_ld = tile.e_ld;
+  const T *s = tile.s + r * ld, *st = kTeacher ? tile.teacher + r * ld : nullptr;
+  T* kept = kKeep ? tile.e + r * kept_ld : nullptr;
+  T* teacher_kept = kKeep && kTeacher ? tile.teacher_e + r * kept_ld : nullptr;
   for_each_vector<T>(tile.cols, [&](int64_t j, int64_t lanes) {
     auto of_column = [&](const T* p) { return load_lanes<V>(p + j, lanes, T(0)); };
     const V highest = of_column(col.max);
@@ -105,10 +109,9 @@ inline void accumulate_rows(const Tile<T>& tile, const TileExp<T> exp_of, const 
     }
     if (kTeacher) col_teacher_sum = of_column(col.teacher_sum), col_teacher_weighted = of_column(col.teacher_weighted);
     for (int q = 0; q < kRows; ++q) {
-      T* p = tile.s + (r + q) * tile.ld + j;
-      const V v = load_lanes<V>(p, lanes, T(0));
+      const V v = load_lanes<V>(s + q * ld + j, lanes, T(0));
       V e = exp_of(v);
-      store_lanes(p, e, lanes);
+      if (kKeep) store_lanes(kept + q * kept_ld + j, e, lanes);
       if (lanes < kLanes<T>) e = load_partial<V>((const T*)&e, lanes, T(0));
       const V row_gap = v - highest_of[q], col_gap = v - highest;
       sum[q] += e;
@@ -121,9 +124,8 @@ inline void accumulate_rows(const Tile<T>& tile, const TileExp<T> exp_of, const 
         col_target += same;
       }
       if (kTeacher) {
-        T* pt = tile.teacher + (r + q) * tile.ld + j;
-        V et = exp_of_teacher(load_lanes<V>(pt, lanes, T(0)));
-        store_lanes(pt, et, lanes);
+        V et = exp_of_teacher(load_lanes<V>(st + q * ld + j, lanes, T(0)));
+        if (kKeep) store_lanes(teacher_kept + q * kept_ld + j, et, lanes);
         if (lanes < kLanes<T>) et = load_partial<V>((const T*)&et, lanes, T(0));
         teacher_sum[q] += et;
         teacher_weighted[q] += et * row_gap;
@@ -150,12 +152,22 @@ inline void accumulate_rows(const Tile<T>& tile, const TileExp<T> exp_of, const 
   }
 }
 
-template <class T, bool kTeacher, bool kSame>
+template <class T, bool kTeacher, bool kSame, bool kKeep>
+void accumulate_tile(const Tile<T>& tile, const TileExp<T>& exp_of, const TileExp<T>& exp_of_teacher,
+                     const TileStatistics<T>& row, const TileStatistics<T>& col) {
+  int64_t r = 0;
+  for (; r + 2 <= tile.rows; r += 2)
+    accumulate_rows<T, 2, kTeacher, kSame, kKeep>(tile, exp_of, exp_of_teacher, r, row, col);
+  for (; r < tile.rows; ++r) accumulate_rows<T, 1, kTeacher, kSame, kKeep>(tile, exp_of, exp_of_teacher, r, row, col);
+}
+
+template <class T, bool kTeacher>
 void accumulate(const Tile<T>& tile, const TileExp<T>& exp_of, const TileExp<T>& exp_of_teacher,
                 const TileStatistics<T>& row, const TileStatistics<T>& col) {
-  int64_t r = 0;
-  for (; r + 2 <= tile.rows; r += 2) accumulate_rows<T, 2, kTeacher, kSame>(tile, exp_of, exp_of_teacher, r, row, col);
-  for (; r < tile.rows; ++r) accumulate_rows<T, 1, kTeacher, kSame>(tile, exp_of, exp_of_teacher, r, row, col);
+  const auto run =
+      tile.e ? (tile.same ? accumulate_tile<T, kTeacher, true, true> : accumulate_tile<T, kTeacher, false, true>)
+             : (tile.same ? accumulate_tile<T, kTeacher, true, false> : accumulate_tile<T, kTeacher, false, false>);
+  run(tile, exp_of, exp_of_teacher, row, col);
 }
 
 // A softmax sum and its weighted sum, moved from one reference to another: the sum by the factor `keep`, the values
@@ -337,12 +349,8 @@ void tile_statistics(const Tile<T>& tile, T center, T teacher_center, const Tile
   auto clear = [&](T* p) { __builtin_memset(p, 0, tile.cols * sizeof(T)); };
   clear(col.sum), clear(col.weighted), clear(col.target);
   if (tile.teacher) clear(col.teacher_sum), clear(col.teacher_weighted);
-  if (tile.teacher)
-    tile.same ? accumulate<T, true, true>(tile, exp_of, exp_of_teacher, row, col)
-              : accumulate<T, true, false>(tile, exp_of, exp_of_teacher, row, col);
-  else
-    tile.same ? accumulate<T, false, true>(tile, exp_of, exp_of_teacher, row, col)
-              : accumulate<T, false, false>(tile, exp_of, exp_of_teacher, row, col);
+  const auto run = tile.teacher ? accumulate<T, true> : accumulate<T, false>;
+  run(tile, exp_of, exp_of_teacher, row, col);
   fold(tile, exp_of, exp_of_teacher, tile.rows, row, row_state, tile.row0);
   fold(tile, exp_of, exp_of_teacher, tile.cols, col, col_state, tile.col0);
 }

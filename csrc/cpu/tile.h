@@ -32,9 +32,7 @@ template <class T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {
-    hint_large_pages(data_.get(), size * int64_t(sizeof(T)));
-  }
+  explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {}
   // Someone else's memory, which must outlive this.
   static Buffer borrow(T* data) {
     Buffer buffer;

@@ -10,10 +10,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstdint>
 
@@ -35,26 +31,6 @@ constexpr ScalarType scalar_type<double>() {
 
 inline Tensor contiguous_as(const Tensor& a, ScalarType dtype) {
   return torch::stable::contiguous(a.scalar_type() == dtype ? a : torch::stable::to(a, dtype));
-}
-
-// Memory that is about to be written whole. Where the system grants pages of 2 MB only when asked, it is asked: the
-// first touch of a page of 4 KB takes longer than computing what is written there.
-inline void hint_large_pages(void* data, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kLarge = 1 << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (begin + kLarge - 1) / kLarge * kLarge, last = (begin + bytes) / kLarge * kLarge;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // may be refused
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
-// A new tensor of T, so hinted.
-template <class T>
-Tensor in_large_pages(Tensor created) {
-  hint_large_pages(created.data_ptr(), created.numel() * int64_t(sizeof(T)));
-  return created;
 }
 
 inline Tensor narrow_rows(const Tensor& a, int64_t start, int64_t length) {
