@@ -19,11 +19,13 @@ template <>
 struct Lanes<float> {
   typedef float Vec __attribute__((vector_size(ROBUSTFT_VECTOR_BYTES)));
   typedef int32_t Mask __attribute__((vector_size(ROBUSTFT_VECTOR_BYTES)));
+  typedef uint32_t Word __attribute__((vector_size(ROBUSTFT_VECTOR_BYTES)));
 };
 template <>
 struct Lanes<double> {
   typedef double Vec __attribute__((vector_size(ROBUSTFT_VECTOR_BYTES)));
   typedef int64_t Mask __attribute__((vector_size(ROBUSTFT_VECTOR_BYTES)));
+  typedef uint64_t Word __attribute__((vector_size(ROBUSTFT_VECTOR_BYTES)));
 };
 
 template <class T>
@@ -33,6 +35,9 @@ using Mask = typename Lanes<T>::Mask;  // also the vector type of labels: an int
 
 template <class T>
 constexpr int64_t kLanes = ROBUSTFT_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+using Word = typename Lanes<T>::Word;  // the bits of T; sums of those of unused lanes may wrap
 
 template <class V, class P>
 ROBUSTFT_INLINE V load(const P* p) {
@@ -136,7 +141,7 @@ ROBUSTFT_INLINE Vec<T> polynomial(const T (&c)[kCount], Vec<T> r) {
 
 // n of the bits of n + shifter where an exponent has its bits: the shifter's own leave on the left.
 template <class T>
-ROBUSTFT_INLINE Mask<T> as_exponent(Mask<T> bits) {
+ROBUSTFT_INLINE Word<T> as_exponent(Word<T> bits) {
   return bits << ExpConstants<T>::mantissa;
 }
 
@@ -174,7 +179,7 @@ ROBUSTFT_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   Mask<T> bits;
   const Vec<T> p = exp_reduced<T>(small ? Vec<T>{} : x, bits);
   // Multiplied, that a NaN stays one.
-  return small ? Vec<T>{} : p * (Vec<T>)(as_exponent<T>(bits) + (ExpConstants<T>::bias << ExpConstants<T>::mantissa));
+  return small ? Vec<T>{} : p * (Vec<T>)as_exponent<T>((Word<T>)bits + ExpConstants<T>::bias);
 }
 
 }  // namespace ROBUSTFT_ISA

@@ -76,7 +76,7 @@ struct TileExp {
   ROBUSTFT_INLINE V operator()(V s) const {
     const V t = s * high + shifter;  // round(z log2 e), and less the centre in the low bits
     const V r = s * low + (s * high - (t - shifter));
-    return (V)((Mask<T>)polynomial<T>(C::binary, r) + as_exponent<T>((Mask<T>)t));
+    return (V)((Word<T>)polynomial<T>(C::binary, r) + as_exponent<T>((Word<T>)t));
   }
   // Of maxima that may be elsewhere, beside which all of this tile is nothing.
   ROBUSTFT_INLINE V limited(V s) const {
