@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import robustft
-from robustft import quickstart
+from robustft.clip import image_statistics
 from robustft.data import glyphworld
-from robustft.features import image_statistics
+from robustft.pipeline import quickstart
 
 from .work import Candidate, Row, Run, Work
 

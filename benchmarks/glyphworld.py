@@ -17,10 +17,10 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from robustft import quickstart
 from robustft.data import glyphworld
-from robustft.evaluate import predict
-from robustft.methods.wise_ft import accuracy_and_nll
+from robustft.ensembles.wise_ft import accuracy_and_nll
+from robustft.evaluation.measure import predict
+from robustft.pipeline import quickstart
 
 from . import machine
 

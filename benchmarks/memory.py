@@ -42,7 +42,7 @@ WARM = 256
 def measure(row: Row, candidate: str, threads: int) -> dict[str, Any]:
     """{"bytes": beyond the inputs, "extra_bytes": beyond inputs and results (gradients too)} or {"failed": why}."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "open_clip", "faiss", "robustft.quickstart"])
+    context.set_forkserver_preload([__name__, "open_clip", "faiss", "robustft.pipeline.quickstart"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure_here, args=(sender, row, candidate, threads))
     process.start()

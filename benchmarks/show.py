@@ -182,7 +182,7 @@ def _draw(sweep: Sequence[Record], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from robustft.pictures import COLOURS, LINES, STYLE
+    from robustft.evaluation.pictures import COLOURS, LINES, STYLE
 
     panels = {
         "time, s": lambda record, name: middle(record["candidates"][name]["seconds"]),

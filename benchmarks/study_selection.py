@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 
-from robustft.evaluate import predict
+from robustft.ensembles.wise_ft import accuracy_and_nll
+from robustft.evaluation.measure import predict
 from robustft.methods import CoreProxy, Predictor
-from robustft.methods.wise_ft import accuracy_and_nll
-from robustft.quickstart import Recipe
-from robustft.study.drm import Spurious
-from robustft.study.recipes import DRM, HOST_SHOTS, HOSTS, LP_FT, PROBE, SINGLE, SPURIOUS
-from robustft.study.world import World
+from robustft.pipeline.quickstart import Recipe
+from robustft.pipeline.study.drm import Spurious
+from robustft.pipeline.study.recipes import DRM, HOST_SHOTS, HOSTS, LP_FT, PROBE, SINGLE, SPURIOUS
+from robustft.pipeline.study.world import World
 
 from . import machine
 

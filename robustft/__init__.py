@@ -23,15 +23,17 @@ _METHODS = (
 _LAZY = {
     **dict.fromkeys(_METHODS, "robustft.methods"),
     **dict.fromkeys(("ContrastiveLoss", "CaRotLoss", "ClassificationLoss", "DualRiskLoss"), "robustft.losses"),
-    **dict.fromkeys(("calibration_report", "fit_temperature"), "robustft.calibration"),
-    **dict.fromkeys(("macro_f1", "worst_group_accuracy"), "robustft.metrics"),
-    "ood_metrics": "robustft.detection",
     **dict.fromkeys(
-        ("HistogramBinning", "IsotonicCalibration", "TemperatureScaling", "VectorScaling"), "robustft.posthoc"
+        (
+            *("calibration_report", "fit_temperature"),
+            *("HistogramBinning", "IsotonicCalibration", "TemperatureScaling", "VectorScaling"),
+        ),
+        "robustft.calibration",
     ),
-    "Detector": "robustft.detector",
-    "Objective": "robustft.objective",
-    "fit": "robustft.train",
+    **dict.fromkeys(("macro_f1", "worst_group_accuracy"), "robustft.evaluation"),
+    **dict.fromkeys(("Detector", "ood_metrics"), "robustft.detection"),
+    "Objective": "robustft.methods.objective",
+    "fit": "robustft.training",
     "NeighborIndex": "robustft.neighbors",
 }
 _MODULES = (
@@ -39,20 +41,14 @@ _MODULES = (
     "clip",
     "data",
     "detection",
-    "detector",
-    "evaluate",
-    "features",
+    "ensembles",
+    "evaluation",
     "losses",
     "methods",
-    "metrics",
     "neighbors",
-    "objective",
-    "ood_scores",
-    "posthoc",
-    "prompts",
-    "report",
-    "scoring",
-    "train",
+    "pipeline",
+    "predictors",
+    "training",
 )
 
 __all__ = ["backend", "build_info", "functional", *_LAZY, *_MODULES]

@@ -110,14 +110,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _quickstart(methods: list[str] | None, **options: object) -> int:
-    from robustft.quickstart import RECIPES, quickstart
+    from robustft.pipeline.quickstart import RECIPES, quickstart
 
     quickstart(method_names=tuple(methods or RECIPES), **options)
     return 0
 
 
 def _study(seeds: list[int] | None, sections: list[str] | None, **options: object) -> int:
-    from robustft.study import SECTIONS, SEEDS, study
+    from robustft.pipeline.study import SECTIONS, SEEDS, study
 
     study(seeds=tuple(seeds or SEEDS), sections=tuple(sections or SECTIONS), **options)
     return 0

@@ -12,6 +12,14 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 import pytest  # noqa: E402  (the environment above must come first)
 import torch  # noqa: E402
+from tiny_clip import (  # noqa: E402, F401  (fixtures)
+    batches,
+    clip_model,
+    prompts,
+    resnet_batches,
+    resnet_model,
+    validation,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -47,7 +47,7 @@ def test_seeds_agree_in_distribution_within_two_points():
 
 
 def test_recipes_are_those_chosen_on_id_validation():
-    from robustft.quickstart import RECIPES
+    from robustft.pipeline.quickstart import RECIPES
 
     rows = json.loads((RESULTS / "glyphworld_selection.json").read_text())["results"]["rows"]
     for name, recipe in RECIPES.items():

@@ -1,7 +1,7 @@
 """CLIP models of any open_clip architecture: load, encode, build heads from prompts, interpolate, export.
 
     u = normalise(f(x))                                          image features (N, D)
-    l = normalise(value path of f's last attention)              patch features (N, P, D), `robustft.patches`
+    l = normalise(value path of f's last attention)              patch features (N, P, D), `robustft.clip.patches`
     v = normalise(g(t))                                          text features (M, D)
     w_c = normalise(mean_t normalise(g(template_t(name_c))))     class embeddings (K, D)
     z = s u w^T,  s = exp(model.logit_scale)                     zero-shot logits (N, K)
@@ -28,6 +28,7 @@ from robustft.clip.encoding import (
     visual_projection,
 )
 from robustft.clip.exporting import CARD_FILE, export
+from robustft.clip.features import Features, batches, encode, image_statistics
 from robustft.clip.heads import (
     CaptionGroups,
     caption_embeddings,
@@ -36,7 +37,9 @@ from robustft.clip.heads import (
     group_captions,
     grouped_embeddings,
 )
-from robustft.clip.loading import CLASSIFIER_FILE, CONFIG_FILE, WEIGHTS_FILE, Bundle, import_open_clip, load
+from robustft.clip.library import import_open_clip
+from robustft.clip.loading import CLASSIFIER_FILE, CONFIG_FILE, WEIGHTS_FILE, Bundle, load
+from robustft.clip.outputs import Outputs, evaluating, similarities
 from robustft.clip.weights import average_states, fingerprint, interpolate, interpolate_state
 
 __all__ = [
@@ -46,25 +49,32 @@ __all__ = [
     "WEIGHTS_FILE",
     "Bundle",
     "CaptionGroups",
+    "Features",
     "LocalFeatures",
+    "Outputs",
     "average_states",
+    "batches",
     "caption_embeddings",
     "class_embeddings",
+    "encode",
     "encode_captions",
     "encode_embedded_texts",
     "encode_images",
     "encode_images_and_patches",
     "encode_patches",
     "encode_texts",
+    "evaluating",
     "export",
     "fingerprint",
     "group_captions",
     "grouped_embeddings",
+    "image_statistics",
     "import_open_clip",
     "interpolate",
     "interpolate_state",
     "load",
     "logit_scale",
+    "similarities",
     "text_projection",
     "text_tower",
     "token_embedding",

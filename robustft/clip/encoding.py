@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustft import patches
-from robustft.precision import at_least_float32
+from robustft.clip import patches
+from robustft.ops.precision import at_least_float32
 
 
 class LocalFeatures(NamedTuple):
@@ -51,7 +51,7 @@ def encode_patches(model: nn.Module, images: Tensor, *, normalize: bool = True) 
     """Patch features (N, P, D) of transformed images, comparable with text features; gradients as in `encode_images`.
 
     P patches row by row: (H / patch)^2 for a ViT, (H / 32)^2 for a ModifiedResNet. They are the value path of the last
-    attention, as in GL-MCM and LoCoOp (`robustft.patches` has the formulas). The model stays as it is. images,
+    attention, as in GL-MCM and LoCoOp (`robustft.clip.patches` has the formulas). The model stays as it is. images,
     normalize: as in `encode_images`. Costs one pass and the last block once more: `encode_images_and_patches` gives
     the image features of that pass too. ValueError for towers without such patches (timm, Hugging Face, CoCa).
     """

@@ -15,7 +15,7 @@ from torch import nn
 from robustft.clip.encoding import unwrap
 from robustft.clip.loading import CLASSIFIER_FILE, COMPANIONS, CONFIG_FILE, WEIGHTS_FILE
 from robustft.clip.messages import few
-from robustft.prompts import Tokenizer
+from robustft.clip.prompts import Tokenizer
 
 CARD_FILE = "README.md"
 

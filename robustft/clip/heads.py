@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from robustft.clip.encoding import encode_texts
-from robustft.prompts import Template, Tokenizer, captions, check_captions
+from robustft.clip.prompts import Template, Tokenizer, captions, check_captions
 
 
 def class_embeddings(

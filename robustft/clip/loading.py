@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from robustft.clip.library import import_open_clip
 from robustft.clip.messages import few
+from robustft.clip.prompts import Tokenizer
 from robustft.files import CALIBRATOR_FILE, DETECTOR_FILE
-from robustft.prompts import Tokenizer
 
 CONFIG_FILE = "open_clip_config.json"
 
@@ -78,35 +79,6 @@ def load(
     tokenizer = open_clip.get_tokenizer(tokenizer_name, cache_dir=cache_dir)
     model = model.to(device=device, dtype=dtype).eval()
     return Bundle(model, tokenizer, train_transform, eval_transform, config)
-
-
-def import_open_clip() -> ModuleType:
-    """The open_clip module; every import of it in this package goes through here.
-
-    PyPI's torchvision cannot load its compiled operators under a CPU-only torch, and then fails to import
-    because it describes two of them, `nms` and `qnms`, all the same. Declaring the two lets it import;
-    open_clip uses neither. Raises ImportError, naming what to install, when open_clip is not installed.
-    """
-    try:
-        import open_clip
-    except RuntimeError as error:
-        if torch.version.cuda is not None or "operator torchvision::nms does not exist" not in str(error):
-            raise
-        _declare_torchvision_operators()
-        import open_clip
-    except ModuleNotFoundError as error:
-        if error.name != "open_clip":
-            raise
-        raise ImportError("open_clip is not installed: pip install open_clip_torch") from error
-    return open_clip
-
-
-@functools.cache  # the declarations live as long as the Library object
-def _declare_torchvision_operators() -> torch.library.Library:
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
 
 
 def _resolve(

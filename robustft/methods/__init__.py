@@ -11,7 +11,7 @@
             method.after_step()              # schedules and teachers follow
     probabilities = method.classifier().probabilities(images)
 
-`robustft.train.fit` is this loop with a learning-rate schedule, mixed precision, checkpoints and exact
+`robustft.fit` is this loop with a learning-rate schedule, mixed precision, checkpoints and exact
 resume. The model that you pass is copied and stays the zero-shot one, so before and after can be mixed
 without more ado:
 
@@ -19,30 +19,32 @@ without more ado:
     wise = WiSEFT(zero_shot, method.classifier()).fit(validation).classifier()
 """
 
-from robustft.methods.base import Classifier, Method, Outputs, Predictor, Step, load_classifier
+from robustft.clip.outputs import Outputs
+from robustft.ensembles.output_ensemble import Mixture, OutputEnsemble
+from robustft.ensembles.soups import GreedySoup, greedy_soup, uniform_soup
+from robustft.ensembles.tempering import Tempering
+from robustft.ensembles.vrf import VRF, VRFClassifier
+from robustft.ensembles.vrf_features import RatioBin, VRFFeatures
+from robustft.ensembles.wise_ft import WiSEFT
+from robustft.methods.base import Method, Step
 from robustft.methods.carot import CaRot
 from robustft.methods.clip_adapter import AdapterClassifier, CLIPAdapter
 from robustft.methods.cocoop import CoCoOp, CoCoOpClassifier
 from robustft.methods.coop import CoOp, KgCoOp
 from robustft.methods.core_proxy import CoreProxy, core_labels
 from robustft.methods.drm import DRM
-from robustft.methods.dual_classifier import DualClassifier
 from robustft.methods.fine_tune import LPFT, FineTune
 from robustft.methods.flyp import FLYP
 from robustft.methods.frozen import load_predictor
 from robustft.methods.linear_probe import LinearProbe
 from robustft.methods.locoop import LoCoOp
 from robustft.methods.maple import MaPLe, MaPLeClassifier
-from robustft.methods.output_ensemble import Mixture, OutputEnsemble
 from robustft.methods.proda import ProDA
-from robustft.methods.soups import GreedySoup, greedy_soup, uniform_soup
-from robustft.methods.tempering import Tempering
 from robustft.methods.tip_adapter import CacheClassifier, TipAdapter, TipAdapterF
-from robustft.methods.vrf import VRF, VRFClassifier
-from robustft.methods.vrf_features import RatioBin, VRFFeatures
-from robustft.methods.wise_ft import WiSEFT
 from robustft.methods.worst_case import CVaR, GroupDRO, Risk, WorstCaseFineTune, WorstGroup
-from robustft.methods.zero_shot import zero_shot_classifier
+from robustft.predictors.base import Classifier, Predictor, load_classifier
+from robustft.predictors.dual import DualClassifier
+from robustft.predictors.zero_shot import zero_shot_classifier
 
 __all__ = [
     "AdapterClassifier",

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.functional import contrastive_distillation_loss, contrastive_loss, cross_penalty, orthogonality_penalty
-from robustft.methods.base import Classifier, Step
+from robustft.methods.base import Step
 from robustft.methods.flyp import FLYP
-from robustft.methods.zero_shot import zero_shot_classifier
+from robustft.predictors.base import Classifier
+from robustft.predictors.zero_shot import zero_shot_classifier
 
 FEW_STEPS = 10  # in a run this short even a teacher that moves at every step hardly matters
 

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.methods.base import Outputs, Step, stateless_generator
+from robustft.clip.outputs import Outputs
+from robustft.methods.base import Step, stateless_generator
 from robustft.methods.frozen import FrozenModel, FrozenPredictor, seeded_linear
-from robustft.methods.zero_shot import zero_shot_classifier
-from robustft.objective import Objective
-from robustft.precision import at_least_float32
+from robustft.methods.objective import Objective
+from robustft.ops.precision import at_least_float32
+from robustft.predictors.zero_shot import zero_shot_classifier
 
 
 class CLIPAdapter(FrozenModel):

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.methods.base import Outputs, Step, stateless_generator
+from robustft.clip.outputs import Outputs
+from robustft.methods.base import Step, stateless_generator
 from robustft.methods.coop import CoOp
 from robustft.methods.frozen import FrozenPredictor, seeded_linear
 from robustft.methods.prompt_learning import encode_contexts

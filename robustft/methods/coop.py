@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.methods.base import Classifier, Step, stateless_seed
+from robustft.methods.base import Step, stateless_seed
 from robustft.methods.frozen import FrozenModel
+from robustft.methods.objective import Objective
 from robustft.methods.prompt_learning import (
     ContextTexts,
     Position,
@@ -27,8 +28,8 @@ from robustft.methods.prompt_learning import (
     initial_context,
     random_context,
 )
-from robustft.methods.zero_shot import zero_shot_classifier
-from robustft.objective import Objective
+from robustft.predictors.base import Classifier
+from robustft.predictors.zero_shot import zero_shot_classifier
 
 
 class CoOp(FrozenModel):

@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustft import clip, features
-from robustft.methods.base import evaluating
-from robustft.methods.batch import check_labels
-from robustft.prompts import match_descriptions
+from robustft import clip
+from robustft.clip import features
+from robustft.clip.outputs import evaluating
+from robustft.clip.prompts import match_descriptions
+from robustft.data.batch import check_labels
 
 
 class Ranges(NamedTuple):
@@ -114,10 +115,10 @@ def core_labels(
 
     Args:
         model: the zero-shot model; used in evaluation mode.
-        data: the training images, as for `robustft.features.encode`, with the evaluation transform.
+        data: the training images, as for `robustft.clip.encode`, with the evaluation transform.
         tokenizer, class_names: as for `DRM`. descriptions: as for `DRM`.
         proxy: which one.
-        cache, batch_size: of the image features, as for `robustft.features.encode`; a second call with another
+        cache, batch_size: of the image features, as for `robustft.clip.encode`; a second call with another
             proxy or other descriptions encodes no image.
     """
     descriptions = match_descriptions(descriptions, class_names)

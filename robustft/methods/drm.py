@@ -23,13 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from robustft import clip
+from robustft.clip.outputs import evaluating
+from robustft.clip.prompts import match_descriptions
+from robustft.data.batch import column
 from robustft.functional import contrastive_loss, dual_risk
-from robustft.methods.base import Classifier, Step, evaluating
-from robustft.methods.batch import column
+from robustft.methods.base import Step
 from robustft.methods.core_proxy import CoreProxy, Ranges, core_similarities
-from robustft.methods.dual_classifier import DualClassifier, check_beta
 from robustft.methods.flyp import FLYP
-from robustft.prompts import match_descriptions
+from robustft.predictors.base import Classifier
+from robustft.predictors.dual import DualClassifier, check_beta
 
 
 class DRM(FLYP):

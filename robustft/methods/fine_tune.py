@@ -15,17 +15,18 @@ from typing import Any
 from torch import nn
 
 from robustft import clip
-from robustft.methods.base import Classifier, Step
+from robustft.methods.base import Step
 from robustft.methods.l2_sp import L2SP, check_l2_sp
 from robustft.methods.linear_head import LinearHead
-from robustft.objective import Objective
+from robustft.methods.objective import Objective
+from robustft.predictors.base import Classifier
 
 
 class FineTune(LinearHead):
     """Fine-tuning of the image tower and a linear head that starts as the zero-shot one.
 
     There is no bias. The text tower and the model's scale are not trained. The released FT baseline clips gradients
-    that still carry the fp16 loss scale and so hardly trains; robustft.train unscales first.
+    that still carry the fp16 loss scale and so hardly trains; robustft.training.loop unscales first.
 
     Args:
         model, tokenizer, class_names, templates, total_steps, seed: as for `Method`; nothing here is random.

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustft import clip
+from robustft.clip.prompts import PromptTable
 from robustft.functional import classification_loss, contrastive_loss
-from robustft.methods.base import Classifier, Method, Step, stateless_generator
+from robustft.methods.base import Method, Step, stateless_generator
 from robustft.methods.l2_sp import L2SP, check_l2_sp
-from robustft.methods.zero_shot import zero_shot_classifier
 from robustft.ops import arguments
-from robustft.prompts import PromptTable
+from robustft.predictors.base import Classifier
+from robustft.predictors.zero_shot import zero_shot_classifier
 
 
 class Pairs(NamedTuple):

@@ -23,11 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.methods.base import Method, Predictor, evaluating, load_classifier, stateless_seed
-from robustft.methods.composite import ENSEMBLE_FILE, load_composite
-from robustft.methods.zero_shot import ZeroShotReference
-from robustft.objective import Objective
-from robustft.prompts import captions
+from robustft.clip.outputs import evaluating
+from robustft.clip.prompts import captions
+from robustft.ensembles.composite import ENSEMBLE_FILE, load_composite
+from robustft.methods.base import Method, stateless_seed
+from robustft.methods.objective import Objective
+from robustft.methods.zero_shot_reference import ZeroShotReference
+from robustft.predictors.base import Predictor, load_classifier
 
 PREDICTORS: dict[str, type[FrozenPredictor]] = {}
 
@@ -36,7 +38,7 @@ class FrozenModel(Method):
     """A method whose model (a copy, in evaluation mode) is never changed; it trains parameters of its own.
 
     Where `takes_features` is true a batch holds images, or their unit features (N, D) in the images' place:
-    `robustft.features.encode` once, then `fit(method, (features.image_features, features.labels), ...)` trains without
+    `robustft.clip.encode` once, then `fit(method, (features.image_features, features.labels), ...)` trains without
     the image tower, for as long as the images are not augmented.
 
     Args:

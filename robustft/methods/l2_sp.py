@@ -10,7 +10,7 @@ import math
 from torch import Tensor, nn
 
 from robustft.methods.base import Step
-from robustft.precision import at_least_float32
+from robustft.ops.precision import at_least_float32
 
 
 class L2SP(nn.Module):

@@ -14,10 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.methods.base import Classifier, Method, Step, stateless_seed
-from robustft.methods.zero_shot import ZeroShotReference, zero_shot_classifier
-from robustft.objective import Objective
-from robustft.prompts import captions
+from robustft.clip.prompts import captions
+from robustft.methods.base import Method, Step, stateless_seed
+from robustft.methods.objective import Objective
+from robustft.methods.zero_shot_reference import ZeroShotReference
+from robustft.predictors.base import Classifier
+from robustft.predictors.zero_shot import zero_shot_classifier
 
 
 class LinearHead(Method):

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.methods.base import Classifier, Step, evaluating
+from robustft.clip.outputs import evaluating
+from robustft.methods.base import Step
 from robustft.methods.linear_head import LinearHead
-from robustft.objective import Objective
+from robustft.methods.objective import Objective
+from robustft.predictors.base import Classifier
 
 
 class LinearProbe(LinearHead):
     """Training of a linear head alone; the tower stays as it was, in evaluation mode.
 
-    A batch holds images, or their unit features (N, D) in the images' place: `robustft.features.encode` once, then
+    A batch holds images, or their unit features (N, D) in the images' place: `robustft.clip.encode` once, then
     `fit(probe, (features.image_features, features.labels), ...)` trains without the tower.
 
     The zero-shot classifier to mix it with (WiSEFT, OutputEnsemble, VRF) is `probe.zero_shot_classifier()`: on one

@@ -6,7 +6,7 @@
     u   = normalize(f(x; Q_0 .. Q_J-1));   L = objective(s u w^T, y)
 
 Both towers stay frozen, yet the gradient runs through both: a step costs as much as fine-tuning, without its memory
-for weights. How prompts enter the towers: `robustft.deep_prompts`.
+for weights. How prompts enter the towers: `robustft.clip.deep_prompts`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustft import clip, deep_prompts
-from robustft.methods.base import Outputs, Step, stateless_generator
+from robustft import clip
+from robustft.clip import deep_prompts
+from robustft.clip.outputs import Outputs
+from robustft.methods.base import Step, stateless_generator
 from robustft.methods.coop import CoOp
 from robustft.methods.frozen import FrozenPredictor, seeded_linear
 

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.methods.base import Classifier, Step, stateless_generator, stateless_seed
+from robustft.methods.base import Step, stateless_generator, stateless_seed
 from robustft.methods.frozen import FrozenModel
+from robustft.methods.objective import Objective
 from robustft.methods.prompt_learning import (
     ContextTexts,
     check_chunk_size,
@@ -28,7 +29,7 @@ from robustft.methods.prompt_learning import (
     initial_context,
     random_context,
 )
-from robustft.objective import Objective
+from robustft.predictors.base import Classifier
 
 POSITIONS = ("front", "middle", "end")  # of the name
 

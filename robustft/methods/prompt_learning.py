@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from robustft import clip
+from robustft.clip.prompts import Template, Tokenizer, format_template
 from robustft.methods.base import stateless_generator
-from robustft.prompts import Template, Tokenizer, format_template
 
 Position = Literal["end", "middle", "front"]
 

@@ -19,13 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.features import Features
-from robustft.methods.base import Classifier, Outputs, Step
-from robustft.methods.batch import check_labels
+from robustft.clip.features import Features
+from robustft.clip.outputs import Outputs
+from robustft.data.batch import check_labels
+from robustft.methods.base import Step
 from robustft.methods.frozen import FrozenModel, FrozenPredictor
-from robustft.methods.wise_ft import accuracy_and_nll
-from robustft.methods.zero_shot import zero_shot_classifier
-from robustft.objective import Objective
+from robustft.methods.objective import Objective
+from robustft.predictors.base import Classifier
+from robustft.predictors.logits import accuracy_and_nll
+from robustft.predictors.zero_shot import zero_shot_classifier
 
 ALPHA, BETA = 1.17, 1.0  # the released configuration of most data sets
 ALPHAS = BETAS = tuple(i / 5 for i in range(1, 51))  # the widest of the released ranges, up to 10
@@ -62,7 +64,7 @@ class TipAdapter:
     ) -> TipAdapter:
         """Fill the cache with `train`, then choose alpha_ and beta_ by accuracy on `validation`, then by NLL.
 
-        Both are `Features` of the zero-shot model or data as for `robustft.features.batches`.
+        Both are `Features` of the zero-shot model or data as for `robustft.clip.batches`.
         """
         keys, labels = _features(self.zero_shot, train)
         self.keys_, self.labels_ = F.normalize(keys, dim=-1), labels
@@ -97,7 +99,7 @@ class TipAdapterF(FrozenModel):
     Args:
         model, tokenizer, class_names, templates, total_steps, objective: as for `FrozenModel`.
         seed: nothing here is random.
-        train: what fills the cache, `Features` of the model or data as for `robustft.features.batches`.
+        train: what fills the cache, `Features` of the model or data as for `robustft.clip.batches`.
         alpha, beta: during training; `select` chooses them anew afterwards.
 
     Source: Zhang et al., Tip-Adapter (ECCV 2022, arXiv 2207.09519), and its released code.

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from robustft.features import Features
+from robustft.clip import Features
 from robustft.methods import Classifier, CLIPAdapter, TipAdapter, TipAdapterF, load_predictor, zero_shot_classifier
+from robustft.methods.objective import Objective
 from robustft.methods.tip_adapter import ALPHA, BETA
-from robustft.objective import Objective
 
 
 @pytest.fixture

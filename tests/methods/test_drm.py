@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from robustft import clip
+from robustft.clip.prompts import read_descriptions
 from robustft.methods import (
     DRM,
     FLYP,
@@ -18,8 +19,7 @@ from robustft.methods import (
     load_classifier,
     zero_shot_classifier,
 )
-from robustft.prompts import read_descriptions
-from robustft.train import fit
+from robustft.training.loop import fit
 
 DESCRIPTIONS = {"ant": ("six legs", "dark and thin"), "bee": "striped", "cow": ("horns", "large", "it moos")}
 AFFINITY = CoreProxy(one_hot=0.0, spread=False)

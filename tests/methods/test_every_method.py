@@ -11,13 +11,13 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import letters
 from small_options import PROMPTED
+from tiny_clip import letters
 
 from robustft import methods
+from robustft.ensembles.composite import ENSEMBLE_FILE
 from robustft.methods import Method, VRFFeatures, load_predictor
-from robustft.methods.composite import ENSEMBLE_FILE
-from robustft.train import fit
+from robustft.training.loop import fit
 
 TEXT = {"context_length": 15, "vocab_size": 30, "width": 8, "heads": 2, "layers": 2}
 VISION = {

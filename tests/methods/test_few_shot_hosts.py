@@ -24,7 +24,7 @@ from robustft.methods import (
     load_predictor,
     zero_shot_classifier,
 )
-from robustft.objective import Objective
+from robustft.methods.objective import Objective
 
 HOSTS = [*PROMPTED, CLIPAdapter, TipAdapterF]
 

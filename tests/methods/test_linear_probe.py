@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from robustft import fit
 from robustft.methods import FLYP, LPFT, FineTune, LinearProbe, WiSEFT, zero_shot_classifier
-from robustft.objective import Objective
+from robustft.methods.objective import Objective
 
 OBJECTIVE = Objective(label_smoothing=0.1, misalignment=0.5)
 

@@ -20,8 +20,8 @@ from plain_prompts import (
 from robustft import clip
 from robustft.data import glyphworld
 from robustft.methods import CoCoOp, CoOp, KgCoOp, LoCoOp, MaPLe, ProDA, zero_shot_classifier
+from robustft.methods.objective import Objective
 from robustft.methods.proda import difference_variance
-from robustft.objective import Objective
 
 CONTEXT = 3
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from robustft.data import ImageDataset
 from robustft.methods import Classifier, CVaR, FineTune, GroupDRO, WorstCaseFineTune, WorstGroup
-from robustft.objective import TERMS, Objective
-from robustft.train import fit
+from robustft.methods.objective import TERMS, Objective
+from robustft.training.loop import fit
 
 
 def grouped(batches):

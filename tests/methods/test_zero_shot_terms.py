@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import letters
 from small_options import PROMPTED
+from tiny_clip import letters
 
 from robustft import clip, fit
 from robustft.methods import (
@@ -22,8 +22,8 @@ from robustft.methods import (
     TipAdapterF,
     WorstCaseFineTune,
 )
+from robustft.methods.objective import Objective
 from robustft.methods.worst_case import CVaR
-from robustft.objective import Objective
 
 RANGE = Objective(terms={"logit_range": 0.7})
 OPTIONS = {

@@ -1,0 +1,22 @@
+"""Mixtures of models: of their weights (WiSE-FT, soups) and of their outputs (OSE, tempering, VRF)."""
+
+from robustft.ensembles.output_ensemble import Mixture, OutputEnsemble
+from robustft.ensembles.soups import GreedySoup, greedy_soup, uniform_soup
+from robustft.ensembles.tempering import Tempering
+from robustft.ensembles.vrf import VRF, VRFClassifier
+from robustft.ensembles.vrf_features import RatioBin, VRFFeatures
+from robustft.ensembles.wise_ft import WiSEFT
+
+__all__ = [
+    "GreedySoup",
+    "Mixture",
+    "OutputEnsemble",
+    "RatioBin",
+    "Tempering",
+    "VRF",
+    "VRFClassifier",
+    "VRFFeatures",
+    "WiSEFT",
+    "greedy_soup",
+    "uniform_soup",
+]

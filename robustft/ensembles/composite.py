@@ -1,0 +1,85 @@
+"""Predictors made of predictors (ensembles, a temperature) and how they are saved: a directory for each member.
+
+<directory>/zero_shot/              as the member's own `save` writes it: a directory that open_clip loads
+<directory>/fine_tuned/
+<directory>/ensemble.safetensors    what mixes them: kind, numbers and tensors, written last
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustft import clip
+from robustft.files import CALIBRATOR_FILE, DETECTOR_FILE, fitted_kind, load_fitted, save_fitted
+from robustft.predictors.base import Classifier, Predictor
+
+ENSEMBLE_FILE = "ensemble.safetensors"
+COMPOSITES: dict[str, type[Composite]] = {}
+
+
+class Composite(Predictor):
+    """A predictor of the predictors that `members` names, which are attributes and arguments of its constructor.
+
+    A subclass says what else it holds: `settings`, numbers by the constructor's argument, as JSON can hold them; or,
+    if it is more, `write` and `read`.
+    """
+
+    members: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+    kind: str
+
+    def __init_subclass__(cls) -> None:
+        cls.kind = cls.__dict__.get("kind", cls.__name__)
+        COMPOSITES[cls.kind] = cls
+
+    def save(self, directory: str | os.PathLike[str], config: Mapping[str, Any], *, tokenizer: Any = None) -> Path:
+        """Writes every member into a directory of its name, and beside them what mixes them.
+
+        `robustft.methods.load_predictor` gives the predictor back. `config` and `tokenizer` are those of the members,
+        fine-tunings of one model. An earlier ensemble is replaced, with its detector and calibrator; FileExistsError
+        when `directory` holds anything else. Other errors as in `clip.export`.
+        """
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        own = (ENSEMBLE_FILE, DETECTOR_FILE, CALIBRATOR_FILE)
+        if other := sorted({entry.name for entry in path.iterdir()} - {*own, *self.members}):
+            raise FileExistsError(f"{path} holds {other[:3]}, which no ensemble does: choose another directory")
+        for name in own:  # first, so that none is ever found beside other members than its own
+            (path / name).unlink(missing_ok=True)
+        for name in self.members:
+            getattr(self, name).save(path / name, config, tokenizer=tokenizer)
+        self.write(path / ENSEMBLE_FILE)
+        return path
+
+    def write(self, path: Path) -> None:
+        """Writes what this holds beside its members, as `files.save_fitted` does, under its `kind`."""
+        save_fitted(path, self.kind, {name: getattr(self, name) for name in self.settings}, {})
+
+    @classmethod
+    def read(cls, path: Path, members: Mapping[str, Predictor]) -> Composite:
+        """What `write` wrote, with its members."""
+        settings, _ = load_fitted(path, cls.kind)
+        return cls(**members, **settings)
+
+
+def load_composite(directory: str | os.PathLike[str], *, device: torch.device | str, dtype: torch.dtype) -> Composite:
+    """What `Composite.save` wrote; classifiers of one encoder share it, and its pass, again."""
+    from robustft.methods.frozen import load_predictor  # which reads composites too
+
+    path = Path(directory) / ENSEMBLE_FILE
+    kind = fitted_kind(path)
+    if kind not in COMPOSITES:
+        raise ValueError(f"{path}: holds a {kind}, expected one of {sorted(COMPOSITES)}")
+    composite = COMPOSITES[kind]
+    members = {name: load_predictor(Path(directory) / name, device=device, dtype=dtype) for name in composite.members}
+    match list(members.values()):
+        case [Classifier() as first, Classifier() as second] if clip.fingerprint(first.model) == clip.fingerprint(
+            second.model
+        ):
+            first.model = second.model
+    return composite.read(path, members)

@@ -1,0 +1,278 @@
+"""The evaluation as one HTML file that needs nothing else, with its pictures and numbers beside it.
+
+    <directory>/report.html      tables, pictures (inline SVG), configuration; no request leaves it
+               /figures/*.png    the same pictures
+               /metrics.json     every number; `Evaluation.from_dict` reads it back
+
+The pictures' colours become CSS variables, so that they follow the reader's light or dark scheme.
+Files are written whole or not at all; those of an earlier report are replaced.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from robustft.evaluation import pictures
+from robustft.evaluation.measure import Evaluation, Frontier
+from robustft.files import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HIGHLIGHTS = 6
+DPI = 130
+
+_VARIABLES = {
+    pictures.INK: "var(--ink)",
+    pictures.MUTED: "var(--muted)",
+    pictures.GRID: "var(--grid)",
+    pictures.PAPER: "var(--paper)",
+    pictures.BLUE: "var(--blue)",
+    pictures.ORANGE: "var(--orange)",
+    pictures.GREEN: "var(--green)",
+}
+
+CSS = """
+:root { color-scheme: light dark; --ink: #1f2329; --muted: #6b7179; --grid: #dfe2e6; --paper: #fefefe;
+  --blue: #0072b2; --orange: #d55e00; --green: #009e73; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8eb; --muted: #9aa1a9; --grid: #33383f; --paper: #16191d;
+    --blue: #56a9e8; --orange: #f07f3c; --green: #2fbf95; }
+} body { margin: 0 auto; padding: 2rem 1.2rem 4rem; max-width: 62rem; background: var(--paper); color:
+var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 1rem; }
+h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
+p { margin: .4rem 0; max-width: 46rem; }
+.conventions, figcaption { color: var(--muted); font-size: .85rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .6rem 0; }
+th { font-weight: 600; color: var(--muted); border-bottom: 1.5px solid var(--muted); vertical-align: bottom; }
+th, td { padding: .28rem .7rem; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+tbody tr + tr td { border-top: 1px solid var(--grid); }
+.best { font-weight: 700; }
+.config td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; }
+figure { margin: .6rem 0; }
+svg { display: block; width: 100%; height: auto; }
+summary { cursor: pointer; font-weight: 600; margin-top: 1.6rem; }
+"""
+
+
+_FRONTIER = (
+    "Mean accuracy over the shifts against accuracy on the ID test set. A curve mixes the zero-shot with "
+    "a fine-tuned model; curves of the same fine-tuned model share a colour. The labelled dot on a curve "
+    "is the weight alpha chosen on held-out ID data."
+)
+_RELIABILITY = (
+    "Accuracy over confidence, with the share of the set in each bin below. Under the diagonal a model is"
+    " over-confident. A dot's area is its bin's share. OOD: the samples of all shifts together, so its "
+    "ECE is not the table's mean."
+)
+_SCORES = (
+    "{score} of the ID test set and of sets without any known class. What lies right of the dotted line is "
+    "accepted as in-distribution."
+)
+_SAMPLES = "The first images of each set."
+
+
+class Drawing(NamedTuple):
+    name: str
+    heading: str
+    caption: str
+    draw: Callable[[], Figure]
+
+
+def write_report(
+    directory: str | Path,
+    *,
+    evaluation: Evaluation,
+    frontiers: Sequence[Frontier] = (),
+    samples: Mapping[str, np.ndarray] | None = None,
+    config: Mapping[str, Any] | None = None,
+    title: str = "robustft",
+    notes: Sequence[str] = (),
+    highlight: Sequence[str] | None = None,
+) -> Path:
+    """Writes `report.html`, `figures/*.png` and `metrics.json` into `directory` and returns the path of the
+    first.
+
+    `samples` are images of each set, (n, H, W, 3) uint8; `notes` are paragraphs under the title; `highlight`
+    names the models that get a reliability diagram and a score histogram (default: the first six). Takes
+    seconds, most of them in matplotlib. ValueError for a highlighted model that was not evaluated; OSError
+    where the directory cannot be written.
+    """
+    models = evaluation.models
+    unknown = [name for name in highlight or () if name not in models]
+    if unknown:
+        raise ValueError(f"highlight names models that were not evaluated: {unknown}; there are {list(models)}")
+    shown = {name: models[name] for name in (highlight or list(models)[:HIGHLIGHTS])}
+    has_shifts = any(m.shifts for m in models.values())
+    scored = {name: m for name, m in shown.items() if m.scores is not None}
+
+    drawings: list[Drawing] = []
+    if has_shifts:
+        draw = partial(pictures.frontier, evaluation, frontiers)
+        drawings.append(Drawing("frontier", "In distribution and under shift", _FRONTIER, draw))
+    drawings.append(Drawing("reliability", "Reliability", _RELIABILITY, partial(pictures.reliability, shown)))
+    if scored:
+        label = evaluation.score_label
+        caption, draw = _SCORES.format(score=label), partial(pictures.scores, scored, label)
+        drawings.append(Drawing("scores", "Detection", caption, draw))
+    if samples:
+        drawings.append(Drawing("samples", "The sets", _SAMPLES, partial(pictures.samples, samples)))
+
+    directory = Path(directory)
+    sections = []
+    for drawing in drawings:
+        png, svg = render(drawing)
+        write_file(directory / "figures" / f"{drawing.name}.png", png)
+        sections.append(
+            f"<h2>{drawing.heading}</h2>\n<figure><div class=scroll>{svg}</div>\n"
+            f"<figcaption>{drawing.caption}</figcaption></figure>"
+        )
+    numbers = {
+        "title": title,
+        "notes": list(notes),
+        **evaluation.to_dict(),
+        "frontiers": [asdict(f) for f in frontiers],
+        "config": dict(config or {}),
+    }
+    write_file(directory / "metrics.json", (json.dumps(_plain(numbers), indent=1, allow_nan=False) + "\n").encode())
+    path = directory / "report.html"
+    write_file(path, _page(evaluation, title, notes, sections, config or {}).encode())
+    return path
+
+
+def _page(
+    evaluation: Evaluation,
+    title: str,
+    notes: Sequence[str],
+    sections: Sequence[str],
+    config: Mapping[str, Any],
+) -> str:
+    conventions = " ".join(evaluation.conventions())
+    parts = [
+        "<!doctype html>",
+        "<html lang=en><head><meta charset=utf-8>",
+        '<meta name=viewport content="width=device-width, initial-scale=1">',
+        f"<title>{html.escape(title)}</title><style>{CSS}</style></head><body>",
+        f"<h1>{html.escape(title)}</h1>",
+        *(f"<p>{html.escape(note)}</p>" for note in notes),
+        html_table(evaluation.rows(), _best(evaluation)),
+        f"<p class=conventions>{html.escape(conventions)} Bold: the best of its column.</p>",
+        *sections,
+        "<details><summary>Each set</summary>",
+        *_set_tables(evaluation),
+        "</details>",
+    ]
+    if config:
+        rows = "".join(
+            f"<tr><td>{html.escape(key)}</td><td>{html.escape(value)}</td></tr>" for key, value in _flat(_plain(config))
+        )
+        parts.append(f"<details><summary>Configuration</summary><table class=config>{rows}</table></details>")
+    return "\n".join([*parts, "</body></html>", ""])
+
+
+def _set_tables(evaluation: Evaluation) -> list[str]:
+    """Accuracy and ECE on every labelled set, AUROC and FPR95 on every OOD set."""
+    first = next(iter(evaluation.models.values()))
+
+    def percent(*fractions: float) -> str:
+        return " / ".join(f"{100 * f:.1f}" for f in fractions)
+
+    labelled = [("accuracy / ECE", "ID", *first.shifts)]
+    unknown = [("AUROC / FPR95", *first.ood)]
+    for name, m in evaluation.models.items():
+        reports = [s.calibration for s in (m.id, *(m.shifts[k] for k in first.shifts))]
+        labelled.append((name, *(percent(r.accuracy, r.ece) for r in reports)))
+        unknown.append((name, *(percent(m.ood[k].auroc, m.ood[k].fpr) for k in first.ood)))
+    return [html_table(labelled), *([html_table(unknown)] if first.ood else [])]
+
+
+def html_table(rows: Sequence[Sequence[str]], best: Sequence[frozenset[int]] = ()) -> str:
+    """A table, header first; `best[column]` are the body rows to stress."""
+    header, *body = rows
+    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in header)]
+    for i, row in enumerate(body):
+        marks = (" class=best" if column < len(best) and i in best[column] else "" for column in range(len(row)))
+        lines.append("".join(f"<td{m}>{html.escape(cell)}</td>" for m, cell in zip(marks, row, strict=True)))
+    content = "".join(f"<tr>{line}</tr>\n" for line in lines[1:])
+    return f"<div class=scroll><table><thead><tr>{lines[0]}</tr></thead>\n<tbody>{content}</tbody></table></div>"
+
+
+def _best(evaluation: Evaluation) -> list[frozenset[int]]:
+    """Rows that hold the best value, as printed, of each column of `Evaluation.rows`."""
+    columns = [
+        [
+            (m.id_accuracy, m.ood_accuracy, -m.id.calibration.ece, -m.ood_ece, m.auroc, -m.fpr)[k]
+            for m in evaluation.models.values()
+        ]
+        for k in range(6)
+    ]
+    best = [frozenset()]
+    for values in columns:
+        printed = [round(v, 3) for v in values]
+        best.append(frozenset(i for i, v in enumerate(printed) if v == max(printed)))
+    return best if len(evaluation.models) > 1 else []
+
+
+def render(drawing: Drawing) -> tuple[bytes, str]:
+    """A picture as PNG, and as an SVG element for use in HTML."""
+    import matplotlib
+
+    png, svg = io.BytesIO(), io.StringIO()
+    with matplotlib.rc_context(pictures.STYLE):
+        figure = drawing.draw()
+        figure.savefig(png, format="png", dpi=DPI)
+        figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = svg.getvalue()
+    text = text[text.index("<svg") :]
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    # The natural size becomes a limit for wide screens; below a floor, on phones, the picture scrolls.
+    width = float(re.search(r'width="([\d.]+)pt"', text)[1]) * 96 / 72
+    size = f"max-width: {1.15 * width:.0f}px; min-width: {min(0.8 * width, 560):.0f}px"
+    text = re.sub(r' width="[\d.]+pt"', f' role="img" aria-label="{drawing.heading}" style="{size}"', text, count=1)
+    text = re.sub(r' height="[\d.]+pt"', "", text, count=1)
+    return png.getvalue(), text
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)))
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types: mappings and sequences alike, numpy scalars as numbers, NaN and infinity as null,
+    else text."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {str(k): _plain(v) for k, v in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_plain(v) for v in value]
+        case np.generic() | np.ndarray():
+            return _plain(value.tolist())
+        case _:
+            return str(value)

@@ -1,0 +1,141 @@
+"""The study: every method on GlyphWorld, and for each paper whether its findings appear there.
+
+    seeds 0, 1, 2  ->  a section's tables and curves, results/<section>-<seed>.json  ->  verdicts  ->  study.{html,md}
+
+`robustft study` runs it. A section is one module here: what it measures in one seed's `World`, and the claims that the
+tables may or may not show. What a killed run has finished is kept, down to single epochs of a training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from robustft.doctor import processor
+from robustft.files import write_file
+from robustft.pipeline.study import calibration, carot, cmp, compositions, detection, drm, vrf
+from robustft.pipeline.study.findings import Measured
+from robustft.pipeline.study.page import Answer, markdown, page, summary
+from robustft.pipeline.study.world import World
+
+MODULES = (carot, vrf, drm, cmp, calibration, detection, compositions)
+SECTIONS = {module.SECTION.name: module.SECTION for module in MODULES}
+SEEDS = (0, 1, 2)
+
+
+def study(
+    output: str | os.PathLike[str] = "runs/study",
+    *,
+    seeds: Sequence[int] = SEEDS,
+    sections: Sequence[str] = tuple(SECTIONS),
+    quick: bool = False,
+    resume: bool = False,
+    workers: int | None = None,
+    log: Callable[[str], None] = print,
+) -> list[Answer]:
+    """Runs the sections on the seeds and writes study.html, study.md, results.json and figures/ into `output`.
+
+    Args:
+        output: folder for everything; it must not hold another study, unless `resume`.
+        seeds: of the fine-tuning.
+        sections: some of `SECTIONS`.
+        quick: fewer epochs and test images: minutes, for a look.
+        resume: go on with the study in `output`, under the same configuration.
+        workers: processes, each with a section of a seed at a time and its share of the cores; by default one a core.
+            With one, everything runs in this process.
+        log: receives one line of text at a time; lines of other processes are printed.
+
+    Raises: ValueError for unknown sections or no seed, FileExistsError for a folder that holds something else, OSError
+    for one that cannot be written.
+    """
+    from robustft.pipeline.quickstart import open_folder
+
+    unknown = [name for name in sections if name not in SECTIONS]
+    if unknown or not sections:
+        raise ValueError(f"sections are {list(sections)}; expected some of {', '.join(SECTIONS)}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {list(seeds)}; expected distinct ones, at least one")
+    folder = Path(output)
+    open_folder(folder, {"quick": quick, "seeds": list(seeds), "sections": list(sections)}, resume)
+    started = time.monotonic()
+    cores = len(os.sched_getaffinity(0))
+    tasks = [(name, seed) for name in sections for seed in seeds if not _path(folder, name, seed).exists()]
+    workers = workers or max(1, min(len(tasks), cores))
+    if workers == 1:
+        worlds = {seed: World(folder / f"seed-{seed}", seed, quick=quick, log=log) for seed in seeds}
+        for name, seed in tasks:
+            _measure(folder, name, worlds[seed])
+    else:
+        threads = max(1, cores // workers)
+        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+            waiting = [pool.submit(_measure_apart, folder, name, seed, quick) for name, seed in tasks]
+            for task in as_completed(waiting):
+                if task.exception():
+                    pool.shutdown(cancel_futures=True)
+                task.result()
+    for seed in seeds:
+        shutil.rmtree(folder / f"seed-{seed}", ignore_errors=True)
+    answers = [Answer(SECTIONS[name], [_measured(folder, name, seed) for seed in seeds]) for name in sections]
+    _write(folder, answers, _command(quick, seeds, sections))
+    log(summary(answers))
+    log(f"\nstudy: {folder / 'study.html'}   ({time.monotonic() - started:.0f} s)")
+    return answers
+
+
+def _measure(folder: Path, name: str, world: World) -> None:
+    """Measures a section in a seed's world; it is on disk as soon as it is done."""
+    started = time.monotonic()
+    measured = SECTIONS[name].measure(world)
+    write_file(_path(folder, name, world.seed), json.dumps(measured._asdict(), indent=1, allow_nan=False).encode())
+    world.log(f"seed {world.seed}: {SECTIONS[name].title} ({time.monotonic() - started:.0f} s)")
+
+
+def _measure_apart(folder: Path, name: str, seed: int, quick: bool) -> None:
+    _measure(folder, name, World(folder / f"seed-{seed}", seed, quick=quick))
+
+
+def _path(folder: Path, name: str, seed: int) -> Path:
+    return folder / "results" / f"{name}-{seed}.json"
+
+
+def _measured(folder: Path, name: str, seed: int) -> Measured:
+    return Measured(**json.loads(_path(folder, name, seed).read_text()))
+
+
+def _write(folder: Path, answers: Sequence[Answer], command: str) -> None:
+    machine = f"torch {torch.__version__}, {processor()}, {len(os.sched_getaffinity(0))} cores"
+    text, images = page(answers, command, machine)
+    for name, png in images.items():
+        write_file(folder / "figures" / f"{name}.png", png)
+    numbers = {
+        "command": command,
+        "machine": machine,
+        "sections": {
+            answer.section.name: {
+                "seeds": [m._asdict() for m in answer.seeds],
+                "claims": [
+                    {"claim": f.claim.text, "verdict": f.verdict, "margins": f.margins} for f in answer.findings
+                ],
+            }
+            for answer in answers
+        },
+    }
+    write_file(folder / "results.json", (json.dumps(numbers, indent=1) + "\n").encode())
+    write_file(folder / "study.md", markdown(answers, command, machine).encode())
+    write_file(folder / "study.html", text.encode())
+
+
+def _command(quick: bool, seeds: Sequence[int], sections: Sequence[str]) -> str:
+    parts = ["robustft study"]
+    parts += ["--quick"] if quick else []
+    parts += [f"--seeds {' '.join(map(str, seeds))}"] if tuple(seeds) != SEEDS else []
+    parts += [f"--sections {' '.join(sections)}"] if tuple(sections) != tuple(SECTIONS) else []
+    return " ".join(parts)

@@ -1,0 +1,166 @@
+"""VRF (arXiv 2411.06966): the frontier against mixtures in weights and in outputs, and accuracy against distance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from robustft.evaluation.measure import Frontier, frontier
+from robustft.methods import VRF, OutputEnsemble, VRFFeatures, WiSEFT
+from robustft.pipeline.quickstart import Tensors
+from robustft.pipeline.study.findings import Claim, Curve, Measured, Plot, Section, Table, falls, higher
+from robustft.pipeline.study.world import World, columns
+
+FINE_TUNED = ("FT", "FLYP", "CaRot", "LP")
+ABLATED = "FLYP"
+VARIANTS = {
+    "VRF, NLL temperatures": {"temperatures": "nll"},
+    "VRF, no temperatures": {"temperatures": None},
+    "VRF, linear weight": {"weighting": "linear"},
+    "VRF, binary weight": {"weighting": "binary"},
+    "VRF, whole training set": {"reference": "train"},
+    "VRF, released k": {"k": "released"},
+}
+WITHIN = 1.0  # points of ID accuracy that a frontier's best point may give up
+BINS = 8
+
+
+def measure(world: World) -> Measured:
+    tables: dict[str, Table] = {}
+    curves: dict[str, dict[str, Curve]] = {"ratio": {}}
+    ratios = tables["accuracy ratio under shift"] = {}
+    for name in FINE_TUNED:
+        found = compare(world, name)
+        tables[name], curves[f"frontier-{name}"] = found.table, found.frontiers
+        curves["ratio"][name] = found.ratio
+        ratios[name] = {"nearest": found.ratio[1][0], "farthest": found.ratio[1][-1]}
+    return Measured(tables, curves)
+
+
+class Comparison(NamedTuple):
+    table: Table
+    frontiers: dict[str, Curve]
+    ratio: Curve
+
+
+def compare(world: World, name: str) -> Comparison:
+    """Every ensemble of one fine-tuned model with the zero-shot one."""
+    zero_shot, fine_tuned, data = world.zero_shot, world.classifier(name), world.data
+    train, validation = (VRFFeatures.of(zero_shot, fine_tuned, pair) for pair in (data.train, data.validation))
+    vrf = VRF().fit(train, validation)
+    wise = WiSEFT(zero_shot, fine_tuned).fit(data.validation)
+    ose = OutputEnsemble(zero_shot, fine_tuned).fit(data.validation)
+    calibrated = OutputEnsemble(zero_shot, fine_tuned, temperatures="fit").fit(data.validation)
+    predictors = {
+        "zero-shot": zero_shot,
+        name: fine_tuned,
+        "WSE": wise.classifier(),
+        "OSE": ose.classifier(),
+        "OSE, temperatures": calibrated.classifier(),
+        "VRF": vrf.classifier(zero_shot, fine_tuned),
+    }
+    if name == ABLATED:
+        for variant, options in VARIANTS.items():
+            if options.get("temperatures") == "nll" and bool(validation.correct()[1].all()):
+                continue  # NLL has no minimum where the fine-tuned model makes no error
+            predictors[variant] = VRF(**options).fit(train, validation).classifier(zero_shot, fine_tuned)
+    table = columns({row: world.suite(predictor) for row, predictor in predictors.items()})
+
+    ensembles = {
+        "WSE": wise,
+        "OSE": ose,
+        "OSE, temperatures": calibrated,
+        "VRF": predictors["VRF"],
+    }
+    frontiers = {row: curve(frontier(e, id=data.test.id, shifts=data.test.shifts)) for row, e in ensembles.items()}
+    for row, points in frontiers.items():
+        table[row]["best OOD"] = best(points, fine_tuned=table[name]["acc ID"])
+    bins = vrf.accuracy_ratio(VRFFeatures.of(zero_shot, fine_tuned, pooled(data.test.shifts)), BINS)
+    return Comparison(table, frontiers, ([0.5 * (b.lower + b.upper) for b in bins], [b.ratio for b in bins]))
+
+
+def pooled(shifts: Mapping[str, Tensors]) -> Tensors:
+    """All shifts as one set."""
+    images, labels = zip(*shifts.values(), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def curve(frontier: Frontier) -> Curve:
+    """Its points (ID, mean over the shifts), in %."""
+    return [100 * x for x in frontier.id_accuracy], [100 * y for y in frontier.ood_accuracy]
+
+
+def best(curve: Curve, fine_tuned: float) -> float:
+    """The best accuracy under shift on a frontier within `WITHIN` points of the fine-tuned model's ID accuracy."""
+    return max(ood for id, ood in zip(*curve, strict=True) if id >= fine_tuned - WITHIN)
+
+
+SECTION = Section(
+    name="vrf",
+    title="VRF: weights by the distance to what zero-shot gets wrong",
+    question="Does the ratio of accuracies fall with the distance to the zero-shot-failure set, and is an ensemble "
+    "weighed by it better than one of constant weights, in weights (WSE) or outputs (OSE)?",
+    measure=measure,
+    claims=(
+        *(
+            Claim(
+                f"Near the failure set {name} gains more over zero-shot than far from it",
+                falls("accuracy ratio under shift", name, "nearest", "farthest"),
+                "in ratio",
+            )
+            for name in FINE_TUNED
+        ),
+        *(
+            Claim(f"{name} + VRF is more accurate under shift than {name}", higher(name, "acc OOD", "VRF", name))
+            for name in FINE_TUNED
+        ),
+        *(
+            Claim(
+                f"{name}: VRF's frontier is above that of OSE with temperatures",
+                higher(name, "best OOD", "VRF", "OSE, temperatures"),
+            )
+            for name in FINE_TUNED
+        ),
+        *(
+            Claim(f"{name}: VRF's frontier is above WSE's", higher(name, "best OOD", "VRF", "WSE"))
+            for name in FINE_TUNED
+        ),
+        Claim(
+            "The failure set serves better than the whole training set",
+            higher(ABLATED, "acc OOD", "VRF", "VRF, whole training set"),
+        ),
+        Claim(
+            "A sigmoid weight serves better than a binary one", higher(ABLATED, "acc OOD", "VRF", "VRF, binary weight")
+        ),
+    ),
+    plots=(
+        *(
+            Plot(
+                f"frontier-{name}",
+                f"{name} and zero-shot, mixed",
+                "accuracy ID (%)",
+                "mean accuracy under shift (%)",
+                "From zero-shot to fine-tuned by tenths of the mixing weight; for VRF of its mean on ID validation. "
+                "Thin lines: single seeds.",
+            )
+            for name in FINE_TUNED
+        ),
+        Plot(
+            "ratio",
+            "Accuracy ratio against distance",
+            "squared distance to the failure set",
+            "accuracy, fine-tuned / zero-shot",
+            f"All shifted samples together in {BINS} bins of equal size, by their distance to the failure set.",
+        ),
+    ),
+    notes={
+        name: f"best OOD: the best point of a frontier whose ID accuracy is within {WITHIN:g} point of {name}'s. It "
+        "compares frontiers, by the test sets; the other columns are of weights chosen on ID validation, where many "
+        "are equally good: of those VRF takes the one nearest to zero-shot, a rule that was set with these shifts in "
+        "view, WSE and OSE that of the lowest NLL. "
+        "NLL temperatures: of the seeds in which the fine-tuned model errs on validation data at all."
+        for name in FINE_TUNED
+    },
+)

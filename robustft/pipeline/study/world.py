@@ -1,0 +1,223 @@
+"""One seed's world: GlyphWorld's sets, the zero-shot model, and what has been trained on them.
+
+Runs are kept in `folder`, each under a name that says what it depends on, so that a killed study goes on where it was
+and sections that ask for the same run share it, in one process or several: the first trains it, the others wait.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from robustft import methods
+from robustft.clip.features import image_statistics
+from robustft.data import few_shot, glyphworld
+from robustft.evaluation.measure import Predictions, Suite, evaluate_predictions, predict
+from robustft.methods.objective import Objective
+from robustft.pipeline.quickstart import QUICK_EPOCHS, RECIPES, Data, Recipe, predict_suite
+from robustft.pipeline.study.recipes import DRM, HOSTS, LP_FT, PROBE
+from robustft.training.loop import fit, holds_run, steps_per_epoch
+
+Tensors = tuple[Tensor, Tensor]
+
+
+class World:
+    """GlyphWorld for one fine-tuning seed.
+
+    `quick` trains fewer epochs and looks at 200 images of each test set. Whatever is trained or predicted is computed
+    once.
+    """
+
+    def __init__(self, folder: Path, seed: int, *, quick: bool = False, log: Callable[[str], None] = print) -> None:
+        self.folder, self.seed, self.quick, self.log = folder, seed, quick, log
+        self.bundle = glyphworld.load_clip()
+        self.limit = 200 if quick else None
+        self._methods: dict[str, methods.Method] = {}
+        self._training: Predictions | None = None  # of the zero-shot model
+        self._suites: dict[int, tuple[Any, Suite[Predictions]]] = {}
+
+    @cached_property
+    def data(self) -> Data:
+        return Data.load(self.bundle.model, limit=self.limit)
+
+    @cached_property
+    def prompts(self) -> dict[str, Any]:
+        """What every method is given: the tokenizer, class names and templates."""
+        return {
+            "tokenizer": self.bundle.tokenizer,
+            "class_names": glyphworld.CLASS_NAMES,
+            "templates": glyphworld.TEMPLATES,
+        }
+
+    @cached_property
+    def zero_shot(self) -> methods.Classifier:
+        return methods.zero_shot_classifier(self.bundle.model, **self.prompts)
+
+    def tensors(self, dataset: Any, limit: int | None = None) -> Tensors:
+        images, labels = dataset.tensors(*image_statistics(self.bundle.model))
+        return images[:limit], labels[:limit]
+
+    def train(self, recipe: Recipe, data: Any = None, *, what: str = "digits", **arguments: Any) -> methods.Method:
+        """The recipe's method trained on `data` (the digits, or what `what` names).
+
+        `arguments` go to the method beside the recipe's options; `what` must name all of theirs that matter.
+        """
+        data = self.data.train if data is None else data
+        if self.quick:
+            recipe = replace(recipe, epochs=max(1, recipe.epochs * QUICK_EPOCHS // RECIPES["FT"].epochs))
+        text = json.dumps([asdict(recipe), what, self.seed, self.quick], sort_keys=True, default=str)
+        key = f"{recipe.method}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        if key not in self._methods:
+            steps = recipe.epochs * steps_per_epoch(_count(data), recipe.batch_size)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # ablations ask for teachers that the method warns about
+                method = getattr(methods, recipe.method)(
+                    self.bundle.model,
+                    **self.prompts,
+                    total_steps=steps,
+                    seed=self.seed,
+                    **_built(recipe.options),
+                    **arguments,
+                )
+            output = self.folder / "runs" / key
+            with alone(self.folder / "locks" / key):
+                history = fit(
+                    method,
+                    data,
+                    epochs=recipe.epochs,
+                    batch_size=recipe.batch_size,
+                    lr=recipe.lr,
+                    weight_decay=recipe.weight_decay,
+                    warmup=recipe.warmup,
+                    seed=self.seed,
+                    output=output,
+                    resume=holds_run(output),
+                    progress=False,
+                )
+            self.log(f"  seed {self.seed}: {recipe.method}, {what}, {history.steps} steps, {history.seconds:.1f} s")
+            self._methods[key] = method
+        return self._methods[key]
+
+    def classifier(self, name: str) -> methods.Predictor:
+        """The quickstart's FT, FLYP or CaRot; LP, LP-FT from it, or DRM."""
+        match name:
+            case "LP":
+                return self.linear_probe(PROBE)
+            case "LP-FT":
+                return self.lp_ft(LP_FT)
+            case "DRM":
+                return self.drm(DRM)
+        return self.train(RECIPES[name]).classifier()
+
+    def linear_probe(self, recipe: Recipe) -> methods.Classifier:
+        encoded = self.training(self.zero_shot)
+        return self.train(recipe, (encoded.features, encoded.labels), what="features").classifier()
+
+    def lp_ft(self, recipe: Recipe) -> methods.Classifier:
+        """Fine-tuning from the probe of the frozen features."""
+        return self.train(recipe, probe=self.classifier("LP")).classifier()
+
+    def drm(self, recipe: Recipe) -> methods.DualClassifier:
+        """DRM with the default proxy."""
+        images, labels = self.data.train
+        core = methods.core_labels(
+            self.bundle.model,
+            self.data.train,
+            tokenizer=self.bundle.tokenizer,
+            class_names=glyphworld.CLASS_NAMES,
+            descriptions=glyphworld.CONCEPTS,
+            proxy=methods.CoreProxy(),
+        )
+        data = {"image": images, "label": labels, "core": core}
+        return self.train(recipe, data, what="core", descriptions=glyphworld.CONCEPTS, proxy=None).classifier()
+
+    def shots(self, count: int) -> Tensors:
+        """`count` training images of each class."""
+        return few_shot(self.data.train, count, seed=self.seed)
+
+    def few_shot(self, recipe: Recipe, count: int) -> methods.Method:
+        """The recipe's method trained on `count` images of each class; a frozen image tower encodes them once."""
+        train, arguments = self.shots(count), {}
+        match recipe.method:
+            case "TipAdapterF":
+                arguments["train"] = train
+            case "LPFT":
+                arguments["probe"] = self.few_shot(HOSTS["linear probe"], count).classifier()
+        if getattr(methods, recipe.method).takes_features:
+            encoded = self.training(self.zero_shot)
+            train = few_shot((encoded.features, encoded.labels), count, seed=self.seed)
+        return self.train(recipe, train, what=f"{count}-shot", **arguments)
+
+    def suite(self, predictor: Any) -> Suite[Predictions]:
+        """A predictor's predictions on all test sets."""
+        if id(predictor) not in self._suites:  # kept beside its result: an id is only unique while its owner lives
+            self._suites[id(predictor)] = predictor, predict_suite(predictor, self.data.test)
+        return self._suites[id(predictor)][1]
+
+    def validation(self, predictor: Any) -> Predictions:
+        return predict(predictor, self.data.validation)
+
+    def training(self, predictor: Any) -> Predictions:
+        if predictor is not self.zero_shot:
+            return predict(predictor, self.data.train)
+        if self._training is None:
+            self._training = predict(predictor, self.data.train)
+        return self._training
+
+
+def _count(data: Any) -> int:
+    match data:
+        case tuple():
+            return len(data[0])
+        case dict():
+            return len(data["image"])
+    return len(data)
+
+
+def _built(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's options, of which JSON holds an objective, and a risk, as a dictionary."""
+    built = dict(options)
+    if "objective" in built:
+        built["objective"] = Objective(**built["objective"])
+    if "risk" in built:
+        settings = dict(built["risk"])
+        built["risk"] = getattr(methods, settings.pop("risk"))(**settings)
+    return built
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Holds the lock of that name against other processes; a killed one lets go of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def columns(suites: Mapping[str, Suite[Predictions]]) -> dict[str, dict[str, float]]:
+    """The usual columns of a table, in %: a row a model."""
+    return {
+        name: {
+            "acc ID": 100 * m.id_accuracy,
+            "acc OOD": 100 * m.ood_accuracy,
+            "ECE ID": 100 * m.id.calibration.ece,
+            "ECE OOD": 100 * m.ood_ece,
+            "AUROC": 100 * m.auroc,
+        }
+        for name, m in evaluate_predictions(suites).models.items()
+    }
+
+
+def accuracy(p: Predictions) -> float:
+    """In %."""
+    return 100 * (p.logits.argmax(1) == p.labels).double().mean().item()

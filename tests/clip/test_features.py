@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import copy
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision import transforms
+
+from robustft.clip.features import (
+    Features,
+    batches,
+    encode,
+    fingerprint,
+    image_statistics,
+)
+
+
+class Tower(nn.Module):
+    """The face of an open_clip model, a linear map of the mean colour; counts its calls."""
+
+    def __init__(self, seed: int = 0, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)) -> None:
+        super().__init__()
+        self.visual = nn.Module()
+        self.visual.proj = nn.Parameter(torch.randn(3, 5, generator=torch.Generator().manual_seed(seed)))
+        self.visual.preprocess_cfg = {"mean": mean, "std": std}
+        self.dropout = nn.Dropout(0.5)
+        self._calls = 0  # private, because public attributes are the model's settings
+
+    @property
+    def calls(self) -> int:
+        return self._calls
+
+    def encode_image(self, images):
+        self._calls += 1
+        return self.dropout(images.mean((2, 3)) @ self.visual.proj)
+
+
+class Items:
+    """A map-style data set without tensors."""
+
+    def __init__(self, images, labels) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.images[i], int(self.labels[i])
+
+
+class Fast(Items):
+    fingerprint = "fast-1"
+
+    def tensors(self, mean, std):
+        shift, scale = (torch.tensor(s).view(3, 1, 1) for s in (mean, std))
+        return (self.images - shift) / scale, self.labels
+
+
+@pytest.fixture
+def data():
+    g = torch.Generator().manual_seed(1)
+    return torch.rand(11, 3, 4, 4, generator=g), torch.arange(11) % 4
+
+
+def test_features_are_the_unit_outputs_in_order_for_every_kind_of_data_set(data):
+    images, labels = data
+    model = Tower().train()
+    expected = nn.functional.normalize(images.mean((2, 3)) @ model.visual.proj.detach(), dim=-1)
+    named = {"image": images, "label": labels, "group": labels}
+    items = [{"image": image, "label": int(label), "group": 0} for image, label in zip(*data, strict=True)]
+    for dataset in (data, list(data), named, items, torch.utils.data.TensorDataset(*data), Items(*data)):
+        f = encode(model, dataset, batch_size=4)
+        torch.testing.assert_close(f.image_features, expected)
+        assert torch.equal(f.labels, labels) and len(f) == 11 and not f.image_features.requires_grad
+    assert model.training and model.dropout.training
+
+
+def test_the_fast_path_uses_the_models_own_statistics(data):
+    model = Tower(mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
+    mean, std = image_statistics(model)
+    assert (mean, std) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)) == image_statistics(nn.ModuleList([model]))
+    normalised = (data[0] - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    a, b = encode(model, Fast(*data)), encode(model, (normalised, data[1]))
+    torch.testing.assert_close(a.image_features, b.image_features)
+    assert image_statistics(SimpleNamespace(model=model))[0] == mean
+    for silent in (nn.Linear(1, 1), None):
+        with pytest.raises(ValueError, match="carries no image statistics"):
+            image_statistics(silent)
+
+
+def test_transform_makes_the_tensors(data):
+    as_arrays = Items([(255 * x).permute(1, 2, 0).byte().numpy() for x in data[0]], data[1])
+    with pytest.raises(TypeError, match="got ndarray: pass the model's transform"):
+        encode(Tower(), as_arrays)
+    f = encode(Tower(), as_arrays, transform=lambda a: torch.from_numpy(a).permute(2, 0, 1) / 255.0)
+    torch.testing.assert_close(f.image_features, encode(Tower(), data).image_features, atol=0.05, rtol=0)
+
+
+def test_a_cached_set_is_encoded_once(data, tmp_path):
+    model = Tower().eval()
+    first = encode(model, data, cache=tmp_path)
+    again = encode(model, data, cache=tmp_path, batch_size=3)
+    assert model.calls == 1 and torch.equal(first.image_features, again.image_features)
+    assert torch.equal(first.labels, again.labels)
+    assert [p.suffix for p in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_whatever_features_depend_on_is_in_the_key(data, tmp_path):
+    def run(model=None, dataset=data, **kwargs):
+        model = model or Tower()
+        encode(model, dataset, cache=tmp_path, **kwargs)
+        return model.calls
+
+    def half(x):
+        return x / 2
+
+    def normalize(mean):
+        return transforms.Compose([transforms.Normalize([mean] * 3, [1.0] * 3)])
+
+    fast, other = Fast(*data), Fast(*data)
+    other.fingerprint = "fast-2"
+    assert run() == 1 and run() == 0
+    assert run(Tower(seed=1)) == 1
+    assert run(dataset=(data[0] + 1e-6, data[1])) == 1
+    assert run(dataset=(data[0], data[1] + 1)) == 1
+    assert run(dtype=torch.bfloat16) == 1
+    assert run(dataset=fast) == 1 and run(dataset=fast) == 0 and run(dataset=other) == 1
+    for transform, key in ((half, "half"), (half, "half-2"), (normalize(0.1), None), (normalize(0.2), None)):
+        assert run(dataset=fast, transform=transform, transform_key=key) == 1
+        assert run(dataset=fast, transform=transform, transform_key=key) == 0
+    assert run(Tower(mean=(0.0, 0.0, 0.0)), dataset=fast) == 1
+    for name in ("transform", "target_transform", "transforms"):
+        setattr(fast, name, normalize(0.1))
+        assert run(dataset=fast) == 1
+    assert len(list(tmp_path.iterdir())) == 15
+
+
+def test_transforms_that_cannot_be_told_apart_are_cached_under_a_key_only(data, tmp_path):
+    def shifted(by):  # torchvision prints both as Compose(Lambda())
+        return transforms.Compose([transforms.Lambda(lambda x: x + by)])
+
+    images = Items(*data)
+    unclear = (shifted(0.0), shifted(1.0), lambda x: x, transforms.RandomErasing())
+    unclear += (transforms.Normalize(torch.zeros(3), torch.ones(3)),)  # prints four digits of its tensors
+    for transform in unclear:
+        with pytest.raises(ValueError, match=r"transform \(\w+\) cannot be told .* pass transform_key"):
+            encode(Tower(), images, transform=transform, cache=tmp_path)
+    for name in ("transform", "target_transform", "transforms"):
+        labelled = Fast(*data)
+        setattr(labelled, name, lambda x: x)
+        with pytest.raises(ValueError, match=rf"dataset.{name} \(function\) cannot be told"):
+            encode(Tower(), labelled, cache=tmp_path)
+    images.fingerprint = "items"
+    a, b = (encode(Tower(), images, transform=shifted(i), transform_key=f"{i}", cache=tmp_path) for i in (0, 1))
+    assert not torch.equal(a.image_features, b.image_features)
+
+
+def test_open_clips_evaluation_transforms_need_no_key(tmp_path):
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    pictures = Items([Image.new("RGB", (40, 30), colour) for colour in ("red", "green")], torch.arange(2))
+    pictures.fingerprint = "pictures"
+    for size, mode in ((8, "shortest"), (8, "longest"), (8, "squash"), ((8, 6), "shortest")):
+        transform = image_transform_v2(PreprocessCfg(size=size, resize_mode=mode), is_train=False)
+        encode(Tower(), pictures, transform=transform, cache=tmp_path)
+        model = Tower()
+        encode(model, pictures, transform=copy.deepcopy(transform), cache=tmp_path)
+        assert model.calls == 0
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:7]])
+def test_a_truncated_cache_file_is_rebuilt_with_one_warning(data, tmp_path, damage):
+    first = encode(Tower(), data, cache=tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(RuntimeWarning, match="is damaged") as record:
+        second = encode(Tower(), data, cache=tmp_path)
+    assert len(record) == 1 and torch.equal(first.image_features, second.image_features)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = Tower()
+        encode(model, data, cache=tmp_path)
+    assert model.calls == 0
+
+
+def test_a_failed_write_leaves_nothing_behind(data, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        encode(Tower(), data, cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_undefined_features_are_refused_and_not_cached(data, tmp_path):
+    images = data[0].clone()
+    images[[2, 7], 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="2 of 11 image features hold NaN"):
+        encode(Tower(), (images, data[1]), cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_and_arrays_have_fingerprints(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"1")
+    folder = SimpleNamespace(samples=[(str(tmp_path / "a.png"), 0)], transform=None)
+    before = fingerprint(folder)
+    (tmp_path / "a.png").write_bytes(b"12")
+    assert fingerprint(folder) != before
+    arrays = SimpleNamespace(data=np.zeros((2, 4, 4, 3), np.uint8), targets=[0, 1])
+    assert fingerprint(arrays) != fingerprint(SimpleNamespace(data=arrays.data, targets=[0, 2]))
+    with pytest.raises(ValueError, match="cannot be told from other data sets: give it a `fingerprint`"):
+        fingerprint(SimpleNamespace())
+
+
+def test_what_is_no_data_set_is_refused(data):
+    with pytest.raises(TypeError, match="dataset must be .* got generator"):
+        batches(x for x in ())
+    with pytest.raises(ValueError, match="dataset is empty"):
+        encode(Tower(), (data[0][:0], data[1][:0]))
+    with pytest.raises(ValueError, match=r"got \(11, 3, 4, 4\) torch.float32 and \(10,\)"):
+        encode(Tower(), (data[0], data[1][:10]))
+    with pytest.raises(ValueError, match="torch.uint8"):
+        encode(Tower(), (data[0].byte(), data[1]))
+    with pytest.raises(ValueError, match="transform must be None"):
+        encode(Tower(), data, transform=abs)
+    with pytest.raises(ValueError, match="batch_size"):
+        encode(Tower(), data, batch_size=0)
+    with pytest.raises(ValueError, match="dtype"):
+        encode(Tower(), data, dtype=torch.float64)
+
+
+def test_features_carry_optional_logits(data):
+    f = Features(torch.ones(2, 3), torch.zeros(2, dtype=torch.long), torch.zeros(2, 4))
+    assert f.logits.shape == (2, 4) and encode(Tower(), data).logits is None

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+import struct
+import sys
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from robustft.evaluation.measure import Evaluation, Frontier, Predictions, Suite, evaluate_predictions
+from robustft.evaluation.report import write_report
+
+SHIFTS, OOD = ("inverted", "noisy"), ("letters", "textures")
+
+
+def predictions(seed: int, n: int = 80, k: int = 5, gain: float = 2.0) -> Predictions:
+    g = torch.Generator().manual_seed(seed)
+    cosines = (0.3 * torch.randn(n, k, generator=g)).clamp(-1, 1)
+    labels = torch.randint(k, (n,), generator=g)
+    logits = 4 * cosines
+    logits[torch.arange(n), labels] += gain
+    return Predictions(cosines, logits, labels)
+
+
+def suite(seed: int, shifts=SHIFTS, ood=OOD) -> Suite[Predictions]:
+    return Suite(
+        predictions(seed),
+        {s: predictions(seed + 10 + i, gain=0.5) for i, s in enumerate(shifts)},
+        {s: predictions(seed + 20 + i, gain=0.0) for i, s in enumerate(ood)},
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> Evaluation:
+    return evaluate_predictions({"zero-shot": suite(0), "FT $<b>&": suite(100), "WiSE-FT": suite(200)})
+
+
+def curve(evaluation: Evaluation) -> Frontier:
+    a, m, b = evaluation.models.values()
+    return Frontier(
+        "WiSE",
+        (0.0, 0.5, 1.0),
+        (a.id_accuracy, b.id_accuracy, m.id_accuracy),
+        (a.ood_accuracy, b.ood_accuracy, m.ood_accuracy),
+        0.5,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(evaluation, tmp_path_factory) -> Path:
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    return write_report(
+        tmp_path_factory.mktemp("run") / "new" / "folder",
+        evaluation=evaluation,
+        frontiers=[curve(evaluation)],
+        samples={"id": images, "inverted": 255 - images[:2]},
+        config={
+            "seed": 3,
+            "train": {"lr": 0.1, "path": Path("a/b"), "bad": math.nan},
+            "dtype": torch.float32,
+        },
+        title="A <run>",
+        notes=["A toy & no more."],
+    )
+
+
+class Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [v for k, v in attrs if k in ("src", "href", "xlink:href", "data", "action")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.found += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
+
+
+def test_the_report_is_one_well_formed_file_that_requests_nothing(report):
+    text = report.read_text()
+    links = Links()
+    links.feed(text)
+    assert links.open == []
+    assert links.found and all(v.startswith(("#", "data:image/png;base64,")) for v in links.found)
+    assert not re.search(r"@import|url\((?!#)|<script|<link", text)
+
+
+def test_the_report_shows_table_conventions_notes_and_configuration(report, evaluation):
+    text = report.read_text()
+    for row in evaluation.rows()[1:]:
+        for cell in row:
+            assert re.search(rf"<td[^>]*>{re.escape(html.escape(cell))}</td>", text), cell
+    for sentence in (*evaluation.conventions(), "A <run>", "A toy & no more."):
+        assert html.escape(sentence) in text
+    for key, value in (("seed", "3"), ("train.lr", "0.1"), ("train.path", "a/b"), ("dtype", "torch.float32")):
+        assert f"<tr><td>{key}</td><td>{value}</td></tr>" in text
+    assert "<b>" not in text
+
+
+def test_the_best_of_each_column_is_bold(report, evaluation):
+    table = re.search(r"<tbody>(.*?)</tbody>", report.read_text(), re.S)[1]
+    rows = [re.findall(r"<td( class=best)?>", row) for row in table.split("</tr>")[:3]]
+    accuracies = [m.id_accuracy for m in evaluation.models.values()]
+    assert [bool(row[1]) for row in rows] == [a == max(accuracies) for a in accuracies]
+    eces = [m.ood_ece for m in evaluation.models.values()]
+    assert [bool(row[4]) for row in rows] == [e == min(eces) for e in eces]
+
+
+def test_every_picture_is_drawn_twice_as_svg_and_as_png(report):
+    drawn = re.findall(r"<svg.*?</svg>", report.read_text(), re.S)
+    pngs = sorted(p.name for p in (report.parent / "figures").iterdir())
+    assert pngs == ["frontier.png", "reliability.png", "samples.png", "scores.png"] and len(drawn) == 4
+    for svg in drawn:
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+        assert "var(--ink)" in svg and "#1f2329" not in svg
+    for name in pngs:
+        data = (report.parent / "figures" / name).read_bytes()
+        width, height = struct.unpack(">II", data[16:24])
+        assert data[:8] == b"\x89PNG\r\n\x1a\n" and width > 300 and height > 100
+
+
+def test_metrics_json_gives_the_evaluation_back(report, evaluation):
+    data = json.loads((report.parent / "metrics.json").read_text())
+    assert Evaluation.from_dict(data) == evaluation
+    assert data["frontiers"][0]["chosen"] == 0.5 and data["config"]["train"]["bad"] is None
+
+
+def test_a_second_report_replaces_the_first_and_is_identical(report, evaluation, tmp_path):
+    a = write_report(tmp_path, evaluation=evaluation, config={"seed": 0}).read_bytes()
+    b = write_report(tmp_path, evaluation=evaluation, config={"seed": 0}).read_bytes()
+    assert a == b and not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+
+
+def test_pictures_without_data_are_left_out(tmp_path):
+    plain = evaluate_predictions({"only": suite(0, shifts=(), ood=())})
+    write_report(tmp_path, evaluation=plain)
+    assert [p.name for p in (tmp_path / "figures").iterdir()] == ["reliability.png"]
+
+
+def test_highlight_chooses_models(evaluation, tmp_path):
+    a = write_report(tmp_path, evaluation=evaluation, highlight=["WiSE-FT"]).read_text()
+    assert len(a) < len(write_report(tmp_path, evaluation=evaluation).read_text())
+    with pytest.raises(ValueError, match="not evaluated: .'nobody'"):
+        write_report(tmp_path, evaluation=evaluation, highlight=["nobody"])
+
+
+def test_labels_of_the_frontier_meet_no_other_label(evaluation):
+    import matplotlib
+
+    from robustft.evaluation import pictures
+
+    with matplotlib.rc_context(pictures.STYLE):
+        figure = pictures.frontier(evaluation, [curve(evaluation)])
+        texts = [t for t in figure.axes[0].texts]
+        boxes = [t.get_window_extent() for t in texts]
+    assert {t.get_text() for t in texts} == {"zero-shot", "FT $<b>&", "WiSE-FT (α = 0.5)"}
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_the_global_state_of_pyplot_is_not_touched(report):
+    import matplotlib
+
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+    assert matplotlib.rcParams["font.size"] == matplotlib.rcParamsDefault["font.size"]
+
+
+@pytest.mark.parametrize(
+    "bad", [np.zeros((2, 8, 8, 3)), np.zeros((8, 8, 3), np.uint8), np.zeros((0, 8, 8, 3), np.uint8)]
+)
+def test_samples_that_are_no_pictures_are_refused(bad, evaluation, tmp_path):
+    with pytest.raises(ValueError, match=r"samples\['x'\] must be uint8 \(n, H, W, 3\)"):
+        write_report(tmp_path, evaluation=evaluation, samples={"x": bad})
+
+
+def test_an_unwritable_directory_says_so(evaluation, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        write_report(tmp_path / "file", evaluation=evaluation)

@@ -1,0 +1,260 @@
+"""The main job, the command line and the README, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from robustft import cli, clip, doctor, methods
+from robustft.data import glyphworld
+from robustft.data.pretrain import pretrain
+from robustft.evaluation.measure import Evaluation, predict
+from robustft.pipeline import quickstart
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def robustft(*arguments: str, cwd: Path, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "robustft", *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short but whole run."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    done = robustft("quickstart", "--quick", "--limit-batches", "1", "--output", "out", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "out", done.stdout + done.stderr
+
+
+def test_it_prints_one_table_of_all_models(run):
+    _, printed = run
+    for name in ("zero-shot", "FT", "FLYP", "CaRot", "WiSE FT", "OSE FT", "WiSE FLYP", "OSE CaRot"):
+        assert re.search(rf"^{name} +\d", printed, re.MULTILINE), name
+    assert "ECE: 15 equal-width bins, full set" in printed and "FPR95: ID positive" in printed
+
+
+def test_its_schedules_know_of_the_limit_on_batches(run):
+    _, printed = run
+    assert "was made for total_steps" not in printed
+
+
+def test_it_leaves_everything_it_promises(run):
+    folder, _ = run
+    expected = ["report.html", "metrics.json", "metrics.jsonl", "config.yaml"]
+    expected += [f"{name}/checkpoints" for name in quickstart.RECIPES]
+    assert [name for name in expected if not (folder / name).exists()] == []
+    figures = {path.stem for path in (folder / "figures").glob("*.png")}
+    assert figures == {"frontier", "reliability", "scores", "samples"}
+    assert "https://" not in (folder / "report.html").read_text().replace("https://www.w3.org", "")
+    evaluation = Evaluation.from_dict(json.loads((folder / "metrics.json").read_text()))
+    assert len(evaluation.models) == 10
+    assert yaml.safe_load((folder / "config.yaml").read_text())["seed"] == 0
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {record["method"] for record in records} == set(quickstart.RECIPES)
+
+
+def test_no_temporary_file_is_left(run):
+    folder, _ = run
+    assert [str(p) for p in folder.rglob("*") if "tmp" in p.name or p.name.startswith(".")] == []
+
+
+def test_exports_load_back_bit_for_bit(run):
+    folder, _ = run
+    open_clip = clip.import_open_clip()
+    images, _ = glyphworld.digits("test").tensors((0.5,) * 3, (0.25,) * 3)
+    for path in sorted(p for p in (folder / "export").iterdir() if p.is_dir()):
+        theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{path}")
+        ours = clip.load(f"local-dir:{path}").model
+        assert all(
+            torch.equal(a, b) for a, b in zip(theirs.state_dict().values(), ours.state_dict().values(), strict=True)
+        )
+        with torch.no_grad():
+            assert torch.equal(theirs.eval().encode_image(images[:4]), ours.encode_image(images[:4]))
+        assert transform(glyphworld.digits("test")[0][0]).shape == (3, 28, 28)
+
+
+def test_exported_flyp_predicts_what_the_table_says(run):
+    folder, _ = run
+    bundle = clip.load(f"local-dir:{folder / 'export' / 'flyp'}")
+    names = {"class_names": glyphworld.CLASS_NAMES, "templates": glyphworld.TEMPLATES}
+    classifier = methods.zero_shot_classifier(bundle.model, tokenizer=bundle.tokenizer, **names)
+    data = quickstart.Data.load(bundle.model, limit=200)
+    predictions = predict(classifier, data.test.id)
+    accuracy = (predictions.logits.argmax(1) == predictions.labels).double().mean().item()
+    evaluation = Evaluation.from_dict(json.loads((folder / "metrics.json").read_text()))
+    assert accuracy == evaluation.models["FLYP"].id_accuracy
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_untouched(run):
+    folder, _ = run
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    again = robustft("quickstart", "--quick", "--output", str(folder), cwd=folder.parent)
+    assert again.returncode == 1 and "already holds a run" in again.stderr and "Traceback" not in again.stderr
+    other = robustft("quickstart", "--seed", "5", "--resume", "--output", str(folder), cwd=folder.parent)
+    assert other.returncode == 1 and "another configuration" in other.stderr
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(run, tmp_path):
+    folder, _ = run
+    arguments = ["quickstart", "--quick", "--limit-batches", "1", "--output", "out"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-m", "robustft", *arguments], cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").glob("FLYP/checkpoints/step_*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    resumed = robustft(*arguments, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    results = [json.loads((f / "metrics.json").read_text()) for f in (folder, tmp_path / "out")]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"device": "cuda:99"},
+        {"limit_batches": 0},
+        {"precision": "fp8"},
+        {"from_scratch": True, "pretrain_pairs": 10},
+        {"pretrain_pairs": 640},
+    ],
+)
+def test_a_start_that_fails_does_not_claim_the_folder(tmp_path, wrong):
+    with pytest.raises((ValueError, RuntimeError, AssertionError)):
+        quickstart.quickstart(tmp_path / "out", log=lambda _: None, **wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_torch_without_cuda_is_an_error_without_a_traceback(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(quickstart, "quickstart", fail)
+    assert cli.main(["quickstart", "--device", "cuda", "--output", str(tmp_path / "out")]) == 1
+    assert "robustft quickstart: Torch not compiled with CUDA" in capsys.readouterr().err
+
+
+def test_resume_does_not_claim_a_foreign_folder(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="no run to resume"):
+        quickstart.open_folder(tmp_path, {}, resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_kill_during_the_first_write_leaves_a_folder_that_can_be_used(tmp_path):
+    for resume in (False, True):
+        folder = tmp_path / str(resume)
+        folder.mkdir()
+        (folder / ".config.yaml.x1y2").write_text("se")
+        quickstart.open_folder(folder, {"seed": 0}, resume)
+        assert (folder / "config.yaml").exists()
+
+
+def test_half_pre_trained_model_is_finished_before_it_is_fine_tuned(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "pretrain", partial(pretrain, save_every=64))
+    monkeypatch.setattr(quickstart, "SECONDS_BETWEEN_LINES", 0.0)
+    arguments = {"from_scratch": True, "pretrain_pairs": 256, "quick": True, "limit_batches": 1, "method_names": ["FT"]}
+    lines: list[str] = []
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if "128 of 256 pairs" in line and len(lines) < 10:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        quickstart.quickstart(tmp_path / "out", log=log, **arguments)
+    # Neither a half pre-trained model nor a fine-tuning that was killed during its first save stands in the way.
+    (tmp_path / "out" / "FT" / "checkpoints" / ".step_00000000.tmp").mkdir(parents=True)
+    lines.clear()
+    quickstart.quickstart(tmp_path / "out", resume=True, log=lines.append, **arguments)
+    assert [line.split(",")[0] for line in lines if line.startswith("pre-training:")] == [
+        "pre-training: 192 of 256 pairs",
+        "pre-training: 256 of 256 pairs",
+    ]
+    whole = pretrain(tmp_path / "whole.safetensors", pairs=256)
+    assert (tmp_path / "out" / "pretrained.safetensors").read_bytes() == whole.read_bytes()
+    assert not list((tmp_path / "out").glob("pretraining*"))
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    done = robustft("quickstart", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0 and "nothing was written" in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_method_is_named(tmp_path):
+    done = robustft("quickstart", "--methods", "FLYP", "SAM", cwd=tmp_path)
+    assert done.returncode == 1 and "expected some of FT, FLYP, CaRot" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    done = robustft("quickstart", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 1 and "is a file" in done.stderr
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_full_disk_is_said_before_training(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(quickstart, "write_file", full)
+    with pytest.raises(OSError, match="cannot be written: No space left on device"):
+        quickstart.quickstart(tmp_path / "out", log=lambda _: None)
+
+
+def test_mixed_predictions_are_the_ensembles_own():
+    bundle = glyphworld.load_clip()
+    names = {"class_names": glyphworld.CLASS_NAMES, "templates": glyphworld.TEMPLATES}
+    zero_shot = methods.zero_shot_classifier(bundle.model, tokenizer=bundle.tokenizer, **names)
+    flipped = methods.Classifier(bundle.model, -zero_shot.class_embeddings, glyphworld.CLASS_NAMES, logit_scale=3.0)
+    data = quickstart.Data.load(bundle.model, limit=20)
+    a, b = (quickstart.predict_suite(c, data.test) for c in (zero_shot, flipped))
+    mixed = quickstart.mix_suites(a, b, 0.3, (1.5, 0.8))
+    ensemble = methods.OutputEnsemble(zero_shot, flipped, temperatures=(1.5, 0.8)).at(0.3)
+    direct = quickstart.predict_suite(ensemble, data.test)
+    for ours, theirs in ((mixed.id, direct.id), (mixed.shifts["font"], direct.shifts["font"])):
+        torch.testing.assert_close(ours.logits, theirs.logits)
+        torch.testing.assert_close(ours.cosines, theirs.cosines)
+
+
+def test_doctor_passes_here():
+    lines: list[str] = []
+    assert doctor.run(lines.append) == 0, "\n".join(lines)
+    assert any("contrastive_distillation_loss (cpu)" in line for line in lines)
+
+
+def test_doctor_fails_with_a_cure(monkeypatch):
+    from robustft.ops import reference
+
+    monkeypatch.setattr(reference, "contrastive_loss", lambda x, t, s, *_: (x * t).sum(1) * s)
+    lines: list[str] = []
+    assert doctor.run(lines.append) == 1
+    assert any(line.startswith("FAIL contrastive_loss (cpu)") for line in lines)
+    assert any(line.startswith("contrastive_loss (cpu): pip install") for line in lines)
+
+
+def test_readme_code_runs_as_printed(tmp_path):
+    code = re.search(r"<!-- runnable -->\n```python\n(.*?)```", README.read_text(), re.DOTALL).group(1)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"accuracy 0\.\d+, ECE 0\.\d+ \(noise floor 0\.\d+\)", done.stdout)
