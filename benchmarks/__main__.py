@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from robustft.cli import add_bench_arguments
+from robustft.files import write_text
 
 from . import machine, show
 from .store import Store
@@ -69,7 +70,7 @@ def run(*, quick: bool, only: str, threads: Sequence[int] | None, output: str | 
     store = Store(path)
     plots = show.plot(store.records, path.parent, stem)
     text = show.markdown(store.machine, store.records, quick, plots)
-    path.with_suffix(".md").write_text(text)
+    write_text(path.with_suffix(".md"), text)
     print("\n" + show.verdicts(store.machine, store.records, quick))
     print(f"\n{', '.join(p.name for p in (path, path.with_suffix('.md')))} and {len(plots)} plots are in {folder}")
     return 1 if failed else 0

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import machine
+from robustft.files import write_text
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     results = {"nvcc": re.search(r"V([\d.]+)", version)[1], "kernels": [kernel._asdict() for kernel in kernels]}
     path = machine.write("cuda_resources", "python -m benchmarks.cuda_resources", results)
-    path.with_suffix(".md").write_text(table(kernels))
+    write_text(path.with_suffix(".md"), table(kernels))
     print(table(kernels))
     return 0
 

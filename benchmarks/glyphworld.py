@@ -20,6 +20,7 @@ from pathlib import Path
 from robustft.data import glyphworld
 from robustft.ensembles.wise_ft import accuracy_and_nll
 from robustft.evaluation.measure import predict
+from robustft.files import write_text
 from robustft.pipeline import quickstart
 
 from . import machine
@@ -99,10 +100,10 @@ def write_table() -> None:
     )
     seeds = ", ".join(map(str, results["seeds"]))
     text = "\n".join(lines) + f"\n\nMean ± standard deviation over fine-tuning seeds {seeds}. {conventions}\n"
-    (machine.RESULTS / "glyphworld.md").write_text(text)
+    write_text(machine.RESULTS / "glyphworld.md", text)
     begin, end = "<!-- table: python -m benchmarks.glyphworld -->\n", "<!-- end of table -->"
     pattern = re.escape(begin) + ".*?" + re.escape(end)
-    README.write_text(re.sub(pattern, lambda _: begin + text + end, README.read_text(), flags=re.DOTALL))
+    write_text(README, re.sub(pattern, lambda _: begin + text + end, README.read_text(), flags=re.DOTALL))
     print(text)
 
 

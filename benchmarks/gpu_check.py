@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from robustft.files import write_json, write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 OTHER_DEMANDS = {"carot-step-512": "1.45 of a FLYP step", "contrastive-bf16-1M": "fits 80 GB"}
 STEPS = ("build", "rates", "tests", "sanitizer", "rows", "host")
@@ -46,10 +48,7 @@ class Check:
         print(f"-- {step}: {json.dumps(result)[:2000]}", flush=True)
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.results, indent=1) + "\n")
-        os.replace(temporary, self.path)
+        write_json(self.path, self.results)
 
     def run(self, command: list[str], limit: float, **environment: str) -> dict[str, Any]:
         """{"seconds", "status", "output"}: status is the exit status, or "cut off" at the limit."""
@@ -272,7 +271,7 @@ def main() -> int:
     for step in (step for step in STEPS if step in options.only):
         globals()[step](check)
     text = table(check.results)
-    (folder / f"{name}.md").write_text(text)
+    write_text(folder / f"{name}.md", text)
     print(text)
     return 0 if "tests" not in options.only or check.results["tests"]["status"] == 0 else 1
 

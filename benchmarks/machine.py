@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -13,6 +12,7 @@ import torch
 
 import robustft
 from robustft.doctor import processor
+from robustft.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 """Of the source tree. An installed robustft must not write there; see `output_folder`."""
@@ -52,9 +52,6 @@ def has_amx() -> bool:
 
 def write(name: str, command: str, results: Any) -> Path:
     """Writes results/<name>.json with its command and machine."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"command": command, "machine": describe(), "results": results}, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_json(path, {"command": command, "machine": describe(), "results": results})
     return path

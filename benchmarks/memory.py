@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from robustft.files import write_text
+
 from . import machine
 from .work import Row
 
@@ -114,7 +116,7 @@ def write_table() -> None:
     readme, count = re.subn(pattern, lambda m: m[1] + text + m[2], README.read_text(), flags=re.DOTALL)
     if count != 1:
         raise ValueError(f"{README} has {count} places between <!-- memory --> and <!-- end of memory -->; expected 1")
-    README.write_text(readme)
+    write_text(README, readme)
 
 
 def main() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from robustft.files import write_file
 
 from . import bar
 
@@ -204,7 +207,9 @@ def _draw(sweep: Sequence[Record], path: Path) -> None:
             axes.set_xlabel("N")
         figure.axes[0].legend(frameon=False)
         figure.suptitle(f"{sweep[-1]['name']} and smaller, {_threads(sweep[0]['threads'])}")
-        FigureCanvasAgg(figure).print_png(path)
+        png = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(png)
+    write_file(path, png.getvalue())
 
 
 def _plain_megabytes(candidate: Record) -> float:

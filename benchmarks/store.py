@@ -1,18 +1,17 @@
 """The results file: a record a row and thread count, written when the row is done, so that a killed run goes on.
 
-Rows are kept for as long as the machine, torch and robustft's code are the same. It is written under another name
-and renamed.
+Rows are kept for as long as the machine, torch and robustft's code are the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import robustft
+from robustft.files import write_json
 
 from . import machine
 
@@ -68,12 +67,7 @@ class Store:
         self.write()
 
     def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(
-            json.dumps({"command": COMMAND, "machine": self.machine, "records": self.records}, indent=1) + "\n"
-        )
-        os.replace(temporary, self.path)
+        write_json(self.path, {"command": COMMAND, "machine": self.machine, "records": self.records})
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 
+from robustft.files import write_json
 from robustft.ops.triton import configs
 
 RESULTS = Path(__file__).parent / "results" / "triton_resources.json"
@@ -234,7 +235,7 @@ def main() -> None:
             found[case.name] = result
             print(table({"cases": {case.name: result}}).split("\n", 2)[2], file=sys.stderr, flush=True)
     results = {"command": "python -m benchmarks.triton_resources", "triton": triton.__version__, "sources": sources()}
-    RESULTS.write_text(json.dumps({**results, "cases": found}, indent=1) + "\n")
+    write_json(RESULTS, {**results, "cases": found})
 
 
 if __name__ == "__main__":

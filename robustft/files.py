@@ -1,34 +1,179 @@
-"""Files that are whole or as they were, and hold numbers and JSON, never code.
+"""Files on their way to disk, in one way: whole or as they were, and of numbers, text and JSON, never code.
 
-A fitted object is one safetensors file: its tensors, and as metadata one JSON text {"kind": ..., **settings}. One key,
-because the order in which safetensors writes several is not reproducible: equal objects are equal bytes.
+    write_file, write_text, write_json, write_tensors    one file
+    new_folder                                           a folder, of whatever is written into it
+    append_line, move                                    a record more; a whole file under another name
+    locked                                               one process at a time
+
+A file is written under another name in its folder, synced and renamed, so that a kill, a full disk or a cut of power
+at any moment leaves the file as it was or as it is to be. Folders are made. Modes are those that the umask gives. Equal
+content is equal bytes.
+
+A fitted object is one safetensors file: its tensors, and as metadata one JSON text {"kind": ..., **settings}.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 _KEY = "robustft"
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{12}(\.old)?")  # the names that `_beside` and `new_folder` give
 
 # What may lie beside an exported model; none of it is weights.
 DETECTOR_FILE = "detector.safetensors"
 CALIBRATOR_FILE = "calibrator.safetensors"
 
 
-def save_fitted(path: Path, kind: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes a fitted object; `kind` is what `load_fitted` will ask for."""
-    from safetensors.torch import save
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file of these bytes."""
+    with _new_file(path) as temporary:
+        temporary.write_bytes(data)
 
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of this text, in UTF-8."""
+    write_file(path, text.encode())
+
+
+def write_json(path: Path, value: Any, *, indent: int = 1, allow_nan: bool = True) -> None:
+    """Writes a value that JSON can hold; `allow_nan` False raises ValueError for NaN and infinity."""
+    write_text(path, json.dumps(value, indent=indent, allow_nan=allow_nan) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file; memory: one copy of the tensors on the CPU.
+
+    ValueError for several metadata: the order in which safetensors writes them changes from process to process.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    if metadata is not None and len(metadata) > 1:
+        raise ValueError(f"metadata must have one key, whose value may be JSON, got {sorted(metadata)}")
     # Copies, because safetensors refuses tensors that share memory.
-    owned = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    write_file(path, save(owned, metadata={_KEY: json.dumps({"kind": kind, **settings})}))
+    owned = {
+        name: torch.empty_like(x, device="cpu", memory_format=torch.contiguous_format).copy_(x.detach())
+        for name, x in tensors.items()
+    }
+    with _new_file(path) as temporary:
+        mode = temporary.stat().st_mode
+        try:
+            save_file(owned, temporary, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
+        temporary.chmod(mode & 0o777)  # safetensors makes a file of its own, the owner's alone
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to write into, which in the end takes the place of `path` and of what lies there.
+
+    Nothing is left of it after an error. A kill between the two renames that replace a folder leaves the earlier one
+    beside its place, under a hidden name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = _beside(path)
+    try:
+        fresh.mkdir()
+        yield fresh
+        for entry in (*fresh.rglob("*"), fresh):
+            _sync(entry)
+        _replace_folder(path, fresh)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    _sync(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file: all that a kill can leave of it is a last line cut short."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames a whole file within its file system, over `target` if that is there."""
+    os.replace(source, target)
+    _sync(target.parent)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds the lock file `path` against all other processes and threads.
+
+    The lock dies with its process, however that ends, and the file goes with it or is taken over. BlockingIOError
+    where somebody else holds it, unless this is to `wait`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = _lock(path, wait)
+    _held.add(handle)
+    try:
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        _held.discard(handle)
+        os.close(handle)
+
+
+def _lock(path: Path, wait: bool) -> int:
+    while True:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Whoever held it may have removed the file, which somebody else has made anew.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except BlockingIOError as error:
+            owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip()
+            os.close(handle)
+            raise BlockingIOError(
+                error.errno,
+                f"{path.parent} is in use by another run (process {owner}): wait until it has ended, or choose another "
+                "folder",
+            ) from error
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+_held: set[int] = set()  # a forked child, such as a loader of data, would keep its parent's locks
+
+
+def _let_go() -> None:
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether this is what a kill has left of an attempt to write a file or a folder beside it."""
+    return _UNFINISHED.fullmatch(path.name) is not None
+
+
+def save_fitted(path: Path, kind: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes a fitted object; `kind` is what `load_fitted` will ask for. ValueError for a setting that is NaN."""
+    try:
+        text = json.dumps({"kind": kind, **settings}, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: the settings of a {kind} must be finite numbers, got {settings!r:.200}") from error
+    write_tensors(path, tensors, {_KEY: text})
 
 
 def place(path: str | Path, name: str) -> Path:
@@ -39,50 +184,95 @@ def place(path: str | Path, name: str) -> Path:
 
 def fitted_kind(path: Path) -> str:
     """The kind of what `save_fitted` wrote; ValueError for a file that holds none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            return str(json.loads((file.metadata() or {})[_KEY])["kind"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: truncated, or nothing saved by robustft: {error!r:.200}") from error
+    return _read_fitted(path, "object")[0]
 
 
 def load_fitted(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and tensors of what `save_fitted` wrote; ValueError for a damaged file or another kind."""
+    """Settings and tensors of what `save_fitted` wrote.
+
+    ValueError, naming the file, for a damaged one, another kind, NaN in it, and when something is asked of the
+    dictionaries that they do not hold.
+    """
+    found, settings, tensors = _read_fitted(path, kind)
+    if found != kind:
+        raise ValueError(f"{path}: holds a {found}, expected a {kind}")
+    for name, value in tensors.items():
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise ValueError(f"{path}: {name} of the {kind} must be finite, but holds NaN")
+    return _Found(path, settings), _Found(path, tensors)
+
+
+class _Found(dict[str, Any]):
+    """What a file holds; asked for more, it says which file lacks it."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise ValueError(f"{self.path}: damaged, or of another version of robustft: it holds no {name!r}")
+
+
+def _read_fitted(path: Path, kind: str) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a {kind} saved by robustft")
     try:
         with safe_open(path, "pt") as file:
-            settings = json.loads((file.metadata() or {})[_KEY])
+            settings = json.loads((file.metadata() or {})[_KEY], parse_constant=_refuse)
             # Copies: the file's own memory is aligned to 8 bytes, and products of it can differ in their last bits.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         found = settings.pop("kind")
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        if not isinstance(found, str):
+            raise TypeError(f"kind is {found!r:.80}")
+    except (SafetensorError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: truncated, or no {kind} saved by robustft: {error!r:.200}") from error
-    if found != kind:
-        raise ValueError(f"{path}: holds a {found}, expected a {kind}")
-    return settings, tensors
+    return found, settings, tensors
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file under another name in its folder, made if need be, and renames it: it is whole or as it
-    was."""
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"a setting is {constant}")
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.urandom(6).hex()}")
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """An empty file beside `path`, of the mode that the umask gives, which in the end takes its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = _beside(path)
+    # The kernel applies the umask. To ask for it is to set it, for every thread of the process.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are the owner's alone
+        yield temporary
+        _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
+    _sync(path.parent)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _replace_folder(path: Path, fresh: Path) -> None:
+    if not path.exists():
+        os.rename(fresh, path)
+        return
+    old = fresh.with_name(f"{fresh.name}.old")
+    os.rename(path, old)
+    try:
+        os.rename(fresh, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -9,20 +9,15 @@ Results have the same bits whether queries come one at a time or 50,000 together
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from robustft.files import load_fitted, save_fitted
 from robustft.functional import Neighbors
 from robustft.ops import arguments, neighbors
 from robustft.ops.native.neighbors import PackedPoints
-
-_FORMAT = {"format": "robustft.NeighborIndex", "version": "1"}
 
 
 class NeighborIndex:
@@ -91,29 +86,13 @@ class NeighborIndex:
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all. It holds the points alone: what is prepared of them depends
         on the processor, and takes less time to make than to read."""
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file({"points": self.points.cpu().contiguous()}, temporary, metadata=_FORMAT)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        save_fitted(Path(path), "NeighborIndex", {}, {"points": self.points})
 
     @classmethod
     def load(cls, path: str | Path) -> NeighborIndex:
         """The index that `save` wrote, on the CPU. ValueError for another file, OSError where there is none."""
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata != _FORMAT or "points" not in file.keys():
-                    raise ValueError(f"{path} holds no NeighborIndex; its metadata are {metadata}, expected {_FORMAT}")
-                return cls(file.get_tensor("points"))
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a whole safetensors file, as NeighborIndex.save writes: {error}"
-            ) from error
+        _, tensors = load_fitted(Path(path), "NeighborIndex")
+        return cls(tensors["points"])
 
     def _prepare(self) -> PackedPoints | None:
         if self._packed is None or not neighbors.prepares(self.points):

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ from robustft.clip.encoding import unwrap
 from robustft.clip.loading import CLASSIFIER_FILE, COMPANIONS, CONFIG_FILE, WEIGHTS_FILE
 from robustft.clip.messages import few
 from robustft.clip.prompts import Tokenizer
+from robustft.files import new_folder, write_file, write_json, write_tensors, write_text
 
 CARD_FILE = "README.md"
 
@@ -39,29 +36,19 @@ def export(
     export is replaced, with its classifier, detector and calibrator. Raises FileExistsError when `directory` holds
     anything else, ValueError when `config` is incomplete. Memory: one copy of the weights on the CPU.
     """
-    from safetensors.torch import save_file
-
     if not all(isinstance(config.get(key), Mapping) for key in ("model_cfg", "preprocess_cfg")):
         raise ValueError(f"config: expected the mappings 'model_cfg' and 'preprocess_cfg', got {config!r:.80}")
     model = unwrap(model)
     directory = Path(directory).resolve()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
-    try:
-        fresh.mkdir()
-        (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (fresh / CARD_FILE).write_text(_card(directory.name, model) if card is None else card, encoding="utf-8")
+    with new_folder(directory) as fresh:
+        write_json(fresh / CONFIG_FILE, config, indent=2)
+        write_text(fresh / CARD_FILE, _card(directory.name, model) if card is None else card)
         if classifier is not None:
-            (fresh / CLASSIFIER_FILE).write_bytes(classifier)
-        if hasattr(tokenizer, "save_pretrained"):
-            tokenizer.save_pretrained(fresh)
+            write_file(fresh / CLASSIFIER_FILE, classifier)
+        if callable(save := getattr(tokenizer, "save_pretrained", None)):
+            save(fresh)
         _check_replaceable(directory, {path.name for path in fresh.iterdir()} | {WEIGHTS_FILE} | COMPANIONS)
-        # Copies, because safetensors refuses tensors that share memory.
-        state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
-        save_file(state, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
-        _replace_directory(directory, fresh)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        write_tensors(fresh / WEIGHTS_FILE, model.state_dict(), {"format": "pt"})
     return directory
 
 
@@ -75,20 +62,6 @@ def _check_replaceable(directory: Path, names: set[str]) -> None:
             f"{directory}: holds something other than an earlier export: "
             f"{few(sorted(held), 'files')}; choose another directory or empty it"
         )
-
-
-def _replace_directory(directory: Path, fresh: Path) -> None:
-    if not directory.exists():
-        os.rename(fresh, directory)
-        return
-    old = fresh.with_name(f"{fresh.name}.old")
-    os.rename(directory, old)
-    try:
-        os.rename(fresh, directory)
-    except OSError:
-        os.rename(old, directory)
-        raise
-    shutil.rmtree(old)
 
 
 def _card(name: str, model: nn.Module) -> str:

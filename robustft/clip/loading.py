@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from robustft.clip.library import import_open_clip
 from robustft.clip.messages import few
 from robustft.clip.prompts import Tokenizer
-from robustft.files import CALIBRATOR_FILE, DETECTOR_FILE
+from robustft.files import CALIBRATOR_FILE, DETECTOR_FILE, write_json
 
 CONFIG_FILE = "open_clip_config.json"
 
@@ -68,7 +68,7 @@ def load(
     config, checkpoint = _resolve(open_clip, name, pretrained, None if cache_dir is None else str(cache_dir))
     with tempfile.TemporaryDirectory() as folder, _without_random_weights_warning():
         # Building from the written configuration is the way an export is loaded, hence the same model.
-        (Path(folder) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+        write_json(Path(folder) / CONFIG_FILE, config)
         model, train_transform, eval_transform = open_clip.create_model_and_transforms(
             f"local-dir:{folder}", load_weights=False, pretrained_text=False
         )

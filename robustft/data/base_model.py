@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from robustft.files import write_tensors
 
 if TYPE_CHECKING:
     from robustft.clip import Bundle
@@ -40,7 +41,7 @@ CONFIG: dict[str, Any] = {  # as in open_clip_config.json
 }
 
 
-def build(vocabulary: int = 49408) -> nn.Module:
+def build(vocabulary: int = 49408) -> Any:
     """An untrained model of CONFIG with `vocabulary` tokens, in fp32 on the CPU."""
     from robustft.clip import import_open_clip
 
@@ -54,17 +55,10 @@ def save(path: str | Path, model: nn.Module, token_rows: Tensor, metadata: Mappi
 
     Equal models with equal metadata give equal bytes.
     """
-    from safetensors.torch import save as serialize
-
-    path = Path(path)
     weights = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
     weights.pop("attn_mask", None)
     weights["token_rows"] = token_rows.to(torch.int32)
-    temporary = path.with_name(path.name + ".tmp")
-    # All under one key: safetensors writes several in an order that changes from call to call.
-    described = json.dumps({"config": CONFIG, **metadata})
-    temporary.write_bytes(serialize(weights, metadata={"robustft": described}))
-    os.replace(temporary, path)
+    write_tensors(Path(path), weights, {"robustft": json.dumps({"config": CONFIG, **metadata})})
 
 
 def load_clip(path: str | Path | None = None) -> Bundle:
@@ -84,20 +78,19 @@ def load_clip(path: str | Path | None = None) -> Bundle:
         weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated, or no safetensors file: {error}") from error
-    rows = weights.pop("token_rows", None)
     model = build()
     try:
         compact = weights[EMBEDDING]
         weights[EMBEDDING] = torch.zeros_like(model.token_embedding.weight, dtype=compact.dtype)
-        weights[EMBEDDING][rows.long()] = compact
+        weights[EMBEDDING][weights.pop("token_rows").long()] = compact
         incompatible = model.load_state_dict(weights, strict=False)
         if set(incompatible.missing_keys) - {"attn_mask"} or incompatible.unexpected_keys:
             raise RuntimeError(str(incompatible))
-    except (RuntimeError, KeyError, IndexError, AttributeError) as error:
+    except (RuntimeError, KeyError, IndexError) as error:
         raise ValueError(f"{path}: not a checkpoint of robustft.data.pretrain: {error}") from error
     open_clip, config = import_open_clip(), copy.deepcopy(CONFIG)
     preprocess = open_clip.transform.PreprocessCfg(**config["preprocess_cfg"])
-    open_clip.set_model_preprocess_cfg(model, config["preprocess_cfg"])  # where `features.image_statistics` looks
+    open_clip.set_model_preprocess_cfg(model, config["preprocess_cfg"])  # where `sources.image_statistics` looks
     return Bundle(
         model.eval(),
         open_clip.SimpleTokenizer(context_length=config["model_cfg"]["text_cfg"]["context_length"]),

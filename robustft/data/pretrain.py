@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from robustft import clip
 from robustft.data import base_model, glyphworld
 from robustft.data.images import normalized
+from robustft.files import write_file, write_text
 
 PAIRS = 300_000
 BATCH = 64
@@ -145,7 +146,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, captions: Captions, seed: int, step: int, steps: int
+    model: Any, optimizer: torch.optim.Optimizer, captions: Captions, seed: int, step: int, steps: int
 ) -> tuple[float, float]:
     done = step / steps
     rate = LEARNING_RATE * min(1, (step + 1) / (WARM_UP * steps)) * (1 + math.cos(math.pi * done)) / 2
@@ -225,9 +226,9 @@ def pretrain(
             if step + 1 == steps or (step + 1) % max(1, save_every // BATCH) == 0:
                 base_model.save(output, model, captions.rows, {"seed": seed, "pairs": pairs, "seen": seen})
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-                temporary = state_path.with_name(state_path.name + ".tmp")
-                torch.save(state | {"seed": seed, "pairs": pairs, "seconds": seconds}, temporary)
-                os.replace(temporary, state_path)
+                buffer = io.BytesIO()
+                torch.save(state | {"seed": seed, "pairs": pairs, "seconds": seconds}, buffer)
+                write_file(state_path, buffer.getvalue())
             if progress is not None:
                 progress(Progress(seen, steps * BATCH, seconds, contrastive, classes))
     finally:
@@ -299,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     path = pretrain(options.output, seed=options.seed, pairs=options.pairs, progress=show)
     card = model_card(path, seed=options.seed, pairs=options.pairs, seconds=seconds)
-    path.with_suffix(".md").write_text(card, encoding="utf-8")
+    write_text(path.with_suffix(".md"), card)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import numpy as np
 
 from robustft.evaluation import pictures
 from robustft.evaluation.measure import Evaluation, Frontier
-from robustft.files import write_file
+from robustft.files import write_file, write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -150,9 +150,9 @@ def write_report(
         "frontiers": [asdict(f) for f in frontiers],
         "config": dict(config or {}),
     }
-    write_file(directory / "metrics.json", (json.dumps(_plain(numbers), indent=1, allow_nan=False) + "\n").encode())
+    write_json(directory / "metrics.json", _plain(numbers), allow_nan=False)
     path = directory / "report.html"
-    write_file(path, _page(evaluation, title, notes, sections, config or {}).encode())
+    write_text(path, _page(evaluation, title, notes, sections, config or {}))
     return path
 
 
