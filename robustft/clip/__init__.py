@@ -28,7 +28,7 @@ from robustft.clip.encoding import (
     visual_projection,
 )
 from robustft.clip.exporting import CARD_FILE, export
-from robustft.clip.features import Features, batches, encode, image_statistics
+from robustft.clip.features import Features, encode
 from robustft.clip.heads import (
     CaptionGroups,
     caption_embeddings,
@@ -41,6 +41,7 @@ from robustft.clip.library import import_open_clip
 from robustft.clip.loading import CLASSIFIER_FILE, CONFIG_FILE, WEIGHTS_FILE, Bundle, load
 from robustft.clip.outputs import Outputs, evaluating, similarities
 from robustft.clip.weights import average_states, fingerprint, interpolate, interpolate_state
+from robustft.data.sources import batches, image_statistics
 
 __all__ = [
     "CARD_FILE",

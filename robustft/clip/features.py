@@ -6,34 +6,26 @@ they are.
 Zero-shot heads, ensembles, temperatures, OOD scores and linear probes all run from the same features. The key
 holds whatever the features depend on, so a second checkpoint never meets the first one's features. A file is
 written under another name and then renamed; one that turns out to be cut off is written anew.
-
-A data set is any of
-    (images, labels)                     tensors (N, C, H, W), already normalised for the model, and (N,); also as
-                                         {"image": ..., "label": ...}, whatever else the dictionary holds
-    object with .tensors(mean, std)      the same tensors, normalised by the given statistics
-    map-style data set                   items (image, label), torchvision's convention, or {"image": ..., "label":
-                                         ...}; `transform` makes an image a tensor
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from robustft.clip.encoding import encode_images
 from robustft.clip.outputs import evaluating
 from robustft.clip.weights import fingerprint as model_fingerprint
-from robustft.files import write_file
+from robustft.data.sources import Source, fingerprint, image_statistics, takes_statistics
+from robustft.files import write_tensors
 
 # The parts of open_clip's evaluation transforms: deterministic, and told wholly by their attributes.
 STANDARD_TRANSFORMS = frozenset(
@@ -71,10 +63,11 @@ def encode(
 ) -> Features:
     """Unit image features of a data set, on the CPU in float32, in the data set's order; no gradient.
 
-    The model is moved to `device` (default: where it is), runs in evaluation mode and gets its modes back.
-    `dtype` float32 runs it as it is, bfloat16 or float16 under autocast. `cache` is a folder; a file found
-    there is used instead of the model. It needs a data set that can be told from others: tensors,
-    `.fingerprint`, `.samples` (files, told by path, size and time of change) or `.data` and `.targets`.
+    `dataset` is any of what `robustft.data.sources` names. The model is moved to `device` (default: where it is),
+    runs in evaluation mode and gets its modes back. `dtype` float32 runs it as it is, bfloat16 or float16 under
+    autocast. `cache` is a folder; a file found there is used instead of the model. It needs a data set that can be
+    told from others: tensors, `.fingerprint`, `.samples` (files, told by path, size and time of change) or `.data`
+    and `.targets`.
 
     `transform_key` names what the transforms do, and has to change with them. It is needed with `cache` when
     `transform`, or the data set's own `transform`, `target_transform` or `transforms`, is anything but None or
@@ -88,7 +81,7 @@ def encode(
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     path = None
     if cache is not None:
-        statistics = image_statistics(model) if _is_fast(dataset, transform) else None
+        statistics = image_statistics(model) if takes_statistics(dataset, transform) else None
         transforms = _transforms(dataset, transform, transform_key)
         parts = model_fingerprint(model), fingerprint(dataset), transforms, repr(statistics), str(dtype)
         path = Path(cache) / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.safetensors"
@@ -98,8 +91,10 @@ def encode(
     device = torch.device(device) if device is not None else _device(model)
     model.to(device)
     features, labels = [], []
+    source = Source(dataset, model, transform)
+    batches = source.in_order(batch_size)
     with evaluating(model):
-        for images, target in _progress(batches(dataset, model, transform, batch_size), progress, dataset, batch_size):
+        for images, target in _shown(batches, -(-len(source) // batch_size)) if progress else batches:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 encoded = encode_images(model, images.to(device))
             features.append(encoded.float().cpu())
@@ -112,129 +107,8 @@ def encode(
             f"and, if the images are fine, encode with another dtype than {dtype}"
         )
     if path is not None:
-        from safetensors.torch import save
-
-        tensors = {"image_features": result.image_features, "labels": result.labels}
-        write_file(path, save(tensors, metadata={"format": "pt"}))
+        write_tensors(path, {"image_features": result.image_features, "labels": result.labels}, {"format": "pt"})
     return result
-
-
-def batches(
-    dataset: Any,
-    model: Any = None,
-    transform: Callable[[Any], Tensor] | None = None,
-    batch_size: int = 256,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """A whole data set in order as batches of images (n, C, H, W), floating point, and labels (n,) int64.
-
-    `model` gives the image statistics for data sets with `.tensors(mean, std)`; `transform` turns an item's
-    image into a tensor, and is preferred to the statistics where given. TypeError for what is no data set and
-    for images that are no tensors after `transform`; ValueError when empty.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    pair = _pair(dataset.tensors(*image_statistics(model)) if _is_fast(dataset, transform) else dataset)
-    if pair is not None and transform is not None:
-        raise ValueError("transform must be None for images that are tensors already: they are taken as they are")
-    if pair is None and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        raise TypeError(
-            "dataset must be (images, labels) tensors, have .tensors(mean, std), or be a map-style data set "
-            f"of (image, label) items, got {type(dataset).__name__}"
-        )
-    count = len(dataset) if pair is None else len(pair[0])
-    if count == 0:
-        raise ValueError("dataset is empty")
-    return _batches(dataset, pair, transform, count, batch_size)
-
-
-def image_statistics(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) per channel that an open_clip model, or one inside a classifier, was built with.
-
-    ValueError when the model does not say: images normalised in another way than in pre-training are no error that
-    anything would notice.
-    """
-    for owner in (model, getattr(model, "model", None)):
-        for module in owner.modules() if isinstance(owner, nn.Module) else ():
-            visual = getattr(module, "visual", None)
-            stated = getattr(visual, "preprocess_cfg", None) or {}
-            mean = stated.get("mean", getattr(visual, "image_mean", None))
-            std = stated.get("std", getattr(visual, "image_std", None))
-            if mean is not None and std is not None:
-                return tuple(map(float, mean)), tuple(map(float, std))
-    raise ValueError(
-        "the model carries no image statistics; open_clip's factories and robustft.clip.load set them "
-        "(open_clip.set_model_preprocess_cfg does for a model of one's own), or pass (images, labels) tensors"
-    )
-
-
-def fingerprint(dataset: Any) -> str:
-    """SHA-256, in hexadecimal, of what tells a data set from others, its transforms left aside.
-
-    ValueError where nothing does: give the data set a `fingerprint` attribute.
-    """
-    digest = hashlib.sha256()
-    own = getattr(dataset, "fingerprint", None)
-    tensors = _pair(dataset)
-    if own is not None:
-        digest.update(str(own() if callable(own) else own).encode())
-    elif tensors is not None:
-        for tensor in tensors:
-            _hash_array(digest, tensor.detach().cpu().contiguous())
-    elif hasattr(dataset, "samples"):
-        for file, label in dataset.samples:
-            status = os.stat(file)
-            digest.update(f"{file}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    elif hasattr(dataset, "data") and hasattr(dataset, "targets"):
-        for array in (dataset.data, dataset.targets):
-            _hash_array(digest, torch.as_tensor(np.asarray(array)))
-    else:
-        raise ValueError(
-            f"a {type(dataset).__name__} cannot be told from other data sets: give it a `fingerprint` "
-            "attribute (a string that changes with its images), or encode without cache"
-        )
-    return digest.hexdigest()
-
-
-def _batches(
-    dataset: Any, pair: tuple[Tensor, Tensor] | None, transform: Any, count: int, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, count, batch_size):
-        stop = min(start + batch_size, count)
-        if pair is not None:
-            yield pair[0][start:stop], pair[1][start:stop].long()
-            continue
-        items = [_image_and_label(dataset[i]) for i in range(start, stop)]
-        images = [item[0] if transform is None else transform(item[0]) for item in items]
-        if not isinstance(images[0], Tensor) or not images[0].is_floating_point():
-            got = images[0].dtype if isinstance(images[0], Tensor) else type(images[0]).__name__
-            raise TypeError(f"images must be floating point tensors, got {got}: pass the model's transform")
-        yield torch.stack(images), torch.tensor([int(item[1]) for item in items])
-
-
-def _image_and_label(item: Any) -> tuple[Any, Any]:
-    return (item["image"], item["label"]) if isinstance(item, Mapping) else (item[0], item[1])
-
-
-def _pair(dataset: Any) -> tuple[Tensor, Tensor] | None:
-    """Images and labels of a pair of tensors, of a TensorDataset, or of a dictionary of tensors."""
-    if isinstance(dataset, Mapping):
-        dataset = dataset.get("image"), dataset.get("label")
-    if isinstance(dataset, torch.utils.data.TensorDataset):
-        dataset = dataset.tensors
-    if not (isinstance(dataset, (tuple, list)) and len(dataset) == 2 and isinstance(dataset[0], Tensor)):
-        return None
-    images, labels = dataset[0], torch.as_tensor(dataset[1])
-    if not images.is_floating_point() or images.ndim != 4 or labels.shape != images.shape[:1]:
-        raise ValueError(
-            "dataset must be images (N, C, H, W), floating point, and labels (N,), got "
-            f"{tuple(images.shape)} {images.dtype} and {tuple(labels.shape)}"
-        )
-    return images, labels
-
-
-def _is_fast(dataset: Any, transform: Any) -> bool:
-    # A TensorDataset's `tensors` is a tuple; a transform that was asked for must be run.
-    return transform is None and callable(getattr(dataset, "tensors", None))
 
 
 def _transforms(dataset: Any, transform: Any, transform_key: str | None) -> str:
@@ -255,6 +129,7 @@ def _describe(transform: Any) -> str | None:
     """What a transform does, in words; None if its type and attributes do not tell."""
     named = transform if hasattr(transform, "__qualname__") else type(transform)
     name = f"{named.__module__}.{named.__qualname__}"
+    parts: list[str | None]
     match name:
         case "builtins.NoneType":
             return "None"
@@ -267,7 +142,8 @@ def _describe(transform: Any) -> str | None:
             parts = [f"{key}={value}" if _is_plain(value) else None for key, value in settings]
         case _:
             return None
-    return None if None in parts else f"{name}({', '.join(parts)})"
+    told = [part for part in parts if part is not None]
+    return f"{name}({', '.join(told)})" if len(told) == len(parts) else None
 
 
 def _is_plain(value: Any) -> bool:
@@ -275,24 +151,15 @@ def _is_plain(value: Any) -> bool:
     return all(v is None or isinstance(v, (bool, int, float, str, Enum)) for v in values)
 
 
-def _progress(iterator: Iterator[Any], wanted: bool, dataset: Any, batch_size: int) -> Any:
-    if not wanted:
-        return iterator
+def _shown(batches: Iterator[tuple[Tensor, Tensor]], total: int) -> Iterator[tuple[Tensor, Tensor]]:
     from tqdm.auto import tqdm
 
-    pair = _pair(dataset)
-    total = -(-len(dataset if pair is None else pair[0]) // batch_size)
-    return tqdm(iterator, total=total, desc="encode", unit="batch", disable=None)
+    return iter(tqdm(batches, total=total, desc="encode", unit="batch", disable=None))
 
 
 def _device(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _hash_array(digest: Any, tensor: Tensor) -> None:
-    digest.update(f"{tuple(tensor.shape)}:{tensor.dtype}".encode())
-    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _read(path: Path) -> Features | None:

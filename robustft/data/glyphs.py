@@ -112,7 +112,7 @@ def _skeleton(text: str) -> tuple[np.ndarray, np.ndarray]:
     blocks: list[tuple[list[int], np.ndarray]] = []
     for stroke in text.split("|"):
         kind, *words = stroke.split()
-        points = [tuple(map(float, word.split(","))) for word in words]
+        points = [(float(x), float(y)) for x, y in (word.split(",") for word in words)]
         control += [point for point in dict.fromkeys(points) if point not in control]
         pieces = [points] if kind == "~" else [points[i : i + 2] for i in range(len(points) - 1)]
         blocks += [([control.index(q) for q in piece], _spline(np.array(piece))) for piece in pieces]
@@ -127,7 +127,7 @@ def _skeleton(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _waves(points: np.ndarray, amplitude: float, period: float, rng: np.random.Generator) -> np.ndarray:
     """A smooth random displacement field, the sum of two plane waves, at `points` (..., 2)."""
-    moved = 0.0
+    moved = np.zeros(points.shape)
     for _ in range(2):
         angle, turn, phase = rng.uniform(0, 2 * np.pi, 3)
         k = 2 * np.pi / (period * rng.uniform(0.7, 1.6))

@@ -309,7 +309,7 @@ def _dataset(
     groups: torch.Tensor | None = None,
 ) -> ImageDataset:
     n = len(masks)
-    colours = (_PALETTE[np.broadcast_to(index, n)] for index in (glyph, ground))
+    figures, grounds = (_PALETTE[np.broadcast_to(index, n)] for index in (glyph, ground))
     masks = np.round(masks, 6)  # a grey level half-way between two must round alike under every BLAS
-    images = paint(masks, *colours, np.broadcast_to(kinds, n), noise, rng or np.random.default_rng(0))
+    images = paint(masks, figures, grounds, np.broadcast_to(kinds, n), noise, rng or np.random.default_rng(0))
     return ImageDataset(images, torch.from_numpy(labels.astype(np.int64)), classes, groups=groups)

@@ -50,12 +50,12 @@ def few_shot_indices(
     labels: Tensor | Sequence[int], shots: int, *, seed: int = 0, classes: Sequence[str] | None = None
 ) -> Tensor:
     """Sorted indices (K shots,) of `few_shot`'s samples, of labels (N,); `classes` are for its errors."""
-    labels = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
-        raise ValueError(f"labels must be integers (N,), not empty, got {labels.dtype} of shape {labels.shape}")
+    values = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer) or not len(values):
+        raise ValueError(f"labels must be integers (N,), not empty, got {values.dtype} of shape {values.shape}")
     chosen = []
-    for label in range(max(int(labels.max()) + 1, len(classes or ()))):
-        found = np.flatnonzero(labels == label)
+    for label in range(max(int(values.max()) + 1, len(classes or ()))):
+        found = np.flatnonzero(values == label)
         if len(found) < shots:
             name = f"{label} ({classes[label]!r})" if classes is not None and label < len(classes) else str(label)
             raise ValueError(f"shots: class {name} has {len(found)} samples, fewer than the {shots} asked for")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.clip import patches
-from robustft.clip.features import batches
 from robustft.clip.outputs import evaluating
+from robustft.data.sources import image_batches
 from robustft.detection.by_name import SCORES, Evidence
 from robustft.detection.metrics import threshold
 from robustft.files import DETECTOR_FILE, load_fitted, place, save_fitted
@@ -27,7 +27,7 @@ from robustft.files import DETECTOR_FILE, load_fitted, place, save_fitted
 class Detector:
     """Flags images that are out-of-distribution, at a threshold that keeps a share `tpr` of ID images.
 
-        detector = Detector("mcm").fit(classifier, validation)      # held-out ID images, as `features.batches` takes
+        detector = Detector("mcm").fit(classifier, validation)      # held-out ID images, a data set
         detector.detect(classifier, images)                         # (N,) bool, True: out-of-distribution
         detector.save("exported")                                   # beside a classifier; Detector.load gives it back
 
@@ -89,7 +89,8 @@ class Detector:
     def scores(self, source: Any, data: Any = None, *, batch_size: int = 256) -> Tensor:
         """Scores (N,) on the CPU, higher = more in-distribution; no gradient.
 
-        data: for a predictor, images (N, C, H, W), or a data set as `features.batches` takes; labels are not looked at.
+        data: for a predictor, images (N, C, H, W), or any of what `robustft.data.sources` names; labels are not looked
+        at.
         """
         if self._score.learns and not hasattr(self, "threshold_"):
             raise ValueError(f"score {self.score!r} has not learnt anything yet: call fit(training, validation=...)")
@@ -148,9 +149,10 @@ class Detector:
             return
         if data is None:
             raise ValueError(f"data is missing: a {type(source).__name__} scores images, so pass it and them")
-        for images, labels in _image_batches(source, data, batch_size):
+        device = next((p.device for p in source.parameters()), None) if isinstance(source, nn.Module) else None
+        for images, labels in image_batches(data, source, batch_size):
             with torch.no_grad():
-                observed = self._observe(source, images)._replace(labels=labels)
+                observed = self._observe(source, images.to(device=device))._replace(labels=labels)
             yield self._read(observed, source, widths)
 
     def _read(self, evidence: Evidence, source: Any, widths: dict[str, int]) -> Evidence:
@@ -188,16 +190,6 @@ class Detector:
             local = F.normalize(patches.local_features(visual, inputs[0]).to(outputs.features.dtype), dim=-1)
         patch_cosines = local @ F.normalize(head.to(local.dtype), dim=-1).T
         return Evidence(outputs.features, outputs.cosines, outputs.logits, patch_cosines)
-
-
-def _image_batches(predictor: Any, data: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    device = next((p.device for p in predictor.parameters()), None) if isinstance(predictor, nn.Module) else None
-    if isinstance(data, Tensor):
-        yield from ((images.to(device=device), None) for images in data.split(batch_size))
-    else:
-        yield from (
-            (images.to(device=device), labels) for images, labels in batches(data, predictor, batch_size=batch_size)
-        )
 
 
 def _ready(source: Any) -> Evidence:

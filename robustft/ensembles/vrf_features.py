@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from robustft.clip.features import batches
+from robustft.data.sources import batches
 from robustft.ensembles.output_ensemble import both_outputs
 from robustft.ensembles.wise_ft import check_classes
 from robustft.predictors.base import Predictor
@@ -74,7 +74,7 @@ class VRFFeatures:
     @classmethod
     @torch.no_grad()
     def of(cls, zero_shot: Predictor, fine_tuned: Predictor, data: Any, batch_size: int = 256) -> VRFFeatures:
-        """Both predictors' outputs on a whole set, on the CPU; data as for `robustft.clip.batches`.
+        """Both predictors' outputs on a whole set, on the CPU; data as for `robustft.data.sources`.
 
         Use the evaluation transform, also on training data. Memory: N (D + 2 K) floats.
         """

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from robustft.calibration.measures import Bin, CalibrationReport, calibration_report
-from robustft.clip.features import batches
+from robustft.data.sources import batches
 from robustft.detection.by_name import SCORES, Evidence, Pointwise
 from robustft.detection.metrics import OODMetrics, ood_metrics
 from robustft.ensembles.output_ensemble import PairPredictor
@@ -294,7 +294,7 @@ def evaluate(
     """Measures each classifier on the ID test set, on shifts of it (same classes) and against semantic-OOD
     sets.
 
-    Data sets are (images, labels) tensors or anything that `robustft.clip.batches` takes; labels of OOD
+    Data sets are (images, labels) tensors or anything that `robustft.data.sources` takes; labels of OOD
     sets are not looked at. `score` tells ID from OOD: "mcm", "max_cosine", "msp", "energy", "entropy", "variance" or
     one registered with `detection.by_name.register`, at its defaults. `progress(done, total, what)` is called after
     each (classifier, set). Memory: one classifier's predictions.

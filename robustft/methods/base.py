@@ -15,14 +15,13 @@ step), so that a resumed run repeats it exactly.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from robustft.data.batch import Batch, check_labels, unpack
+from robustft.data.sources import Batch, check_labels, unpack
 from robustft.predictors.base import Classifier
 
 
@@ -31,19 +30,6 @@ class Step(NamedTuple):
 
     loss: Tensor
     terms: dict[str, Tensor]
-
-
-def stateless_generator(seed: int, *key: Any) -> torch.Generator:
-    """A CPU generator that depends on (seed, *key) alone: the same step draws the same numbers in every run.
-
-    The key is hashed because torch's generator looks at the lower 32 bits of its seed only.
-    """
-    return torch.Generator().manual_seed(stateless_seed(seed, *key))
-
-
-def stateless_seed(seed: int, *key: Any) -> int:
-    """A 32-bit seed that depends on (seed, *key) alone."""
-    return int.from_bytes(hashlib.blake2b(repr((seed, *key)).encode(), digest_size=4).digest(), "little")
 
 
 class Method(nn.Module):
@@ -96,6 +82,11 @@ class Method(nn.Module):
             "seed": seed,
         }
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def begin_run(self, total_steps: int) -> None:
+        """The run's length, told by `fit` before the first step; one given to the constructor goes before it."""
+        if total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {total_steps}")
 
     def step(self, batch: Any) -> Step:
         """The loss of one batch: (images, labels), (images, texts) or {"image", "label" and / or "text"}."""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.clip.outputs import Outputs
-from robustft.methods.base import Step, stateless_generator
+from robustft.data.seeds import stateless_generator
+from robustft.methods.base import Step
 from robustft.methods.frozen import FrozenModel, FrozenPredictor, seeded_linear
 from robustft.methods.objective import Objective
 from robustft.ops.precision import at_least_float32

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.clip.outputs import Outputs
-from robustft.methods.base import Step, stateless_generator
+from robustft.data.seeds import stateless_generator
+from robustft.methods.base import Step
 from robustft.methods.coop import CoOp
 from robustft.methods.frozen import FrozenPredictor, seeded_linear
 from robustft.methods.prompt_learning import encode_contexts

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.methods.base import Step, stateless_seed
+from robustft.data.seeds import stateless_seed
+from robustft.methods.base import Step
 from robustft.methods.frozen import FrozenModel
 from robustft.methods.objective import Objective
 from robustft.methods.prompt_learning import (

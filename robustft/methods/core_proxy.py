@@ -28,7 +28,7 @@ from robustft import clip
 from robustft.clip import features
 from robustft.clip.outputs import evaluating
 from robustft.clip.prompts import match_descriptions
-from robustft.data.batch import check_labels
+from robustft.data.sources import check_labels
 
 
 class Ranges(NamedTuple):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from robustft import clip
 from robustft.clip.outputs import evaluating
 from robustft.clip.prompts import match_descriptions
-from robustft.data.batch import column
+from robustft.data.sources import column
 from robustft.functional import contrastive_loss, dual_risk
 from robustft.methods.base import Step
 from robustft.methods.core_proxy import CoreProxy, Ranges, core_similarities

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.clip.prompts import PromptTable
+from robustft.data.seeds import stateless_generator
 from robustft.functional import classification_loss, contrastive_loss
-from robustft.methods.base import Method, Step, stateless_generator
+from robustft.methods.base import Method, Step
 from robustft.methods.l2_sp import L2SP, check_l2_sp
 from robustft.ops import arguments
 from robustft.predictors.base import Classifier

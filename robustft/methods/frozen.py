@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from robustft import clip
 from robustft.clip.outputs import evaluating
 from robustft.clip.prompts import captions
+from robustft.data.seeds import stateless_seed
 from robustft.ensembles.composite import ENSEMBLE_FILE, load_composite
-from robustft.methods.base import Method, stateless_seed
+from robustft.methods.base import Method
 from robustft.methods.objective import Objective
 from robustft.methods.zero_shot_reference import ZeroShotReference
 from robustft.predictors.base import Predictor, load_classifier

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.clip.prompts import captions
-from robustft.methods.base import Method, Step, stateless_seed
+from robustft.data.seeds import stateless_seed
+from robustft.methods.base import Method, Step
 from robustft.methods.objective import Objective
 from robustft.methods.zero_shot_reference import ZeroShotReference
 from robustft.predictors.base import Classifier

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from robustft import clip
 from robustft.clip.prompts import Template, Tokenizer, format_template
-from robustft.methods.base import stateless_generator
+from robustft.data.seeds import stateless_generator
 
 Position = Literal["end", "middle", "front"]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from robustft import clip
 from robustft.clip.features import Features
 from robustft.clip.outputs import Outputs
-from robustft.data.batch import check_labels
+from robustft.data.sources import check_labels
 from robustft.methods.base import Step
 from robustft.methods.frozen import FrozenModel, FrozenPredictor
 from robustft.methods.objective import Objective
@@ -64,7 +64,7 @@ class TipAdapter:
     ) -> TipAdapter:
         """Fill the cache with `train`, then choose alpha_ and beta_ by accuracy on `validation`, then by NLL.
 
-        Both are `Features` of the zero-shot model or data as for `robustft.clip.batches`.
+        Both are `Features` of the zero-shot model or data as for `robustft.data.sources`.
         """
         keys, labels = _features(self.zero_shot, train)
         self.keys_, self.labels_ = F.normalize(keys, dim=-1), labels
@@ -99,7 +99,7 @@ class TipAdapterF(FrozenModel):
     Args:
         model, tokenizer, class_names, templates, total_steps, objective: as for `FrozenModel`.
         seed: nothing here is random.
-        train: what fills the cache, `Features` of the model or data as for `robustft.clip.batches`.
+        train: what fills the cache, `Features` of the model or data as for `robustft.data.sources`.
         alpha, beta: during training; `select` chooses them anew afterwards.
 
     Source: Zhang et al., Tip-Adapter (ECCV 2022, arXiv 2207.09519), and its released code.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.data.batch import column
+from robustft.data.sources import column
 from robustft.functional import classification_loss, cvar, group_dro, group_risk
 from robustft.methods.base import Step
 from robustft.methods.fine_tune import FineTune

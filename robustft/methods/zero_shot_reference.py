@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.clip.prompts import captions
-from robustft.methods.base import Method, stateless_seed
+from robustft.data.seeds import stateless_seed
+from robustft.methods.base import Method
 from robustft.predictors.base import Classifier
 from robustft.predictors.zero_shot import zero_shot_classifier
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.clip.features import batches
 from robustft.clip.outputs import Outputs, evaluating, similarities
+from robustft.data.sources import batches
 from robustft.ops.precision import at_least_float32
 
 
@@ -49,7 +49,7 @@ class Predictor(nn.Module):
 
     @torch.no_grad()
     def predict(self, data: Any, batch_size: int = 256) -> tuple[Outputs, Tensor]:
-        """Outputs and labels (N,) of a whole set, on the CPU; data as for `robustft.clip.batches`."""
+        """Outputs and labels (N,) of a whole set, on the CPU; data as for `robustft.data.sources`."""
         device = next(self.parameters()).device
         parts = [
             (*(part.cpu() for part in self.outputs(images.to(device))), labels.cpu())

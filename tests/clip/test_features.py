@@ -11,13 +11,8 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from robustft.clip.features import (
-    Features,
-    batches,
-    encode,
-    fingerprint,
-    image_statistics,
-)
+from robustft.clip.features import Features, encode
+from robustft.data.sources import batches, fingerprint, image_statistics
 
 
 class Tower(nn.Module):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from robustft.clip.features import encode, fingerprint
+from robustft.clip.features import encode
 from robustft.data import few_shot, glyphworld, read_split
+from robustft.data.sources import fingerprint
 from robustft.data.splits import few_shot_indices
 
 LABELS = torch.tensor([0, 2, 1, 0, 1, 2, 0, 0, 2, 1, 1, 0])

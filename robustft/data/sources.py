@@ -1,0 +1,342 @@
+"""What a data set may be, and what a batch of one is. All that reads images reads them here.
+
+A data set is any of
+    (images, labels)                     tensors (N, C, H, W), already normalised for the model, and (N,); also as
+                                         {"image": ..., "label": ..., further columns of N rows}, or a TensorDataset
+    object with .tensors(mean, std)      either of these, normalised by the statistics of the model
+    map-style data set                   items (image, label), torchvision's convention, (image, text), or {"image":
+                                         ..., "label" / "text": ...}; a transform makes an image a tensor
+
+and may tell more: `.groups` (N,) go along as the column "group"; `.fingerprint`, a string or a function that gives one,
+tells it from others. Where a method's image tower is frozen, unit features (N, D) may stand for the images.
+
+A batch is (images, labels), (images, texts) or {"image": ..., "label" and / or "text": ...}. A dictionary may carry
+more, which the methods that know it take and the others leave: "group" (N,), "core" (N,) or (N, K).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustft.data.seeds import stateless_seed
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+Transform = Callable[[Any], Tensor]
+
+
+class Source:
+    """A data set of any kind, asked the same questions.
+
+    Args:
+        data: as above.
+        model: whose image statistics a data set with `.tensors(mean, std)` is given.
+        transform: makes an item's image a tensor; where given, it is preferred to `.tensors`.
+        name: what errors call the data.
+
+    TypeError for what is no data set, ValueError for an empty one.
+    """
+
+    def __init__(
+        self, data: Any, model: Any = None, transform: Transform | None = None, *, name: str = "dataset"
+    ) -> None:
+        self.name, self.transform = name, transform
+        self.groups = getattr(data, "groups", None)
+        if takes_statistics(data, transform):
+            data = data.tensors(*image_statistics(model))
+        self.columns = _columns(data, name)
+        if self.columns is not None and self.groups is not None:
+            data = self.columns = {"group": self.groups, **self.columns}
+        self.data = data
+        if self.columns is None and not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+            raise TypeError(
+                f"{name} must be (images, labels) tensors, have .tensors(mean, std), or be a map-style data set "
+                f"of (image, label) items, got {type(data).__name__}"
+            )
+        if len(self) == 0:
+            raise ValueError(f"{name} is empty")
+
+    def __len__(self) -> int:
+        return len(self.data if self.columns is None else self.columns["image"])
+
+    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (n, C, H, W), floating point, and labels (n,) int64, from the first to the last."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        pair = None if self.columns is None else _image_tensors(self.columns, self.name)
+        if pair is not None and self.transform is not None:
+            raise ValueError("transform must be None for images that are tensors already: they are taken as they are")
+        starts = range(0, len(self), batch_size)
+        if pair is not None:
+            images, labels = pair
+            return ((images[i : i + batch_size], labels[i : i + batch_size].long()) for i in starts)
+        return (self._items(range(i, min(i + batch_size, len(self)))) for i in starts)
+
+    def _items(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        items = [self.data[row] for row in rows]
+        pairs = [(item["image"], item["label"]) if isinstance(item, Mapping) else (item[0], item[1]) for item in items]
+        images = [image if self.transform is None else self.transform(image) for image, _ in pairs]
+        if not isinstance(images[0], Tensor) or not images[0].is_floating_point():
+            got = images[0].dtype if isinstance(images[0], Tensor) else type(images[0]).__name__
+            raise TypeError(f"images must be floating point tensors, got {got}: pass the model's transform")
+        return torch.stack(images), torch.tensor([int(label) for _, label in pairs])
+
+    def batches(self, chunks: Sequence[Tensor], *, seed: int, epoch: int, workers: int = 0) -> Iterator[Any]:
+        """The batch of each chunk of indices, in the form in which the data set has its samples.
+
+        Whatever an item draws from torch's, numpy's or Python's global generators is a function of (seed, epoch,
+        index), in whichever of the `workers` processes it is made.
+        """
+        if self.columns is not None:
+            parts = self.columns
+            chosen = ({key: part[chunk.to(part.device)] for key, part in parts.items()} for chunk in chunks)
+            return chosen if isinstance(self.data, Mapping) else (tuple(batch.values()) for batch in chosen)
+        return iter(
+            torch.utils.data.DataLoader(
+                _Seeded(self.data, self.groups, seed, epoch),
+                batch_sampler=[chunk.tolist() for chunk in chunks],
+                num_workers=workers,
+                worker_init_fn=_ignore_interrupt,
+            )
+        )
+
+    def check_training(self, classes: int, features: bool = False) -> dict[str, Any]:
+        """Checks tensors as `unpack` checks a batch of them; gives what a resumed run must find the same.
+
+        ValueError for tensors without labels, labels out of [0, classes), images that are not finite and columns
+        without a row for each image. Items are looked at when they are loaded.
+        """
+        if self.columns is None:
+            return {"samples": len(self)}
+        named = isinstance(self.data, Mapping)
+        images, labels, _ = unpack(self.columns if named else tuple(self.columns.values()), features)
+        if labels is None:
+            raise ValueError("data of tensors must hold images and labels: labels (n,) of class indices")
+        further = {key: column(self.columns, key, images) for key in self.columns if key != "image"}
+        check_labels(labels, classes)
+        finite = images.flatten(1).isfinite().all(1)
+        if not finite.all():
+            raise ValueError(f"images must be finite: image {int(finite.logical_not().nonzero()[0])} is not")
+        described = {"samples": len(images), "image_shape": list(images.shape[1:]), "labels": _digest(labels.long())}
+        digests = {key: _digest(part) for key, part in further.items() if part is not None and key != "label"}
+        return described | ({"columns": digests} if digests else {})
+
+
+def batches(
+    dataset: Any, model: Any = None, transform: Transform | None = None, batch_size: int = 256
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A whole data set in order as batches of images (n, C, H, W), floating point, and labels (n,) int64.
+
+    `dataset` as `robustft.data.sources` says. `model` gives the image statistics for data sets with `.tensors(mean,
+    std)`; `transform` turns an item's image into a tensor, and is preferred to the statistics where given. TypeError
+    for what is no data set and for images that are no tensors after `transform`; ValueError when empty.
+    """
+    return Source(dataset, model, transform).in_order(batch_size)
+
+
+def image_batches(data: Any, model: Any = None, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """As `batches`, and images (N, C, H, W) alone, whose labels are None."""
+    if isinstance(data, Tensor):
+        return ((images, None) for images in data.split(batch_size))
+    return iter(batches(data, model, batch_size=batch_size))
+
+
+def takes_statistics(data: Any, transform: Transform | None = None) -> bool:
+    """Whether a data set normalises its own images: a transform that is asked for is run instead."""
+    return transform is None and callable(getattr(data, "tensors", None))  # a TensorDataset's `tensors` is a tuple
+
+
+def image_statistics(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel that an open_clip model, or one inside a classifier, was built with.
+
+    ValueError when the model does not say: images normalised in another way than in pre-training are no error that
+    anything would notice.
+    """
+    for owner in (model, getattr(model, "model", None)):
+        for module in owner.modules() if isinstance(owner, nn.Module) else ():
+            visual = getattr(module, "visual", None)
+            stated = getattr(visual, "preprocess_cfg", None) or {}
+            mean = stated.get("mean", getattr(visual, "image_mean", None))
+            std = stated.get("std", getattr(visual, "image_std", None))
+            if mean is not None and std is not None:
+                return tuple(map(float, mean)), tuple(map(float, std))
+    raise ValueError(
+        "the model carries no image statistics; open_clip's factories and robustft.clip.load set them "
+        "(open_clip.set_model_preprocess_cfg does for a model of one's own), or pass (images, labels) tensors"
+    )
+
+
+def fingerprint(dataset: Any) -> str:
+    """SHA-256, in hexadecimal, of what tells a data set from others, its transforms left aside.
+
+    ValueError where nothing does: give the data set a `fingerprint` attribute.
+    """
+    digest = hashlib.sha256()
+    own = getattr(dataset, "fingerprint", None)
+    columns = _columns(dataset, "dataset")
+    if own is not None:
+        digest.update(str(own() if callable(own) else own).encode())
+    elif columns is not None:
+        for tensor in _image_tensors(columns, "dataset"):
+            _hash_array(digest, tensor)
+    elif hasattr(dataset, "samples"):
+        for file, label in dataset.samples:
+            status = os.stat(file)
+            digest.update(f"{file}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    elif hasattr(dataset, "data") and hasattr(dataset, "targets"):
+        for array in (dataset.data, dataset.targets):
+            _hash_array(digest, torch.as_tensor(np.asarray(array)))
+    else:
+        raise ValueError(
+            f"a {type(dataset).__name__} cannot be told from other data sets: give it a `fingerprint` "
+            "attribute (a string that changes with its images), or encode without cache"
+        )
+    return digest.hexdigest()
+
+
+class Batch(NamedTuple):
+    """Images (N, C, H, W), labels (N,) or None, texts (captions or their tokens (N, L)) or None."""
+
+    images: Tensor
+    labels: Tensor | None
+    texts: Sequence[str] | Tensor | None
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """ValueError unless every label lies in [0, classes)."""
+    low, high = (int(bound) for bound in labels.aminmax())
+    if low < 0 or high >= classes:
+        bad = low if low < 0 else high
+        raise ValueError(f"labels must lie in [0, K) with K = {classes} classes, got {bad}")
+
+
+def column(batch: Any, name: str, images: Tensor) -> Tensor | None:
+    """A further tensor of a dictionary batch, one row for each image, on their device; None where there is none."""
+    if not isinstance(batch, Mapping) or name not in batch:
+        return None
+    value = batch[name]
+    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != len(images):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f'batch["{name}"] must be a tensor with a row for each of the {len(images)} images, got {got}')
+    return value.to(images.device)
+
+
+def unpack(batch: Any, features: bool = False) -> Batch:
+    """The parts of a batch, checked as far as they can be without a model; `features` (N, D) may stand for images."""
+    if isinstance(batch, Mapping):
+        if "image" not in batch or not ({"label", "text"} & batch.keys()):
+            raise ValueError(f'batch must have "image" and "label" or "text", got the keys {sorted(batch)}')
+        images, labels, texts = batch["image"], batch.get("label"), batch.get("text")
+    elif isinstance(batch, Sequence) and len(batch) == 2:
+        images, target = batch
+        is_labels = isinstance(target, Tensor) and target.ndim < 2
+        labels, texts = (target, None) if is_labels else (None, target)
+    else:
+        raise TypeError(
+            f"batch must be (images, labels), (images, texts) or a dictionary, got {type(batch).__name__}"
+            + (f" of {len(batch)}" if isinstance(batch, Sequence) else "")
+        )
+    if not isinstance(images, Tensor) or not (images.ndim == 4 or features and images.ndim == 2):
+        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images must be a tensor (N, C, H, W){' or features (N, D)' * features}, got {got}")
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating point (apply the model's transform first), got {images.dtype}")
+    if len(images) == 0:
+        raise ValueError("batch is empty")
+    if labels is not None:
+        dtype = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        if dtype not in INTEGERS:
+            raise TypeError(f"labels must be an integer tensor (N,), got {dtype}")
+        if labels.shape != (len(images),):
+            raise ValueError(f"labels must have shape ({len(images)},), one for each image, got {tuple(labels.shape)}")
+    if texts is not None:
+        if isinstance(texts, str) or not isinstance(texts, (Tensor, Sequence)):
+            raise TypeError(f"texts must be a list of captions or their tokens (N, L), got {type(texts).__name__}")
+        if isinstance(texts, Tensor) and (texts.ndim != 2 or texts.dtype not in INTEGERS):
+            raise TypeError(f"text tokens must be integers (N, L), got {texts.dtype} of shape {tuple(texts.shape)}")
+        if len(texts) != len(images):
+            raise ValueError(f"there must be one text for each of the {len(images)} images, got {len(texts)}")
+    return Batch(images, labels, texts)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with all its tensors on a device."""
+    match batch:
+        case Tensor():
+            return batch.to(device, non_blocking=True)
+        case tuple() | list() if batch and not isinstance(batch[0], str):
+            return tuple(to_device(part, device) for part in batch)
+        case dict():
+            return {key: to_device(part, device) for key, part in batch.items()}
+    return batch
+
+
+class _Seeded(torch.utils.data.Dataset[Any]):
+    """A data set whose augmentation is a function of (seed, epoch, index), in whichever process it runs."""
+
+    def __init__(self, data: Any, groups: Any, seed: int, epoch: int) -> None:
+        self.data, self.groups, self.seed, self.epoch = data, groups, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        number = stateless_seed(self.seed, "sample", self.epoch, index)
+        random.seed(number)
+        np.random.seed(number)
+        torch.manual_seed(number)
+        item = self.data[index]
+        if self.groups is None or isinstance(item, Mapping):
+            return item
+        image, target = item
+        is_label = isinstance(target, (int, np.integer)) or isinstance(target, Tensor) and target.ndim == 0
+        return {"image": image, "label" if is_label else "text": target, "group": self.groups[index]}
+
+
+def _ignore_interrupt(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the loop still wants the batch in flight.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _columns(data: Any, name: str) -> dict[str, Any] | None:
+    """{"image": ..., "label": ...} of a data set that is tensors; None of one that has items."""
+    if isinstance(data, Mapping):
+        if not isinstance(data.get("image"), Tensor):
+            raise TypeError(f'{name} of tensors must hold "image", a tensor, got the keys {sorted(data)}')
+        return dict(data)
+    if isinstance(data, torch.utils.data.TensorDataset):
+        data = data.tensors
+    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
+        return {"image": data[0], "label": data[1]}
+    return None
+
+
+def _image_tensors(columns: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
+    images, labels = columns["image"], torch.as_tensor(columns.get("label", []))
+    if not images.is_floating_point() or images.ndim != 4 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{name} must be images (N, C, H, W), floating point, and labels (N,), got "
+            f"{tuple(images.shape)} {images.dtype} and {tuple(labels.shape)}"
+        )
+    return images, labels
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(_bytes(tensor)).hexdigest()[:16]
+
+
+def _hash_array(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tuple(tensor.shape)}:{tensor.dtype}".encode())
+    digest.update(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

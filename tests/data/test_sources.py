@@ -1,0 +1,122 @@
+"""What a data set may be: every kind gives the same samples, in evaluation and in training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from robustft.data.sources import Source, batches, image_batches
+
+N = 11
+
+
+class Items:
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index], int(self.labels[index])
+
+
+class Fast(Items):
+    def tensors(self, mean, std):
+        return self.images, self.labels
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.visual = torch.nn.Module()
+        self.visual.image_mean = self.visual.image_std = (0.5, 0.5, 0.5)
+
+
+@pytest.fixture
+def pair():
+    return torch.rand(N, 3, 4, 4, generator=torch.Generator().manual_seed(1)), torch.arange(N) % 4
+
+
+def kinds(pair):
+    images, labels = pair
+    named = {"image": images, "label": labels}
+    return {
+        "pair": pair,
+        "list": list(pair),
+        "dictionary": named,
+        "TensorDataset": TensorDataset(*pair),
+        "items": Items(*pair),
+        "dictionaries": [{"image": image, "label": int(label)} for image, label in zip(*pair, strict=True)],
+        "fast": Fast(*pair),
+    }
+
+
+def parts(batch):
+    return (batch["image"], batch["label"]) if isinstance(batch, dict) else batch
+
+
+@pytest.mark.parametrize("kind", kinds((torch.zeros(1), torch.zeros(1))))
+def test_every_kind_gives_the_same_samples_in_order_and_by_index(pair, kind):
+    data = kinds(pair)[kind]
+    source = Source(data, Model())
+    assert len(source) == N
+    found = list(source.in_order(4))
+    assert [len(images) for images, _ in found] == [4, 4, 3]
+    assert all(torch.equal(torch.cat(whole), part) for whole, part in zip(zip(*found, strict=True), pair, strict=True))
+    chunks = [torch.tensor([7, 0, 3]), torch.tensor([1])]
+    for workers in (0, 1):
+        for chunk, batch in zip(chunks, source.batches(chunks, seed=0, epoch=0, workers=workers), strict=True):
+            assert isinstance(batch, dict) == ("dictionar" in kind)
+            assert all(torch.equal(got, part[chunk]) for got, part in zip(parts(batch), pair, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["items", "fast", "TensorDataset"])
+def test_groups_of_any_object_go_along(pair, kind):
+    data = kinds(pair)[kind]
+    data.groups = torch.arange(N) // 2
+    chunk = torch.tensor([9, 2])
+    (batch,) = Source(data, Model()).batches([chunk], seed=0, epoch=0)
+    assert batch.keys() == {"image", "label", "group"} and torch.equal(batch["group"], data.groups[chunk])
+    assert all(torch.equal(got, part[chunk]) for got, part in zip(parts(batch), pair, strict=True))
+    images, labels = next(batches(data, Model(), batch_size=N))
+    assert torch.equal(images, pair[0]) and torch.equal(labels, pair[1])
+
+
+def test_captions_stay_texts_beside_groups(pair):
+    data = [(image, f"a {i}") for i, image in enumerate(pair[0])]
+    named = type("Captioned", (list,), {"groups": torch.arange(N)})(data)
+    (batch,) = Source(named).batches([torch.tensor([4, 5])], seed=0, epoch=0)
+    assert batch["text"] == ["a 4", "a 5"] and batch["group"].tolist() == [4, 5]
+
+
+def test_images_alone_have_no_labels(pair):
+    found = list(image_batches(pair[0], batch_size=4))
+    assert torch.equal(torch.cat([images for images, _ in found]), pair[0])
+    assert [labels for _, labels in found] == [None] * 3
+    assert torch.equal(next(image_batches(pair, batch_size=N))[1], pair[1])
+
+
+def test_what_a_resumed_run_must_find_the_same_is_told_of_tensors(pair):
+    images, labels = pair
+    plain = Source(pair).check_training(4)
+    assert plain.keys() == {"samples", "image_shape", "labels"} and plain["samples"] == N
+    assert plain == Source((images + 1, labels.int())).check_training(4)
+    assert plain["labels"] != Source((images, labels.flip(0))).check_training(4)["labels"]
+    named = {"image": images, "label": labels, "group": labels}
+    assert Source(named).check_training(4)["columns"].keys() == {"group"}
+    assert Source(Items(*pair)).check_training(4) == {"samples": N}
+
+
+def test_what_is_no_data_set_is_refused_by_name(pair):
+    with pytest.raises(TypeError, match="data must be .* got int"):
+        Source(3, name="data")
+    with pytest.raises(TypeError, match=r'data of tensors must hold "image", a tensor, got the keys \[.label.\]'):
+        Source({"label": pair[1]}, name="data")
+    with pytest.raises(TypeError, match='"image"'):
+        Source({"image": np.zeros((2, 3, 4, 4)), "label": pair[1]})
+    for empty in ([], (pair[0][:0], pair[1][:0]), {"image": pair[0][:0], "label": pair[1][:0]}):
+        with pytest.raises(ValueError, match="data is empty"):
+            Source(empty, name="data")
