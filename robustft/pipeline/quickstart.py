@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from robustft import clip, methods
-from robustft.clip.features import image_statistics
 from robustft.data import glyphworld
 from robustft.data.pretrain import BATCH, PAIRS, Progress, pretrain
+from robustft.data.sources import image_statistics
 from robustft.evaluation.measure import Evaluation, Frontier, Predictions, Suite, evaluate_predictions, predict
-from robustft.files import write_file
+from robustft.files import move, write_text
 from robustft.predictors.logits import mixture_log_probabilities
-from robustft.training.loop import SECONDS_BETWEEN_LINES, History, check_arguments, fit, holds_run, steps_per_epoch
+from robustft.training.loop import History, fit
+from robustft.training.progress import SECONDS_BETWEEN_LINES
+from robustft.training.run import configured, holds_run
+from robustft.training.schedule import check_arguments, steps_per_epoch
 
 Tensors = tuple[Tensor, Tensor]
 
@@ -207,8 +211,8 @@ def quickstart(
         progress: bars or lines during training.
         log: receives one line of text at a time.
 
-    Raises: ValueError for unknown methods, FileExistsError for a folder that holds a run, OSError for one that cannot
-    be written, NonFiniteError from training.
+    Raises: ValueError for unknown methods, FileExistsError for a folder that holds a run, BlockingIOError for one that
+    another process works in, OSError for one that cannot be written, NonFiniteError from training.
     """
     unknown = [name for name in method_names if name not in RECIPES]
     if unknown or not method_names:
@@ -233,11 +237,31 @@ def quickstart(
     bundle = glyphworld.load_clip()
     bundle.model.to(device)
     data = Data.load(bundle.model, limit=200 if quick else None).to(device)
-    if not dry_run:
-        open_folder(folder, config, resume)
-        if from_scratch:
-            bundle = _pretrained(folder, seed, pretrain_pairs or PAIRS, log, progress)
-            bundle.model.to(device)
+    job = partial(_main_job, folder, recipes, config, bundle, data, progress=progress, log=log, started=started)
+    if dry_run:
+        return job(resume=False, dry_run=True)
+    with configured(folder, config, resume):
+        return job(resume=resume, dry_run=False)
+
+
+def _main_job(
+    folder: Path,
+    recipes: Mapping[str, Recipe],
+    config: Mapping[str, Any],
+    bundle: clip.Bundle,
+    data: Data,
+    *,
+    resume: bool,
+    dry_run: bool,
+    progress: bool,
+    log: Callable[[str], None],
+    started: float,
+) -> Result | None:
+    """The quickstart in a folder that is held for it; its configuration holds all that is not given."""
+    seed, quick, precision, limit_batches = (config[key] for key in ("seed", "quick", "precision", "limit_batches"))
+    if config["from_scratch"] and not dry_run:
+        bundle = _pretrained(folder, seed, config["pretrain_pairs"] or PAIRS, log, progress)
+        bundle.model.to(config["device"])
     log(
         f"GlyphWorld: {len(data.train[0])} training, {len(data.validation[0])} validation, "
         f"{len(data.test.id[0])} test digits; {len(data.test.shifts)} shifts, {len(data.test.ood)} OOD sets"
@@ -276,7 +300,7 @@ def quickstart(
         frontiers.append(_wise_frontier(name, wise, suites, data, (0.0, 0.5, 1.0) if quick else FRONTIER_ALPHAS))
     evaluation = evaluate_predictions(suites)
 
-    write_file(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     for name, classifier in classifiers.items():
         classifier.save(folder / "export" / name.lower().replace(" ", "-"), bundle.config)
     from robustft.evaluation.report import write_report
@@ -301,35 +325,6 @@ def quickstart(
     return Result(evaluation, tuple(frontiers), report)
 
 
-def open_folder(folder: Path, config: dict[str, Any], resume: bool) -> None:
-    """Claims `folder` for a run of `config` by writing config.yaml there, or checks that it holds just that run."""
-    import yaml
-
-    path = folder / "config.yaml"
-    if path.exists() and resume:
-        try:
-            before = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} cannot be read: {error}; choose another output folder") from error
-        if before != json.loads(json.dumps(config)):
-            raise ValueError(f"{folder} holds a run of another configuration ({path}); choose another output folder")
-        return
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output {folder} is a file; choose another name")
-    # All that a kill during the writing of config.yaml leaves is that file under its temporary name.
-    if folder.is_dir() and any(not p.name.startswith(f".{path.name}.") for p in folder.iterdir()):
-        if resume:
-            raise FileExistsError(f"output folder {folder} holds files but no run to resume (there is no {path.name})")
-        raise FileExistsError(
-            f"output folder {folder} already holds a run or other files: --resume continues it, --output names another"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(path, yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False).encode())
-    except OSError as error:
-        raise OSError(error.errno, f"output folder {folder} cannot be written: {error.strerror}") from error
-
-
 def _pretrained(folder: Path, seed: int, pairs: int, log: Callable[[str], None], progress: bool) -> clip.Bundle:
     # `pretrain` saves now and then to the file it is given: the finished one gets another name.
     unfinished, finished = folder / "pretraining.safetensors", folder / "pretrained.safetensors"
@@ -346,7 +341,7 @@ def _pretrained(folder: Path, seed: int, pairs: int, log: Callable[[str], None],
                     f"contrastive loss {now.contrastive:.2f}, class loss {now.classes:.3f}"
                 )
 
-        os.replace(pretrain(unfinished, seed=seed, pairs=pairs, progress=tell if progress else None), finished)
+        move(pretrain(unfinished, seed=seed, pairs=pairs, progress=tell if progress else None), finished)
     return glyphworld.load_clip(finished)
 
 

@@ -1,26 +1,28 @@
-"""Checkpoints that are whole or absent: `<folder>/step_00000120/{state.safetensors, state.json}`.
+"""Checkpoints that are whole or absent: `<folder>/step_00000120/{state.safetensors, state.json, SHA256}`.
 
-Both files are written and synced under a temporary name, then the folder is renamed, so a kill or a full disk
-at any moment leaves the checkpoints before it as they were. The last two are kept: should the newest be
-damaged, the other takes its place. Nothing is ever unpickled.
+A checkpoint is written under a temporary name and renamed, so a kill or a full disk at any moment leaves those before
+it as they were. SHA256 holds the checksums of the other two (`sha256sum -c` reads it). The last two checkpoints are
+kept: should the newest be damaged, in a single bit, the other takes its place. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from robustft.files import new_folder, write_json, write_tensors, write_text
+
 KEEP = 2
+STATE, META, CHECKSUMS = "state.safetensors", "state.json", "SHA256"
 PICKLED = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80")  # torch.save's zip archive; a bare pickle
 
@@ -36,25 +38,15 @@ class Checkpoint(NamedTuple):
 
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
     """Write the checkpoint of a step and keep the newest two; OSError, the others intact, if it fails."""
-    final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.tmp"
+    final = folder / f"step_{step:08d}"
+    for left in folder.glob(".step_*"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        # Own storage for each name: safetensors refuses tensors that share memory.
-        owned = {
-            name: torch.empty_like(x, device="cpu", memory_format=torch.contiguous_format).copy_(x)
-            for name, x in tensors.items()
-        }
-        save_file(owned, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **meta}, indent=1))
-        for file in temporary.iterdir():
-            _sync(file)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        _sync(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with new_folder(final) as fresh:
+            write_tensors(fresh / STATE, tensors)
+            write_json(fresh / META, {"step": step, **meta})
+            write_text(fresh / CHECKSUMS, _checksums(fresh))
+    except OSError as error:
         rest = ", ".join(path.name for path in _steps(folder)) or "none"
         raise OSError(f"cannot write checkpoint {final}: {error} (still whole: {rest})") from error
     for old in _steps(folder)[KEEP:]:
@@ -63,10 +55,10 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], meta
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint folder; ValueError if pickled, OSError or SafetensorError if not whole."""
+    """Read one checkpoint folder; ValueError if pickled, OSError or SafetensorError if not as it was written."""
     if path.suffix in PICKLED:
         raise ValueError(f"{path} is a pickled checkpoint: loading one runs whatever code it holds, so it is refused")
-    state = path / "state.safetensors"
+    state = path / STATE
     with state.open("rb") as file:
         head = file.read(9)
         # safetensors opens with its header's length, any 8 bytes, and the header's brace.
@@ -74,7 +66,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(
                 f"{state} is a pickle under another name: loading one runs code it holds, so it is refused"
             )
-    meta = _read_meta(path / "state.json")
+    if (path / CHECKSUMS).read_bytes() != _checksums(path).encode():
+        raise OSError(f"{path} is damaged: its files have other checksums than in {CHECKSUMS}")
+    meta = _read_meta(path / META)
+    if path.name != f"step_{meta['step']:08d}":
+        raise OSError(f"{path} is damaged: it holds step {meta['step']}")
     return Checkpoint(path, meta["step"], load_file(state), meta)
 
 
@@ -112,9 +108,12 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"), reverse=True)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _checksums(path: Path) -> str:
+    lines = []
+    for name in (META, STATE):
+        digest = hashlib.sha256()
+        with (path / name).open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+        lines.append(f"{digest.hexdigest()}  {name}\n")
+    return "".join(lines)

@@ -21,6 +21,7 @@ from robustft.data import glyphworld
 from robustft.data.pretrain import pretrain
 from robustft.evaluation.measure import Evaluation, predict
 from robustft.pipeline import quickstart
+from robustft.training.run import in_use
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -151,20 +152,11 @@ def test_a_torch_without_cuda_is_an_error_without_a_traceback(tmp_path, monkeypa
     assert "robustft quickstart: Torch not compiled with CUDA" in capsys.readouterr().err
 
 
-def test_resume_does_not_claim_a_foreign_folder(tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="no run to resume"):
-        quickstart.open_folder(tmp_path, {}, resume=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
-
-
-def test_kill_during_the_first_write_leaves_a_folder_that_can_be_used(tmp_path):
-    for resume in (False, True):
-        folder = tmp_path / str(resume)
-        folder.mkdir()
-        (folder / ".config.yaml.x1y2").write_text("se")
-        quickstart.open_folder(folder, {"seed": 0}, resume)
-        assert (folder / "config.yaml").exists()
+def test_a_second_process_in_the_folder_is_refused_before_it_changes_anything(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    with in_use(tmp_path), pytest.raises(BlockingIOError, match="is in use by another run"):
+        quickstart.quickstart(tmp_path, quick=True, resume=True, log=lambda _: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_half_pre_trained_model_is_finished_before_it_is_fine_tuned(tmp_path, monkeypatch):

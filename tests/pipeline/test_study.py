@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -29,7 +28,7 @@ from robustft.pipeline.study.findings import (
     verdict,
 )
 from robustft.pipeline.study.recipes import SPURIOUS
-from robustft.pipeline.study.world import World, _built, alone
+from robustft.pipeline.study.world import World, _built
 
 
 @pytest.mark.parametrize(
@@ -126,22 +125,6 @@ def test_a_run_is_trained_once_and_its_weights_survive_a_kill(tmp_path):
     torch.testing.assert_close(again.state_dict(), method.state_dict(), rtol=0, atol=0)
     other = world.train(replace(recipe, lr=recipe.lr / 2))
     assert other is not method and len(list((tmp_path / "runs").iterdir())) == 2
-
-
-def test_who_asks_for_a_run_that_is_being_trained_waits(tmp_path):
-    order = []
-
-    def second():
-        with alone(tmp_path / "run"):
-            order.append("second")
-
-    with alone(tmp_path / "run"):
-        thread = Thread(target=second)
-        thread.start()
-        thread.join(0.2)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "second"]
 
 
 def test_processes_measure_what_is_missing(tmp_path, capfd):

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ import pytest
 import torch
 
 from robustft.methods import FLYP, CaRot, FineTune, Method, Step
-from robustft.training.checkpoint import load_checkpoint, save_checkpoint
-from robustft.training.loop import NonFiniteError, fit, holds_run, learning_rate, steps_per_epoch
+from robustft.training.checkpoint import _checksums, load_checkpoint, save_checkpoint
+from robustft.training.loop import NonFiniteError, fit
+from robustft.training.run import holds_run
+from robustft.training.schedule import learning_rate, steps_per_epoch
 
 SAMPLES, BATCH, EPOCHS = 26, 8, 3  # three whole batches an epoch, nine steps
 TOTAL = 9
@@ -258,7 +261,7 @@ def test_a_step_is_adamw_with_clipping_and_decay_of_matrices_only():
 
 
 def _order_generator():
-    from robustft.methods.base import stateless_generator
+    from robustft.data.seeds import stateless_generator
 
     return stateless_generator(0, "order", 0)
 
@@ -420,6 +423,74 @@ def test_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_path
     load_checkpoint(newest)
 
 
+def sign(checkpoint, meta=None):
+    """Makes of a changed checkpoint one whose checksums are right."""
+    if meta is not None:
+        (checkpoint / "state.json").write_text(meta)
+    (checkpoint / "SHA256").write_text(_checksums(checkpoint))
+
+
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "SHA256"])
+def test_a_single_flipped_bit_in_the_newest_lets_the_other_take_its_place(tmp_path, whole, name, place):
+    reference, reference_output, _ = whole(CaRot)
+    shutil.copytree(reference_output, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / f"step_{TOTAL:08d}" / name
+    content = bytearray(file.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    file.write_bytes(content)
+    method = make()
+    with pytest.warns(UserWarning, match=rf"resuming from .*step_00000006.*damaged.*{file.parent.name}"):
+        run(method, tmp_path / "run", resume=True)
+    assert_same(method, tmp_path / "run", reference, reference_output)
+
+
+def test_checkpoints_that_are_both_rotten_are_both_named(tmp_path, whole):
+    shutil.copytree(whole(CaRot)[1], tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints").glob("*/state.safetensors"):
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 128]))
+    with pytest.raises(FileNotFoundError, match="is whole: step_00000009: .*checksums.*step_00000006: .*checksums"):
+        run(make(), tmp_path / "run", resume=True)
+
+
+def test_checksums_are_what_sha256sum_reads(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {"x": torch.arange(3)}, {})
+    checked = subprocess.run(["sha256sum", "-c", "SHA256"], cwd=path, capture_output=True, text=True)
+    assert checked.returncode == 0 and checked.stdout.count("OK") == 2
+
+
+@pytest.mark.parametrize(
+    "name, value, named",
+    [
+        ("method.model.visual.proj", None, "visual.proj"),
+        ("method.model.visual.proj", torch.ones(3), "visual.proj"),
+        ("optimizer.0.exp_avg", torch.ones(3), "optimizer.0.exp_avg must be finite and of shape"),
+        ("optimizer.0.step", torch.tensor(math.nan), "optimizer.0.step must be finite"),
+        ("optimizer.999.step", torch.tensor(1.0), "optimizer.999.step is of none of the"),
+        ("other.x", torch.ones(1), "other"),
+    ],
+)
+def test_state_that_is_not_of_this_method_is_refused_by_name(tmp_path, whole, name, value, named):
+    """Checksums that are right do not make it so: another model's file, another version's."""
+    newest = load_checkpoint(whole(CaRot)[1] / "checkpoints" / f"step_{TOTAL:08d}")
+    tensors = {key: tensor for key, tensor in (newest.tensors | {name: value}).items() if tensor is not None}
+    save_checkpoint(tmp_path / "checkpoints", TOTAL, tensors, newest.meta)
+    with pytest.raises(ValueError, match=rf"cannot resume .*: it holds no state of this CaRot: (.|\n)*{named}"):
+        run(make(), tmp_path, resume=True)
+
+
+def test_a_step_beyond_the_run_or_other_than_its_folders_is_refused(tmp_path, whole):
+    newest = load_checkpoint(whole(CaRot)[1] / "checkpoints" / f"step_{TOTAL:08d}")
+    meta = {key: value for key, value in newest.meta.items() if key != "step"}
+    save_checkpoint(tmp_path / "checkpoints", TOTAL + 1, newest.tensors, meta)
+    with pytest.raises(ValueError, match="cannot resume .*: its step is 10, this run has 9"):
+        run(make(), tmp_path, resume=True)
+    (tmp_path / "checkpoints" / "step_00000010").rename(tmp_path / "checkpoints" / "step_00000008")
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .* is whole: .*it holds step 10"):
+        run(make(), tmp_path, resume=True)
+
+
 def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
     run(make(), tmp_path)
     for state in (tmp_path / "checkpoints").glob("*/state.safetensors"):
@@ -430,7 +501,7 @@ def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
 
 def test_checkpoint_without_a_configuration_is_not_resumed(tmp_path):
     run(make(), tmp_path)
-    (tmp_path / "checkpoints" / f"step_{TOTAL:08d}" / "state.json").write_text(json.dumps({"step": TOTAL}))
+    sign(tmp_path / "checkpoints" / f"step_{TOTAL:08d}", json.dumps({"step": TOTAL}))
     with pytest.raises(ValueError, match="another configuration: .*was None"):
         run(make(), tmp_path, resume=True)
 
@@ -441,6 +512,7 @@ def test_header_whose_length_looks_like_a_pickle_is_read(tmp_path):
     content = state.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     state.write_bytes((128).to_bytes(8, "little") + content[8:end].ljust(128) + content[end:])
+    sign(path)
     assert state.read_bytes().startswith(b"\x80")
     assert load_checkpoint(path).tensors["x"].tolist() == [0, 1, 2]
 
@@ -466,6 +538,45 @@ def test_pickled_checkpoints_are_refused(tmp_path):
         run(make(), tmp_path, resume=True)
     with pytest.raises(ValueError, match="pickled checkpoint"):
         load_checkpoint(tmp_path / "checkpoints" / "epoch_1.pt")
+
+
+def working_run(output):
+    """Entry point of the subprocess that stays in its fifth step."""
+
+    def work():
+        print("working", flush=True)
+        time.sleep(600)
+
+    run(before_update(make(), 4, work), output)
+
+
+def test_a_second_process_in_the_folder_is_refused_at_once_and_a_killed_one_frees_it(tmp_path, whole):
+    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}; import test_fit; "
+    code += f"test_fit.working_run({str(tmp_path)!r})"
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "working\n"
+        try:
+            for resume in (False, True):
+                with pytest.raises(BlockingIOError, match=rf"{tmp_path} is in use by .* \(process {first.pid}\)"):
+                    run(before_update(make(), 0, stop), tmp_path, resume=resume)
+        finally:
+            first.kill()
+    method, (reference, reference_output, _) = make(), whole(CaRot)
+    run(method, tmp_path, resume=True)
+    assert_same(method, tmp_path, reference, reference_output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl"]
+
+
+def test_a_method_is_told_the_runs_length_once_before_it_is_recorded():
+    class Told(FineTune):
+        def begin_run(self, total_steps):
+            super().begin_run(total_steps)
+            self.lengths = [*getattr(self, "lengths", []), (total_steps, int(self.steps))]
+
+    method = make(Told, total_steps=None)
+    run(method)
+    assert method.lengths == [(TOTAL, 0)]
 
 
 def test_output_that_holds_a_run_is_not_overwritten(tmp_path):
@@ -601,12 +712,12 @@ def test_images_that_are_not_finite_are_found_before_training():
 
 
 def test_progress_is_lines_elsewhere_than_on_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr("robustft.training.loop.SECONDS_BETWEEN_LINES", math.inf)
+    monkeypatch.setattr("robustft.training.progress.SECONDS_BETWEEN_LINES", math.inf)
     lines = []
     run(make(), progress=True, log=lines.append)
     assert len(lines) == 1 and re.match(r"CaRot: epoch 3/3, step 9/9, loss \d+\.\d+, [\d.]+ steps/s", lines[0])
     run(make(), progress=True)
     assert len(re.findall("^CaRot: ", capsys.readouterr().err, re.MULTILINE)) == 1
-    monkeypatch.setattr("robustft.training.loop.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("robustft.training.progress.SECONDS_BETWEEN_LINES", 0.0)
     run(make(), progress=True, log=lines.append)
     assert len(lines) == 1 + TOTAL

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 
 from robustft.doctor import processor
-from robustft.files import write_file
+from robustft.files import write_file, write_json, write_text
 from robustft.pipeline.study import calibration, carot, cmp, compositions, detection, drm, vrf
 from robustft.pipeline.study.findings import Measured
 from robustft.pipeline.study.page import Answer, markdown, page, summary
 from robustft.pipeline.study.world import World
+from robustft.training.run import configured
 
 MODULES = (carot, vrf, drm, cmp, calibration, detection, compositions)
 SECTIONS = {module.SECTION.name: module.SECTION for module in MODULES}
@@ -53,18 +54,29 @@ def study(
             With one, everything runs in this process.
         log: receives one line of text at a time; lines of other processes are printed.
 
-    Raises: ValueError for unknown sections or no seed, FileExistsError for a folder that holds something else, OSError
-    for one that cannot be written.
+    Raises: ValueError for unknown sections or no seed, FileExistsError for a folder that holds something else,
+    BlockingIOError for one that another process works in, OSError for one that cannot be written.
     """
-    from robustft.pipeline.quickstart import open_folder
-
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown or not sections:
         raise ValueError(f"sections are {list(sections)}; expected some of {', '.join(SECTIONS)}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; expected distinct ones, at least one")
     folder = Path(output)
-    open_folder(folder, {"quick": quick, "seeds": list(seeds), "sections": list(sections)}, resume)
+    config = {"quick": quick, "seeds": list(seeds), "sections": list(sections)}
+    with configured(folder, config, resume):
+        return _measure_all(folder, seeds, sections, quick, workers, log)
+
+
+def _measure_all(
+    folder: Path,
+    seeds: Sequence[int],
+    sections: Sequence[str],
+    quick: bool,
+    workers: int | None,
+    log: Callable[[str], None],
+) -> list[Answer]:
+    """The study in a folder that is held for it."""
     started = time.monotonic()
     cores = len(os.sched_getaffinity(0))
     tasks = [(name, seed) for name in sections for seed in seeds if not _path(folder, name, seed).exists()]
@@ -94,7 +106,7 @@ def _measure(folder: Path, name: str, world: World) -> None:
     """Measures a section in a seed's world; it is on disk as soon as it is done."""
     started = time.monotonic()
     measured = SECTIONS[name].measure(world)
-    write_file(_path(folder, name, world.seed), json.dumps(measured._asdict(), indent=1, allow_nan=False).encode())
+    write_json(_path(folder, name, world.seed), measured._asdict(), allow_nan=False)
     world.log(f"seed {world.seed}: {SECTIONS[name].title} ({time.monotonic() - started:.0f} s)")
 
 
@@ -128,9 +140,9 @@ def _write(folder: Path, answers: Sequence[Answer], command: str) -> None:
             for answer in answers
         },
     }
-    write_file(folder / "results.json", (json.dumps(numbers, indent=1) + "\n").encode())
-    write_file(folder / "study.md", markdown(answers, command, machine).encode())
-    write_file(folder / "study.html", text.encode())
+    write_json(folder / "results.json", numbers)
+    write_text(folder / "study.md", markdown(answers, command, machine))
+    write_text(folder / "study.html", text)
 
 
 def _command(quick: bool, seeds: Sequence[int], sections: Sequence[str]) -> str:

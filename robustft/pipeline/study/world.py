@@ -6,12 +6,10 @@ and sections that ask for the same run share it, in one process or several: the 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +18,16 @@ from typing import Any
 from torch import Tensor
 
 from robustft import methods
-from robustft.clip.features import image_statistics
 from robustft.data import few_shot, glyphworld
+from robustft.data.sources import image_statistics
 from robustft.evaluation.measure import Predictions, Suite, evaluate_predictions, predict
+from robustft.files import locked
 from robustft.methods.objective import Objective
 from robustft.pipeline.quickstart import QUICK_EPOCHS, RECIPES, Data, Recipe, predict_suite
 from robustft.pipeline.study.recipes import DRM, HOSTS, LP_FT, PROBE
-from robustft.training.loop import fit, holds_run, steps_per_epoch
+from robustft.training.loop import fit
+from robustft.training.run import holds_run
+from robustft.training.schedule import steps_per_epoch
 
 Tensors = tuple[Tensor, Tensor]
 
@@ -90,7 +91,7 @@ class World:
                     **arguments,
                 )
             output = self.folder / "runs" / key
-            with alone(self.folder / "locks" / key):
+            with locked(self.folder / "locks" / key, wait=True):
                 history = fit(
                     method,
                     data,
@@ -193,15 +194,6 @@ def _built(options: Mapping[str, Any]) -> dict[str, Any]:
         settings = dict(built["risk"])
         built["risk"] = getattr(methods, settings.pop("risk"))(**settings)
     return built
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Holds the lock of that name against other processes; a killed one lets go of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def columns(suites: Mapping[str, Suite[Predictions]]) -> dict[str, dict[str, float]]:

@@ -1,0 +1,103 @@
+"""One update of a method's weights: AdamW, clipping of the whole gradient, and in fp16 a loss scale.
+
+start, backward (of one batch, or of each part of one), norm, apply
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustft.methods.base import Method, Step
+from robustft.training.schedule import DTYPES, Settings
+
+SKIPS_BEFORE_ERROR = 20  # fp16 halves its loss scale at each: 65536 has come down to 1/16 by then
+
+
+class Optimization:
+    """The optimiser of a method's trainable parameters. Matrices and embeddings decay, all else does not.
+
+    `skipped` counts the last steps, one after another, that fp16 has not taken because their gradient overflowed.
+    """
+
+    def __init__(self, method: Method, settings: Settings) -> None:
+        self.method, self.settings = method, settings
+        self.device = method.steps.device
+        self.parameters = [p for p in method.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError(f"{type(method).__name__} has no parameter that requires a gradient")
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+                {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=settings.lr,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self.skipped = 0
+
+    def start(self) -> None:
+        """No gradient yet."""
+        self.adamw.zero_grad()
+
+    def backward(self, batch: Any) -> Step:
+        """The method's loss of a batch, whose gradient is added."""
+        precision = self.settings.precision
+        with torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32"):
+            out = self.method.step(batch)
+        self.scaler.scale(out.loss).backward()
+        return out
+
+    def norm(self) -> Tensor:
+        """Norm () of the whole gradient, with the loss scale taken out; once an update, before `apply`."""
+        self.scaler.unscale_(self.adamw)
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def accepts(self, loss: float, norm: float) -> bool:
+        """Whether the update would leave the weights finite; call once an update.
+
+        An infinite gradient is how fp16 learns that its loss scale is too high: it is accepted and not applied.
+        """
+        finite = math.isfinite(norm)
+        self.skipped = self.skipped + 1 if self.scaler.is_enabled() and not finite else 0
+        return math.isfinite(loss) and (finite or 0 < self.skipped < SKIPS_BEFORE_ERROR)
+
+    def apply(self, norm: Tensor, rate: float) -> None:
+        """Clips the gradient of this norm, moves the weights at this rate and tells the method."""
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        if self.settings.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, norm)
+        self.scaler.step(self.adamw)
+        self.scaler.update()
+        self.method.after_step()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The moments of each parameter by "<index>.<name>", and the loss scale's state."""
+        moments = self.adamw.state_dict()["state"]
+        named = {f"{index}.{name}": value for index, values in moments.items() for name, value in values.items()}
+        return named, self.scaler.state_dict()
+
+    def restore(self, tensors: Mapping[str, Tensor], scaler: Mapping[str, Any]) -> None:
+        """What `state` gave; ValueError unless the tensors are of these parameters."""
+        parameters = [p for group in self.adamw.param_groups for p in group["params"]]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            index, _, key = name.partition(".")
+            if not index.isdecimal() or int(index) >= len(parameters):
+                raise ValueError(f"optimizer.{name} is of none of the {len(parameters)} parameters")
+            shape = () if key == "step" else parameters[int(index)].shape
+            if value.shape != shape or not value.isfinite().all():
+                raise ValueError(
+                    f"optimizer.{name} must be finite and of shape {tuple(shape)}, got {tuple(value.shape)}"
+                )
+            moments.setdefault(int(index), {})[key] = value
+        groups = self.adamw.state_dict()["param_groups"]
+        self.adamw.load_state_dict({"state": moments, "param_groups": groups})
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(dict(scaler))

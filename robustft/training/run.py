@@ -1,0 +1,182 @@
+"""The folder of a run: whose it is, what it holds, and how a later process goes on with it.
+
+    <output>/metrics.jsonl     a record a line
+             checkpoints/      `robustft.training.checkpoint`
+             run.lock          only while a process works there
+
+A folder that belongs to more than one training, as a quickstart's, holds its configuration in config.yaml instead.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustft.files import append_line, is_unfinished, locked, write_text
+from robustft.methods.base import Method
+from robustft.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from robustft.training.optimization import Optimization
+
+Record = dict[str, float | None]
+CONFIG_FILE = "config.yaml"
+LOCK_FILE = "run.lock"
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is something of a run in `folder`: not what a kill during its very first save leaves."""
+    return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("step_*"))
+
+
+@contextmanager
+def opened(folder: Path, resume: bool) -> Iterator[None]:
+    """Holds a folder that can be written, and that holds no run unless that is to be resumed.
+
+    OSError, FileExistsError; BlockingIOError while another process works there.
+    """
+    make_folder(folder)
+    with in_use(folder):
+        if holds_run(folder) and not resume:
+            raise FileExistsError(
+                f"output folder {folder} already holds a run: pass resume=True to continue it, or choose another folder"
+            )
+        yield
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder; OSError, naming it, where none can be made or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"output folder {folder} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Holds a run's folder against other processes and threads; BlockingIOError where one of them holds it."""
+    with locked(folder / LOCK_FILE):
+        yield
+
+
+@contextmanager
+def configured(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterator[None]:
+    """Holds a folder for a run of `config`: it is new, or, with `resume`, holds just that run.
+
+    ValueError for a run of another configuration, FileExistsError for a folder with other files, OSError for one that
+    cannot be written, BlockingIOError while another process works there.
+    """
+    import yaml
+
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output {folder} is a file; choose another name")
+    make_folder(folder)
+    with in_use(folder):
+        path = folder / CONFIG_FILE
+        config = json.loads(json.dumps(config))
+        if path.exists() and resume:
+            try:
+                before = yaml.safe_load(path.read_bytes())
+            except yaml.YAMLError as error:
+                raise ValueError(f"{path} cannot be read: {error}; choose another output folder") from error
+            if before != config:
+                raise ValueError(
+                    f"{folder} holds a run of another configuration ({path}); choose another output folder"
+                )
+        else:
+            _check_empty(folder, resume)
+            write_text(path, yaml.safe_dump(config, sort_keys=False))
+        yield
+
+
+def _check_empty(folder: Path, resume: bool) -> None:
+    # A kill during the first write leaves that under its temporary name, and the lock.
+    if all(entry.name == LOCK_FILE or is_unfinished(entry) for entry in folder.iterdir()):
+        return
+    if resume:
+        raise FileExistsError(f"output folder {folder} holds files but no run to resume (there is no {CONFIG_FILE})")
+    raise FileExistsError(
+        f"output folder {folder} already holds a run or other files: --resume continues it, --output names another"
+    )
+
+
+class Run:
+    """The files of one run: metrics.jsonl, and checkpoints/ of everything that changes."""
+
+    def __init__(self, folder: Path, method: Method, optimization: Optimization, config: Mapping[str, Any]) -> None:
+        self.metrics = folder / "metrics.jsonl"
+        self.checkpoints = folder / "checkpoints"
+        self.checkpoint: Path | None = None
+        self.method, self.optimization = method, optimization
+        self.config = json.loads(json.dumps(config))  # as a checkpoint will give it back: tuples are lists
+
+    def start(self) -> tuple[int, list[Record]]:
+        """A checkpoint at step 0, so that a kill before the first epoch's end can be resumed too."""
+        self.save(0)
+        self.metrics.touch()
+        return 0, []
+
+    def resume(self, total: int) -> tuple[int, list[Record]]:
+        """Puts everything back as at the latest checkpoint of `total` steps; its step and the records until then."""
+        found = latest_checkpoint(self.checkpoints)
+        differing = _differences(found.meta.get("config"), self.config)
+        if differing:
+            raise ValueError(f"cannot resume {found.path} under another configuration: {'; '.join(differing)}")
+        if not 0 <= found.step <= total:
+            raise ValueError(f"cannot resume {found.path}: its step is {found.step}, this run has {total}")
+        self._restore(found)
+        self.checkpoint = found.path
+        return found.step, self._truncate_metrics(found.step)
+
+    def _restore(self, found: Checkpoint) -> None:
+        parts: dict[str, dict[str, torch.Tensor]] = {"method": {}, "optimizer": {}}
+        try:
+            for name, value in found.tensors.items():
+                part, _, key = name.partition(".")
+                parts[part][key] = value
+            self.method.load_state_dict(parts["method"])
+            self.optimization.restore(parts["optimizer"], found.meta["scaler"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            name = type(self.method).__name__
+            raise ValueError(f"cannot resume {found.path}: it holds no state of this {name}: {error}") from error
+
+    def save(self, step: int) -> None:
+        moments, scaler = self.optimization.state()
+        tensors = {f"method.{name}": value for name, value in self.method.state_dict().items()}
+        tensors |= {f"optimizer.{name}": value for name, value in moments.items()}
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+        meta = {"config": self.config, "scaler": scaler, "versions": versions}
+        self.checkpoint = save_checkpoint(self.checkpoints, step, tensors, meta)
+
+    def append(self, record: Record) -> None:
+        append_line(self.metrics, json.dumps(record))
+
+    def _truncate_metrics(self, step: int) -> list[Record]:
+        # What was logged after the checkpoint will be logged again; a kill may have cut the last line short.
+        records: list[Record] = []
+        for line in self.metrics.read_bytes().splitlines() if self.metrics.exists() else []:
+            try:
+                record = json.loads(line)
+                if record["step"] > step:
+                    break
+            except (KeyError, TypeError, ValueError):
+                break
+            records.append(record)
+        write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
+        return records
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between two configurations, field by field."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = before.keys() | now.keys()
+        parts = (_differences(before.get(k), now.get(k), f"{name}.{k}".lstrip(".")) for k in sorted(names))
+        return [line for part in parts for line in part]
+    return [] if before == now else [f"{name} was {before!r:.100} and is {now!r:.100} now"]
