@@ -140,9 +140,8 @@ def _lock(path: Path, wait: bool) -> int:
             owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip()
             os.close(handle)
             raise BlockingIOError(
-                error.errno,
                 f"{path.parent} is in use by another run (process {owner}): wait until it has ended, or choose another "
-                "folder",
+                "folder"
             ) from error
         except BaseException:
             os.close(handle)

@@ -339,10 +339,9 @@ def writers(path):
             yield "open"
         elif name in WRITING_MODULES:
             yield name
-        elif last in WRITES:
-            # str.replace and dataclasses.replace are no renames.
-            if last == "replace" and not name.startswith(("os.", "path.", "self.path")):
-                continue
+        elif last == "replace" and name != "os.replace" and (len(node.args) != 1 or node.keywords):
+            continue  # a string's, or dataclasses': a Path's has one argument
+        elif last in WRITES and name != "write_text":  # which is ours
             yield last
 
 
@@ -361,6 +360,8 @@ def test_nothing_else_writes_files(folder):
 
 
 def test_another_writer_would_be_found(tmp_path):
-    lines = ["p.write_text('')", "os.replace(a, b)", "open(p, 'w')", "p.open(mode='ab')", "torch.save(x, p)", "open(p)"]
-    (tmp_path / "a.py").write_text("\n".join([*lines, "save_file(x, p)", "text.replace('a', 'b')"]))
-    assert list(writers(tmp_path / "a.py")) == ["write_text", "replace", "open", "open", "torch.save", "save_file"]
+    found = ["p.write_text('')", "os.replace(a, b)", "p.replace(q)", "open(p, 'w')", "p.open(mode='ab')"]
+    found += ["torch.save(x, p)", "save_file(x, p)"]
+    (tmp_path / "a.py").write_text("\n".join([*found, "open(p)", "text.replace('a', 'b')", "write_text(p, 'a')"]))
+    expected = ["write_text", "replace", "replace", "open", "open", "torch.save", "save_file"]
+    assert list(writers(tmp_path / "a.py")) == expected

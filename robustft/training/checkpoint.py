@@ -39,8 +39,6 @@ class Checkpoint(NamedTuple):
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
     """Write the checkpoint of a step and keep the newest two; OSError, the others intact, if it fails."""
     final = folder / f"step_{step:08d}"
-    for left in folder.glob(".step_*"):  # of a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
     try:
         with new_folder(final) as fresh:
             write_tensors(fresh / STATE, tensors)
@@ -52,6 +50,12 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], meta
     for old in _steps(folder)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Removes what a run that was killed has left of a checkpoint that it was writing."""
+    for path in folder.glob(".step_*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -21,7 +21,7 @@ import torch
 
 from robustft.files import append_line, is_unfinished, locked, write_text
 from robustft.methods.base import Method
-from robustft.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from robustft.training.checkpoint import Checkpoint, discard_unfinished, latest_checkpoint, save_checkpoint
 from robustft.training.optimization import Optimization
 
 Record = dict[str, float | None]
@@ -119,6 +119,7 @@ class Run:
 
     def start(self) -> tuple[int, list[Record]]:
         """A checkpoint at step 0, so that a kill before the first epoch's end can be resumed too."""
+        discard_unfinished(self.checkpoints)
         self.save(0)
         self.metrics.touch()
         return 0, []
@@ -132,6 +133,7 @@ class Run:
         if not 0 <= found.step <= total:
             raise ValueError(f"cannot resume {found.path}: its step is {found.step}, this run has {total}")
         self._restore(found)
+        discard_unfinished(self.checkpoints)
         self.checkpoint = found.path
         return found.step, self._truncate_metrics(found.step)
 

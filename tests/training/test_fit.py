@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -489,6 +490,50 @@ def test_a_step_beyond_the_run_or_other_than_its_folders_is_refused(tmp_path, wh
     (tmp_path / "checkpoints" / "step_00000010").rename(tmp_path / "checkpoints" / "step_00000008")
     with pytest.raises(FileNotFoundError, match="no checkpoint in .* is whole: .*it holds step 10"):
         run(make(), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["full disk", "kill"])
+def test_a_fault_at_any_sync_or_rename_of_a_save_leaves_a_run_that_resumes_bit_for_bit(
+    tmp_path, whole, monkeypatch, dies
+):
+    """Every call of one epoch's save in turn; a kill leaves what nobody cleans up."""
+    reference, reference_output, _ = whole(FineTune)
+    originals = {name: getattr(os, name) for name in ("fsync", "replace", "rename")}
+    clean = Path.unlink, shutil.rmtree
+    for place in range(100):
+        output, count, saving = tmp_path / f"{place}", [0], []
+
+        def fails(name, *arguments, count=count, saving=saving, place=place):
+            count[0] += bool(saving)
+            if saving and count[0] == place + 1:
+                if dies:
+                    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+                    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+                    raise Stop
+                raise OSError(28, "No space left on device")
+            return originals[name](*arguments)
+
+        for name in originals:
+            monkeypatch.setattr(os, name, partial(fails, name))
+        stopped = False
+        try:
+            # From the middle of the second epoch on: its save, and what comes after it.
+            run(before_update(make(FineTune), 4, lambda saving=saving: saving.append(1)), output)
+        except (OSError, Stop):
+            stopped = True
+        finally:
+            for name, original in originals.items():
+                monkeypatch.setattr(os, name, original)
+            monkeypatch.setattr(Path, "unlink", clean[0])
+            monkeypatch.setattr(shutil, "rmtree", clean[1])
+        resumed = make(FineTune)
+        run(resumed, output, resume=True)
+        assert_same(resumed, output, reference, reference_output)
+        left = {p.name for p in (output / "checkpoints").iterdir()}
+        assert {"step_00000006", "step_00000009"} <= left <= {"step_00000003", "step_00000006", "step_00000009"}
+        if not stopped:
+            break
+    assert 20 < place < 100
 
 
 def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
