@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import robustft
-from robustft.doctor import processor
+from robustft.machine import processor
 
 RESULTS = Path(__file__).parent / "results"
 """Of the source tree. An installed robustft must not write there; see `output_folder`."""

@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +28,13 @@ from robustft.data import glyphworld
 from robustft.data.pretrain import BATCH, PAIRS, Progress, pretrain
 from robustft.evaluation.measure import Evaluation, Frontier, Predictions, Suite, evaluate_predictions, predict
 from robustft.files import write_file
+from robustft.pipeline.recipes import QUICK_EPOCHS, RECIPES, Recipe
 from robustft.predictors.logits import mixture_log_probabilities
 from robustft.training.loop import SECONDS_BETWEEN_LINES, History, check_arguments, fit, holds_run, steps_per_epoch
 
 Tensors = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How one method is trained: the method's class, its own options, and the loop's."""
-
-    method: str
-    lr: float
-    epochs: int = 10
-    batch_size: int = 128
-    weight_decay: float = 0.1
-    warmup: float = 0.1
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-# CaRot's teacher: every 2 of 70 steps is as large a part of the run as the paper's every 500 of 25,030.
-RECIPES = {
-    "FT": Recipe("FineTune", lr=3e-3),
-    "FLYP": Recipe("FLYP", lr=3e-3),
-    "CaRot": Recipe("CaRot", lr=3e-3, options={"ema_interval": 2}),
-}
-QUICK_EPOCHS = 4
 FRONTIER_ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -197,7 +178,7 @@ def quickstart(
     Args:
         output: folder for everything; it must not hold another run, unless `resume`.
         seed: of the fine-tuning. The data and the bundled checkpoint do not depend on it.
-        method_names: which of "FT", "FLYP", "CaRot".
+        method_names: some of `RECIPES`.
         quick: fewer epochs and test images, less than half of the time.
         device, precision, limit_batches: as in `robustft.fit`.
         from_scratch: pre-train a model first instead of using the bundled one.
