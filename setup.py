@@ -14,7 +14,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 from build_backend import torch_dir, torch_floor, version_of
@@ -90,6 +90,8 @@ class CMakeBuild(build_ext):
 
 
 setup(
+    packages=[*find_packages(include=["robustft", "robustft.*"]), "robustft.benchmarks"],
+    package_dir={"robustft.benchmarks": "benchmarks"},
     ext_modules=[Extension("robustft._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

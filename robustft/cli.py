@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from robustft import __version__
-from robustft.machine import PRECISIONS
+from robustft.machine import PRECISIONS, ROOT
 from robustft.pipeline.recipes import RECIPES, SEEDS
 
 
@@ -118,7 +118,9 @@ def _study(sections: list[str] | None, **options: Any) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    # In the source tree the benchmarks lie beside the package, installed within it.
-    package = "benchmarks" if find_spec("robustft.benchmarks") is None else "robustft.benchmarks"
+    # In the source tree the benchmarks lie beside the package, installed within it; others are not this robustft's.
+    beside = find_spec("benchmarks")
+    own = beside is not None and beside.origin == str(ROOT / "benchmarks" / "__init__.py")
+    package = "benchmarks" if own else "robustft.benchmarks"
     options = import_module(f"{package}.options").parser("robustft bench").parse_args(arguments)
     return import_module(f"{package}.__main__").run(**vars(options))

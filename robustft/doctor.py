@@ -71,7 +71,7 @@ def checks() -> Iterator[Check]:
     except importlib.metadata.PackageNotFoundError:
         yield Check("robustft", False, f"in {machine.PACKAGE}, not installed", machine.build_cure())
         return
-    torch_check = _library("torch", floors.pop("torch"))
+    torch_check = _library("torch", floors.pop("torch", ()))
     yield torch_check
     if not torch_check.passed:
         return

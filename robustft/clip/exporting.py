@@ -53,8 +53,8 @@ def export(
         (fresh / CARD_FILE).write_text(_card(directory.name, model) if card is None else card, encoding="utf-8")
         if classifier is not None:
             (fresh / CLASSIFIER_FILE).write_bytes(classifier)
-        if hasattr(tokenizer, "save_pretrained"):
-            tokenizer.save_pretrained(fresh)
+        if save := getattr(tokenizer, "save_pretrained", None):
+            save(fresh)
         _check_replaceable(directory, {path.name for path in fresh.iterdir()} | {WEIGHTS_FILE} | COMPANIONS)
         # Copies, because safetensors refuses tensors that share memory.
         state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}

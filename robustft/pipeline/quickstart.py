@@ -198,7 +198,9 @@ def quickstart(
     if pretrain_pairs is not None and (not from_scratch or pretrain_pairs < BATCH):
         raise ValueError(f"pretrain_pairs needs from_scratch and at least one batch of {BATCH}, got {pretrain_pairs}")
     started = time.monotonic()
-    recipes = {name: replace(RECIPES[name], **({"epochs": QUICK_EPOCHS} if quick else {})) for name in method_names}
+    recipes = {name: RECIPES[name] for name in method_names}
+    if quick:
+        recipes = {name: replace(recipe, epochs=QUICK_EPOCHS) for name, recipe in recipes.items()}
     config = {
         "seed": seed,
         "quick": quick,
@@ -233,7 +235,12 @@ def quickstart(
     records = []
     for name, recipe in recipes.items():
         method = make_method(recipe, bundle, data, seed, limit_batches)
-        loop = {"limit_batches": limit_batches, "precision": precision, "progress": progress, "dry_run": dry_run}
+        loop: dict[str, Any] = {
+            "limit_batches": limit_batches,
+            "precision": precision,
+            "progress": progress,
+            "dry_run": dry_run,
+        }
         if not dry_run:
             loop |= {"output": folder / name, "resume": resume and holds_run(folder / name)}
         history = train(recipe, method, data, seed, **loop)
