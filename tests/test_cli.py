@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -62,6 +63,10 @@ def test_defaults_of_a_command_are_those_of_its_function(command):
     parameters = inspect.signature({"quickstart": quickstart, "study": study}[command]).parameters
     defaults = {name: p.default for name, p in parameters.items() if name in options}
     assert len(defaults) >= 5 and defaults == {name: options[name] for name in defaults}
+
+
+def test_the_precisions_offered_are_those_that_fit_takes():
+    assert get_args(get_type_hints(robustft.fit)["precision"]) == PRECISIONS
 
 
 def test_a_library_that_is_missing_is_said_without_a_traceback(monkeypatch, capsys):
