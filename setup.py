@@ -1,4 +1,4 @@
-"""Builds robustft. torch is never imported here: only its headers are needed, and those are looked for by path.
+"""Builds robustft's compiled code by CMake; what that needs is in build_backend.py.
 
 Environment: ROBUSTFT_NO_NATIVE=1 installs without compiled code, ROBUSTFT_NO_CUDA=1 without the CUDA library,
 ROBUSTFT_TORCH_DIR names the torch package whose headers to use, ROBUSTFT_CMAKE_ARGS adds options, MAX_JOBS limits
@@ -7,41 +7,20 @@ parallel compilation.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+from build_backend import torch_dir, torch_floor, version_of
+from robustft.machine import compiler_found, sources_digest
+
 HERE = Path(__file__).resolve().parent
-TORCH_FLOOR = "2.11"
-
-
-def torch_dir() -> Path | None:
-    """The torch package of the environment being installed into, or of the build environment; headers suffice."""
-    candidates = []
-    if named := os.environ.get("ROBUSTFT_TORCH_DIR"):
-        candidates.append(Path(named))
-    spec = importlib.util.find_spec("torch")
-    if spec and spec.submodule_search_locations:
-        candidates.append(Path(list(spec.submodule_search_locations)[0]))
-    candidates += [Path(sysconfig.get_paths()[key]) / "torch" for key in ("purelib", "platlib")]
-    for candidate in candidates:
-        header = candidate / "include/torch/csrc/stable/library.h"
-        if header.exists() and version_of(candidate) >= tuple(map(int, TORCH_FLOOR.split("."))):
-            return candidate
-    return None
-
-
-def version_of(torch: Path) -> tuple[int, ...]:
-    found = re.search(r"__version__ = '(\d+)\.(\d+)", (torch / "version.py").read_text())
-    return tuple(map(int, found.groups())) if found else (0,)
 
 
 def say(message: str) -> None:
@@ -77,9 +56,9 @@ class CMakeBuild(build_ext):
         torch = torch_dir()
         if torch is None:
             raise SystemExit(
-                f"robustft: no torch >= {TORCH_FLOOR} headers found; install torch or set ROBUSTFT_TORCH_DIR"
+                f"robustft: no torch >= {torch_floor()} headers found; install torch or set ROBUSTFT_TORCH_DIR"
             )
-        if not any(shutil.which(c) for c in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if c):
+        if not compiler_found():
             say("no C++ compiler found: installing without compiled code; robustft will use its eager reference")
             return None
         build = Path(self.build_temp).resolve()
@@ -89,6 +68,7 @@ class CMakeBuild(build_ext):
         options = {
             "ROBUSTFT_TORCH_DIR": torch,
             "ROBUSTFT_TORCH_VERSION": ".".join(map(str, version_of(torch))),
+            "ROBUSTFT_SOURCES": sources_digest(HERE),
             "ROBUSTFT_PYTHON_INCLUDE": sysconfig.get_paths()["include"],
             "ROBUSTFT_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "ROBUSTFT_PYBIND11_INCLUDE": pybind11.get_include(),
@@ -109,15 +89,9 @@ class CMakeBuild(build_ext):
         return []
 
 
-build_requires = []
-if os.environ.get("ROBUSTFT_NO_NATIVE") != "1":
-    build_requires += ["cmake>=3.24", "ninja", "pybind11>=2.12"]
-    # torch as a build requirement would be downloaded and unpacked a second time: only where there is none.
-    if torch_dir() is None:
-        build_requires.append(f"torch>={TORCH_FLOOR}")
-
 setup(
-    setup_requires=build_requires,
+    packages=[*find_packages(include=["robustft", "robustft.*"]), "robustft.benchmarks"],
+    package_dir={"robustft.benchmarks": "benchmarks"},
     ext_modules=[Extension("robustft._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -6,7 +6,6 @@ Rows are printed as they are measured, and kept: a killed run goes on where it w
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
@@ -17,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from robustft.cli import add_bench_arguments
+import robustft
 from robustft.files import write_text
+from robustft.machine import build_cure, out_of_date
 
-from . import machine, show
+from . import machine, options, show
 from .store import Store
 from .work import Work
 
@@ -40,6 +40,7 @@ def run(*, quick: bool, only: str, threads: Sequence[int] | None, output: str | 
             raise OSError(f'{package} is not installed: pip install "robustft[bench]"')
     import pytest
 
+    check_compiled()
     folder = Path(output) if output else machine.output_folder()
     stem = machine.slug() + ("-quick" if quick else "")
     path = folder.resolve() / f"{stem}.json"
@@ -76,6 +77,17 @@ def run(*, quick: bool, only: str, threads: Sequence[int] | None, output: str | 
     return 1 if failed else 0
 
 
+def check_compiled() -> None:
+    """OSError unless what would be timed under robustft's name is its compiled code, and that of these sources."""
+    loaded = robustft.build_info()["libraries"]["cpu"]
+    if loaded != "loaded":
+        raise OSError(
+            f"robustft's compiled code is {loaded}: its eager reference is no candidate. Cure: {build_cure()}"
+        )
+    if out_of_date():
+        raise OSError(f"robustft's compiled code is of other sources than these. Cure: {build_cure()}")
+
+
 def _pytest() -> list[str]:
     """Of pytest's settings none is taken from where the user happens to be, and nothing is left beside the code."""
     return [
@@ -84,11 +96,5 @@ def _pytest() -> list[str]:
     ]  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    add_bench_arguments(parser)
-    return run(**vars(parser.parse_args(arguments)))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(**vars(options.parser("python -m benchmarks").parse_args())))

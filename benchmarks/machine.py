@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import robustft
-from robustft.doctor import processor
 from robustft.files import write_json
+from robustft.machine import processor
 
 RESULTS = Path(__file__).parent / "results"
 """Of the source tree. An installed robustft must not write there; see `output_folder`."""

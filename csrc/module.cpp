@@ -12,6 +12,7 @@ PYBIND11_MODULE(_C, m) {
       "build_info",
       [] {
         py::dict info;
+        info["sources"] = ROBUSTFT_SOURCES;
         info["compiler"] = ROBUSTFT_COMPILER;
         info["torch_target"] = ROBUSTFT_TORCH_TARGET;
         info["torch_headers"] = ROBUSTFT_TORCH_HEADERS;
@@ -20,7 +21,7 @@ PYBIND11_MODULE(_C, m) {
         info["cuda_architectures"] = ROBUSTFT_CUDA_ARCHITECTURES;
         return info;
       },
-      "Compilers, torch versions, CPU variants and CUDA architectures this was built with.");
+      "The digest of the sources; compilers, torch versions, CPU variants and CUDA architectures this was built with.");
   m.def("detected_isa", [] { return robustft::name(robustft::detect_isa()); }, "The widest variant this CPU can run.");
   m.def(
       "active_isa", [] { return robustft::name(robustft::select_isa()); },

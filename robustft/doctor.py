@@ -7,16 +7,19 @@ imported before its own check, so that one broken library does not hide the othe
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import platform
+import re
 import shutil
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-REINSTALL = "pip install --force-reinstall --no-deps .   (in robustft's source tree)"
+from robustft import machine
+from robustft.machine import REINSTALL
+
 TOLERANCE = 1e-4  # float32 outcomes of order 1 to 100
 OPERATORS = {
     "contrastive_loss": "similarity_statistics",
@@ -29,6 +32,11 @@ OPERATORS = {
     "group_risk": "group_sums",
 }
 """The public operators that have a compiled body, and the kernel that decides whether it is used."""
+
+_MODULES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
+"""Where the module of a requirement has another name."""
+_OF_CLIP = ("torchvision", "open_clip_torch")
+"""Requirements that are imported in a way of their own."""
 
 
 class Check(NamedTuple):
@@ -55,73 +63,81 @@ def run(log: Callable[[str], None] = print) -> int:
     return 1 if failed else 0
 
 
-def processor() -> str:
-    """The processor's name, as the system has it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
 def checks() -> Iterator[Check]:
     """All checks, lazily, in the order in which one depends on another."""
     yield Check("python", sys.version_info >= (3, 10), platform.python_version(), "install Python 3.10 or newer")
-    torch_check = _library("torch", (2, 11), "pip install 'torch>=2.11'")
+    try:
+        floors = _floors()
+    except importlib.metadata.PackageNotFoundError:
+        yield Check("robustft", False, f"in {machine.PACKAGE}, not installed", machine.build_cure())
+        return
+    torch_check = _library("torch", floors.pop("torch", ()))
     yield torch_check
     if not torch_check.passed:
         return
     yield from _build()
-    yield from _operators()
     yield from _clip_libraries()
-    for name, floor in (
-        ("safetensors", (0, 4)),
-        ("sklearn", (1,)),
-        ("matplotlib", (3, 8)),
-        ("yaml", (5,)),
-        ("tqdm", (4,)),
-    ):
-        package = {"sklearn": "scikit-learn", "yaml": "pyyaml"}.get(name, name)
-        yield _library(name, floor, f"pip install '{package}'")
+    for name, floor in floors.items():
+        if name not in _OF_CLIP:
+            yield _library(name, floor)
     yield _bundled_model()
     free = shutil.disk_usage(tempfile.gettempdir()).free
     yield Check("temporary space", free > 2**28, f"{free / 2**30:.1f} GB free", "free some space or set TMPDIR")
 
 
-def _library(name: str, floor: tuple[int, ...], cure: str) -> Check:
+def _floors() -> dict[str, tuple[int, ...]]:
+    """What robustft requires without extras, and each one's oldest version, () for any: as its metadata have it."""
+    required = importlib.metadata.requires("robustft") or []
+    found = (re.match(r"([\w.-]+)(?:>=([\d.]+))?$", requirement) for requirement in required)
+    return {
+        name: tuple(map(int, floor.split("."))) if floor else () for name, floor in (m.groups() for m in found if m)
+    }
+
+
+def _library(name: str, floor: tuple[int, ...]) -> Check:
+    wanted = f">={'.'.join(map(str, floor))}" if floor else ""
+    cure = f"pip install '{name}{wanted}'"
     try:
-        module = importlib.import_module(name)
+        module = importlib.import_module(_MODULES.get(name, name))
     except Exception as error:  # whatever an import raises is this check's finding
         return Check(name, False, f"{type(error).__name__}: {error}", cure)
     version = getattr(module, "__version__", "unknown")
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
-    wanted = ".".join(map(str, floor))
     return Check(name, numbers >= floor, f"{version}" + ("" if numbers >= floor else f" (needs {wanted})"), cure)
 
 
 def _build() -> Iterator[Check]:
     import torch
 
-    import robustft
-
-    info = robustft.build_info()
+    cure = machine.build_cure()
+    try:
+        from robustft.ops.dispatch import build_info
+    except ImportError as error:  # in a source tree: only compiled code of other sources is there
+        yield Check("compiled CPU operators", False, str(error), cure)
+        return
+    info = build_info()
     libraries = info["libraries"]
     if libraries["cpu"] == "loaded":
         built = f"{info.get('compiler', '?')}, {info.get('cpu_variants', '?')}; running {info.get('active_isa', '?')}"
-        yield Check("compiled CPU operators", True, built)
+        stale = "; built from other sources than those beside it" if machine.out_of_date() else ""
+        yield Check("compiled CPU operators", not stale, built + stale, cure)
     else:
-        cure = f"install a C++ compiler (Debian: apt install g++), then {REINSTALL}"
         yield Check("compiled CPU operators", False, str(libraries["cpu"]), cure)
+    if machine.compiled_folder() != machine.PACKAGE:
+        yield Check("compiled code", None, f"of the same sources, as installed in {machine.compiled_folder()}")
     if libraries["cuda"] == "loaded":
         found = f"{info.get('cuda_compiler', '?')} for {info.get('cuda_architectures', '?')}"
         yield Check("compiled CUDA operators", True, found)
     else:
         needed = torch.cuda.is_available()
-        cure = f"install a CUDA compiler (nvcc), then {REINSTALL}"
+        cuda_compiler = "" if shutil.which("nvcc") else "install a CUDA compiler (nvcc), then "
+        cure = cuda_compiler + cure
         yield Check("compiled CUDA operators", False if needed else None, str(libraries["cuda"]), cure)
     yield Check("Triton kernels", None, str(info.get("triton")))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     yield Check("GPU", None, gpu)
     yield Check("threads", None, f"{torch.get_num_threads()} (set OMP_NUM_THREADS to change)")
+    yield from _operators()
 
 
 def _operators() -> Iterator[Check]:
@@ -194,7 +210,7 @@ def _bundled_model() -> Check:
 
         bundle = glyphworld.load_clip()
         digits = len(glyphworld.digits("test"))
-        parameters = sum(p.numel() for p in bundle.model.visual.parameters())
+        parameters = sum(p.numel() for p in bundle.model.get_submodule("visual").parameters())
         return Check(
             "bundled model and data", True, f"{parameters / 1e6:.2f} M visual parameters, {digits} test digits"
         )

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 import robustft
+from robustft import machine
 
 ROOT = Path(__file__).parent.parent
-LIBRARIES = sorted(Path(robustft.__file__).parent.glob("*.so"))
+LIBRARIES = sorted(machine.compiled_folder().glob("*.so"))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def tree(tmp_path_factory) -> Path:
 
 def build(tree: Path, kind: str, into: Path) -> Path:
     """The archive that the build backend makes; without compiled code, which would take minutes."""
-    script = f"from setuptools import build_meta as b; print(b.build_{kind}({str(into)!r}))"
+    script = f"import build_backend as b; print(b.build_{kind}({str(into)!r}))"
     environment = os.environ | {"ROBUSTFT_NO_NATIVE": "1"}
     done = subprocess.run([sys.executable, "-c", script], cwd=tree, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -45,7 +46,8 @@ def test_the_source_archive_holds_all_that_a_build_reads_and_no_library(tree, tm
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".h", ".cu"}}
     modules = {str(p.relative_to(ROOT)) for d in ("robustft", "benchmarks") for p in (ROOT / d).rglob("*.py")}
     assert sources and modules
-    assert sources | modules | {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= held
+    builders = {"CMakeLists.txt", "setup.py", "build_backend.py", "pyproject.toml", "README.md", "LICENSE"}
+    assert sources | modules | builders <= held
     assert not [name for name in held if name.endswith(".so")]
 
 
@@ -57,10 +59,98 @@ def test_a_wheel_holds_no_library_of_an_earlier_build(tree, tmp_path):
     for wheel in (first, again):
         with zipfile.ZipFile(wheel) as archive:
             held = archive.namelist()
+            (metadata,) = (archive.read(name).decode() for name in held if name.endswith(".dist-info/METADATA"))
         assert not [name for name in held if name.endswith(".so")]
-        assert "robustft/data/assets/glyphworld_vit.safetensors" in held
-        assert {"robustft/benchmarks/__main__.py", "robustft/benchmarks/conftest.py"} <= set(held)
+        assert f"\nVersion: {robustft.__version__}\n" in metadata
+        assert {"robustft/data/assets/glyphworld_vit.safetensors", "robustft/py.typed"} <= set(held)
+        modules = {str(p.relative_to(ROOT)) for p in (ROOT / "robustft").rglob("*.py")}
+        assert modules | {"robustft/benchmarks/__main__.py", "robustft/benchmarks/conftest.py"} <= set(held)
         assert not [name for name in held if "results" in name]
+
+
+def test_the_backend_asks_for_compiling_tools_only_and_for_torch_where_there_is_none(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.delenv("ROBUSTFT_NO_NATIVE", raising=False)
+    import build_backend
+
+    tools = build_backend.tools()
+    assert {re.split("[>=]", tool)[0] for tool in tools} == {"cmake", "ninja", "pybind11"}
+    assert tools[0].removeprefix("cmake>=") in (ROOT / "CMakeLists.txt").read_text()
+    monkeypatch.setattr(build_backend, "torch_dir", lambda: None)
+    assert build_backend.tools()[3:] == [f"torch>={build_backend.torch_floor()}"]
+    monkeypatch.setenv("ROBUSTFT_NO_NATIVE", "1")
+    assert build_backend.tools() == []
+
+
+# In the source tree after `pip install .`: Python finds the tree's modules first, which nothing has compiled.
+
+
+@pytest.fixture
+def unbuilt(tree, tmp_path) -> Path:
+    """A source tree without compiled code, of the sources that the installed robustft was built from."""
+    if not LIBRARIES:
+        pytest.skip("robustft is installed without compiled code")
+    copy = tmp_path / "tree"
+    shutil.copytree(tree, copy, ignore=shutil.ignore_patterns("*.so", "*.egg-info", "build", "tests", "results"))
+    if machine.built_from(machine.compiled_folder()) != machine.sources_digest(copy):
+        pytest.skip("the installed robustft was built from other sources")
+    return copy
+
+
+@pytest.fixture
+def site(tmp_path) -> Path:
+    """A folder in which robustft is installed with its compiled code."""
+    folder = tmp_path / "site"
+    (folder / "robustft").mkdir(parents=True)
+    for library in LIBRARIES:
+        os.symlink(library, folder / "robustft" / library.name)
+    metadata = folder / f"robustft-{robustft.__version__}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: robustft\nVersion: {robustft.__version__}\n")
+    return folder
+
+
+def run_in(tree: Path, site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in the source tree, where `site` is the only place that has a robustft installed."""
+    own = Path(robustft.__file__).parent.parent
+    others = [p for p in sys.path if p and Path(p).resolve() != own and not p.endswith(".zip")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *others]), "PYTHONNOUSERSITE": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=300)
+
+
+LOADED = "import robustft; print(robustft.__file__, robustft.build_info()['libraries']['cpu'])"
+
+
+def test_a_source_tree_runs_on_the_installed_compiled_code_of_the_same_sources(unbuilt, site):
+    done = run_in(unbuilt, site, "-c", LOADED)
+    assert done.stdout.split() == [str(unbuilt / "robustft" / "__init__.py"), "loaded"], done.stderr
+    assert "reference" not in done.stderr
+
+
+def test_a_source_tree_of_other_sources_stops_with_the_cure(unbuilt, site):
+    with (unbuilt / "csrc" / "ops.cpp").open("a") as file:
+        file.write("// changed\n")
+    for arguments in (["-c", LOADED], ["-m", "robustft", "info"], ["-m", "benchmarks", "--quick"]):
+        done = run_in(unbuilt, site, *arguments)
+        assert done.returncode == 1 and f"pip install -e {unbuilt}" in done.stderr, done.stderr
+    told = run_in(unbuilt, site, "-m", "robustft", "doctor")
+    assert told.returncode == 1 and f"pip install -e {unbuilt}" in told.stdout, told.stdout + told.stderr
+    assert "install a C++ compiler" not in told.stdout or not machine.compiler_found()
+
+
+def test_the_benchmarks_never_time_the_reference(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import __main__ as benchmarks
+    from robustft.ops import dispatch
+
+    monkeypatch.setitem(dispatch.LIBRARIES, "cpu", "not built")
+    with pytest.raises(OSError, match="not built.*eager reference is no candidate.*pip install"):
+        benchmarks.check_compiled()
+    monkeypatch.setitem(dispatch.LIBRARIES, "cpu", "loaded")
+    monkeypatch.setattr(benchmarks, "out_of_date", lambda: True)
+    with pytest.raises(OSError, match="of other sources.*pip install"):
+        benchmarks.check_compiled()
 
 
 def test_the_libraries_name_no_place_of_the_machine_that_built_them():

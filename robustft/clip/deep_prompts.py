@@ -74,7 +74,7 @@ def visual_prompts(model: nn.Module, prompts: Sequence[Tensor]) -> Iterator[None
         yield
 
 
-def _at_entrance(hooks: ExitStack, tower: nn.Module, block: nn.Module, change: Any) -> None:
+def _at_entrance(hooks: ExitStack, tower: Any, block: nn.Module, change: Any) -> None:
     """Change what enters a block, (N, L, width), also where the tower has it as (L, N, width)."""
     batch_first = getattr(tower.transformer, "batch_first", True)
 
@@ -85,7 +85,7 @@ def _at_entrance(hooks: ExitStack, tower: nn.Module, block: nn.Module, change: A
     hooks.callback(block.register_forward_pre_hook(hook).remove)
 
 
-def _blocks(tower: nn.Module) -> nn.ModuleList:
+def _blocks(tower: Any) -> nn.ModuleList:
     # A block that is run again in the backward would not find its prompt any more.
     if getattr(tower.transformer, "grad_checkpointing", False):
         raise ValueError("model: deep prompts need gradient checkpointing off: model.set_grad_checkpointing(False)")

@@ -6,7 +6,6 @@ u = normalise(f(x))     image features (N, D)         v = normalise(g(t))     te
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -43,7 +42,8 @@ def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -
             f"{tuple(images.shape)} {images.dtype}"
         )
     parameter = next(getattr(model, "visual", model).parameters(), images)
-    features = _pooled(model.encode_image(images.to(parameter.dtype)))
+    clip: Any = model  # what open_clip adds to a module has no types
+    features = _pooled(clip.encode_image(images.to(parameter.dtype)))
     return F.normalize(at_least_float32(features), dim=-1) if normalize else features
 
 
@@ -73,7 +73,8 @@ def encode_texts(model: nn.Module, tokens: Tensor, *, normalize: bool = True) ->
     """Text features (M, D) of tokenised captions (M, L), with `normalize` as in `encode_images`."""
     if tokens.ndim != 2 or tokens.is_floating_point():
         raise ValueError(f"tokens: expected (M, L) integers, got {tuple(tokens.shape)} {tokens.dtype}")
-    features = _pooled(model.encode_text(tokens))
+    clip: Any = model
+    features = _pooled(clip.encode_text(tokens))
     return F.normalize(at_least_float32(features), dim=-1) if normalize else features
 
 
@@ -121,8 +122,8 @@ def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, 
         return encode_texts(model, tokens, normalize=normalize)
 
 
-def text_tower(model: nn.Module) -> nn.Module:
-    """What holds the text transformer: `CustomTextCLIP` has a tower of its own, `CLIP` is one."""
+def text_tower(model: nn.Module) -> Any:
+    """What holds the text transformer: `CustomTextCLIP` has a tower of its own, `CLIP` is one. A module."""
     model = unwrap(model)
     return getattr(model, "text", model)
 
@@ -157,7 +158,10 @@ def text_projection(model: nn.Module) -> Tensor:
 
 def _projection(model: nn.Module, tower: str, *paths: str) -> Tensor:
     for path in paths:
-        match functools.reduce(lambda owner, part: getattr(owner, part, None), path.split("."), model):
+        part: Any = model
+        for name in path.split("."):
+            part = getattr(part, name, None)
+        match part:
             case nn.Linear() as linear:
                 return linear.weight.T
             case Tensor() as weight:
@@ -173,8 +177,8 @@ def _pooled(features: Any) -> Tensor:
     return features[0] if isinstance(features, tuple) else features
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+def unwrap(model: nn.Module) -> Any:
+    """The model inside torch.compile's and DistributedDataParallel's wrappers: a module with open_clip's attributes."""
     while isinstance(inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None), nn.Module):
         model = inner
     return model

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def last_inputs(visual: nn.Module) -> Iterator[list[Tensor]]:
+def last_inputs(visual: Any) -> Iterator[list[Tensor]]:
     """While open, the list receives what each pass of the tower puts into its last attention.
 
     ValueError for towers whose patches have no place in the space of the texts.
@@ -41,10 +41,10 @@ def last_inputs(visual: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def local_features(visual: nn.Module, inputs: Tensor) -> Tensor:
+def local_features(visual: Any, inputs: Tensor) -> Tensor:
     """Patch features (N, P, D) from what entered the last attention; not normalised."""
     last = _last_attention(visual)
-    if last is getattr(visual, "attnpool", None):
+    if hasattr(last, "v_proj"):  # an attention pool
         return last.c_proj(last.v_proj(inputs.flatten(2).transpose(1, 2)))
     batch_first = getattr(visual.transformer, "batch_first", True)
     length = inputs.shape[1 if batch_first else 0]
@@ -56,7 +56,7 @@ def local_features(visual: nn.Module, inputs: Tensor) -> Tensor:
     return tokens if visual.proj is None else tokens @ visual.proj
 
 
-def _last_attention(visual: nn.Module) -> nn.Module:
+def _last_attention(visual: Any) -> Any:
     pool = getattr(visual, "attnpool", None)
     if isinstance(getattr(pool, "v_proj", None), nn.Linear):
         return pool

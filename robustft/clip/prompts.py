@@ -80,7 +80,7 @@ def captions(class_names: Sequence[str], templates: Sequence[Template]) -> tuple
 
 class SampledCaptions(NamedTuple):
     tokens: Tensor  # (U, L) the batch's distinct captions
-    index: Tensor  # (N,) caption of each image: features[index] are the N text features
+    inverse: Tensor  # (N,) caption of each image: features[inverse] are the N text features
 
 
 class PromptTable:

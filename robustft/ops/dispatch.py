@@ -11,10 +11,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
+from typing import Any
 
 import torch
 
+from robustft import machine
 from robustft.ops import native, triton
 from robustft.ops.native.registration import library
 
@@ -48,7 +49,7 @@ def _load_libraries() -> dict[str, str]:
         raise ValueError(f"ROBUSTFT_CPU_ISA is {wanted!r}; expected one of {', '.join(ISA_NAMES)}")
     status = {}
     for device in ("cpu", "cuda"):
-        path = Path(__file__).resolve().parent.parent / f"_ops_{device}.so"
+        path = machine.compiled_folder() / f"_ops_{device}.so"
         if not path.exists():
             status[device] = "not built"
         elif device == "cuda" and torch.version.cuda is None:
@@ -117,18 +118,17 @@ def use_native(op: str, device: torch.device, dtype: torch.dtype | None = None) 
     raise RuntimeError(f"backend is {_choice!r}, but there is no such kernel of {op} for {tensors}")
 
 
-def build_info() -> dict[str, object]:
+def build_info() -> dict[str, Any]:
     """What was compiled, with what, what this processor has, and which libraries are loaded."""
     try:
-        from robustft import _C
+        built = machine.extension(machine.compiled_folder())
     except ImportError as error:
         return {"native": False, "reason": str(error), "libraries": LIBRARIES}
-    info = dict(_C.build_info())
     return {
         "native": LIBRARIES["cpu"] == "loaded",
-        **info,
-        "detected_isa": _C.detected_isa(),
-        "active_isa": _C.active_isa(),
+        **built.build_info(),
+        "detected_isa": built.detected_isa(),
+        "active_isa": built.active_isa(),
         "libraries": LIBRARIES,
         "triton": triton.STATUS,
         "torch": torch.__version__,

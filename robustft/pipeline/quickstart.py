@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from robustft.data.pretrain import BATCH, PAIRS, Progress, pretrain
 from robustft.data.sources import image_statistics
 from robustft.evaluation.measure import Evaluation, Frontier, Predictions, Suite, evaluate_predictions, predict
 from robustft.files import move, write_text
+from robustft.pipeline.recipes import QUICK_EPOCHS, RECIPES, Recipe
 from robustft.predictors.logits import mixture_log_probabilities
 from robustft.training.loop import History, fit
 from robustft.training.progress import SECONDS_BETWEEN_LINES
@@ -38,26 +39,6 @@ from robustft.training.schedule import check_arguments, steps_per_epoch
 Tensors = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How one method is trained: the method's class, its own options, and the loop's."""
-
-    method: str
-    lr: float
-    epochs: int = 10
-    batch_size: int = 128
-    weight_decay: float = 0.1
-    warmup: float = 0.1
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-# CaRot's teacher: every 2 of 70 steps is as large a part of the run as the paper's every 500 of 25,030.
-RECIPES = {
-    "FT": Recipe("FineTune", lr=3e-3),
-    "FLYP": Recipe("FLYP", lr=3e-3),
-    "CaRot": Recipe("CaRot", lr=3e-3, options={"ema_interval": 2}),
-}
-QUICK_EPOCHS = 4
 FRONTIER_ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -201,7 +182,7 @@ def quickstart(
     Args:
         output: folder for everything; it must not hold another run, unless `resume`.
         seed: of the fine-tuning. The data and the bundled checkpoint do not depend on it.
-        method_names: which of "FT", "FLYP", "CaRot".
+        method_names: some of `RECIPES`.
         quick: fewer epochs and test images, less than half of the time.
         device, precision, limit_batches: as in `robustft.fit`.
         from_scratch: pre-train a model first instead of using the bundled one.
@@ -221,7 +202,9 @@ def quickstart(
     if pretrain_pairs is not None and (not from_scratch or pretrain_pairs < BATCH):
         raise ValueError(f"pretrain_pairs needs from_scratch and at least one batch of {BATCH}, got {pretrain_pairs}")
     started = time.monotonic()
-    recipes = {name: replace(RECIPES[name], **({"epochs": QUICK_EPOCHS} if quick else {})) for name in method_names}
+    recipes = {name: RECIPES[name] for name in method_names}
+    if quick:
+        recipes = {name: replace(recipe, epochs=QUICK_EPOCHS) for name, recipe in recipes.items()}
     config = {
         "seed": seed,
         "quick": quick,
@@ -276,7 +259,12 @@ def _main_job(
     records = []
     for name, recipe in recipes.items():
         method = make_method(recipe, bundle, data, seed, limit_batches)
-        loop = {"limit_batches": limit_batches, "precision": precision, "progress": progress, "dry_run": dry_run}
+        loop: dict[str, Any] = {
+            "limit_batches": limit_batches,
+            "precision": precision,
+            "progress": progress,
+            "dry_run": dry_run,
+        }
         if not dry_run:
             loop |= {"output": folder / name, "resume": resume and holds_run(folder / name)}
         history = train(recipe, method, data, seed, **loop)

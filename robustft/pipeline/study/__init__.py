@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from robustft.doctor import processor
 from robustft.files import write_file, write_json, write_text
+from robustft.machine import processor
+from robustft.pipeline.recipes import SEEDS
 from robustft.pipeline.study import calibration, carot, cmp, compositions, detection, drm, vrf
 from robustft.pipeline.study.findings import Measured
 from robustft.pipeline.study.page import Answer, markdown, page, summary
@@ -29,7 +30,6 @@ from robustft.training.run import configured
 
 MODULES = (carot, vrf, drm, cmp, calibration, detection, compositions)
 SECTIONS = {module.SECTION.name: module.SECTION for module in MODULES}
-SEEDS = (0, 1, 2)
 
 
 def study(

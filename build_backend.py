@@ -1,0 +1,88 @@
+"""The build backend: setuptools', and the tools that compiling needs, asked for where they are needed only.
+
+torch is never imported here: only its headers are needed, and those are looked for by path. As a build requirement it
+would be downloaded and unpacked a second time, so it is one only where there are no headers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from setuptools import build_meta
+from setuptools.build_meta import (
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+
+__all__ = [
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
+]
+
+ROOT = Path(__file__).resolve().parent
+
+
+def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
+    return build_meta.get_requires_for_build_wheel(config_settings) + tools()
+
+
+def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
+    return build_meta.get_requires_for_build_editable(config_settings) + tools()
+
+
+def tools() -> list[str]:
+    """What has to be installed to compile."""
+    if os.environ.get("ROBUSTFT_NO_NATIVE") == "1":
+        return []
+    cmake = floor("CMakeLists.txt", r"cmake_minimum_required\(VERSION ([\d.]+)\)")
+    torch = [f"torch>={torch_floor()}"] if torch_dir() is None else []
+    return [f"cmake>={cmake}", "ninja", "pybind11>=2.12", *torch]
+
+
+def torch_floor() -> str:
+    """The oldest torch, as the project's dependencies have it."""
+    return floor("pyproject.toml", r'"torch>=([\d.]+)"')
+
+
+def floor(file: str, pattern: str) -> str:
+    found = re.search(pattern, (ROOT / file).read_text())
+    if found is None:
+        raise ValueError(f"{file} does not say {pattern}")
+    return found[1]
+
+
+def torch_dir() -> Path | None:
+    """The torch package of the environment being installed into, or of the build environment; headers suffice."""
+    candidates = []
+    if named := os.environ.get("ROBUSTFT_TORCH_DIR"):
+        candidates.append(Path(named))
+    spec = importlib.util.find_spec("torch")
+    if spec and spec.submodule_search_locations:
+        candidates.append(Path(list(spec.submodule_search_locations)[0]))
+    candidates += [Path(sysconfig.get_paths()[key]) / "torch" for key in ("purelib", "platlib")]
+    for candidate in candidates:
+        header = candidate / "include/torch/csrc/stable/library.h"
+        if header.exists() and version_of(candidate) >= tuple(map(int, torch_floor().split("."))):
+            return candidate
+    return None
+
+
+def version_of(torch: Path) -> tuple[int, ...]:
+    """The version of a torch package, of which nothing is imported."""
+    found = re.search(r"__version__ = '(\d+)\.(\d+)", (torch / "version.py").read_text())
+    return tuple(map(int, found.groups())) if found else (0,)
