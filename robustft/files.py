@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,38 @@ def load_fitted(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor
     if found != kind:
         raise ValueError(f"{path}: holds a {found}, expected a {kind}")
     return settings, tensors
+
+
+def read_text(path: str | Path, expected: str) -> str:
+    """A UTF-8 file's text, without the mark that some editors begin it with; ValueError, naming it and what was
+    `expected`, for other bytes."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+        raise ValueError(f"{path}: no UTF-8 text ({found}); expected {expected}") from error
+
+
+def read_json(path: str | Path, expected: str) -> Any:
+    """A JSON file's value; ValueError, naming the file and what was `expected`, for anything else.
+
+    An object that has a key twice is refused: of the two values, one would be lost unseen.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+            raise ValueError(f"duplicate keys {', '.join(map(repr, twice[:5]))}{', ...' if len(twice) > 5 else ''}")
+        return dict(pairs)
+
+    text = read_text(path, expected)
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}; expected {expected}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: JSON nested too deeply; expected {expected}") from error
+    except ValueError as error:  # twice the same key, a number of thousands of digits
+        raise ValueError(f"{path}: {error}; expected {expected}") from error
 
 
 def write_file(path: Path, data: bytes) -> None:
