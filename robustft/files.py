@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,6 +165,38 @@ os.register_at_fork(after_in_child=_let_go)
 def is_unfinished(path: Path) -> bool:
     """Whether this is what a kill has left of an attempt to write a file or a folder beside it."""
     return _UNFINISHED.fullmatch(path.name) is not None
+
+
+def read_text(path: str | Path, expected: str) -> str:
+    """A UTF-8 file's text, without the mark that some editors begin it with; ValueError, naming it and what was
+    `expected`, for other bytes."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+        raise ValueError(f"{path}: no UTF-8 text ({found}); expected {expected}") from error
+
+
+def read_json(path: str | Path, expected: str) -> Any:
+    """A JSON file's value; ValueError, naming the file and what was `expected`, for anything else.
+
+    An object that has a key twice is refused: of the two values, one would be lost unseen.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+            raise ValueError(f"duplicate keys {', '.join(map(repr, twice[:5]))}{', ...' if len(twice) > 5 else ''}")
+        return dict(pairs)
+
+    text = read_text(path, expected)
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}; expected {expected}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: JSON nested too deeply; expected {expected}") from error
+    except ValueError as error:  # twice the same key, a number of thousands of digits
+        raise ValueError(f"{path}: {error}; expected {expected}") from error
 
 
 def save_fitted(path: Path, kind: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

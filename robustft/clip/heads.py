@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,25 +12,29 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from robustft.clip.encoding import encode_texts
-from robustft.clip.prompts import Template, Tokenizer, captions, check_captions
+from robustft.clip.prompts import Template, Tokenizer, captions, check_captions, tokenize_classes
 
 
 def class_embeddings(
     model: nn.Module,
     tokenizer: Tokenizer,
-    class_names: Sequence[str],
+    class_names: Sequence[str] | Mapping[str, str],
     templates: Sequence[Template],
     *,
     batch_size: int = 256,
+    truncate: bool = False,
 ) -> Tensor:
     """The zero-shot head (K, D): unit mean over templates of unit text features (CLIP, section 3.1.4).
 
-    templates: strings with `{}` or `{c}`, or callables of the class name. Classes of the same name get
-    identical rows. The gradient reaches the text tower unless disabled. Memory: K T D floats, and the
-    activations of `batch_size` captions (of all K T when gradients are on). Raises ValueError for empty lists
-    and blank names.
+    class_names: in label order, or {folder: name} in label order. templates: strings with `{}` or `{c}`, or callables
+    of the class name. Classes of the same name get identical rows. The gradient reaches the text tower unless disabled.
+    Memory: K T D floats, and the activations of `batch_size` captions (of all K T when gradients are on). Raises
+    ValueError for empty lists and blank names, for captions longer than the context unless `truncate` lets them be cut,
+    and for classes whose different captions become the same tokens.
     """
-    return caption_embeddings(model, tokenizer, captions(class_names, templates), batch_size=batch_size)
+    names = list(class_names.values()) if isinstance(class_names, Mapping) else class_names
+    groups = group_captions(tokenizer, captions(names, templates), names=names, truncate=truncate)
+    return grouped_embeddings(model, groups, batch_size=batch_size)
 
 
 def caption_embeddings(
@@ -40,12 +44,15 @@ def caption_embeddings(
     *,
     batch_size: int = 256,
     checkpoint: bool = False,
+    names: Sequence[str] | None = None,
+    truncate: bool = False,
 ) -> Tensor:
     """A head (K, D) from ready captions, such as concept descriptions: one or more of them a class.
 
-    checkpoint: as in `encode_captions`. Otherwise as `class_embeddings`.
+    checkpoint: as in `encode_captions`. names: of the classes, for errors. Otherwise as `class_embeddings`.
     """
-    return grouped_embeddings(model, group_captions(tokenizer, captions), batch_size=batch_size, checkpoint=checkpoint)
+    groups = group_captions(tokenizer, captions, names=names, truncate=truncate)
+    return grouped_embeddings(model, groups, batch_size=batch_size, checkpoint=checkpoint)
 
 
 class CaptionGroups(NamedTuple):
@@ -65,12 +72,22 @@ class CaptionGroups(NamedTuple):
         )
 
 
-def group_captions(tokenizer: Tokenizer, captions: Sequence[Sequence[str]]) -> CaptionGroups:
-    """The captions of K classes, tokenised: classes of the same captions share a group."""
+def group_captions(
+    tokenizer: Tokenizer,
+    captions: Sequence[Sequence[str]],
+    *,
+    names: Sequence[str] | None = None,
+    truncate: bool = False,
+) -> CaptionGroups:
+    """The captions of K classes, tokenised: classes of the same captions share a group.
+
+    names, truncate and errors: as for `prompts.tokenize_classes`.
+    """
     check_captions(captions)
-    distinct = {texts: row for row, texts in enumerate(dict.fromkeys(map(tuple, captions)))}
+    tokens, row = tokenize_classes(tokenizer, captions, names=names, truncate=truncate)
+    distinct = {texts: number for number, texts in enumerate(dict.fromkeys(map(tuple, captions)))}
     return CaptionGroups(
-        tokenizer([text for group in distinct for text in group]),
+        tokens[[row[text] for group in distinct for text in group]],
         tuple(map(len, distinct)),
         torch.tensor([distinct[tuple(group)] for group in captions]),
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from robustft.clip.library import import_open_clip
 from robustft.clip.messages import few
 from robustft.clip.prompts import Tokenizer
-from robustft.files import CALIBRATOR_FILE, DETECTOR_FILE, write_json
+from robustft.files import CALIBRATOR_FILE, DETECTOR_FILE, read_json, write_json
 
 CONFIG_FILE = "open_clip_config.json"
 
@@ -130,13 +130,13 @@ def _existing(path: str | Path, otherwise: str = "") -> Path:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; an open_clip model directory holds {CONFIG_FILE}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    config = read_json(path, "an object with 'model_cfg'")
     if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
         raise ValueError(f"{path}: expected an object with 'model_cfg'")
-    return {"model_cfg": config["model_cfg"], "preprocess_cfg": config.get("preprocess_cfg", {})}
+    preprocessing = config.get("preprocess_cfg", {})
+    if not isinstance(preprocessing, dict):
+        raise ValueError(f"{path}: preprocess_cfg is {preprocessing!r:.80}; expected an object")
+    return {"model_cfg": config["model_cfg"], "preprocess_cfg": preprocessing}
 
 
 def _weights_in(folder: Path) -> Path:

@@ -7,20 +7,24 @@ classes and T templates), and a text tower without dropout maps equal captions t
 
 holds exactly: `PromptTable.sample` returns the distinct captions of a batch and the index that spreads their
 features, values and gradients alike, over the batch. Captions are tokenised once, when the table is built.
+
+Every text of this package goes through `tokenize`, which refuses what the tokenizer would cut.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from robustft.clip.library import import_open_clip
+from robustft.files import read_json, read_text
 
 Template = str | Callable[[str], str]
 Tokenizer = Callable[[list[str]], Tensor]
@@ -64,18 +68,223 @@ def format_template(template: Template, class_name: str) -> str:
     return caption
 
 
-def captions(class_names: Sequence[str], templates: Sequence[Template]) -> tuple[tuple[str, ...], ...]:
+def captions(
+    class_names: Sequence[str] | Mapping[str, str], templates: Sequence[Template]
+) -> tuple[tuple[str, ...], ...]:
     """K tuples of T captions, one for each class and template.
 
-    Duplicate class names are allowed (some label sets have them). Raises ValueError when either list is empty
-    or a name is blank, TypeError when either is a bare string.
+    class_names: names in label order, or {folder: name} in label order. Duplicate names are allowed (some label sets
+    have them); names that look like those of folders ("n01440764", "class_01") get a warning. Raises ValueError when
+    either list is empty or a name is blank, TypeError when either is a bare string.
     """
-    _check_strings("class_names", class_names)
+    names = list(class_names.values()) if isinstance(class_names, Mapping) else class_names
+    _check_strings("class_names", names)
     if isinstance(templates, str) or not isinstance(templates, Sequence):
         raise TypeError(f"templates: expected a sequence of templates, got {templates!r}")
     if not templates:
         raise ValueError("templates: expected at least one template, got none")
-    return tuple(tuple(format_template(template, name) for template in templates) for name in class_names)
+    if codes := [name for name in names if _CODE.fullmatch(name)]:
+        # At this line, not the caller's, so that a method that builds several heads says it once.
+        warnings.warn(
+            f"class_names: {_few(codes, 3)} look like names of folders, which no text tower knows, and become "
+            f"captions such as {format_template(templates[0], codes[0])!r}: give names in words, or "
+            "name_classes(dataset.classes, {folder: name})",
+            stacklevel=1,
+        )
+    return tuple(tuple(format_template(template, name) for template in templates) for name in names)
+
+
+# WordNet's synsets; class_01, label-3; 001.Black_footed_Albatross; 007. One digit may be the name of a digit.
+_CODE = re.compile(
+    r"n\d{8}|(class|cls|label|category|folder|dir|group|id)[ _-]?\d+|\d+\.[^\W\d].*|\d{2,}", re.IGNORECASE
+)
+
+
+def name_classes(classes: Sequence[str], names: Mapping[str, str]) -> tuple[str, ...]:
+    """The name in words of each class of a data set, in its order: `class_names` for methods and heads.
+
+    classes: as the data set calls them, such as its folders. names: {folder: name}; more folders than there are classes
+    do no harm. Raises ValueError naming the classes without a name.
+    """
+    _check_strings("classes", classes)
+    if nameless := [name for name in classes if name not in names]:
+        raise ValueError(f"names: no name for {_few(nameless)}, of {len(classes)} classes")
+    found = [names[name] for name in classes]
+    _check_strings("names", found)
+    return tuple(found)
+
+
+class Truncating:
+    """A tokenizer whose texts may be cut at the model's context: the way to say so where a tokenizer is given."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._whole = tokenizer
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        return self._whole(texts)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_whole":  # asked for by copy and pickle before it is there
+            raise AttributeError(name)
+        return getattr(self._whole, name)
+
+
+def tokenize(
+    tokenizer: Tokenizer, texts: Sequence[str], *, truncate: bool = False, names: Sequence[str] | None = None
+) -> Tensor:
+    """Tokens (M, L) of texts, of which none is cut.
+
+    truncate: let the tokenizer cut texts that are longer than the context of L tokens; a `Truncating` tokenizer says
+    the same. names: what the error calls each text, such as its class.
+
+    How many tokens a text takes is known exactly of open_clip's tokenizers. Any other callable is asked, for a text
+    whose row ends in no padding, for the text without its last letter and for its last word: it was cut if the first
+    has the same row, or the tokens of the second are not the last of the row. One whose rows grow with the text cuts
+    none, and one that fails when asked for other texts is not asked.
+
+    Raises ValueError naming the texts that do not fit, their numbers of tokens and L; TypeError for a tokenizer that
+    gives no integers (M, L).
+    """
+    tokens = tokenizer(list(texts))
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point() or len(tokens) != len(texts):
+        got = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"tokenizer: expected integers (M, L) of {len(texts)} texts, as a tensor, got {got}")
+    if truncate or isinstance(tokenizer, Truncating) or not len(tokens):
+        return tokens
+    if cut := _cut(tokenizer, texts, tokens):
+        length = tokens.shape[1]
+        told = [
+            f"{'' if names is None else f'{names[i]!r}, '}{texts[i]!r:.80} "
+            f"takes {f'more than {length}' if taken is None else taken}"
+            for i, taken in cut[:3]
+        ]
+        raise ValueError(
+            f"{len(cut)} of {len(texts)} texts do not fit the model's context of {length} tokens and would be cut: "
+            f"{'; '.join(told)}{'; ...' if len(cut) > 3 else ''}. Shorten them, or allow it: truncate=True, or "
+            "clip.prompts.Truncating(tokenizer) as the tokenizer"
+        )
+    return tokens
+
+
+def tokenize_classes(
+    tokenizer: Tokenizer,
+    captions: Sequence[Sequence[str]],
+    *,
+    truncate: bool = False,
+    names: Sequence[str] | None = None,
+) -> tuple[Tensor, dict[str, int]]:
+    """Tokens (P, L) of the P distinct captions of K classes, and the row of each caption.
+
+    truncate: as for `tokenize`. names: of the classes, for errors. Raises ValueError, as `tokenize` does, and naming
+    two classes of different captions whose tokens are the same: no model tells them apart. With truncation that is a
+    warning.
+    """
+    names = [f"class {number}" for number in range(len(captions))] if names is None else names
+    name_of: dict[str, str] = {}
+    for name, texts in zip(names, captions, strict=True):
+        for text in texts:
+            name_of.setdefault(text, name)
+    distinct = list(name_of)
+    tokens = tokenize(tokenizer, distinct, truncate=truncate, names=list(name_of.values()))
+    row = {text: number for number, text in enumerate(distinct)}
+    content = [values.tobytes() for values in np.ascontiguousarray(tokens.cpu().numpy())]
+    first: dict[frozenset[bytes], tuple[str, frozenset[str]]] = {}
+    for name, texts in zip(names, captions, strict=True):
+        whole = frozenset(texts)
+        other, its_texts = first.setdefault(frozenset(content[row[text]] for text in whole), (name, whole))
+        if its_texts != whole:
+            told = (
+                f"the captions of {other!r} and {name!r} become the same tokens, so that nothing tells the two classes "
+                f"apart: {min(its_texts)!r:.80} and {min(whole)!r:.80}"
+            )
+            if not (truncate or isinstance(tokenizer, Truncating)):
+                raise ValueError(told)
+            warnings.warn(told, stacklevel=2)
+    return tokens, row
+
+
+def _cut(tokenizer: Any, texts: Sequence[str], tokens: Tensor) -> list[tuple[int, int | None]]:
+    """The texts that do not fit, by index, with the number of tokens each takes where that can be known."""
+    words = getattr(tokenizer, "tokenizer", None)  # of open_clip's wrappers of Hugging Face's tokenizers
+    if callable(words) and hasattr(tokenizer, "context_length"):
+        padding, count = words.pad_token_id, _hugging_face_count
+    elif callable(getattr(tokenizer, "encode", None)) and hasattr(tokenizer, "eot_token_id"):  # open_clip's own
+        padding, count = 0, _simple_count
+    else:
+        return [(i, None) for i in _seem_cut(tokenizer, texts, tokens)]
+    # The last two places, because the closing token may have been made padding (strip_sep_token).
+    full = (tokens[:, -2:] != padding).any(1).nonzero()[:, 0].tolist()
+    taken = [count(tokenizer, texts[i]) for i in full]
+    return [(i, n) for i, n in zip(full, taken, strict=True) if n > tokens.shape[1]]
+
+
+def _hugging_face_count(tokenizer: Any, text: str) -> int:
+    if hasattr(tokenizer, "clean_fn"):
+        text = tokenizer.clean_fn(text)
+    else:  # SigLipTokenizer, which always cleans in one way
+        import_open_clip()
+        from open_clip.tokenizer import basic_clean, canonicalize_text
+
+        text = canonicalize_text(basic_clean(text))
+    clips = getattr(tokenizer, "tokenizer_mode", "") == "clips"  # which frames the text itself, with three tokens
+    how = {"add_special_tokens": not clips, "truncation": False, "padding": False, "verbose": False}
+    return len(tokenizer.tokenizer(text, **how)["input_ids"]) + 3 * clips
+
+
+def _simple_count(tokenizer: Any, text: str) -> int:
+    return len(tokenizer.encode(text)) + 2
+
+
+def _seem_cut(tokenizer: Tokenizer, texts: Sequence[str], tokens: Tensor) -> list[int]:
+    """Which texts a callable has cut, that tells nothing but tokens."""
+    try:
+        layout = TokenLayout.of(tokenizer)
+        full = (tokens[:, -1] != layout.padding).nonzero()[:, 0].tolist()
+        if not full:
+            return []
+        asked = [texts[i].rstrip() for i in full]
+        shorter = tokenizer([_LAST_LETTER.sub("", text) for text in asked]).tolist()
+        tail = tokenizer([text[max(text.rfind(" "), 0) :] for text in asked]).tolist()
+        if tokenizer([f"{texts[i]} {texts[i]}" for i in full[:1]]).shape[1] > tokens.shape[1]:
+            return []
+    except Exception:
+        return []
+    cut = []
+    for i, without, last in zip(full, shorter, tail, strict=True):
+        row = tokens[i].tolist()
+        end, word = layout.content(row), layout.content(last)
+        if without == row or end[len(end) - len(word) :] != word:
+            cut.append(i)
+    return cut
+
+
+_LAST_LETTER = re.compile(r"\w\W*$")  # with what follows, which some tokenizers drop
+
+
+class TokenLayout(NamedTuple):
+    """How a tokenizer frames a text: numbers of tokens before and after it, the token that fills a row, and a word."""
+
+    opening: int
+    closing: int
+    padding: int
+    word: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> TokenLayout:
+        """Found by asking for three short texts."""
+        empty, a, b = tokenizer(["", "a", "b"]).tolist()
+        opening = next(
+            (i for i, column in enumerate(zip(empty, a, b, strict=True)) if len(set(column)) > 1), len(empty)
+        )
+        layout = cls(opening, 0, empty[-1], a[opening])
+        return layout._replace(closing=len(layout.content(empty)))
+
+    def spare(self, row: Sequence[int]) -> int:
+        """How many tokens of padding a row ends in."""
+        return next((i for i, token in enumerate(reversed(row)) if token != self.padding), len(row))
+
+    def content(self, row: Sequence[int]) -> list[int]:
+        return list(row[self.opening : len(row) - self.spare(row) - self.closing])
 
 
 class SampledCaptions(NamedTuple):
@@ -91,25 +300,43 @@ class PromptTable:
     take 50 MB at L = 77.
     """
 
-    def __init__(self, tokenizer: Tokenizer, class_names: Sequence[str], templates: Sequence[Template]) -> None:
-        self._fill(tokenizer, captions(class_names, templates))
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        class_names: Sequence[str] | Mapping[str, str],
+        templates: Sequence[Template],
+        *,
+        truncate: bool = False,
+    ) -> None:
+        """class_names, templates: as for `captions`; truncate: as for `tokenize_classes`, whose errors it raises."""
+        names = list(class_names.values()) if isinstance(class_names, Mapping) else class_names
+        self._fill(tokenizer, captions(names, templates), names, truncate)
 
     @classmethod
-    def from_captions(cls, tokenizer: Tokenizer, captions: Sequence[Sequence[str]]) -> PromptTable:
-        """A table from ready captions, one sequence a class; classes may have different numbers of them."""
+    def from_captions(
+        cls,
+        tokenizer: Tokenizer,
+        captions: Sequence[Sequence[str]],
+        *,
+        names: Sequence[str] | None = None,
+        truncate: bool = False,
+    ) -> PromptTable:
+        """A table from ready captions, one sequence a class; classes may have different numbers of them.
+
+        names, truncate: as for `tokenize_classes`."""
         table = cls.__new__(cls)
-        table._fill(tokenizer, captions)
+        table._fill(tokenizer, captions, names, truncate)
         return table
 
-    def _fill(self, tokenizer: Tokenizer, captions: Sequence[Sequence[str]]) -> None:
+    def _fill(
+        self, tokenizer: Tokenizer, captions: Sequence[Sequence[str]], names: Sequence[str] | None, truncate: bool
+    ) -> None:
         check_captions(captions)
-        distinct = list(dict.fromkeys(text for texts in captions for text in texts))
-        row = {text: number for number, text in enumerate(distinct)}
+        self.captions, row = tokenize_classes(tokenizer, captions, names=names, truncate=truncate)
         counts = [len(texts) for texts in captions]
         most = max(counts)
         # A class with fewer captions repeats its last; `counts` keeps the repeats from being drawn.
         padded = [[*texts, *[texts[-1]] * (most - len(texts))] for texts in captions]
-        self.captions = tokenizer(distinct)
         self.rows = torch.tensor([[row[text] for text in texts] for texts in padded])
         self.counts = torch.tensor(counts)
 
@@ -169,57 +396,72 @@ class PromptTable:
         return labels
 
 
-def read_class_names(path: str | Path) -> tuple[str, ...]:
-    """Class names in label order: a text file, one a line, or JSON, a list of names or an object's keys."""
-    names = _read(path)
-    names = list(names) if isinstance(names, dict) else names
-    _check_strings(str(path), names)
-    return tuple(names)
+def read_class_names(path: str | Path, *, dataset: str | None = None) -> tuple[str, ...]:
+    """Class names in label order: a text file, one a line, or JSON, a list of names or an object's keys.
+
+    dataset: whose names, of an object of lists {data set: [names]} such as CLIP_benchmark's; not needed where the
+    object holds one. ValueError, naming the file, for anything else.
+    """
+    return _strings(path, "class names: a list of them, an object of which they are the keys, or one a line", dataset)
 
 
-def read_templates(path: str | Path) -> tuple[str, ...]:
-    """Templates from a text file, one a line, or a JSON list; each holds `{}` or `{c}`."""
-    templates = _read(path)
-    _check_strings(str(path), templates)
-    for template in templates:
-        format_template(template, "")
-    return tuple(templates)
+def read_templates(path: str | Path, *, dataset: str | None = None) -> tuple[str, ...]:
+    """Templates from a text file, one a line, or a JSON list; each holds `{}` or `{c}`.
 
-
-def read_descriptions(path: str | Path, class_names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """`match_descriptions` of a JSON file (or of a text file with one description a line, in label order)."""
-    descriptions = _read(path)
+    dataset: as for `read_class_names`.
+    """
+    templates = _strings(path, "templates: a list of strings with {} or {c}, or one a line", dataset)
     try:
-        return match_descriptions(descriptions, class_names)
+        for template in templates:
+            format_template(template, "")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return templates
+
+
+def read_descriptions(
+    path: str | Path, class_names: Sequence[str], *, missing: str = "error"
+) -> tuple[tuple[str, ...], ...]:
+    """`match_descriptions` of a JSON file (or of a text file with one description a line, in label order)."""
+    descriptions = _read(path, "descriptions: an object {class name: [descriptions]}, or a list in label order")
+    try:
+        return match_descriptions(descriptions, class_names, missing=missing)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 def match_descriptions(
     descriptions: Mapping[str, str | Sequence[str]] | Sequence[str | Sequence[str]],
     class_names: Sequence[str],
+    *,
+    missing: str = "error",
 ) -> tuple[tuple[str, ...], ...]:
     """Concept descriptions (DRM, arXiv 2411.19757) in label order: K tuples of one or more descriptions.
 
     A mapping {class name: description or [descriptions]} is matched by name: raises ValueError naming the
     classes without a description and the names that are no class. A sequence is matched by position and must
-    have K entries.
+    have K entries. missing: of a class without a description, or with an empty list of them, "error", or "name",
+    which describes it as "a photo of a <name>.". Classes of different names and the same descriptions are one class to
+    a model, and get a warning that names them.
     """
     _check_strings("class_names", class_names)
+    if missing not in ("error", "name"):
+        raise ValueError(f'missing: expected "error" or "name", got {missing!r}')
     if isinstance(descriptions, Mapping):
         classes = dict.fromkeys(class_names)
-        missing = [name for name in classes if name not in descriptions]
+        absent = [name for name in classes if name not in descriptions] if missing == "error" else []
         unknown = [name for name in descriptions if name not in classes]
-        if missing or unknown:
+        if absent or unknown:
             raise ValueError(
                 "descriptions do not match class_names: "
                 + "; ".join(
                     f"{what} {_few(names)}"
-                    for what, names in (("no description of", missing), ("no class called", unknown))
+                    for what, names in (("no description of", absent), ("no class called", unknown))
                     if names
                 )
+                + ('; missing="name" describes classes by their names' if absent else "")
             )
-        descriptions = [descriptions[name] for name in class_names]
+        descriptions = [descriptions.get(name, ()) for name in class_names]
     elif isinstance(descriptions, str) or not isinstance(descriptions, Sequence):
         raise TypeError(f"descriptions: expected a mapping or a sequence, got {type(descriptions).__name__}")
     elif len(descriptions) != len(class_names):
@@ -227,10 +469,30 @@ def match_descriptions(
             f"descriptions: {len(descriptions)} entries cannot be matched by position to {len(class_names)} "
             "classes; give a mapping {class name: description}"
         )
-    matched = [(entry,) if isinstance(entry, str) else entry for entry in descriptions]
-    for name, entry in zip(class_names, matched, strict=True):
-        _check_strings(f"descriptions of {name!r}", entry)
-    return tuple(tuple(entry) for entry in matched)
+    matched = []
+    for name, entry in zip(class_names, descriptions, strict=True):
+        texts = (entry,) if isinstance(entry, str) else entry
+        if isinstance(texts, Sequence) and not texts:
+            if missing == "error":
+                raise ValueError(f'descriptions of {name!r}: got none; missing="name" describes it by its name')
+            texts = (format_template(SIMPLE_TEMPLATES[0], name),)
+        _check_strings(f"descriptions of {name!r}", texts)
+        matched.append(tuple(texts))
+    _warn_of_equals(matched, class_names)
+    return tuple(matched)
+
+
+def _warn_of_equals(descriptions: Sequence[tuple[str, ...]], class_names: Sequence[str]) -> None:
+    same: dict[frozenset[str], dict[str, None]] = {}
+    for name, texts in zip(class_names, descriptions, strict=True):
+        same.setdefault(frozenset(texts), {})[name] = None
+    if equal := [list(names) for names in same.values() if len(names) > 1]:
+        told = "; ".join(_few(names) for names in equal[:5])
+        warnings.warn(
+            f"descriptions: {sum(map(len, equal))} of {len(class_names)} classes share theirs with another, so that "
+            f"these heads cannot tell them apart: {told}{'; ...' if len(equal) > 5 else ''}",
+            stacklevel=3,
+        )
 
 
 def check_captions(captions: Sequence[Sequence[str]]) -> None:
@@ -260,19 +522,32 @@ def _few(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(repr(name) for name in names[:limit]) + more
 
 
-def _read(path: str | Path) -> Any:
-    """A JSON file's value, or any other file's lines without the blank ones at its end."""
-    text = Path(path).read_text(encoding="utf-8-sig")
-    if Path(path).suffix.lower() != ".json":
-        return [line.strip() for line in text.rstrip().splitlines()]
-
-    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # json keeps the last of two equal keys: a class would lose its descriptions unseen.
-        if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
-            raise ValueError(f"{path}: duplicate keys {_few(twice)}")
-        return dict(pairs)
-
+def _strings(path: str | Path, expected: str, dataset: str | None) -> tuple[str, ...]:
+    """The list of strings in a file, or the keys of the object in it, or the one of its lists that is asked for."""
+    found = _read(path, expected)
+    if isinstance(found, dict):
+        lists = [key for key, value in found.items() if isinstance(value, list)]
+        if dataset is not None:
+            if dataset not in lists:
+                raise ValueError(f"{path}: no list called {dataset!r}, there are {_few(lists) or 'none'}")
+            found = found[dataset]
+        elif lists and len(lists) == len(found):
+            if len(lists) > 1:
+                raise ValueError(f"{path}: {len(lists)} lists, {_few(lists)}: say which, as dataset={lists[0]!r}")
+            found = found[lists[0]]
+        else:
+            found = list(found)
+    elif dataset is not None:
+        raise ValueError(f"{path}: dataset is {dataset!r}, but the file is no object of lists")
     try:
-        return json.loads(text, object_pairs_hook=unique_keys)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        _check_strings(str(path), found)
+    except TypeError as error:
+        raise ValueError(f"{error}; expected {expected}") from error
+    return tuple(found)
+
+
+def _read(path: str | Path, expected: str) -> Any:
+    """A JSON file's value, or any other file's lines without the blank ones at its end."""
+    if Path(path).suffix.lower() == ".json":
+        return read_json(path, expected)
+    return [line.strip() for line in read_text(path, expected).rstrip().splitlines()]

@@ -1,4 +1,5 @@
-"""Labelled images held in memory, in torchvision's convention: `dataset[i]` is (transformed image, label)."""
+"""Images: read from files, or held in memory with their labels in torchvision's convention: `dataset[i]` is
+(transformed image, label)."""
 
 from __future__ import annotations
 
@@ -6,11 +7,47 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+
+def read_image(path: str | Path) -> PIL.Image.Image:
+    """The image of a file as 8-bit RGB, upright: every image file of this package is decoded here.
+
+    Images are turned as their EXIF orientation says. Of 16-bit greyscale the whole range becomes 0..255; PIL's own
+    conversion cuts it at 255, which is white. Otherwise PIL's conversion, as in torchvision and open_clip: transparency
+    is dropped. Raises ValueError, naming the file, for one that is damaged or no image, and for pixels whose range
+    nothing tells (floating point, more than 16 bits); OSError where the file cannot be opened.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+    except Exception as error:  # of a damaged file, a decoder may raise anything
+        if isinstance(error, OSError) and error.errno is not None:  # missing, or not to be read: damage has no number
+            raise
+        raise ValueError(f"{path}: damaged, or no image: {error!r:.200}") from error
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image).astype(np.int64)
+        if pixels.min() < 0 or pixels.max() > 0xFFFF:
+            raise ValueError(
+                f"{path}: pixels from {pixels.min()} to {pixels.max()}, of which nothing says what is white; expected "
+                "at most 16 bits: save it with 8"
+            )
+        image = Image.fromarray(((pixels * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError(f"{path}: floating point pixels, of which nothing says what is white: save it with 8 bits")
+    if image.mode == "P":  # by way of its transparency, without which PIL warns
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def normalized(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:

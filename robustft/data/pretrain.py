@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustft import clip
+from robustft.clip.prompts import tokenize
 from robustft.data import base_model, glyphworld
 from robustft.data.images import normalized
 from robustft.files import write_file, write_text
@@ -121,7 +122,7 @@ class Captions:
     def __call__(self, captions: Sequence[str]) -> Tensor:
         new = [caption for caption in captions if caption not in self._known]
         if new:
-            tokens = self.tokenizer(new)
+            tokens = tokenize(self.tokenizer, new)
             indices = torch.searchsorted(self.rows, tokens)
             if not torch.equal(self.rows[indices], tokens):
                 raise ValueError(f"a caption among {new} has a token outside GlyphWorld's vocabulary")

@@ -8,7 +8,6 @@ The subset of 4 shots holds that of 2 of the same seed: curves over shots differ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from robustft.data.images import read_image
+from robustft.files import read_json
 
 PARTS = ("train", "val", "test")
 
@@ -80,11 +82,8 @@ class PathDataset:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        from PIL import Image
-
         path, label = self.samples[index]
-        with Image.open(path) as file:
-            image = file.convert("RGB")
+        image = read_image(path)
         return image if self.transform is None else self.transform(image), label
 
     def subset(self, indices: Sequence[int] | Tensor) -> PathDataset:
@@ -108,13 +107,12 @@ def read_split(path: str | Path, root: str | Path, transform: Callable[[Any], An
     two labels.
     """
     path = Path(path)
-    try:
-        parts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    parts = read_json(path, f"an object with the lists {', '.join(PARTS)}")
     if not isinstance(parts, dict) or not {"train", "test"} <= parts.keys() <= set(PARTS):
         found = sorted(parts) if isinstance(parts, dict) else type(parts).__name__
         raise ValueError(f"{path}: expected an object with the lists {', '.join(PARTS)}, got {found}")
+    if wrong := [part for part in parts if not isinstance(parts[part], list)]:
+        raise ValueError(f"{path}: {wrong[0]} is {parts[wrong[0]]!r:.80}; expected a list")
     rows = {part: [_row(path, part, i, row) for i, row in enumerate(parts.get(part, []))] for part in PARTS}
     classes = _class_names(path, [row for part in PARTS for row in rows[part]])
     return Split(
@@ -142,7 +140,8 @@ def _class_names(path: Path, rows: Sequence[tuple[str, int, str]]) -> tuple[str,
             raise ValueError(f"{path}: label {label} is {names[label]!r} and, for {file!r}, {name!r}")
         if labels.setdefault(name, label) != label:
             raise ValueError(f"{path}: class {name!r} has label {labels[name]} and, for {file!r}, {label}")
-    missing = sorted(set(range(max(names, default=0) + 1)) - set(names))
-    if missing:
-        raise ValueError(f"{path}: no sample has label {missing[0]} ({len(missing)} of {max(names, default=0) + 1})")
+    missing = max(names, default=0) + 1 - len(names)
+    if missing:  # the first of them is no further than the number of names, however large a label is
+        first = next(label for label in range(len(names) + 1) if label not in names)
+        raise ValueError(f"{path}: no sample has label {first} ({missing} of {missing + len(names)})")
     return tuple(names[label] for label in range(len(names)))

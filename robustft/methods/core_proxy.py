@@ -123,7 +123,7 @@ def core_labels(
     """
     descriptions = match_descriptions(descriptions, class_names)
     with evaluating(model), torch.no_grad():
-        embeddings = clip.caption_embeddings(model, tokenizer, descriptions, batch_size=batch_size)
+        embeddings = clip.caption_embeddings(model, tokenizer, descriptions, batch_size=batch_size, names=class_names)
     similarities, labels = core_similarities(model, data, embeddings, cache=cache, batch_size=batch_size)
     return proxy(similarities, labels, CoreProxy.ranges(similarities, labels))
 

@@ -103,7 +103,7 @@ class DRM(FLYP):
             label_smoothing=label_smoothing,
         )
         self.descriptions = match_descriptions(descriptions, class_names)
-        self.concepts = clip.group_captions(tokenizer, self.descriptions)
+        self.concepts = clip.group_captions(tokenizer, self.descriptions, names=class_names)
         self.worst_case_weight, self.empirical_weight = worst_case_weight, empirical_weight
         self.present_only, self.text_chunk, self.beta = present_only, text_chunk, beta
         self.proxy = proxy if worst_case_weight else None

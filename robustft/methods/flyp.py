@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.clip.prompts import PromptTable
+from robustft.clip.prompts import PromptTable, tokenize
 from robustft.data.seeds import stateless_generator
 from robustft.functional import classification_loss, contrastive_loss
 from robustft.methods.base import Method, Step
@@ -148,7 +148,7 @@ class FLYP(Method):
             tokens, index = self.prompts.sample(labels, stateless_generator(self.seed, "captions", int(self.steps)))
             index = index.to(images.device)
         else:
-            tokens, index = texts if isinstance(texts, Tensor) else self.tokenizer(list(texts)), None
+            tokens, index = texts if isinstance(texts, Tensor) else tokenize(self.tokenizer, texts), None
         return Pairs(images, tokens.to(images.device), index, labels if self.targets == "label" else None, labels)
 
     @staticmethod

@@ -12,14 +12,14 @@ and closes a text with is found by asking it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from robustft import clip
-from robustft.clip.prompts import Template, Tokenizer, format_template
+from robustft.clip.prompts import Template, Tokenizer, TokenLayout, format_template, tokenize, tokenize_classes
 from robustft.data.seeds import stateless_generator
 
 Position = Literal["end", "middle", "front"]
@@ -44,12 +44,14 @@ class ContextTexts(nn.Module):
         nameless: bool = False,
     ) -> None:
         super().__init__()
-        layout = _layout(tokenizer)
+        layout = TokenLayout.of(tokenizer)
         texts = _names_and_rests(class_names, template)
         if nameless:
             name, whole = texts[0]
             texts, class_names = [("", whole[len(name) :])], ("the caption without a name",)
-        names, wholes = (tokenizer(list(column)).tolist() for column in zip(*texts, strict=True))
+        tokens, row = tokenize_classes(tokenizer, [[whole] for _, whole in texts], names=class_names)
+        names = tokenize(tokenizer, [name for name, _ in texts], names=class_names).tolist()
+        wholes = tokens[[row[whole] for _, whole in texts]].tolist()
         rows = [
             _with_places(layout, whole, len(layout.content(name)), length, position, class_name)
             for name, whole, class_name in zip(names, wholes, class_names, strict=True)
@@ -101,7 +103,7 @@ def initial_context(model: nn.Module, tokenizer: Tokenizer, context: int | str, 
     table = clip.token_embedding(model)
     dtype = torch.promote_types(table.weight.dtype, torch.float32)
     if isinstance(context, str):
-        words = _layout(tokenizer).content(tokenizer([context])[0].tolist())
+        words = TokenLayout.of(tokenizer).content(tokenize(tokenizer, [context], names=["context"])[0].tolist())
         if not words:
             raise ValueError(f"context: expected some words or a number of tokens, got {context!r}")
         with torch.no_grad():
@@ -117,29 +119,6 @@ def random_context(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device
     return (0.02 * drawn).to(device, dtype)
 
 
-class _Layout(NamedTuple):
-    """How a tokenizer frames a text: numbers of tokens before and after it, the token that fills a row, and a word."""
-
-    opening: int
-    closing: int
-    padding: int
-    word: int
-
-    def spare(self, row: Sequence[int]) -> int:
-        """How many tokens of padding a row ends in."""
-        return next((i for i, token in enumerate(reversed(row)) if token != self.padding), len(row))
-
-    def content(self, row: Sequence[int]) -> list[int]:
-        return list(row[self.opening : len(row) - self.spare(row) - self.closing])
-
-
-def _layout(tokenizer: Tokenizer) -> _Layout:
-    empty, a, b = tokenizer(["", "a", "b"]).tolist()
-    opening = next((i for i, column in enumerate(zip(empty, a, b, strict=True)) if len(set(column)) > 1), len(empty))
-    layout = _Layout(opening, 0, empty[-1], a[opening])
-    return layout._replace(closing=len(layout.content(empty)))
-
-
 def _names_and_rests(class_names: Sequence[str], template: Template) -> list[tuple[str, str]]:
     texts = []
     for name in class_names:
@@ -152,7 +131,7 @@ def _names_and_rests(class_names: Sequence[str], template: Template) -> list[tup
 
 
 def _with_places(
-    layout: _Layout, row: list[int], name_length: int, length: int, position: Position, class_name: str
+    layout: TokenLayout, row: list[int], name_length: int, length: int, position: Position, class_name: str
 ) -> tuple[list[int], list[int]]:
     """A row of tokens with `length` of them inserted, and where they are."""
     if position not in ("end", "middle", "front"):

@@ -18,13 +18,13 @@ from robustft.predictors.base import Classifier
 
 @torch.no_grad()
 def zero_shot_classifier(
-    model: nn.Module, *, tokenizer: Any, class_names: Sequence[str], templates: Sequence[Any]
+    model: nn.Module, *, tokenizer: Any, class_names: Sequence[str], templates: Sequence[Any], truncate: bool = False
 ) -> Classifier:
     """The zero-shot classifier of a model, with the model's own scale; it shares `model` (see `Classifier`).
 
     Source: Radford et al., CLIP (arXiv 2103.00020), section 3.1.4. Code that multiplies by 100, whatever
-    the model's scale, gets the same accuracy and another calibration.
+    the model's scale, gets the same accuracy and another calibration. truncate: as for `clip.class_embeddings`.
     """
     with evaluating(model):
-        embeddings = clip.class_embeddings(model, tokenizer, class_names, templates)
+        embeddings = clip.class_embeddings(model, tokenizer, class_names, templates, truncate=truncate)
     return Classifier(model, embeddings, class_names)

@@ -1,12 +1,23 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 
 from robustft.clip import import_open_clip, prompts
-from robustft.clip.prompts import PromptTable, captions, format_template, match_descriptions, read_descriptions
+from robustft.clip.prompts import (
+    PromptTable,
+    Truncating,
+    captions,
+    format_template,
+    match_descriptions,
+    name_classes,
+    read_descriptions,
+    tokenize,
+    tokenize_classes,
+)
 
 
 def tokenizer(texts: list[str]) -> torch.Tensor:
@@ -71,13 +82,13 @@ def test_tokens_are_the_captions_of_label_and_template():
 
 
 def test_sampled_captions_belong_to_their_labels_and_are_distinct():
-    names = [f"class{k}" for k in range(5)]
+    names = [f"kind {k}" for k in range(5)]
     table = PromptTable(tokenizer, names, ["a {}", "the {}", "my {}"])
     labels = torch.randint(5, (200,), generator=torch.Generator().manual_seed(0))
     tokens, index = table.sample(labels, torch.Generator().manual_seed(1))
     assert len(tokens.unique(dim=0)) == len(tokens) == 15
     for label, row in zip(labels.tolist(), tokens[index], strict=True):
-        assert f"class{label}" in "".join(map(chr, row.tolist()))
+        assert f"kind {label}" in "".join(map(chr, row.tolist()))
 
 
 def test_sampling_is_uniform_over_each_classs_own_captions():
@@ -184,3 +195,259 @@ def test_duplicate_or_blank_descriptions_are_refused(tmp_path):
     for blank in ("", [], [" "]):
         with pytest.raises(ValueError, match="'ant'"):
             match_descriptions({"ant": blank}, ["ant"])
+
+
+# Texts and contexts
+
+
+class Words:
+    """The interface of Hugging Face's tokenizers: a number a word, 1 before and 2 after the text."""
+
+    pad_token_id, sep_token_id, bos_token_id, eos_token_id, cls_token_id = 0, 2, 1, 2, 3
+
+    def __call__(self, texts, *, truncation, padding, add_special_tokens=True, max_length=0, **_):
+        rows = [
+            [10 + sum(map(ord, word)) for word in text.split()] for text in ([texts], texts)[isinstance(texts, list)]
+        ]
+        if add_special_tokens:
+            rows = [[1, *(row[: max_length - 2] if truncation else row), 2] for row in rows]
+        if padding == "max_length":
+            rows = [row + [0] * (max_length - len(row)) for row in rows]
+        ids = torch.tensor(rows) if padding else rows
+        return Encoded(ids if isinstance(texts, list) else ids[0])
+
+
+class Encoded(dict):
+    def __init__(self, input_ids):
+        super().__init__(input_ids=input_ids)
+        self.input_ids = input_ids
+
+
+def hugging_face(mode="", strip_sep_token=False):
+    made = object.__new__(import_open_clip().tokenizer.HFTokenizer)
+    made.tokenizer, made.context_length, made.clean_fn = Words(), 8, str.strip
+    made.tokenizer_mode, made.strip_sep_token = mode, strip_sep_token
+    return made
+
+
+def simple(length=8, **arguments):
+    return import_open_clip().SimpleTokenizer(context_length=length, **arguments)
+
+
+def spelled(texts):
+    """A callable that tells nothing: a letter a token, closed by 1, padded and cut to 8."""
+    rows = [[ord(letter) for letter in text][:7] + [1] for text in texts]
+    return torch.tensor([row + [0] * (8 - len(row)) for row in rows])
+
+
+def unclosed(texts):
+    return torch.tensor([[ord(letter) for letter in text.ljust(8)[:8]] for text in texts])
+
+
+def bpe(texts):
+    """open_clip's own tokenizer, hidden in a function."""
+    return simple()(texts)
+
+
+TOKENIZERS = {
+    # a tokenizer, a text that just fits its context of 8, one that does not, and the latter's number of tokens
+    "simple": (simple(), "one two three four five six", "one two three four five six seven", "9"),
+    "exclamations": (simple(), "one two ! four ! six", "one two ! four ! six ! ! !", "11"),
+    "masked": (
+        simple(reduction_mask="simple"),
+        "one two three four five six",
+        "one two three four five six seven",
+        "9",
+    ),
+    "hf": (hugging_face(), "a b c d e f", "a b c d e f g", "9"),
+    "hf-strip": (hugging_face(strip_sep_token=True), "a b c d e f", "a b c d e f g", "9"),
+    "hf-clips": (hugging_face("clips"), "a b c d e", "a b c d e f", "9"),
+    "spelled": (spelled, "abc def", "abc defg", "more than 8"),
+    "spelled-repeats": (spelled, "a a a a", "a a a a a", "more than 8"),
+    "unclosed": (unclosed, "abc defg", "abc defg hi", "more than 8"),
+    "bpe": (bpe, "one two three four five six", "one two three four five six.", "more than 8"),
+    "bpe-in-a-word": (bpe, "one two three four five six ", "one two three four five zyxwvut", "more than 8"),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_texts_that_fit_are_tokenised_and_longer_ones_refused_by_class_and_number(name):
+    tokenizer, fits, too_long, taken = TOKENIZERS[name]
+    short = fits.split(" ")[0]
+    assert torch.equal(tokenize(tokenizer, [fits, short]), tokenizer([fits, short]))
+    match = f"1 of 2 texts .* context of 8 tokens .*'cow', '{too_long}' takes {taken}\\. .*truncate=True"
+    with pytest.raises(ValueError, match=match):
+        tokenize(tokenizer, [short, too_long], names=["ant", "cow"])
+
+
+def test_truncation_may_be_asked_for_by_argument_or_by_tokenizer():
+    texts = ["one two three four five six seven"]
+    for tokenizer, truncate in ((simple(), True), (Truncating(simple()), False)):
+        assert torch.equal(tokenize(tokenizer, texts, truncate=truncate), simple()(texts))
+    assert Truncating(simple()).context_length == 8
+    assert torch.equal(copy.deepcopy(Truncating(spelled))(["a"]), spelled(["a"]))
+
+
+def test_tokenizers_whose_rows_grow_cut_nothing():
+    def padded(texts):
+        length = max(map(len, texts))
+        return torch.tensor([[ord(letter) for letter in text] + [0] * (length - len(text)) for text in texts])
+
+    assert tokenize(padded, ["a", "a long text"]).shape == (2, 11)
+
+
+def test_tokenizers_that_know_their_own_texts_alone_are_not_asked_for_others():
+    table = {"ant": [5, 6], "bee": [5, 7]}
+    tokens = tokenize(lambda texts: torch.tensor([table[text] for text in texts]), ["ant", "bee"])
+    assert torch.equal(tokens, torch.tensor([[5, 6], [5, 7]]))
+
+
+@pytest.mark.parametrize("result", [[[1, 2]], torch.zeros(1, 2), torch.zeros(2, dtype=torch.long), None])
+def test_what_is_no_tokenizer_is_named(result):
+    with pytest.raises(TypeError, match="tokenizer: expected integers"):
+        tokenize(lambda _: result, ["a"])
+
+
+def test_classes_whose_different_captions_become_equal_are_refused_by_name():
+    with pytest.raises(ValueError, match="'Jaguar' and 'jaguar' become the same tokens.*'a Jaguar' and 'a jaguar'"):
+        PromptTable(simple(16), ["Jaguar", "cat", "jaguar"], ["a {}", "the {}"])
+    with pytest.warns(UserWarning, match="'one two x' and 'one two y' become the same tokens"):
+        PromptTable(simple(4), ["one two x", "one two y"], ["{}"], truncate=True)
+    # Two spellings within a class, or of one of several captions, leave the classes apart.
+    tokens, row = tokenize_classes(simple(16), [["Furry", "striped"], ["furry", "spotted"], ["furry", "Furry"]])
+    assert len(tokens) == 4 and torch.equal(tokens[row["Furry"]], tokens[row["furry"]])
+
+
+def test_every_place_that_tokenises_refuses_long_texts(clip_model, prompts, batches):
+    from robustft import clip, zero_shot_classifier
+    from robustft.methods import DRM, FLYP, CaRot, CoOp, FineTune, core_labels
+
+    long = prompts | {"class_names": ("ant", "a bumblebee of the meadows", "cow")}
+    described = {"ant": "six legs", "bee": "black and yellow stripes", "cow": "horns"}
+    for call in (
+        lambda: zero_shot_classifier(clip_model, **long),
+        lambda: FineTune(clip_model, **long),
+        lambda: FLYP(clip_model, **long),
+        lambda: CaRot(clip_model, total_steps=9, **long),
+        lambda: CoOp(clip_model, context=2, **long),
+    ):
+        with pytest.raises(ValueError, match="'a bumblebee of the meadows', '.*takes more than 15"):
+            call()
+    names = {"tokenizer": prompts["tokenizer"], "class_names": prompts["class_names"], "descriptions": described}
+    for call in (
+        lambda: DRM(clip_model, templates=prompts["templates"], **names),
+        lambda: core_labels(clip_model, batches[0], **names),
+    ):
+        with pytest.raises(ValueError, match="'bee', 'black and yellow stripes' takes more than 15"):
+            call()
+    with pytest.raises(ValueError, match="'a very long caption' takes more than 15"):
+        FLYP(clip_model, **prompts).step((batches[0][0], ["ant"] * 5 + ["a very long caption"]))
+    with pytest.raises(ValueError, match="'a very long context' takes"):
+        CoOp(clip_model, context="a very long context", **prompts)
+    cut = clip.class_embeddings(clip_model, long["tokenizer"], long["class_names"], long["templates"], truncate=True)
+    assert torch.equal(zero_shot_classifier(clip_model, truncate=True, **long).class_embeddings, cut.detach())
+    FLYP(clip_model, **long | {"tokenizer": Truncating(long["tokenizer"])}).step(batches[0])
+
+
+# Names
+
+
+def test_names_of_folders_are_captions_under_a_warning_with_the_cure():
+    for names in (["n01440764", "n01443537"], ["class_01", "cat"], ["001.Black_footed_Albatross"], ["12"]):
+        with pytest.warns(UserWarning, match=f"'{names[0]}'.*'a {names[0]}'.*name_classes"):
+            captions(names, ["a {}"])
+
+
+def test_names_in_words_or_digits_get_no_warning(recwarn):
+    captions([*"0123456789", "boeing 747", "n95 mask", "classical guitar", "3D printer"], ["a {}"])
+    captions(import_open_clip().IMAGENET_CLASSNAMES, ["a {}"])
+    assert not recwarn.list
+
+
+def test_classes_are_named_by_a_mapping_in_their_own_order():
+    names = {"n02": "great white shark", "n01": "goldfish", "n03": "ray"}
+    assert name_classes(["n01", "n02"], names) == ("goldfish", "great white shark")
+    assert captions({"n02": "ant", "n01": "bee"}, ["a {}"]) == (("a ant",), ("a bee",))
+    with pytest.raises(ValueError, match="no name for 'n09', of 2 classes"):
+        name_classes(["n09", "n01"], names)
+    for blank in ({"n01": " "}, {"n01": 3}):
+        with pytest.raises((ValueError, TypeError), match="names: entry 0"):
+            name_classes(["n01"], blank)
+
+
+# Published files
+
+
+def test_names_of_a_data_set_among_others_are_asked_for(tmp_path):
+    path = tmp_path / "names.json"
+    path.write_text(json.dumps({"imagenet1k": ["tench", "goldfish"]}))
+    assert prompts.read_class_names(path) == ("tench", "goldfish")
+    path.write_text(json.dumps({"imagenet1k": ["tench", "goldfish"], "digits": ["zero", "one"]}))
+    assert prompts.read_class_names(path, dataset="digits") == ("zero", "one")
+    with pytest.raises(ValueError, match="names.json: 2 lists, 'imagenet1k', 'digits': say which, as dataset="):
+        prompts.read_class_names(path)
+    with pytest.raises(ValueError, match="names.json: no list called 'cars', there are 'imagenet1k', 'digits'"):
+        prompts.read_class_names(path, dataset="cars")
+    path.write_text(json.dumps({"imagenet1k": ["a {c}", "the {c}"]}))
+    assert prompts.read_templates(path) == ("a {c}", "the {c}")
+    path.write_text('["a {c}"]')
+    with pytest.raises(ValueError, match="no object of lists"):
+        prompts.read_templates(path, dataset="imagenet1k")
+
+
+DAMAGED = {
+    "number": b"3",
+    "nested numbers": b"[[1], [2]]",
+    "numbers": b"[1, 2]",
+    "deep": b"[" * 100_000,
+    "latin-1": '["\xe9t\xe9"]'.encode("latin-1"),
+    "digits": b"[" + b"9" * 10_000 + b"]",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_json_of_another_shape_names_its_file(tmp_path, content):
+    path = tmp_path / "file.json"
+    path.write_bytes(content)
+    for read in (
+        prompts.read_class_names,
+        prompts.read_templates,
+        lambda path: read_descriptions(path, ["ant", "bee"]),
+    ):
+        with pytest.raises(ValueError, match="file.json"):
+            read(path)
+
+
+def test_text_files_are_utf8_with_or_without_a_mark(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("\ufeffant\nbee\n", encoding="utf-8")
+    assert prompts.read_class_names(path) == ("ant", "bee")
+    path.with_suffix(".json").write_text('\ufeff["ant", "bee"]', encoding="utf-8")
+    assert prompts.read_class_names(path.with_suffix(".json")) == ("ant", "bee")
+    path.write_bytes("\xe9t\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match="names.txt: no UTF-8 text .byte 0xe9 at 0.; expected class names"):
+        prompts.read_class_names(path)
+
+
+def test_classes_without_descriptions_are_described_by_their_names_where_asked(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps({"ant": "six legs", "bee": []}))
+    with pytest.raises(ValueError, match="d.json: descriptions of 'bee': got none; missing=\"name\""):
+        read_descriptions(path, ["ant", "bee"])
+    assert read_descriptions(path, ["ant", "bee"], missing="name") == (("six legs",), ("a photo of a bee.",))
+    with pytest.raises(ValueError, match="no description of 'cow'.*missing=\"name\""):
+        match_descriptions({"ant": "x"}, ["ant", "cow"])
+    assert match_descriptions({"ant": "x"}, ["ant", "cow"], missing="name")[1] == ("a photo of a cow.",)
+    with pytest.raises(ValueError, match="no class called 'Cow'"):
+        match_descriptions({"ant": "x", "Cow": "y"}, ["ant", "cow"], missing="name")
+    with pytest.raises(ValueError, match='missing: expected "error" or "name"'):
+        match_descriptions({"ant": "x"}, ["ant"], missing="skip")
+
+
+def test_classes_of_equal_descriptions_are_named_in_a_warning(recwarn):
+    with pytest.warns(UserWarning, match="4 of 5 classes .* apart: 'ant', 'emu'; 'bee', 'cow'"):
+        match_descriptions(["x", ["y", "z"], ["z", "y"], "w", "x"], ["ant", "bee", "cow", "dog", "emu"])
+    recwarn.clear()
+    match_descriptions(["x", "x", "y"], ["crane", "crane", "ant"])  # equal classes may well have equal descriptions
+    assert not recwarn.list

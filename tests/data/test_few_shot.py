@@ -78,7 +78,7 @@ ROWS = {
 def split(tmp_path):
     def write(content):
         path = tmp_path / "split_zhou_Zoo.json"
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        path.write_text(content if isinstance(content, str) else json.dumps(content), errors="surrogateescape")
         return path
 
     return write
@@ -129,7 +129,13 @@ def test_a_split_can_be_encoded(split, tmp_path):
         ({**ROWS, "val": [["a.png", 0, "bee"]]}, "label 0 is 'ant' and, for 'a.png', 'bee'"),
         ({**ROWS, "val": [["a.png", 3, "bee"]]}, "class 'bee' has label 3 and, for 'bee/1.png', 2"),
         ({**ROWS, "val": [["a.png", 4, "dog"]]}, r"no sample has label 3 \(1 of 5\)"),
+        ({**ROWS, "val": [["a.png", 10**15, "dog"]]}, r"no sample has label 3 \(999999999999997 of 1000000000000001\)"),
         ({"train": [], "test": []}, "no sample has label 0"),
+        ({**ROWS, "val": {"a.png": 0}}, r"val is \{'a.png': 0\}; expected a list"),
+        ({**ROWS, "val": None}, "val is None; expected a list"),
+        ('{"train": [], "test": [], "train": []}', "duplicate keys 'train'"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"train": [["\udce9", 0, "ant"]], "test": []}', "no UTF-8 text"),
     ],
 )
 def test_gaps_and_contradictions_are_refused_by_name(split, tmp_path, content, message):
