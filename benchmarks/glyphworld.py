@@ -18,10 +18,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from robustft.data import glyphworld
-from robustft.ensembles.wise_ft import accuracy_and_nll
-from robustft.evaluation.measure import predict
 from robustft.files import write_text
 from robustft.pipeline import quickstart
+from robustft.predictors.logits import accuracy_and_nll
 
 from . import machine
 
@@ -49,7 +48,7 @@ def select(seeds: list[int]) -> None:
             for seed in seeds:
                 method = quickstart.make_method(candidate, bundle, data, seed)
                 quickstart.train(candidate, method, data, seed, progress=False)
-                predictions = predict(method.classifier(), data.validation)
+                predictions = method.classifier().predict(data.validation)
                 scores.append(accuracy_and_nll(predictions.logits, predictions.labels))
             accuracy, nll = (statistics.mean(column) for column in zip(*scores, strict=True))
             rows.append({"method": name, "lr": lr, "validation_accuracy": accuracy, "validation_nll": nll})

@@ -24,13 +24,12 @@ from typing import Any
 
 import torch
 
-from robustft.ensembles.wise_ft import accuracy_and_nll
-from robustft.evaluation.measure import predict
 from robustft.methods import CoreProxy, Predictor
 from robustft.pipeline.quickstart import Recipe
 from robustft.pipeline.study.drm import Spurious
 from robustft.pipeline.study.recipes import DRM, HOST_SHOTS, HOSTS, LP_FT, PROBE, SINGLE, SPURIOUS
 from robustft.pipeline.study.world import World
+from robustft.predictors.logits import accuracy_and_nll
 
 from . import machine
 
@@ -110,7 +109,7 @@ def score(folder: str, name: str, recipe: Recipe, seed: int) -> tuple[float, flo
     """A candidate's accuracy and NLL on ID validation data."""
     world, setting = world_of(folder, seed), SETTINGS[name]
     predictor = setting.train(world, recipe)
-    predictions = predict(predictor, sets(world).validation if setting.spurious else world.data.validation)
+    predictions = predictor.predict(sets(world).validation if setting.spurious else world.data.validation)
     return accuracy_and_nll(predictions.logits, predictions.labels)
 
 

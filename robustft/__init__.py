@@ -20,11 +20,11 @@ _ROOMS = {
     "evaluation": "macro_f1 worst_group_accuracy",
     "losses": "CaRotLoss ClassificationLoss ContrastiveLoss DualRiskLoss",
     "methods": "CaRot CLIPAdapter CoCoOp CoOp DRM FineTune FLYP KgCoOp LinearProbe LoCoOp LPFT MaPLe ProDA "
-    "TipAdapter TipAdapterF WorstCaseFineTune load_predictor",
+    "TipAdapter TipAdapterF WorstCaseFineTune",
     "methods.objective": "Objective",
     "neighbors": "NeighborIndex",
     "ops.dispatch": "backend build_info",
-    "predictors": "zero_shot_classifier",
+    "predictors": "load_predictor zero_shot_classifier",
     "training": "fit",
 }
 """Where the names at the top of the package live."""
@@ -88,11 +88,11 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors; a test holds
     from robustft.methods import TipAdapter as TipAdapter
     from robustft.methods import TipAdapterF as TipAdapterF
     from robustft.methods import WorstCaseFineTune as WorstCaseFineTune
-    from robustft.methods import load_predictor as load_predictor
     from robustft.methods.objective import Objective as Objective
     from robustft.neighbors import NeighborIndex as NeighborIndex
     from robustft.ops.dispatch import backend as backend
     from robustft.ops.dispatch import build_info as build_info
+    from robustft.predictors import load_predictor as load_predictor
     from robustft.predictors import zero_shot_classifier as zero_shot_classifier
     from robustft.training import fit as fit
 

@@ -214,6 +214,17 @@ def place(path: str | Path, name: str) -> Path:
     return path / name if path.is_dir() else path
 
 
+@contextmanager
+def refusing(path: Path, kind: str) -> Iterator[None]:
+    """Around what is made of a file's content: an error becomes a ValueError that names the file."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: damaged, or no {kind} that this version knows: {error}") from error
+
+
 def fitted_kind(path: Path) -> str:
     """The kind of what `save_fitted` wrote; ValueError for a file that holds none."""
     return _read_fitted(path, "object")[0]

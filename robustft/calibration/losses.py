@@ -133,7 +133,7 @@ def logit_range_penalty(logits: Tensor, labels: Tensor, low: Tensor | float, hig
     `Objective(terms={"logit_range": 10.0})` computes in every method that takes an objective; or two numbers for the
     whole training set, as a term of another name:
 
-        z0 = zero_shot.predict(train)[0].logits
+        z0 = zero_shot.predict(train).logits
         TERMS["one_range"] = functools.partial(logit_range_penalty, low=float(z0.min()), high=float(z0.max()))
 
     No gradient to the range. Source: Murugesan et al. 2024 (arXiv 2407.13588), the penalty; `rescale_to_range` is its

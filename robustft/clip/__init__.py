@@ -39,7 +39,7 @@ from robustft.clip.heads import (
 )
 from robustft.clip.library import import_open_clip
 from robustft.clip.loading import CLASSIFIER_FILE, CONFIG_FILE, WEIGHTS_FILE, Bundle, load
-from robustft.clip.outputs import Outputs, evaluating, similarities
+from robustft.clip.outputs import Outputs, evaluating, outputs_of, similarities
 from robustft.clip.weights import average_states, fingerprint, interpolate, interpolate_state
 from robustft.data.sources import batches, image_statistics
 
@@ -75,6 +75,7 @@ __all__ = [
     "interpolate_state",
     "load",
     "logit_scale",
+    "outputs_of",
     "similarities",
     "text_projection",
     "text_tower",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from robustft.clip.encoding import unwrap
 from robustft.clip.loading import CLASSIFIER_FILE, COMPANIONS, CONFIG_FILE, WEIGHTS_FILE
 from robustft.clip.messages import few
 from robustft.clip.prompts import Tokenizer
-from robustft.files import new_folder, write_file, write_json, write_tensors, write_text
+from robustft.files import new_folder, write_json, write_tensors, write_text
 
 CARD_FILE = "README.md"
 
@@ -24,13 +24,13 @@ def export(
     *,
     tokenizer: Tokenizer | None = None,
     card: str | None = None,
-    classifier: bytes | None = None,
+    classifier: Callable[[Path], object] | None = None,
 ) -> Path:
     """Writes a directory that `open_clip.create_model_and_transforms("local-dir:...")` loads bit for bit.
 
     config: a `Bundle`'s, describing this model. tokenizer: needed only where it is a Hugging Face one (the
     configuration names it), whose files are then written too. card: text of README.md; None writes a short
-    one. classifier: content of classifier.safetensors, as `methods.Classifier.save` gives it; None writes none.
+    one. classifier: writes the file classifier.safetensors, as `Classifier.save` asks for it; None for none.
 
     The directory is built beside its place and then renamed, so that it is whole or not there. An earlier
     export is replaced, with its classifier, detector and calibrator. Raises FileExistsError when `directory` holds
@@ -44,7 +44,7 @@ def export(
         write_json(fresh / CONFIG_FILE, config, indent=2)
         write_text(fresh / CARD_FILE, _card(directory.name, model) if card is None else card)
         if classifier is not None:
-            write_file(fresh / CLASSIFIER_FILE, classifier)
+            classifier(fresh / CLASSIFIER_FILE)
         if callable(save := getattr(tokenizer, "save_pretrained", None)):
             save(fresh)
         _check_replaceable(directory, {path.name for path in fresh.iterdir()} | {WEIGHTS_FILE} | COMPANIONS)

@@ -8,21 +8,98 @@ c = u normalize(w)^T (N, K)     cosines, what OOD scores such as MCM are made of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Outputs(NamedTuple):
-    """Unit image features (N, D), cosines to the class embeddings (N, K), logits (N, K); at least float32."""
+class Outputs:
+    """What is known of N images under one model: unit features, cosines to the K classes, logits; and more.
 
-    features: Tensor
-    cosines: Tensor
-    logits: Tensor
+    Any part may be missing, as the cosines of somebody else's logits are: whoever asks for it gets a ValueError that
+    names it. `has` tells before. Iteration gives the parts that are there, in the order of `PARTS`.
+
+    Args:
+        features: (N, D), unit rows. cosines, logits: (N, K). patch_cosines: (N, P, K), of P patches. labels: (N,).
+    """
+
+    PARTS = ("features", "cosines", "logits", "patch_cosines", "labels")
+
+    def __init__(
+        self,
+        features: Tensor | None = None,
+        cosines: Tensor | None = None,
+        logits: Tensor | None = None,
+        patch_cosines: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> None:
+        given = (features, cosines, logits, patch_cosines, labels)
+        self._parts = {name: part for name, part in zip(self.PARTS, given, strict=True) if part is not None}
+
+    @property
+    def features(self) -> Tensor:
+        """Unit image features (N, D)."""
+        return self._part("features")
+
+    @property
+    def cosines(self) -> Tensor:
+        """Cosines to the class embeddings (N, K)."""
+        return self._part("cosines")
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits (N, K)."""
+        return self._part("logits")
+
+    @property
+    def patch_cosines(self) -> Tensor:
+        """Cosines of patches to the class embeddings (N, P, K)."""
+        return self._part("patch_cosines")
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels (N,)."""
+        return self._part("labels")
+
+    @property
+    def probabilities(self) -> Tensor:
+        """softmax(logits) in float64 (N, K): in float32 a gap of 17 already reads as certainty."""
+        return self.logits.double().softmax(-1)
+
+    def has(self, name: str) -> bool:
+        """Whether the part of this name is there."""
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._parts.values())
+
+    def __repr__(self) -> str:
+        return f"Outputs({', '.join(f'{name}={tuple(part.shape)}' for name, part in self._parts.items())})"
+
+    def replace(self, **parts: Tensor | None) -> Outputs:
+        """The same with other parts; None takes one away."""
+        return Outputs(**{**self._parts, **parts})
+
+    def only(self, *names: str) -> Outputs:
+        """Those of these parts that are there."""
+        return Outputs(**{name: part for name, part in self._parts.items() if name in names})
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Outputs:
+        """A function of every part."""
+        return Outputs(**{name: function(part) for name, part in self._parts.items()})
+
+    @staticmethod
+    def cat(batches: Sequence[Outputs]) -> Outputs:
+        """One after the other, on the parts of the first."""
+        return Outputs(**{name: torch.cat([batch._part(name) for batch in batches]) for name in batches[0]._parts})
+
+    def _part(self, name: str) -> Tensor:
+        if name not in self._parts:
+            raise ValueError(f"{name} are needed here, but these outputs hold {', '.join(self._parts) or 'nothing'}")
+        return self._parts[name]
 
 
 def similarities(features: Tensor, class_embeddings: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,11 +109,32 @@ def similarities(features: Tensor, class_embeddings: Tensor, logit_scale: Tensor
         return features @ F.normalize(w, dim=-1).T, logit_scale.to(features.dtype) * (features @ w.T)
 
 
+def outputs_of(
+    features: Tensor,
+    class_embeddings: Tensor,
+    logit_scale: Tensor | float | None = None,
+    *,
+    patch_features: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Outputs:
+    """Outputs of unit features (N, D), and patch features (N, P, D), that exist already, under a head (K, D).
+
+    The head's rows are normalised for the cosines and taken as they are for the logits, which need `logit_scale`.
+    """
+    scale = torch.as_tensor(1.0 if logit_scale is None else logit_scale, dtype=features.dtype, device=features.device)
+    cosines, logits = similarities(features, class_embeddings, scale)
+    patch_cosines = None
+    if patch_features is not None:
+        patch_cosines = patch_features @ F.normalize(class_embeddings.to(patch_features.dtype), dim=-1).T
+    return Outputs(features, cosines, None if logit_scale is None else logits, patch_cosines, labels)
+
+
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(*modules: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; every submodule gets its own mode back."""
-    training = [m for m in module.modules() if m.training]
-    module.eval()
+    training = [m for module in modules for m in module.modules() if m.training]
+    for module in modules:
+        module.eval()
     try:
         yield
     finally:

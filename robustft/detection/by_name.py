@@ -1,73 +1,43 @@
 """Scores by name: what each reads of an image, its options, and what it learns from ID images first.
 
-`Evidence` holds what there is to read, `SCORES` the names, `register` adds one's own. The mathematics is in
+`SCORES` is the list of them, `table` prints it, `register` adds one's own. The mathematics is in
 `robustft.detection.scores`; `robustft.Detector` puts a threshold on a score.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from robustft.clip.outputs import Outputs
 from robustft.detection import scores as ood_scores
 from robustft.neighbors import NeighborIndex
 
 
-class Evidence(NamedTuple):
-    """What scores read of N images; None where it is not at hand."""
-
-    features: Tensor | None = None  # (N, D), unit
-    cosines: Tensor | None = None  # (N, K)
-    logits: Tensor | None = None  # (N, K)
-    patch_cosines: Tensor | None = None  # (N, P, K)
-    labels: Tensor | None = None  # (N,), of ID training images
-
-
-def evidence(
-    features: Tensor,
-    class_embeddings: Tensor,
-    logit_scale: Tensor | float | None = None,
-    *,
-    patch_features: Tensor | None = None,
-    labels: Tensor | None = None,
-) -> Evidence:
-    """The evidence in unit features (N, D), and patch features (N, P, D), under a head (K, D).
-
-    The head's rows are normalised for the cosines and taken as they are for the logits, which need `logit_scale`.
-    """
-    head = class_embeddings.to(features.dtype)
-    unit = F.normalize(head, dim=-1).T
-    return Evidence(
-        features,
-        features @ unit,
-        None if logit_scale is None else logit_scale * (features @ head.T),
-        None if patch_features is None else patch_features @ unit,
-        labels,
-    )
-
-
 class Score:
-    """How evidence is scored. `reads` names its fields, `options` are numbers; `learns` says that `fit` is needed.
+    """How outputs are scored. `reads` names their parts, `options` are numbers; `learns` says that `fit` is needed, and
+    `needs_options` that there is none without options.
 
     A subclass that learns keeps what it learnt in `state()`, tensors by name, and takes it back in `restore`.
     """
 
     reads: tuple[str, ...] = ("features",)
     learns: bool = False
+    needs_options: bool = False
 
     def __init__(self, **options: Any) -> None:
         self.options = options
 
-    def fit(self, train: Evidence) -> None:
+    def fit(self, train: Outputs) -> None:
         """Learns from ID training images."""
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, outputs: Outputs) -> Tensor:
         """Scores (N,), higher = more in-distribution."""
         raise NotImplementedError
 
@@ -79,44 +49,45 @@ class Score:
 
 
 class Pointwise(Score):
-    """A function of the fields it reads, in their order, with options by keyword."""
+    """A function of the parts it reads, in their order, with options by keyword."""
 
     def __init__(self, function: Callable[..., Tensor], reads: tuple[str, ...], **options: Any) -> None:
-        known = list(inspect.signature(function).parameters)[len(reads) :]
-        if unknown := sorted(set(options) - set(known)):
-            raise TypeError(f"{function.__name__} has no option {unknown[0]!r}; it has {known or 'none'}")
+        _check_options(function, len(reads), options)
         super().__init__(**options)
         self.function = function
         self.reads = reads
 
-    def __call__(self, evidence: Evidence) -> Tensor:
-        return self.function(*(getattr(evidence, name) for name in self.reads), **self.options)
+    def __call__(self, outputs: Outputs) -> Tensor:
+        return self.function(*(getattr(outputs, name) for name in self.reads), **self.options)
 
 
 class NegLabel(Score):
-    """`ood_scores.neg_label` against texts of embeddings (M, D), unit rows, by the model's own text tower."""
+    """Softmax mass on the classes against negative texts: `scores.neg_label`, of embeddings (M, D), unit rows, by the
+    model's own text tower."""
 
     reads = ("features", "cosines")
+    needs_options = True
 
     def __init__(self, negative_embeddings: Tensor | None = None, **options: Any) -> None:
-        super().__init__(**Pointwise(ood_scores.neg_label, ("cosines", "negative_cosines"), **options).options)
+        _check_options(ood_scores.neg_label, 2, options)
+        super().__init__(**options)
         if negative_embeddings is not None:
             negative_embeddings = negative_embeddings.detach().cpu().contiguous().clone()
         self.negative_embeddings = negative_embeddings
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, outputs: Outputs) -> Tensor:
         if self.negative_embeddings is None:
             raise ValueError(
                 "score 'neg_label' has no negative texts: pass negative_embeddings (M, D), for example "
-                "clip.encode_texts of words chosen by ood_scores.select_negatives"
+                "clip.encode_texts of words chosen by detection.scores.select_negatives"
             )
-        negatives = self.negative_embeddings.to(evidence.features)
-        if negatives.ndim != 2 or negatives.shape[1] != evidence.features.shape[1]:
+        negatives = self.negative_embeddings.to(outputs.features)
+        if negatives.ndim != 2 or negatives.shape[1] != outputs.features.shape[1]:
             raise ValueError(
-                f"negative_embeddings must be (M, {evidence.features.shape[1]}) as the features, "
+                f"negative_embeddings must be (M, {outputs.features.shape[1]}) as the features, "
                 f"got {tuple(negatives.shape)}"
             )
-        return ood_scores.neg_label(evidence.cosines, evidence.features @ negatives.T, **self.options)
+        return ood_scores.neg_label(outputs.cosines, outputs.features @ negatives.T, **self.options)
 
     def state(self) -> dict[str, Tensor]:
         return {} if self.negative_embeddings is None else {"negative_embeddings": self.negative_embeddings}
@@ -126,43 +97,48 @@ class NegLabel(Score):
 
 
 class Mahalanobis(Score):
-    """`ood_scores.mahalanobis` to the class Gaussians of ID training features; `shrinkage` as in their fit."""
+    """Negative Mahalanobis distance to the nearest class mean: `scores.mahalanobis` to the class Gaussians of ID
+    training features; `shrinkage` as in their fit."""
 
     learns = True
 
     def __init__(self, shrinkage: float | None = None) -> None:
         super().__init__(shrinkage=shrinkage)
 
-    def fit(self, train: Evidence) -> None:
-        if train.labels is None:
+    def fit(self, train: Outputs) -> None:
+        if not train.has("labels"):
             raise ValueError("score 'mahalanobis' needs the labels of the training images")
         self.gaussians = ood_scores.fit_class_gaussians(train.features, train.labels, self.options["shrinkage"])
 
-    def __call__(self, evidence: Evidence) -> Tensor:
-        return ood_scores.mahalanobis(evidence.features, self.gaussians)
+    def __call__(self, outputs: Outputs) -> Tensor:
+        return ood_scores.mahalanobis(outputs.features, self.gaussians)
 
     def state(self) -> dict[str, Tensor]:
         shrinkage = torch.tensor(self.gaussians.shrinkage, dtype=torch.float64)
         return self.gaussians._asdict() | {"shrinkage": shrinkage}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self.gaussians = ood_scores.ClassGaussians(**state | {"shrinkage": float(state["shrinkage"])})
+        means, whitening, shrinkage = (state[name] for name in ood_scores.ClassGaussians._fields)
+        if means.ndim != 2 or whitening.shape != 2 * means.shape[1:]:
+            raise ValueError(f"means (K, D) and whitening (D, D) are {tuple(means.shape)} and {tuple(whitening.shape)}")
+        self.gaussians = ood_scores.ClassGaussians(means, whitening, float(shrinkage))
 
 
 class KNN(Score):
-    """`ood_scores.knn_distance` to ID training features; `k` None is a thousandth of them, at least 1."""
+    """Negative distance to the k-th nearest training feature: `scores.knn_distance`; `k` None is a thousandth of
+    them, at least 1."""
 
     learns = True
 
     def __init__(self, k: int | None = None) -> None:
         super().__init__(k=k)
 
-    def fit(self, train: Evidence) -> None:
+    def fit(self, train: Outputs) -> None:
         self.index = NeighborIndex(train.features.detach())
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, outputs: Outputs) -> Tensor:
         k = max(1, len(self.index) // 1000) if self.options["k"] is None else self.options["k"]
-        return ood_scores.knn_distance(evidence.features, self.index, k)
+        return ood_scores.knn_distance(outputs.features, self.index, k)
 
     def state(self) -> dict[str, Tensor]:
         return {"points": self.index.points}
@@ -171,35 +147,97 @@ class KNN(Score):
         self.index = NeighborIndex(state["points"])
 
 
-def _pointwise(function: Callable[..., Tensor], *reads: str) -> Callable[..., Score]:
-    return functools.partial(Pointwise, function, reads)
+def _check_options(function: Callable[..., Tensor], fields: int, options: dict[str, Any]) -> None:
+    known = list(inspect.signature(function).parameters)[fields:]
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"{function.__name__} has no option {unknown[0]!r}; it has {known or 'none'}")
 
 
-SCORES: dict[str, Callable[..., Score]] = {
-    "mcm": _pointwise(ood_scores.mcm, "cosines"),
-    "max_cosine": _pointwise(ood_scores.max_cosine, "cosines"),
-    "variance": _pointwise(ood_scores.variance, "cosines"),
-    "msp": _pointwise(ood_scores.msp, "logits"),
-    "energy": _pointwise(ood_scores.energy, "logits"),
-    "entropy": _pointwise(ood_scores.entropy, "logits"),
-    "l_mcm": _pointwise(ood_scores.local_mcm, "patch_cosines"),
-    "gl_mcm": _pointwise(ood_scores.gl_mcm, "cosines", "patch_cosines"),
-    "neg_label": NegLabel,
-    "mahalanobis": Mahalanobis,
-    "knn": KNN,
+@dataclass(frozen=True)
+class Entry:
+    """A score in the list: called with its options it makes a `Score`.
+
+    `summary` says in one line what it is, `options` what can be set, with defaults. `label` is what tables and pictures
+    call it, `convention` what a footnote adds to that.
+    """
+
+    make: Callable[..., Score]
+    reads: tuple[str, ...]
+    summary: str
+    options: tuple[str, ...] = ()
+    learns: bool = False
+    needs_options: bool = False
+    label: str = ""
+    convention: str = ""
+
+    def __call__(self, **options: Any) -> Score:
+        return self.make(**options)
+
+    @property
+    def of_outputs(self) -> bool:
+        """Whether the outputs of any predictor are all it needs: nothing learnt, no patches, no option."""
+        return not self.learns and not self.needs_options and "patch_cosines" not in self.reads
+
+
+def _entry(make: Callable[..., Tensor] | type[Score], reads: tuple[str, ...] = (), **words: Any) -> Entry:
+    """The entry of a subclass of `Score`, or of a function, which reads its arguments without a default."""
+    summary = (inspect.getdoc(make) or "").split(":")[0].replace("\n", " ")
+    parameters = inspect.signature(make).parameters.values()
+    options = tuple(f"{p.name}={p.default}" for p in parameters if p.default is not p.empty)
+    if isinstance(make, type):
+        if not issubclass(make, Score):
+            raise TypeError(f"a score must be a function, or a subclass of Score, got the class {make.__name__}")
+        return Entry(make, make.reads, summary, options, make.learns, make.needs_options, **words)
+    reads = reads or tuple(p.name for p in parameters if p.default is p.empty)
+    return Entry(partial(Pointwise, make, reads), reads, summary, options, **words)
+
+
+SCORES: dict[str, Entry] = {
+    "mcm": _entry(ood_scores.mcm, label="MCM", convention="tau = 1, on cosines"),
+    "max_cosine": _entry(ood_scores.max_cosine, label="max cosine"),
+    "msp": _entry(ood_scores.msp, label="MSP"),
+    "energy": _entry(ood_scores.energy),
+    "entropy": _entry(ood_scores.entropy),
+    "variance": _entry(ood_scores.variance),
+    "mahalanobis": _entry(Mahalanobis, label="Mahalanobis"),
+    "knn": _entry(KNN, label="k-NN"),
+    "l_mcm": _entry(ood_scores.local_mcm, label="L-MCM"),
+    "gl_mcm": _entry(ood_scores.gl_mcm, label="GL-MCM"),
+    "neg_label": _entry(NegLabel, label="NegLabel"),
 }
-"""Scores by name: each makes a `Score` from its options. A subclass of `Score` is added as it is."""
+"""Scores by name."""
 
 _OWN = frozenset(SCORES)
 
 
-def register(name: str, function: Callable[..., Tensor], reads: tuple[str, ...]) -> None:
-    """Makes `Detector(name, **options)` score by `function(*fields, **options) -> (N,)`, fields of `Evidence`.
+def register(name: str, score: Callable[..., Tensor] | type[Score], reads: tuple[str, ...] = ()) -> None:
+    """Makes `Detector(name, **options)` score by `score(*parts, **options) -> (N,)`, or by a subclass of `Score`.
 
+    reads: the parts of `Outputs` that a function takes; by default the names of its arguments without a default.
     Higher has to mean more in-distribution. A detector that was saved needs its score registered before it is loaded.
     """
-    if unknown := [field for field in reads if field not in Evidence._fields]:
-        raise ValueError(f"reads must name fields of Evidence, {Evidence._fields}, got {unknown}")
+    entry = _entry(score, reads)
+    if unknown := [part for part in entry.reads if part not in Outputs.PARTS]:
+        raise ValueError(f"reads must name parts of Outputs, {Outputs.PARTS}, got {unknown}")
     if name in _OWN:
         raise ValueError(f"name must not be that of one of robustft's own scores, {sorted(_OWN)}, got {name!r}")
-    SCORES[name] = _pointwise(function, *reads)
+    SCORES[name] = entry
+
+
+def label(name: str) -> str:
+    """What tables and pictures call a score, registered or not."""
+    return (SCORES[name].label if name in SCORES else "") or name.replace("_", " ")
+
+
+def table() -> str:
+    """Every score in a line: its name, what it reads, whether it learns, what it is, and its options."""
+    rows = [
+        (
+            name,
+            f"{', '.join(entry.reads)}{'; learns' if entry.learns else ''}",
+            " ".join([entry.summary, *(f"[{option}]" for option in entry.options)]),
+        )
+        for name, entry in SCORES.items()
+    ]
+    name_width, reads_width = (max(len(row[i]) for row in rows) for i in (0, 1))
+    return "\n".join(f"{name:{name_width}}  {reads:{reads_width}}  {summary}".rstrip() for name, reads, summary in rows)

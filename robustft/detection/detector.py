@@ -7,6 +7,7 @@ Which score, is a name in `by_name.SCORES`; the mathematics of all of them is in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.clip import patches
-from robustft.clip.outputs import evaluating
+from robustft.clip.outputs import Outputs, evaluating, outputs_of
 from robustft.data.sources import image_batches
-from robustft.detection.by_name import SCORES, Evidence
+from robustft.detection.by_name import SCORES
 from robustft.detection.metrics import threshold
-from robustft.files import DETECTOR_FILE, load_fitted, place, save_fitted
+from robustft.files import DETECTOR_FILE, load_fitted, place, refusing, save_fitted
 
 
 class Detector:
@@ -31,13 +32,11 @@ class Detector:
         detector.detect(classifier, images)                         # (N,) bool, True: out-of-distribution
         detector.save("exported")                                   # beside a classifier; Detector.load gives it back
 
-    Where a predictor is asked for, one can give what has been computed instead of (predictor, images): the Outputs of a
-    predictor, evaluate's Predictions, Features, or an `Evidence`; whatever has the fields that the score reads.
+    Where a predictor is asked for, one can give what has been computed instead of (predictor, images): `Outputs`,
+    Features, whatever has the parts that the score reads.
 
     Args:
-        score: a name in `SCORES`: "mcm", "max_cosine", "variance" of cosines; "msp", "energy", "entropy" of logits;
-            "l_mcm", "gl_mcm" of patches as well; "neg_label" against `negative_embeddings`; "mahalanobis" and "knn",
-            which learn ID features.
+        score: a name in `robustft.detection.SCORES`, which `detection.table()` prints with what each reads.
         tpr: share of the ID images that are kept.
         options: of the score: temperature, local_weight, groups, k, shrinkage ...
 
@@ -71,8 +70,7 @@ class Detector:
         self._widths = {}
         self.__dict__.pop("threshold_", None)  # of an earlier fit, should this one fail
         if self._score.learns:
-            parts = zip(*self._evidence(source, data, batch_size, fitting=True), strict=True)
-            self._score.fit(Evidence(*(None if part[0] is None else torch.cat(part) for part in parts)))
+            self._score.fit(Outputs.cat(list(self._read_all(source, data, batch_size, fitting=True))))
         if validation is not None:
             source, data = (validation, None) if data is None else (source, validation)
         scores = self._scores(source, data, batch_size, fitting=True)
@@ -80,8 +78,8 @@ class Detector:
         if 1 in classes and bool((scores == scores[0]).all()):
             raise ValueError(
                 f"score {self.score!r} is {float(scores[0]):g} for every image: over one class every softmax is the "
-                "same, and no threshold tells images apart. Use a score without a softmax over the classes "
-                "(max_cosine, energy, neg_label, mahalanobis, knn), or add classes"
+                "same, and no threshold tells images apart. Use max_cosine or another score without a softmax over "
+                "the classes, or add classes"
             )
         self.threshold_ = threshold(scores, self.tpr)
         return self
@@ -121,11 +119,17 @@ class Detector:
     @classmethod
     def load(cls, path: str | Path) -> Detector:
         """The detector that `save` wrote; its scores are the same bit for bit. ValueError for a damaged file."""
-        settings, tensors = load_fitted(place(path, DETECTOR_FILE), "Detector")
-        detector = cls(settings["score"], tpr=settings["tpr"], **settings["options"])
-        detector._score.restore(tensors)
-        detector._widths = settings["widths"]
-        detector.threshold_ = settings["threshold"]
+        path = place(path, DETECTOR_FILE)
+        settings, tensors = load_fitted(path, "Detector")
+        with refusing(path, "Detector"):
+            detector = cls(settings["score"], tpr=settings["tpr"], **settings["options"])
+            if bad := [name for name, value in tensors.items() if not bool(value.isfinite().all())]:
+                raise ValueError(f"{bad[0]} must be finite, but holds NaN or infinity")
+            detector._score.restore(tensors)
+            detector._widths = {str(name): int(width) for name, width in settings["widths"].items()}
+            detector.threshold_ = float(settings["threshold"])
+            if not math.isfinite(detector.threshold_):
+                raise ValueError(f"threshold must be finite, got {detector.threshold_}")
         return detector
 
     def _check_fitted(self) -> None:
@@ -133,13 +137,13 @@ class Detector:
             raise ValueError(f"Detector({self.score!r}) has no threshold yet: call fit with ID data")
 
     def _scores(self, source: Any, data: Any, batch_size: int, fitting: bool = False) -> Tensor:
-        scores = torch.cat([self._score(part) for part in self._evidence(source, data, batch_size, fitting)])
+        scores = torch.cat([self._score(part) for part in self._read_all(source, data, batch_size, fitting)])
         bad = int(scores.isnan().sum())
         if bad:
             raise ValueError(f"{bad} of {len(scores)} scores are NaN: check the features and logits given")
         return scores
 
-    def _evidence(self, source: Any, data: Any, batch_size: int, fitting: bool = False) -> Iterator[Evidence]:
+    def _read_all(self, source: Any, data: Any, batch_size: int, fitting: bool = False) -> Iterator[Outputs]:
         """What the score reads, and labels, on the CPU: batch by batch, or all at once where it is ready."""
         widths = self._widths if fitting else dict(self._widths)
         if not callable(getattr(source, "outputs", None)):
@@ -152,53 +156,48 @@ class Detector:
         device = next((p.device for p in source.parameters()), None) if isinstance(source, nn.Module) else None
         for images, labels in image_batches(data, source, batch_size):
             with torch.no_grad():
-                observed = self._observe(source, images.to(device=device))._replace(labels=labels)
+                observed = self._observe(source, images.to(device=device)).replace(labels=labels)
             yield self._read(observed, source, widths)
 
-    def _read(self, evidence: Evidence, source: Any, widths: dict[str, int]) -> Evidence:
-        """The fields that the score reads, checked, and the labels."""
-        values: dict[str, Tensor] = {}
+    def _read(self, outputs: Outputs, source: Any, widths: dict[str, int]) -> Outputs:
+        """The parts that the score reads, checked, and the labels."""
         for name in self._score.reads:
-            value = getattr(evidence, name)
-            if value is None:
+            if not outputs.has(name):
                 raise ValueError(
                     f"score {self.score!r} reads {name}, which this {type(source).__name__} lacks: pass a classifier "
-                    "and images, or what scoring.evidence(features, class_embeddings, ...) gives"
+                    "and images, or what clip.outputs_of(features, class_embeddings, ...) gives"
                 )
-            width = widths.setdefault(name, value.shape[-1])
-            if width != value.shape[-1]:
+            width = getattr(outputs, name).shape[-1]
+            if widths.setdefault(name, width) != width:
                 raise ValueError(
-                    f"{name} are {value.shape[-1]} wide, but the detector was fitted at {width}: it serves one model "
+                    f"{name} are {width} wide, but the detector was fitted at {widths[name]}: it serves one model "
                     "and one set of classes, so fit another"
                 )
-            values[name] = value.detach().cpu()
-        return Evidence(**values, labels=evidence.labels)
+        return outputs.only(*self._score.reads, "labels").map(lambda part: part.detach().cpu())
 
-    def _observe(self, predictor: Any, images: Tensor) -> Evidence:
+    def _observe(self, predictor: Any, images: Tensor) -> Outputs:
         if "patch_cosines" not in self._score.reads:
-            outputs = predictor.outputs(images)
-            return Evidence(outputs.features, outputs.cosines, outputs.logits)
+            return _ready(predictor.outputs(images))
         model, head = getattr(predictor, "model", None), getattr(predictor, "class_embeddings", None)
         if not isinstance(model, nn.Module) or not isinstance(head, Tensor):
             raise ValueError(
                 f"score {self.score!r} reads patches, which a {type(predictor).__name__} has not: use a Classifier, "
                 "one model with one head"
             )
-        visual = clip.unwrap(model).visual
+        visual = clip.unwrap(model).get_submodule("visual")
         with evaluating(model), patches.last_inputs(visual) as inputs:
             outputs = predictor.outputs(images)
             local = F.normalize(patches.local_features(visual, inputs[0]).to(outputs.features.dtype), dim=-1)
-        patch_cosines = local @ F.normalize(head.to(local.dtype), dim=-1).T
-        return Evidence(outputs.features, outputs.cosines, outputs.logits, patch_cosines)
+        return outputs.replace(patch_cosines=outputs_of(outputs.features, head, patch_features=local).patch_cosines)
 
 
-def _ready(source: Any) -> Evidence:
-    """Fields by name, whatever holds them; a Features calls them image_features."""
-    found = {name: getattr(source, name, None) for name in Evidence._fields}
+def _ready(source: Any) -> Outputs:
+    """Parts by name, whatever holds them; a Features calls them image_features."""
+    if isinstance(source, Outputs):
+        return source
+    found = {name: getattr(source, name, None) for name in Outputs.PARTS}
     if found["features"] is None:
         found["features"] = getattr(source, "image_features", None)
     if all(value is None for value in found.values()):
-        raise TypeError(
-            f"expected a predictor, or an object with some of {Evidence._fields}, got {type(source).__name__}"
-        )
-    return Evidence(**found)
+        raise TypeError(f"expected a predictor, or an object with some of {Outputs.PARTS}, got {type(source).__name__}")
+    return Outputs(**found)

@@ -1,19 +1,15 @@
 """Out-of-distribution scores s(x), every one higher for samples that look in-distribution (ID).
 
-u (N, D) unit image features, c = u w^T (N, K) cosines with K classes, z = s c (N, K) logits, and for the patches of an
-image c' (N, P, K) cosines, for M negative texts n (N, M) cosines:
+u (N, D)         unit image features; u_(k) the k-th nearest among those of ID training images
+c = u w^T        (N, K) cosines with K classes;   z = s c (N, K) logits
+c' (N, P, K)     cosines of the patches of an image;   n (N, M) with M negative texts
 
-    max cosine    max_k c_k                                 MSP       max_k softmax(z)_k
-    MCM           max_k softmax(c / tau)_k, tau = 1         energy    T logsumexp(z / T)
-    variance      Var_k softmax(c / tau)_k, tau = 1         entropy   -H(softmax(z / T))
-    L-MCM         max_{p,k} softmax(c'_p / tau)_k           GL-MCM    MCM + lambda L-MCM
-    NegLabel      mean_g  sum_k e^{c_k / tau} / (sum_k e^{c_k / tau} + sum_{m in g} e^{n_m / tau}), tau = 0.01
-    Mahalanobis   -min_k (u - mu_k)^T Sigma^-1 (u - mu_k)   k-NN      -|u - u_(k)|, the k-th nearest ID training feature
+Each function has its formula; `robustft.detection.table()` prints the list of them.
 
 Softmax at the scale of cosines is not softmax at the scale of the model: MCM_tau(c) = MSP(c / tau), and MCM of logits
 that the model has scaled already is silently MSP. So what is no cosine is refused. For K = 1000 MCM lives near 0.0011,
 where bfloat16 has two dozen values: everything here is float32 at least. `robustft.functional.concept_scores` computes
-the first five, the variance apart, without the matrix of cosines.
+some of them without the matrix of cosines.
 """
 
 from __future__ import annotations
@@ -45,16 +41,15 @@ def max_cosine(cosines: Tensor) -> Tensor:
 
 
 def msp(logits: Tensor) -> Tensor:
-    """Maximum softmax probability of logits (..., K), the model's own scale included; float32 at least.
+    """Maximum softmax probability, max_k softmax(z)_k: logits (..., K) to scores (...,), float32 at least.
 
-    Source: Hendrycks and Gimpel 2017 (arXiv 1610.02136).
+    The logits are the model's own, scale included. Source: Hendrycks and Gimpel 2017 (arXiv 1610.02136).
     """
-    z = _logits(logits)
-    return torch.exp(z.amax(-1) - z.logsumexp(-1))
+    return _logits(logits).softmax(-1).amax(-1)  # exp(max - logsumexp) would lose a digit of large logits
 
 
 def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Negative free energy T logsumexp(z / T) of logits (..., K), float32 at least.
+    """Negative free energy, T logsumexp(z / T): logits (..., K) to scores (...,), float32 at least.
 
     On cosines with T = 1 this is all but the mean cosine over all classes, a weak score; T = 0.01 follows the maximum.
     Source: Liu et al. 2020 (arXiv 2010.03759).
@@ -63,13 +58,13 @@ def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """*Negative* entropy of softmax(z / T) in nats, (..., K) to (...,), float32 at least."""
+    """Negative entropy of softmax(z / T) in nats: logits (..., K) to scores (...,), float32 at least."""
     p = (_logits(logits) / _positive(temperature)).softmax(-1)
     return -torch.special.entr(p).sum(-1)
 
 
 def variance(cosines: Tensor, temperature: float = 1.0) -> Tensor:
-    """Variance over the K classes (divided by K) of softmax(c / tau), (..., K) to (...,); float64.
+    """Variance over the K classes (divided by K) of softmax(c / tau): cosines (..., K) to scores (...,); float64.
 
     It is about (MCM's distance from 1/K)^2, some 1e-10 for K = 1000: hence float64. Source: a baseline in MCM's code.
     """
@@ -78,9 +73,10 @@ def variance(cosines: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def local_mcm(patch_cosines: Tensor, temperature: float = 1.0) -> Tensor:
-    """L-MCM, the MCM of the patch that has the highest: cosines (..., P, K) to scores (...,), float32 at least.
+    """L-MCM, max_{p,k} softmax(c'_p / tau)_k, the MCM of the best patch: cosines (..., P, K) to scores (...,).
 
-    Cosines of `clip.encode_patches` with the class embeddings. Source: GL-MCM (Miyai et al., arXiv 2304.04521).
+    Float32 at least. Cosines of `clip.encode_patches` with the class embeddings. Source: GL-MCM (Miyai et al., arXiv
+    2304.04521).
     """
     if patch_cosines.ndim < 2 or patch_cosines.shape[-2] == 0:
         raise ValueError(f"patch_cosines must have shape (..., P, K) with P >= 1, got {tuple(patch_cosines.shape)}")
@@ -108,7 +104,9 @@ def neg_label(
     groups: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """NegLabel: the softmax mass on the K classes against negative texts, averaged over groups of these; float64.
+    """NegLabel: the softmax mass on the K classes against negative texts, averaged over groups g of these; float64.
+
+    mean_g  sum_k e^{c_k / tau} / (sum_k e^{c_k / tau} + sum_{m in g} e^{n_m / tau})
 
     Args:
         cosines: (..., K) with the classes. negative_cosines: (..., M) with texts that no ID image shows

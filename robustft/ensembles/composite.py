@@ -10,16 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from robustft import clip
-from robustft.files import CALIBRATOR_FILE, DETECTOR_FILE, fitted_kind, load_fitted, save_fitted
-from robustft.predictors.base import Classifier, Predictor
-
-ENSEMBLE_FILE = "ensemble.safetensors"
-COMPOSITES: dict[str, type[Composite]] = {}
+from robustft.files import CALIBRATOR_FILE, DETECTOR_FILE, load_fitted, refusing, save_fitted
+from robustft.predictors.base import FeaturePredictor, Predictor
+from robustft.predictors.saving import ENSEMBLE_FILE, load_predictor
 
 
 class Composite(Predictor):
@@ -29,18 +27,13 @@ class Composite(Predictor):
     if it is more, `write` and `read`.
     """
 
-    members: tuple[str, ...]
-    settings: tuple[str, ...] = ()
-    kind: str
-
-    def __init_subclass__(cls) -> None:
-        cls.kind = cls.__dict__.get("kind", cls.__name__)
-        COMPOSITES[cls.kind] = cls
+    members: ClassVar[tuple[str, ...]]
+    settings: ClassVar[tuple[str, ...]] = ()
 
     def save(self, directory: str | os.PathLike[str], config: Mapping[str, Any], *, tokenizer: Any = None) -> Path:
         """Writes every member into a directory of its name, and beside them what mixes them.
 
-        `robustft.methods.load_predictor` gives the predictor back. `config` and `tokenizer` are those of the members,
+        `robustft.load_predictor` gives the predictor back. `config` and `tokenizer` are those of the members,
         fine-tunings of one model. An earlier ensemble is replaced, with its detector and calibrator; FileExistsError
         when `directory` holds anything else. Other errors as in `clip.export`.
         """
@@ -66,20 +59,14 @@ class Composite(Predictor):
         settings, _ = load_fitted(path, cls.kind)
         return cls(**members, **settings)
 
-
-def load_composite(directory: str | os.PathLike[str], *, device: torch.device | str, dtype: torch.dtype) -> Composite:
-    """What `Composite.save` wrote; classifiers of one encoder share it, and its pass, again."""
-    from robustft.methods.frozen import load_predictor  # which reads composites too
-
-    path = Path(directory) / ENSEMBLE_FILE
-    kind = fitted_kind(path)
-    if kind not in COMPOSITES:
-        raise ValueError(f"{path}: holds a {kind}, expected one of {sorted(COMPOSITES)}")
-    composite = COMPOSITES[kind]
-    members = {name: load_predictor(Path(directory) / name, device=device, dtype=dtype) for name in composite.members}
-    match list(members.values()):
-        case [Classifier() as first, Classifier() as second] if clip.fingerprint(first.model) == clip.fingerprint(
-            second.model
-        ):
-            first.model = second.model
-    return composite.read(path, members)
+    @classmethod
+    def restore(cls, directory: Path, device: torch.device | str, dtype: torch.dtype) -> Composite:
+        """What `save` wrote; classifiers of one encoder share it, and its pass, again."""
+        path = directory / ENSEMBLE_FILE
+        members = {name: load_predictor(directory / name, device=device, dtype=dtype) for name in cls.members}
+        encoders: dict[str, torch.nn.Module] = {}
+        for member in members.values():
+            if isinstance(member, FeaturePredictor):
+                member.model = encoders.setdefault(clip.fingerprint(member.model), member.model)
+        with refusing(path, cls.kind):
+            return cls.read(path, members)

@@ -23,7 +23,7 @@ from robustft.calibration.measures import fit_temperature, temperature_matching_
 from robustft.clip.outputs import Outputs
 from robustft.ensembles.composite import Composite
 from robustft.ensembles.wise_ft import ALPHAS, best_alpha, check_alpha, check_classes
-from robustft.predictors.base import Classifier, Predictor
+from robustft.predictors.base import Predictor, outputs_of_each, predict_each
 from robustft.predictors.logits import accuracy_and_nll, mixture_log_probabilities
 
 TemperatureRule = Literal["confidence", "nll"]
@@ -59,7 +59,7 @@ class OutputEnsemble:
         self.fine_tuned = fine_tuned
         self.temperatures = "confidence" if temperatures == "fit" else check_temperatures(temperatures)
         if not isinstance(self.temperatures, str):
-            self.temperatures_ = self.temperatures
+            self.temperatures_: tuple[float, float] = self.temperatures
 
     def at(self, alpha: float) -> Mixture:
         """The predictor at mixing weight alpha: 0 is the zero-shot one, 1 the fine-tuned one."""
@@ -71,11 +71,10 @@ class OutputEnsemble:
 
     def fit(self, validation: Any, alphas: Sequence[float] = ALPHAS) -> OutputEnsemble:
         """Choose temperatures (if asked to), then alpha_, by accuracy on held-out ID data, then by NLL."""
-        zs, labels = self.zero_shot.predict(validation)
-        ft, _ = self.fine_tuned.predict(validation)
-        self.temperatures_ = fitted_temperatures(self.temperatures, zs.logits, ft.logits, labels)
+        zs, ft = predict_each((self.zero_shot, self.fine_tuned), validation)
+        self.temperatures_ = fitted_temperatures(self.temperatures, zs.logits, ft.logits, ft.labels)
         scores = [
-            accuracy_and_nll(mixture_log_probabilities(zs.logits, ft.logits, a, self.temperatures_), labels)
+            accuracy_and_nll(mixture_log_probabilities(zs.logits, ft.logits, a, self.temperatures_), ft.labels)
             for a in alphas
         ]
         self.alphas_ = tuple(alphas)
@@ -94,6 +93,8 @@ class PairPredictor(Composite):
     """Two predictors over the same classes and a way to `combine` what they make of the same images."""
 
     members = ("zero_shot", "fine_tuned")
+    zero_shot: Predictor
+    fine_tuned: Predictor
 
     def __init__(self, zero_shot: Predictor, fine_tuned: Predictor) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class PairPredictor(Composite):
         raise NotImplementedError
 
     def outputs(self, images: Tensor) -> Outputs:
-        return self.combine(*both_outputs(self.zero_shot, self.fine_tuned, images))
+        return self.combine(*outputs_of_each((self.zero_shot, self.fine_tuned), images))
 
 
 class Mixture(PairPredictor):
@@ -125,7 +126,7 @@ class Mixture(PairPredictor):
         super().__init__(zero_shot, fine_tuned)
         check_alpha(alpha)
         self.alpha = alpha
-        self.temperatures = _positive(temperatures)
+        self.temperatures = check_pair(temperatures)
 
     def combine(self, zero_shot: Outputs, fine_tuned: Outputs) -> Outputs:
         return mix(zero_shot, fine_tuned, self.alpha, self.temperatures)
@@ -137,21 +138,12 @@ class Mixture(PairPredictor):
         )
 
 
-def both_outputs(zero_shot: Predictor, fine_tuned: Predictor, images: Tensor) -> tuple[Outputs, Outputs]:
-    """What both make of the same images; classifiers that share their encoder share its pass."""
-    ft = fine_tuned.outputs(images)
-    if isinstance(zero_shot, Classifier) and isinstance(fine_tuned, Classifier) and zero_shot.model is fine_tuned.model:
-        return zero_shot.head_outputs(ft.features), ft
-    return zero_shot.outputs(images), ft
-
-
 def mix(zero_shot: Outputs, fine_tuned: Outputs, alpha: float | Tensor, temperatures: tuple[float, float]) -> Outputs:
-    """The mixture's outputs at alpha, a number or one for each sample (N,)."""
+    """The mixture's outputs at alpha, a number or one for each sample (N,); the rest is the fine-tuned one's."""
     share = alpha.to(fine_tuned.cosines)[:, None] if isinstance(alpha, Tensor) else alpha
-    return Outputs(
-        fine_tuned.features,
-        torch.lerp(zero_shot.cosines, fine_tuned.cosines, share),
-        mixture_log_probabilities(zero_shot.logits, fine_tuned.logits, alpha, temperatures),
+    return fine_tuned.replace(
+        cosines=torch.lerp(zero_shot.cosines, fine_tuned.cosines, share),
+        logits=mixture_log_probabilities(zero_shot.logits, fine_tuned.logits, alpha, temperatures),
     )
 
 
@@ -166,7 +158,7 @@ def check_temperatures(temperatures: Any) -> str | tuple[float, float]:
                 f"got {temperatures!r}"
             )
         return temperatures
-    return _positive(temperatures)
+    return check_pair(temperatures)
 
 
 def fitted_temperatures(
@@ -185,7 +177,8 @@ def fitted_temperatures(
     return fit(zero_shot, labels), fit(fine_tuned, labels)
 
 
-def _positive(temperatures: tuple[float, float]) -> tuple[float, float]:
+def check_pair(temperatures: Sequence[float]) -> tuple[float, float]:
+    """Temperatures (T_zs, T_ft); ValueError unless both are positive and finite."""
     t_zs, t_ft = temperatures
     if not (0.0 < t_zs < math.inf and 0.0 < t_ft < math.inf):
         raise ValueError(f"temperatures must be positive and finite, got {temperatures}")

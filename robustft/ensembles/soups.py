@@ -81,8 +81,8 @@ def greedy_soup(classifiers: Sequence[Classifier], validation: Any) -> GreedySou
 
 
 def _score(classifier: Classifier, validation: Any) -> tuple[float, float]:
-    outputs, labels = classifier.predict(validation)
-    return accuracy_and_nll(outputs.logits, labels)
+    outputs = classifier.predict(validation)
+    return accuracy_and_nll(outputs.logits, outputs.labels)
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

@@ -37,14 +37,13 @@ class Tempering:
 
     def fit(self, validation: Any) -> Tempering:
         """Choose temperature_ on held-out ID data, (images, labels) or a dataset."""
-        outputs, labels = self.predictor.predict(validation)
-        self.temperature_ = TEMPERATURE_RULES[self.rule](outputs.logits, labels)
+        outputs = self.predictor.predict(validation)
+        self.temperature_ = TEMPERATURE_RULES[self.rule](outputs.logits, outputs.labels)
         return self
 
     def at(self, temperature: float) -> Predictor:
         """The predictor with logits divided by a temperature: of a `Classifier` another one, which can be saved."""
-        if not 0.0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        check_temperature(temperature)
         p = self.predictor
         if isinstance(p, Classifier):
             bias = None if p.bias is None else p.bias / temperature
@@ -65,16 +64,23 @@ class Tempered(Composite):
 
     members = ("predictor",)
     settings = ("temperature",)
+    predictor: Predictor
 
     def __init__(self, predictor: Predictor, temperature: float) -> None:
         super().__init__()
+        check_temperature(temperature)
         self.predictor = predictor
         self.temperature = temperature
         self.classes = predictor.classes
 
     def outputs(self, images: Tensor) -> Outputs:
-        features, cosines, logits = self.predictor.outputs(images)
-        return Outputs(features, cosines, logits / self.temperature)
+        outputs = self.predictor.outputs(images)
+        return outputs.replace(logits=outputs.logits / self.temperature)
 
     def restrict(self, classes: Sequence[int] | Sequence[str]) -> Tempered:
         return Tempered(self.predictor.restrict(classes), self.temperature)
+
+
+def check_temperature(temperature: float) -> None:
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")

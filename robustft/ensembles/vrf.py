@@ -29,6 +29,7 @@ from robustft.clip.outputs import Outputs
 from robustft.ensembles.output_ensemble import (
     PairPredictor,
     TemperatureRule,
+    check_pair,
     check_temperatures,
     fitted_temperatures,
     mix,
@@ -36,7 +37,7 @@ from robustft.ensembles.output_ensemble import (
 from robustft.ensembles.vrf_features import RatioBin, VRFFeatures, ratio_bins
 from robustft.ensembles.vrf_weights import ROWS, WEIGHTINGS, GridPoint, centre, grid, scores, weigh
 from robustft.ensembles.wise_ft import check_alpha
-from robustft.files import load_fitted, save_fitted
+from robustft.files import load_fitted, refusing, save_fitted
 from robustft.neighbors import NeighborIndex
 from robustft.ops.precision import at_least_float32
 from robustft.predictors.base import Predictor
@@ -116,7 +117,7 @@ class VRF:
         self.k_ = self._neighbor(len(self.failure_set_), len(train))
         zero_shot, fine_tuned = validation.correct()
         self.temperatures_ = fitted_temperatures(
-            self.temperatures, validation.zero_shot_logits, validation.fine_tuned_logits, validation.labels
+            self.temperatures, validation.zero_shot.logits, validation.fine_tuned.logits, validation.labels
         )
         self.validation_distances_ = self.distances(validation.features)
         pairs = grid(self.validation_distances_, self.a, self.b, self.weighting)
@@ -151,14 +152,14 @@ class VRF:
         """log p (N, K), at least float32, some thousand rows at a time; a sample's is the same among any others."""
         parts = [
             mixture_log_probabilities(
-                at_least_float32(part.zero_shot_logits),
-                at_least_float32(part.fine_tuned_logits),
+                at_least_float32(part.zero_shot.logits),
+                at_least_float32(part.fine_tuned.logits),
                 self.weights(part.features),
                 self.temperatures_,
             )
             for part in features.rows(ROWS)
         ]
-        return torch.cat(parts) if parts else at_least_float32(features.fine_tuned_logits)
+        return torch.cat(parts) if parts else at_least_float32(features.fine_tuned.logits)
 
     def probabilities(self, features: VRFFeatures) -> Tensor:
         """p (N, K), at least float32."""
@@ -213,18 +214,35 @@ class VRF:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> VRF:
         """What `save` wrote, on the CPU. FileNotFoundError where there is no file, ValueError for any other one."""
-        settings, tensors = load_fitted(Path(path), "VRF")
-        vrf = cls(
-            settings["k"],
-            temperatures=tuple(settings["temperatures"]),
-            weighting=settings["weighting"],
-            reference=settings["reference"],
-        )
-        vrf.failure_set_ = tensors["failure_set"]
-        vrf.validation_distances_ = tensors["validation_distances"]
-        vrf.k_, vrf.a_, vrf.b_, vrf.temperatures_ = settings["k"], settings["a"], settings["b"], vrf.temperatures
-        vrf.grid_ = tuple(GridPoint(*point) for point in settings["grid"])
+        path = Path(path)
+        settings, tensors = load_fitted(path, "VRF")
+        with refusing(path, "VRF"):
+            vrf = cls(
+                settings["k"],
+                temperatures=check_pair(settings["temperatures"]),
+                weighting=settings["weighting"],
+                reference=settings["reference"],
+            )
+            vrf.failure_set_ = tensors["failure_set"]
+            vrf.validation_distances_ = tensors["validation_distances"]
+            vrf.a_, vrf.b_ = float(settings["a"]), float(settings["b"])
+            vrf.k_ = vrf._neighbor(len(vrf.failure_set_), 1)
+            vrf.temperatures_ = check_pair(settings["temperatures"])
+            vrf.grid_ = tuple(GridPoint(*point) for point in settings["grid"])
+            vrf._check_learnt()
         return vrf
+
+    def _check_learnt(self) -> None:
+        """ValueError for what no `fit` learns: it comes from a file."""
+        members, distances = self.failure_set_, self.validation_distances_
+        if members.ndim != 2 or distances.ndim != 1 or not len(distances):
+            raise ValueError(
+                f"failure set (M, D) and distances (N,) are {tuple(members.shape)}, {tuple(distances.shape)}"
+            )
+        if not (bool(members.isfinite().all()) and bool(distances.isfinite().all())):
+            raise ValueError("failure set and distances must be finite, but hold NaN or infinity")
+        if math.isnan(self.a_) or not 0.0 <= self.b_ < math.inf or (self.b_ == 0.0) != (self.weighting == "binary"):
+            raise ValueError(f"a and b of a {self.weighting} weight are {self.a_} and {self.b_}")
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "failure_set_"):
@@ -250,8 +268,13 @@ class VRF:
         return train.features[failures]
 
     def _neighbor(self, size: int, samples: int) -> int:
-        rules = {None: max(1, size // 1000), "released": max(1, round(1000 * size / samples))}
-        k = rules.get(self.k, self.k)
+        match self.k:
+            case None:
+                k = max(1, size // 1000)
+            case "released":
+                k = max(1, round(1000 * size / samples))
+            case k:
+                pass
         if k > size:
             raise ValueError(f"k = {k} is larger than the {self.reference} set of {size}: pass a smaller k, or k=None")
         return k

@@ -87,8 +87,8 @@ def scores(
     """What every (a, b) scores, in float64; each softmax is taken once. Memory: 4096 rows of three (N, K)."""
     sums = torch.zeros(len(pairs), 3, dtype=torch.float64)
     for part, d in zip(validation.rows(ROWS), distances.double().split(ROWS), strict=True):
-        zs = (part.zero_shot_logits.double() / temperatures[0]).softmax(-1)
-        ft = (part.fine_tuned_logits.double() / temperatures[1]).softmax(-1)
+        zs = (part.zero_shot.logits.double() / temperatures[0]).softmax(-1)
+        ft = (part.fine_tuned.logits.double() / temperatures[1]).softmax(-1)
         labels = part.labels.long()
         for i, (a, b) in enumerate(pairs):
             w = weigh(d, a, b, weighting)

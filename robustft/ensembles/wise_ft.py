@@ -63,8 +63,8 @@ class WiSEFT:
         """Choose alpha_ by accuracy on held-out ID data, (images, labels) or a dataset; of equals by NLL."""
         scores = []
         for alpha in alphas:
-            outputs, labels = self.at(alpha).predict(validation)
-            scores.append(accuracy_and_nll(outputs.logits, labels))
+            outputs = self.at(alpha).predict(validation)
+            scores.append(accuracy_and_nll(outputs.logits, outputs.labels))
         self.alphas_ = tuple(alphas)
         self.accuracies_, self.nlls_ = (tuple(column) for column in zip(*scores, strict=True))
         self.alpha_ = best_alpha(self.alphas_, self.accuracies_, self.nlls_)

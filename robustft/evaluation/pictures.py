@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from robustft.calibration.measures import CalibrationReport
-from robustft.evaluation.measure import TPR, Evaluation, Frontier, ModelResult
+from robustft.evaluation.results import TPR, Evaluation, Frontier, ModelResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,6 +135,8 @@ def scores(models: Mapping[str, ModelResult], score: str = "MCM") -> Figure:
     columns = _columns(len(models))
     figure, axes = panels(len(models), columns, panel=(2.2, 1.7), left=0.15, bottom=0.5, gap=(0.25, 0.4), top=0.28)
     for ax, (name, model) in zip(axes, models.items(), strict=False):
+        if model.scores is None:
+            raise ValueError(f"model {name!r} has no scores: it was measured without OOD sets")
         edges = np.asarray(model.scores.edges)
         share = np.asarray(model.scores.id) / sum(model.scores.id)
         ax.stairs(share, edges, fill=True, color=BLUE, alpha=0.25, lw=0)
@@ -220,7 +222,8 @@ def panels(
         x = left + (i % columns) * (panel[0] + gap[0])
         y = height - (i // columns + 1) * (panel[1] + top) - (i // columns) * gap[1]
         spacing, shares = 0.08, split or (1.0,)
-        unit, axes = (panel[1] - spacing * (len(shares) - 1)) / sum(shares), []
+        unit = (panel[1] - spacing * (len(shares) - 1)) / sum(shares)
+        axes: list[Axes] = []
         for share in reversed(shares):
             axes.insert(0, figure.add_axes((x / width, y / height, panel[0] / width, share * unit / height)))
             y += share * unit + spacing
@@ -266,20 +269,20 @@ def _write_labels(ax: Axes, labels: Sequence[_Label], curves: Sequence[np.ndarra
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
-    renderer, point = ax.figure.canvas.get_renderer(), ax.figure.dpi / 72
+    point = ax.figure.dpi / 72
     ax.autoscale_view()
     origins = ax.transData.transform([(label.x, label.y) for label in labels])
     along = np.linspace(0, 1, 6)[:, None]
-    pieces = [a + (b - a) * along for c in curves for a, b in itertools.pairwise(ax.transData.transform(c))]
-    pieces = np.concatenate([np.empty((0, 2)), *pieces])
-    boxes = [Bbox.from_bounds(*(o - 4 * point), 8 * point, 8 * point) for o in origins]
+    drawn = (a + (b - a) * along for c in curves for a, b in itertools.pairwise(ax.transData.transform(c)))
+    pieces = np.concatenate([np.empty((0, 2)), *drawn])
+    boxes = [Bbox.from_bounds(x - 4 * point, y - 4 * point, 8 * point, 8 * point) for x, y in origins]
     angles = np.deg2rad([0, 180, 35, 145, -35, -145, 90, -90])
     places = [r * np.array([math.cos(a), math.sin(a)]) for r in (9, 17, 27, 40, 55) for a in angles]
 
     for label, origin in zip(labels, origins, strict=True):
         text = ax.text(0, 0, label.text, color=label.colour, fontsize=8.5, va="center", zorder=5, parse_math=False)
         text.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
-        size = text.get_window_extent(renderer)
+        size = text.get_window_extent()
 
         def box(place: np.ndarray, size: Bbox = size, origin: np.ndarray = origin) -> Bbox:
             # Right of the point it starts there, left of it it ends there, above and below it is centred.
@@ -296,7 +299,8 @@ def _write_labels(ax: Axes, labels: Sequence[_Label], curves: Sequence[np.ndarra
         b = box(best)
         boxes.append(b)
         to_data = ax.transData.inverted().transform
-        text.set_position(to_data((b.x0, (b.y0 + b.y1) / 2)))
+        x, y = to_data((b.x0, (b.y0 + b.y1) / 2))
+        text.set_position((x, y))
         if np.linalg.norm(best) > 12:
             end = to_data(np.clip(origin, b.min, b.max))
             ax.plot(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from robustft.evaluation import pictures
-from robustft.evaluation.measure import Evaluation, Frontier
+from robustft.evaluation.results import Evaluation, Frontier
 from robustft.files import write_file, write_json, write_text
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def _best(evaluation: Evaluation) -> list[frozenset[int]]:
         ]
         for k in range(6)
     ]
-    best = [frozenset()]
+    best: list[frozenset[int]] = [frozenset()]
     for values in columns:
         printed = [round(v, 3) for v in values]
         best.append(frozenset(i for i, v in enumerate(printed) if v == max(printed)))
@@ -231,10 +231,10 @@ def _best(evaluation: Evaluation) -> list[frozenset[int]]:
 
 def render(drawing: Drawing) -> tuple[bytes, str]:
     """A picture as PNG, and as an SVG element for use in HTML."""
-    import matplotlib
+    from matplotlib import style
 
     png, svg = io.BytesIO(), io.StringIO()
-    with matplotlib.rc_context(pictures.STYLE):
+    with style.context(pictures.STYLE):
         figure = drawing.draw()
         figure.savefig(png, format="png", dpi=DPI)
         figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -243,7 +243,7 @@ def render(drawing: Drawing) -> tuple[bytes, str]:
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)
     # The natural size becomes a limit for wide screens; below a floor, on phones, the picture scrolls.
-    width = float(re.search(r'width="([\d.]+)pt"', text)[1]) * 96 / 72
+    width = float(text.split('width="', 1)[1].split("pt", 1)[0]) * 96 / 72
     size = f"max-width: {1.15 * width:.0f}px; min-width: {min(0.8 * width, 560):.0f}px"
     text = re.sub(r' width="[\d.]+pt"', f' role="img" aria-label="{drawing.heading}" style="{size}"', text, count=1)
     text = re.sub(r' height="[\d.]+pt"', "", text, count=1)

@@ -35,15 +35,15 @@ from robustft.methods.core_proxy import CoreProxy, core_labels
 from robustft.methods.drm import DRM
 from robustft.methods.fine_tune import LPFT, FineTune
 from robustft.methods.flyp import FLYP
-from robustft.methods.frozen import load_predictor
 from robustft.methods.linear_probe import LinearProbe
 from robustft.methods.locoop import LoCoOp
 from robustft.methods.maple import MaPLe, MaPLeClassifier
 from robustft.methods.proda import ProDA
 from robustft.methods.tip_adapter import CacheClassifier, TipAdapter, TipAdapterF
 from robustft.methods.worst_case import CVaR, GroupDRO, Risk, WorstCaseFineTune, WorstGroup
-from robustft.predictors.base import Classifier, Predictor, load_classifier
+from robustft.predictors.base import Classifier, Predictor
 from robustft.predictors.dual import DualClassifier
+from robustft.predictors.saving import load_predictor
 from robustft.predictors.zero_shot import zero_shot_classifier
 
 __all__ = [
@@ -89,7 +89,6 @@ __all__ = [
     "WorstGroup",
     "core_labels",
     "greedy_soup",
-    "load_classifier",
     "load_predictor",
     "uniform_soup",
     "zero_shot_classifier",

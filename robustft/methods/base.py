@@ -8,7 +8,7 @@ A CLIP classifier is a similarity with a fixed set of texts,
     c = u normalize(w)^T (N, K)     cosines, what OOD scores such as MCM are made of
 
 and a method is a way to train f (and w): `step(batch)` gives a loss, `after_step()` follows the optimiser's
-step, `classifier()` gives the `Classifier` learnt so far. Everything random in a step is a function of (seed,
+step, `classifier()` gives the `Predictor` learnt so far. Everything random in a step is a function of (seed,
 step), so that a resumed run repeats it exactly.
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from robustft.data.sources import Batch, check_labels, unpack
-from robustft.predictors.base import Classifier
+from robustft.predictors.base import Predictor
 
 
 class Step(NamedTuple):
@@ -96,8 +96,8 @@ class Method(nn.Module):
         """Call after every optimiser step: counts it, and moves whatever follows the weights."""
         self.steps += 1
 
-    def classifier(self) -> Classifier:
-        """The classifier learnt so far; it shares the method's model."""
+    def classifier(self) -> Predictor:
+        """The predictor learnt so far; it shares the method's model."""
         raise NotImplementedError
 
     def checked(self, batch: Any) -> Batch:

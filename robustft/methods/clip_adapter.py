@@ -19,9 +19,10 @@ from robustft import clip
 from robustft.clip.outputs import Outputs
 from robustft.data.seeds import stateless_generator
 from robustft.methods.base import Step
-from robustft.methods.frozen import FrozenModel, FrozenPredictor, seeded_linear
+from robustft.methods.frozen import FrozenModel, seeded_linear
 from robustft.methods.objective import Objective
 from robustft.ops.precision import at_least_float32
+from robustft.predictors.base import ModelPredictor
 from robustft.predictors.zero_shot import zero_shot_classifier
 
 
@@ -52,8 +53,7 @@ class CLIPAdapter(FrozenModel):
         reduction: int = 4,
         objective: Objective = Objective(),
     ) -> None:
-        if not 0.0 <= ratio <= 1.0:
-            raise ValueError(f"ratio must lie in [0, 1], got {ratio}")
+        check_ratio(ratio)
         if reduction < 1:
             raise ValueError(f"reduction must be at least 1, got {reduction}")
         super().__init__(
@@ -96,14 +96,19 @@ class CLIPAdapter(FrozenModel):
         )
 
 
-class AdapterClassifier(FrozenPredictor):
+class AdapterClassifier(ModelPredictor):
     """What `CLIPAdapter` ends in; its `features` are the adapted ones."""
 
-    tensors = ("class_embeddings", "logit_scale", "down", "up")
+    tensors = {"class_embeddings": "K D", "logit_scale": "", "down": "R D", "up": "D R"}
     settings = ("ratio",)
+    class_embeddings: Tensor
+    logit_scale: Tensor
+    down: Tensor
+    up: Tensor
 
     def __init__(self, model: nn.Module, classes: Sequence[str], *, ratio: float, **tensors: Tensor) -> None:
         super().__init__(model, classes, **tensors)
+        check_ratio(ratio)
         self.ratio = ratio
 
     def _outputs(self, images: Tensor) -> Outputs:
@@ -113,13 +118,14 @@ class AdapterClassifier(FrozenPredictor):
             cosines = u @ self.class_embeddings.to(u.dtype).T
         return Outputs(u, cosines, self.logit_scale.to(u.dtype) * cosines)
 
-    def restrict(self, classes: Sequence[int] | Sequence[str]) -> FrozenPredictor:
-        keep = self._indices(classes)
-        return self._with([self.classes[i] for i in keep], class_embeddings=self.class_embeddings[keep])
-
 
 def adapted(x: Tensor, down: Tensor, up: Tensor, ratio: float) -> Tensor:
     """u (N, D) of features x (N, D), which need not be unit; down (D / r, D), up (D, D / r)."""
     with torch.autocast(x.device.type, enabled=False):
         a = F.linear(F.linear(x, down.to(x.dtype)).relu(), up.to(x.dtype)).relu()
         return F.normalize(ratio * a + (1 - ratio) * x, dim=-1)
+
+
+def check_ratio(ratio: float) -> None:
+    if not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"ratio must lie in [0, 1], got {ratio}")

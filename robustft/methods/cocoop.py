@@ -21,8 +21,9 @@ from robustft.clip.outputs import Outputs
 from robustft.data.seeds import stateless_generator
 from robustft.methods.base import Step
 from robustft.methods.coop import CoOp
-from robustft.methods.frozen import FrozenPredictor, seeded_linear
+from robustft.methods.frozen import seeded_linear
 from robustft.methods.prompt_learning import encode_contexts
+from robustft.predictors.base import ModelPredictor
 
 
 class CoCoOp(CoOp):
@@ -72,10 +73,18 @@ class CoCoOp(CoOp):
         }
 
 
-class CoCoOpClassifier(FrozenPredictor):
+class CoCoOpClassifier(ModelPredictor):
     """What `CoCoOp` ends in: K text passes an image, `captions` of them at a time."""
 
-    tensors = ("tokens", "positions", "context", "narrow_weight", "narrow_bias", "shift_weight", "shift_bias")
+    tensors = {
+        "tokens": "K L int",
+        "positions": "K n int",
+        "context": "n width",
+        "narrow_weight": "R D",
+        "narrow_bias": "R",
+        "shift_weight": "width R",
+        "shift_bias": "width",
+    }
     settings = ("captions",)
 
     def __init__(self, model: nn.Module, classes: Sequence[str], *, captions: int = 1024, **tensors: Tensor) -> None:
@@ -88,10 +97,6 @@ class CoCoOpClassifier(FrozenPredictor):
         chunks = u.split(max(1, self.captions // len(self.classes)))
         cosines = torch.cat([conditional_cosines(self.model, chunk, **parts) for chunk in chunks])
         return Outputs(u, cosines, clip.logit_scale(self.model).detach() * cosines)
-
-    def restrict(self, classes: Sequence[int] | Sequence[str]) -> FrozenPredictor:
-        keep = self._indices(classes)
-        return self._with([self.classes[i] for i in keep], tokens=self.tokens[keep], positions=self.positions[keep])
 
 
 def conditional_cosines(

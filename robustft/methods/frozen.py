@@ -1,38 +1,27 @@
-"""Methods that train a few parameters beside a frozen model, and the predictors that they end in.
+"""Methods that train a few parameters beside a frozen model.
 
     u (N, D) = normalize(f(x))    of the frozen image tower: no gradient, and no activations kept
 
 A frozen model is not saved with every checkpoint: `state_dict` holds what is trained, and the configuration holds the
 model's fingerprint, so that a run is never resumed on another model. It stays in evaluation mode, so that a ResNet
 tower's running statistics stay the pre-trained ones.
-
-A `FrozenPredictor` is the model, some tensors and some settings. It is saved as `Classifier` is, a directory that
-open_clip loads, with the tensors in the place of the head; `load_predictor` gives any of them back.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.clip.outputs import evaluating
 from robustft.clip.prompts import captions
 from robustft.data.seeds import stateless_seed
-from robustft.ensembles.composite import ENSEMBLE_FILE, load_composite
 from robustft.methods.base import Method
 from robustft.methods.objective import Objective
 from robustft.methods.zero_shot_reference import ZeroShotReference
-from robustft.predictors.base import Predictor, load_classifier
-
-PREDICTORS: dict[str, type[FrozenPredictor]] = {}
 
 
 class FrozenModel(Method):
@@ -105,86 +94,6 @@ class FrozenModel(Method):
         """As any module's; the frozen model stays what it is."""
         model = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         return super().load_state_dict({**state_dict, **model}, strict, assign)
-
-
-class FrozenPredictor(Predictor):
-    """Images to `Outputs` by a frozen model and tensors, which are buffers of the names in `tensors`.
-
-    Subclasses are made from (model, classes) and, by keyword, their tensors and `settings`.
-    """
-
-    tensors: tuple[str, ...]
-    settings: tuple[str, ...] = ()
-
-    def __init_subclass__(cls) -> None:
-        PREDICTORS[cls.__name__] = cls
-
-    def __init__(self, model: nn.Module, classes: Sequence[str], **tensors: Tensor) -> None:
-        super().__init__()
-        self.model = model
-        self.classes = tuple(classes)
-        device = next(model.parameters()).device
-        for name in self.tensors:
-            self.register_buffer(name, tensors[name].detach().to(device, copy=True))
-
-    def outputs(self, images: Tensor) -> Any:
-        with evaluating(self.model):
-            return self._outputs(images)
-
-    def _outputs(self, images: Tensor) -> Any:
-        raise NotImplementedError
-
-    def _with(self, classes: Sequence[str], **changed: Tensor) -> FrozenPredictor:
-        """This predictor with other classes and some other tensors."""
-        tensors = {name: getattr(self, name) for name in self.tensors} | changed
-        return type(self)(self.model, classes, **tensors, **{name: getattr(self, name) for name in self.settings})
-
-    def save(self, directory: str | os.PathLike[str], config: Mapping[str, Any], *, tokenizer: Any = None) -> Path:
-        """Writes the model as `clip.export` does, a directory that open_clip loads, with the tensors beside it.
-
-        `load_predictor` gives the predictor back. `config`, `tokenizer`, replacing and errors: as in `clip.export`.
-        """
-        from safetensors.torch import save
-
-        described = {
-            "kind": type(self).__name__,
-            "classes": self.classes,
-            "settings": {name: getattr(self, name) for name in self.settings},
-        }
-        tensors = {name: getattr(self, name).cpu().contiguous() for name in self.tensors}
-        content = save(tensors, metadata={"predictor": json.dumps(described)})
-        return clip.export(self.model, directory, config, tokenizer=tokenizer, classifier=content)
-
-
-def load_predictor(
-    directory: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Predictor:
-    """What the `save` of any predictor wrote, an ensemble too; `device` and `dtype` of its models as in `clip.load`.
-
-    FileNotFoundError for a directory without a head, ValueError for a damaged one.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if (Path(directory) / ENSEMBLE_FILE).is_file():
-        return load_composite(directory, device=device, dtype=dtype)
-    path = Path(directory) / clip.CLASSIFIER_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a directory that a predictor's save wrote holds one")
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            described = (file.metadata() or {}).get("predictor")
-        if described is None:
-            return load_classifier(directory, device=device, dtype=dtype)
-        described = json.loads(described)
-        kind, classes, settings = PREDICTORS[described["kind"]], described["classes"], described["settings"]
-        missing = [name for name in kind.tensors if name not in tensors]
-        if missing:
-            raise KeyError(*missing)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: truncated, or no predictor: {error!r:.200}") from error
-    model = clip.load(f"local-dir:{directory}", device=device, dtype=dtype).model
-    return kind(model, classes, **tensors, **settings)
 
 
 def seeded_linear(inputs: int, outputs: int, generator: torch.Generator, *, bias: bool = True) -> nn.Linear:

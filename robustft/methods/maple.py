@@ -11,7 +11,6 @@ for weights. How prompts enter the towers: `robustft.clip.deep_prompts`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +22,8 @@ from robustft.clip.outputs import Outputs
 from robustft.data.seeds import stateless_generator
 from robustft.methods.base import Step
 from robustft.methods.coop import CoOp
-from robustft.methods.frozen import FrozenPredictor, seeded_linear
+from robustft.methods.frozen import seeded_linear
+from robustft.predictors.base import ModelPredictor
 
 
 class MaPLe(CoOp):
@@ -91,10 +91,13 @@ class MaPLe(CoOp):
         )
 
 
-class MaPLeClassifier(FrozenPredictor):
+class MaPLeClassifier(ModelPredictor):
     """What `MaPLe` ends in: a fixed head, on an image tower with prompts."""
 
-    tensors = ("class_embeddings", "logit_scale", "prompts")
+    tensors = {"class_embeddings": "K D", "logit_scale": "", "prompts": "J n width"}
+    class_embeddings: Tensor
+    logit_scale: Tensor
+    prompts: Tensor
 
     def _outputs(self, images: Tensor) -> Outputs:
         with deep_prompts.visual_prompts(self.model, self.prompts):
@@ -102,7 +105,3 @@ class MaPLeClassifier(FrozenPredictor):
         with torch.autocast(u.device.type, enabled=False):
             cosines = u @ self.class_embeddings.to(u.dtype).T
         return Outputs(u, cosines, self.logit_scale.to(u.dtype) * cosines)
-
-    def restrict(self, classes: Sequence[int] | Sequence[str]) -> FrozenPredictor:
-        keep = self._indices(classes)
-        return self._with([self.classes[i] for i in keep], class_embeddings=self.class_embeddings[keep])

@@ -23,9 +23,9 @@ from robustft.clip.features import Features
 from robustft.clip.outputs import Outputs
 from robustft.data.sources import check_labels
 from robustft.methods.base import Step
-from robustft.methods.frozen import FrozenModel, FrozenPredictor
+from robustft.methods.frozen import FrozenModel
 from robustft.methods.objective import Objective
-from robustft.predictors.base import Classifier
+from robustft.predictors.base import Classifier, FeaturePredictor
 from robustft.predictors.logits import accuracy_and_nll
 from robustft.predictors.zero_shot import zero_shot_classifier
 
@@ -172,26 +172,32 @@ class TipAdapterF(FrozenModel):
         )
 
 
-class CacheClassifier(FrozenPredictor):
+class CacheClassifier(FeaturePredictor):
     """What both adapters end in. Its `cosines` are the text head's; MSP, energy and entropy, of logits, see the cache.
 
     With the cache z / s is no cosine: it grows with alpha and the shots.
     """
 
-    tensors = ("class_embeddings", "logit_scale", "keys", "labels")
+    tensors = {"class_embeddings": "K D", "logit_scale": "", "keys": "M D", "labels": "M int"}
     settings = ("alpha", "beta")
+    class_embeddings: Tensor
+    logit_scale: Tensor
+    keys: Tensor
+    labels: Tensor
 
     def __init__(
         self, model: nn.Module, classes: Sequence[str], *, alpha: float, beta: float, **tensors: Tensor
     ) -> None:
         super().__init__(model, classes, **tensors)
+        _check_shape(alpha, beta)
+        if len(self.labels):
+            check_labels(self.labels, len(self.classes))
         self.alpha, self.beta = alpha, beta
 
-    def _outputs(self, images: Tensor) -> Outputs:
-        u = clip.encode_images(self.model, images)
-        with torch.autocast(u.device.type, enabled=False):
-            cosines = u @ self.class_embeddings.to(u.dtype).T
-        return Outputs(u, cosines, self.logits_of(u))
+    def head_outputs(self, features: Tensor) -> Outputs:
+        with torch.autocast(features.device.type, enabled=False):
+            cosines = features @ self.class_embeddings.to(features.dtype).T
+        return Outputs(features, cosines, self.logits_of(features))
 
     def logits_of(self, u: Tensor) -> Tensor:
         """Logits (N, K) of unit features (N, D)."""
@@ -203,7 +209,7 @@ class CacheClassifier(FrozenPredictor):
         """s u w^T (N, K), without the cache."""
         return self.logit_scale.to(u.dtype) * (u @ self.class_embeddings.to(u.dtype).T)
 
-    def restrict(self, classes: Sequence[int] | Sequence[str]) -> FrozenPredictor:
+    def restrict(self, classes: Sequence[int] | Sequence[str]) -> CacheClassifier:
         keep = self._indices(classes)
         new = torch.full((len(self.classes),), -1, device=self.labels.device)
         new[keep] = torch.arange(len(keep), device=new.device)
@@ -256,11 +262,11 @@ def search_shape(
     return Search(alphas[a], betas[b], accuracies, nlls)
 
 
-def _features(classifier: Any, data: Features | Any) -> tuple[Tensor, Tensor]:
+def _features(classifier: Classifier | CacheClassifier, data: Features | Any) -> tuple[Tensor, Tensor]:
     """Unit features (M, D) and labels (M,), given or encoded by the classifier's model."""
     if not isinstance(data, Features):
-        outputs, labels = classifier.predict(data)
-        data = Features(outputs.features, labels)
+        outputs = classifier.predict(data)
+        data = Features(outputs.features, outputs.labels)
     width = classifier.class_embeddings.shape[1]
     if data.image_features.ndim != 2 or data.image_features.shape[1] != width:
         raise ValueError(f"features must be (M, {width}), as the model's, got {tuple(data.image_features.shape)}")

@@ -24,13 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from robustft import clip, methods
+from robustft.clip.outputs import Outputs
 from robustft.data import glyphworld
 from robustft.data.pretrain import BATCH, PAIRS, Progress, pretrain
 from robustft.data.sources import image_statistics
-from robustft.evaluation.measure import Evaluation, Frontier, Predictions, Suite, evaluate_predictions, predict
+from robustft.ensembles.output_ensemble import mix
+from robustft.evaluation.measure import accuracy, evaluate_predictions
+from robustft.evaluation.results import Evaluation, Frontier, Suite
 from robustft.files import move, write_text
 from robustft.pipeline.recipes import QUICK_EPOCHS, RECIPES, Recipe
-from robustft.predictors.logits import mixture_log_probabilities
 from robustft.training.loop import History, fit
 from robustft.training.progress import SECONDS_BETWEEN_LINES
 from robustft.training.run import configured, holds_run
@@ -117,37 +119,24 @@ def train(recipe: Recipe, method: methods.Method, data: Data, seed: int, **optio
     )
 
 
-def predict_suite(classifier: Any, test: Suite[Tensors], *, ood: bool = True) -> Suite[Predictions]:
-    """A classifier's predictions on the ID test set, the shifts and, if wanted, the semantic-OOD sets."""
-    return Suite(
-        predict(classifier, test.id),
-        {name: predict(classifier, pair) for name, pair in test.shifts.items()},
-        {name: predict(classifier, pair) for name, pair in test.ood.items()} if ood else {},
-    )
+def predict_suite(predictor: methods.Predictor, test: Suite[Tensors], *, ood: bool = True) -> Suite[Outputs]:
+    """A predictor's outputs on the ID test set, the shifts and, if wanted, the semantic-OOD sets."""
+    return (test if ood else replace(test, ood={})).map(predictor.predict)
 
 
 def mix_suites(
-    zero_shot: Suite[Predictions], fine_tuned: Suite[Predictions], alpha: float, temperatures: tuple[float, float]
-) -> Suite[Predictions]:
-    """What `OutputEnsemble.at(alpha)` predicts, from both members' predictions instead of two more passes."""
-
-    def mix(zs: Predictions, ft: Predictions) -> Predictions:
-        logits = mixture_log_probabilities(zs.logits, ft.logits, alpha, temperatures)
-        return Predictions(torch.lerp(zs.cosines, ft.cosines, alpha), logits, ft.labels, ft.features)
-
+    zero_shot: Suite[Outputs], fine_tuned: Suite[Outputs], alpha: float, temperatures: tuple[float, float]
+) -> Suite[Outputs]:
+    """What `OutputEnsemble.at(alpha)` predicts, from both members' outputs instead of two more passes."""
     return Suite(
-        mix(zero_shot.id, fine_tuned.id),
-        {name: mix(p, fine_tuned.shifts[name]) for name, p in zero_shot.shifts.items()},
-        {name: mix(p, fine_tuned.ood[name]) for name, p in zero_shot.ood.items()},
+        mix(zero_shot.id, fine_tuned.id, alpha, temperatures),
+        {name: mix(p, fine_tuned.shifts[name], alpha, temperatures) for name, p in zero_shot.shifts.items()},
+        {name: mix(p, fine_tuned.ood[name], alpha, temperatures) for name, p in zero_shot.ood.items()},
     )
 
 
-def accuracies(suite: Suite[Predictions]) -> tuple[float, float]:
+def accuracies(suite: Suite[Outputs]) -> tuple[float, float]:
     """ID accuracy and mean accuracy over the shifts."""
-
-    def accuracy(p: Predictions) -> float:
-        return (p.logits.argmax(1) == p.labels).double().mean().item()
-
     shifts = [accuracy(p) for p in suite.shifts.values()]
     return accuracy(suite.id), sum(shifts) / len(shifts)
 
@@ -334,7 +323,7 @@ def _pretrained(folder: Path, seed: int, pairs: int, log: Callable[[str], None],
 
 
 def _wise_frontier(
-    name: str, wise: methods.WiSEFT, suites: dict[str, Suite[Predictions]], data: Data, alphas: Sequence[float]
+    name: str, wise: methods.WiSEFT, suites: dict[str, Suite[Outputs]], data: Data, alphas: Sequence[float]
 ) -> Frontier:
     """The WiSE curve on the test sets; its ends and the chosen point are already predicted."""
     known = {0.0: suites["zero-shot"], 1.0: suites[name], wise.alpha_: suites[f"WiSE {name}"]}

@@ -1,4 +1,4 @@
-"""What is asked for classes: a `Predictor`, and the plain one, a CLIP model with a head.
+"""What is asked for classes: a `Predictor`, those of one model, and the plain one of them, a CLIP model with a head.
 
 u = normalize(f(x))  (N, D)     image features
 w                    (K, D)     class embeddings, one row a class
@@ -8,11 +8,11 @@ c = u normalize(w)^T (N, K)     cosines
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,28 @@ from torch import Tensor, nn
 from robustft import clip
 from robustft.clip.outputs import Outputs, evaluating, similarities
 from robustft.data.sources import batches
+from robustft.files import load_fitted, refusing, save_fitted
 from robustft.ops.precision import at_least_float32
 
 
 class Predictor(nn.Module):
-    """Images (N, C, H, W) to `Outputs` over `classes`; `predictor(images)` is its logits."""
+    """Images (N, C, H, W) to `Outputs` over `classes`; `predictor(images)` is its logits.
+
+    A subclass says what `outputs` are and how to `restrict` them. One that can be kept says how in `save` and
+    `restore`; `robustft.load_predictor` knows it by its `kind`, the class's name unless another is given.
+    """
 
     classes: tuple[str, ...]
+    kind: ClassVar[str]
+    kinds: ClassVar[dict[str, type[Predictor]]] = {}
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        cls.kind = cls.__dict__.get("kind", cls.__name__)
+        known = Predictor.kinds.get(cls.kind, cls)
+        if known.__module__ != cls.__module__ and known.__module__.startswith("robustft."):
+            raise TypeError(f"{cls.__name__}: robustft has a predictor of kind {cls.kind!r}; give yours another `kind`")
+        Predictor.kinds[cls.kind] = cls
 
     def outputs(self, images: Tensor) -> Outputs:
         """Features, cosines and logits of transformed images, in evaluation mode; gradients as usual."""
@@ -34,6 +49,30 @@ class Predictor(nn.Module):
 
     def restrict(self, classes: Sequence[int] | Sequence[str]) -> Predictor:
         """The predictor over some classes, indices or names in their order; restricts before the softmax."""
+        raise NotImplementedError
+
+    def save(self, directory: str | os.PathLike[str], config: Mapping[str, Any], *, tokenizer: Any = None) -> Path:
+        """Writes all there is of the predictor into a directory; `robustft.load_predictor` gives it back.
+
+        `config` is a `Bundle`'s, describing the model; `tokenizer`, replacing and errors as in `clip.export`.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def restore(cls, directory: Path, device: torch.device | str, dtype: torch.dtype) -> Predictor:
+        """What `save` wrote; ValueError that names the file for a damaged one."""
+        raise NotImplementedError
+
+    @property
+    def encoder(self) -> nn.Module | None:
+        """The model of whose unit image features, and nothing else, the outputs are a function; None if there is none.
+
+        Predictors of one encoder share its pass.
+        """
+        return None
+
+    def head_outputs(self, features: Tensor) -> Outputs:
+        """Outputs of unit features (N, D) of `encoder` that exist already, such as `robustft.clip.encode` keeps."""
         raise NotImplementedError
 
     def logits(self, images: Tensor) -> Tensor:
@@ -47,16 +86,13 @@ class Predictor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.logits(images)
 
-    @torch.no_grad()
-    def predict(self, data: Any, batch_size: int = 256) -> tuple[Outputs, Tensor]:
-        """Outputs and labels (N,) of a whole set, on the CPU; data as for `robustft.data.sources`."""
-        device = next(self.parameters()).device
-        parts = [
-            (*(part.cpu() for part in self.outputs(images.to(device))), labels.cpu())
-            for images, labels in batches(data, self, batch_size=batch_size)
-        ]
-        *outputs, labels = map(torch.cat, zip(*parts, strict=True))
-        return Outputs(*outputs), labels
+    def predict(self, data: Any, batch_size: int = 256) -> Outputs:
+        """Outputs and labels of a whole set, in evaluation mode, on the CPU in at least float32; no gradient.
+
+        data: as for `robustft.data.sources`. ValueError for NaN or infinite logits, saying how many rows.
+        """
+        (outputs,) = predict_each((self,), data, batch_size)
+        return outputs
 
     def _indices(self, classes: Sequence[int] | Sequence[str]) -> list[int]:
         unclear = [c for c in classes if isinstance(c, str) and self.classes.count(c) != 1]
@@ -68,13 +104,152 @@ class Predictor(nn.Module):
         return indices
 
 
-class Classifier(Predictor):
+def outputs_of_each(predictors: Sequence[Predictor], images: Tensor) -> tuple[Outputs, ...]:
+    """What each predictor makes of the same images; those of one encoder share its pass."""
+    passes: dict[nn.Module, Tensor] = {}
+    found = []
+    for predictor in predictors:
+        encoder = predictor.encoder
+        if encoder is not None and encoder in passes:
+            found.append(predictor.head_outputs(passes[encoder]))
+            continue
+        found.append(predictor.outputs(images))
+        if encoder is not None:
+            passes[encoder] = found[-1].features
+    return tuple(found)
+
+
+@torch.no_grad()
+def each_batch(predictors: Sequence[Predictor], data: Any, batch_size: int = 256) -> Iterator[tuple[Outputs, ...]]:
+    """What each predictor makes of a labelled set, batch by batch, read once; as in `Predictor.predict`."""
+    for predictor in predictors:
+        if not isinstance(predictor, Predictor):
+            raise TypeError(
+                f"expected a robustft.predictors.Predictor, which has outputs(images), got {type(predictor).__name__}"
+            )
+    device = next((p.device for p in predictors[-1].parameters()), torch.device("cpu"))
+    with evaluating(*predictors):
+        for images, labels in batches(data, predictors[-1], batch_size=batch_size):
+            found = outputs_of_each(predictors, images.to(device))
+            yield tuple(
+                out.map(lambda part: at_least_float32(part).cpu()).replace(labels=labels.cpu()) for out in found
+            )
+
+
+def predict_each(predictors: Sequence[Predictor], data: Any, batch_size: int = 256) -> tuple[Outputs, ...]:
+    """`Predictor.predict` of several predictors on one set, which is read once; those of one encoder share its pass."""
+    found = tuple(Outputs.cat(column) for column in zip(*each_batch(predictors, data, batch_size), strict=True))
+    for outputs in found:
+        bad = int((~outputs.logits.isfinite()).any(1).sum())
+        if bad:
+            raise ValueError(f"{bad} of {len(outputs.logits)} rows of the classifier's logits hold NaN or infinity")
+    return found
+
+
+P = TypeVar("P", bound="ModelPredictor")
+
+
+class ModelPredictor(Predictor):
+    """Images to `Outputs` by one model, some tensors and some settings.
+
+    `model` is shared, not copied: after more training, ask the method for a new predictor. The tensors are copied, to
+    the model's device, into buffers. A subclass is made from (model, classes) and, by keyword, the tensors and
+    settings that it declares:
+
+        tensors   by name their shapes, such as "K D": a letter is a size, the same in all, and K the number of classes;
+                  integers say so, "K L int"; what ends in "?" may be missing
+        settings  names of attributes that JSON can hold
+    """
+
+    tensors: ClassVar[Mapping[str, str]] = {}
+    settings: ClassVar[tuple[str, ...]] = ()
+    model: nn.Module
+
+    def __init__(self, model: nn.Module, classes: Sequence[str], **tensors: Tensor | None) -> None:
+        super().__init__()
+        self.model = model
+        self.classes = tuple(classes)
+        _check_tensors(self.tensors, tensors, len(self.classes))
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        for name in self.tensors:
+            value = tensors.get(name)
+            self.register_buffer(name, None if value is None else value.detach().to(device, copy=True))
+
+    def outputs(self, images: Tensor) -> Outputs:
+        with evaluating(self.model):
+            return self._outputs(images)
+
+    def _outputs(self, images: Tensor) -> Outputs:
+        """Outputs of images; the model is in evaluation mode."""
+        raise NotImplementedError
+
+    def restrict(self: P, classes: Sequence[int] | Sequence[str]) -> P:
+        keep = self._indices(classes)
+        own = {name: value[keep] for name, value in self._held().items() if self.tensors[name].startswith("K")}
+        return self._with([self.classes[i] for i in keep], **own)
+
+    def _held(self) -> dict[str, Tensor]:
+        return {name: value for name in self.tensors if (value := getattr(self, name)) is not None}
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.settings}
+
+    def _with(self: P, classes: Sequence[str], **changed: Tensor) -> P:
+        """This predictor with other classes and some other tensors."""
+        return type(self)(model=self.model, classes=classes, **self._held() | changed, **self._settings())
+
+    def save(self, directory: str | os.PathLike[str], config: Mapping[str, Any], *, tokenizer: Any = None) -> Path:
+        """Writes the model as `clip.export` does, a directory that open_clip loads, with the rest beside it.
+
+        That is `kind`, classes, settings and tensors, in classifier.safetensors. `robustft.load_predictor` gives the
+        predictor back. `config`, `tokenizer`, replacing and errors: as in `clip.export`.
+        """
+        settings = {"classes": self.classes, **self._settings()}
+        write = partial(save_fitted, kind=self.kind, settings=settings, tensors=self._held())
+        return clip.export(self.model, Path(directory), config, tokenizer=tokenizer, classifier=write)
+
+    @classmethod
+    def restore(cls, directory: Path, device: torch.device | str, dtype: torch.dtype) -> ModelPredictor:
+        path = directory / clip.CLASSIFIER_FILE
+        settings, tensors = load_fitted(path, cls.kind)
+        with refusing(path, cls.kind):
+            classes = settings.pop("classes")
+            if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+                raise ValueError(f"classes must be a list of names, got {classes!r:.80}")
+            _check_tensors(cls.tensors, tensors, len(classes))
+            for name, value in tensors.items():
+                if value.is_floating_point() and not bool(value.isfinite().all()):
+                    raise ValueError(f"{name} must be finite, but holds NaN or infinity")
+                if name == "logit_scale" and not float(value) > 0.0:
+                    raise ValueError(f"logit_scale must be positive, got {float(value)}")
+        model = clip.load(f"local-dir:{directory}", device=device, dtype=dtype).model
+        with refusing(path, cls.kind):
+            return cls(model=model, classes=classes, **tensors, **settings)
+
+
+class FeaturePredictor(ModelPredictor):
+    """A `ModelPredictor` whose outputs are those of the model's unit image features: a subclass has `head_outputs`."""
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.model
+
+    def _outputs(self, images: Tensor) -> Outputs:
+        return self.head_outputs(clip.encode_images(self.model, images))
+
+
+class Classifier(FeaturePredictor):
     """A CLIP model with a head: logits s u w^T + b.
 
     `model` is shared, not copied: after more training, ask the method for a new classifier.
     `class_embeddings` (K, D) need not have unit norm (a fine-tuned head does not); `logit_scale` is
     multiplied out. Embeddings, scale and bias are buffers, at least float32.
     """
+
+    tensors = {"class_embeddings": "K D", "logit_scale": "", "bias": "K?"}
+    class_embeddings: Tensor
+    logit_scale: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -85,87 +260,38 @@ class Classifier(Predictor):
         logit_scale: Tensor | float | None = None,
         bias: Tensor | None = None,
     ) -> None:
-        super().__init__()
-        if class_embeddings.ndim != 2 or len(class_embeddings) != len(classes):
-            raise ValueError(
-                f"class_embeddings must be (K, D) with one row for each of the {len(classes)} classes, "
-                f"got shape {tuple(class_embeddings.shape)}"
-            )
-        if bias is not None and bias.shape != (len(classes),):
-            raise ValueError(f"bias must have shape ({len(classes)},), got {tuple(bias.shape)}")
-        scale = clip.logit_scale(model) if logit_scale is None else logit_scale
-        self.model = model
-        self.classes = tuple(classes)
-        self.register_buffer("class_embeddings", at_least_float32(class_embeddings.detach()).clone())
-        self.register_buffer(
-            "logit_scale", at_least_float32(torch.as_tensor(scale).detach()).clone().to(class_embeddings.device)
-        )
-        self.register_buffer("bias", None if bias is None else at_least_float32(bias.detach()).clone())
-
-    def outputs(self, images: Tensor) -> Outputs:
-        with evaluating(self.model):
-            return self.head_outputs(clip.encode_images(self.model, images))
+        scale = clip.logit_scale(model) if logit_scale is None else torch.as_tensor(logit_scale)
+        given = {"class_embeddings": class_embeddings, "logit_scale": scale, "bias": bias}
+        super().__init__(model, classes, **{k: None if v is None else at_least_float32(v) for k, v in given.items()})
 
     def head_outputs(self, features: Tensor) -> Outputs:
         """Outputs of unit features (N, D) that exist already, such as `robustft.clip.encode` keeps."""
         cosines, logits = similarities(features, self.class_embeddings, self.logit_scale)
         return Outputs(features, cosines, logits if self.bias is None else logits + self.bias)
 
-    def restrict(self, classes: Sequence[int] | Sequence[str]) -> Classifier:
-        keep = self._indices(classes)
-        return Classifier(
-            self.model,
-            self.class_embeddings[keep],
-            [self.classes[i] for i in keep],
-            logit_scale=self.logit_scale,
-            bias=None if self.bias is None else self.bias[keep],
-        )
 
-    def save(self, directory: str | os.PathLike[str], config: Mapping[str, Any], *, tokenizer: Any = None) -> Path:
-        """Writes the model as `clip.export` does, a directory that open_clip loads, with the head in it.
-
-        The head, class names, scale and bias go to classifier.safetensors; `load_classifier` gives the classifier
-        back. `config`, `tokenizer`, replacing and errors: as in `clip.export`.
-        """
-        return save_classifier(self, directory, config, tokenizer)
-
-
-def save_classifier(
-    classifier: Predictor, directory: str | os.PathLike[str], config: Mapping[str, Any], tokenizer: Any
-) -> Path:
-    """Writes a predictor's `model` as `clip.export` does, with its buffers and class names in it."""
-    from safetensors.torch import save
-
-    head = {name: value.cpu().contiguous() for name, value in classifier.named_buffers(recurse=False)}
-    content = save(head, metadata={"classes": json.dumps(classifier.classes)})
-    return clip.export(classifier.model, directory, config, tokenizer=tokenizer, classifier=content)
-
-
-def load_classifier(
-    directory: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Predictor:
-    """The `Classifier` or `DualClassifier` that its `save` wrote; `device` and `dtype` of its model as in `clip.load`.
-
-    The tokenizer, transforms and configuration come from `clip.load("local-dir:<directory>")`. FileNotFoundError for
-    a directory without a head, ValueError for a damaged one.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(directory) / clip.CLASSIFIER_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a directory that Classifier.save wrote holds one")
-    try:
-        with safe_open(path, "pt") as file:
-            head = {name: file.get_tensor(name) for name in file.keys()}
-            classes = json.loads(file.metadata()["classes"])
-        embeddings, scale, bias = head["class_embeddings"], head["logit_scale"], head.get("bias")
-        core = head.get("core_embeddings")
-        beta = None if core is None else head["beta"].item()
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: truncated, or no head of a classifier: {error!r:.200}") from error
-    model = clip.load(f"local-dir:{directory}", device=device, dtype=dtype).model
-    if core is None:
-        return Classifier(model, embeddings, classes, logit_scale=scale, bias=bias).to(device)
-    from robustft.predictors.dual import DualClassifier  # which is made from this file's classes
-
-    return DualClassifier(model, embeddings, core, classes, beta=beta, logit_scale=scale).to(device)
+def _check_tensors(shapes: Mapping[str, str], tensors: Mapping[str, Any], classes: int) -> None:
+    """ValueError or TypeError for tensors that are missing, or of other shapes than declared."""
+    if unknown := sorted(set(tensors) - set(shapes)):
+        raise TypeError(f"{unknown[0]} is none of {', '.join(shapes)}")
+    sizes = {"K": classes}
+    for name, shape in shapes.items():
+        value = tensors.get(name)
+        if value is None:
+            if not shape.endswith("?"):
+                raise ValueError(f"{name} is missing")
+            continue
+        letters = [letter for letter in shape.rstrip("?").split() if letter != "int"]
+        wanted = "integers" if "int" in shape else "floating point"
+        if value.ndim != len(letters) or value.is_floating_point() == ("int" in shape) or value.is_complex():
+            raise ValueError(
+                f"{name} must be ({', '.join(letters)}) {wanted}, got shape {tuple(value.shape)} {value.dtype}"
+            )
+        for letter, size in zip(letters, value.shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                expected = (
+                    f"one row for each of the {classes} classes" if letter == "K" else f"{letter} = {sizes[letter]}"
+                )
+                raise ValueError(
+                    f"{name} must be ({', '.join(letters)}) with {expected}, got shape {tuple(value.shape)}"
+                )

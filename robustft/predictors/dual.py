@@ -5,24 +5,23 @@ u (N, D) image features, w (K, D) class embeddings of default prompts, v (K, D) 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.clip.outputs import Outputs, evaluating, similarities
-from robustft.predictors.base import Classifier, Predictor, save_classifier
+from robustft.clip.outputs import Outputs, similarities
+from robustft.ops.precision import at_least_float32
+from robustft.predictors.base import Classifier, FeaturePredictor
 from robustft.predictors.logits import mixture_log_probabilities
 
 
-class DualClassifier(Predictor):
+class DualClassifier(FeaturePredictor):
     """The mixture of a model's two heads, one image pass for both: log-probabilities as logits, cosines mixed alike.
 
-    `model` is shared, not copied, as in `Classifier`; the embeddings, scale and beta are buffers.
+    `model` is shared, not copied, as in `Classifier`; embeddings and scale are buffers. Over fewer classes each head is
+    restricted before its own softmax, then mixed.
     Source: DRM (arXiv 2411.19757), equation 10; beta = 0.5 in the released evaluation, which encodes images twice.
 
     Args:
@@ -30,6 +29,12 @@ class DualClassifier(Predictor):
         classes: K names. beta: in [0, 1]; 1 is the default prompts' head alone.
         logit_scale: multiplied out; the model's by default.
     """
+
+    tensors = {"class_embeddings": "K D", "core_embeddings": "K D", "logit_scale": ""}
+    settings = ("beta",)
+    class_embeddings: Tensor
+    core_embeddings: Tensor
+    logit_scale: Tensor
 
     def __init__(
         self,
@@ -41,22 +46,16 @@ class DualClassifier(Predictor):
         beta: float = 0.5,
         logit_scale: Tensor | float | None = None,
     ) -> None:
-        super().__init__()
         check_beta(beta)
         if core_embeddings.shape != class_embeddings.shape:
             raise ValueError(
                 f"core_embeddings must be {tuple(class_embeddings.shape)}, as class_embeddings, got "
                 f"{tuple(core_embeddings.shape)}"
             )
-        self.model = model
-        self.classes = tuple(classes)
-        default, core = (
-            Classifier(model, head, classes, logit_scale=logit_scale) for head in (class_embeddings, core_embeddings)
-        )
-        self.register_buffer("class_embeddings", default.class_embeddings)
-        self.register_buffer("core_embeddings", core.class_embeddings)
-        self.register_buffer("logit_scale", default.logit_scale)
-        self.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
+        scale = clip.logit_scale(model) if logit_scale is None else torch.as_tensor(logit_scale)
+        given = {"class_embeddings": class_embeddings, "core_embeddings": core_embeddings, "logit_scale": scale}
+        super().__init__(model, classes, **{name: at_least_float32(value) for name, value in given.items()})
+        self.beta = beta
 
     @property
     def default(self) -> Classifier:
@@ -79,33 +78,15 @@ class DualClassifier(Predictor):
             logit_scale=self.logit_scale,
         )
 
-    def outputs(self, images: Tensor) -> Outputs:
-        with evaluating(self.model):
-            features = clip.encode_images(self.model, images)
+    def head_outputs(self, features: Tensor) -> Outputs:
+        """Outputs of unit features (N, D) that exist already, such as `robustft.clip.encode` keeps."""
         cosines, logits = similarities(features, self.class_embeddings, self.logit_scale)
         core_cosines, core_logits = similarities(features, self.core_embeddings, self.logit_scale)
-        beta = float(self.beta)
         return Outputs(
             features,
-            torch.lerp(core_cosines, cosines, beta),
-            mixture_log_probabilities(core_logits, logits, beta, (1.0, 1.0)),
+            torch.lerp(core_cosines, cosines, self.beta),
+            mixture_log_probabilities(core_logits, logits, self.beta, (1.0, 1.0)),
         )
-
-    def restrict(self, classes: Sequence[int] | Sequence[str]) -> DualClassifier:
-        """Each head restricted before its own softmax, then mixed."""
-        keep = self._indices(classes)
-        return DualClassifier(
-            self.model,
-            self.class_embeddings[keep],
-            self.core_embeddings[keep],
-            [self.classes[i] for i in keep],
-            beta=float(self.beta),
-            logit_scale=self.logit_scale,
-        )
-
-    def save(self, directory: str | os.PathLike[str], config: Mapping[str, Any], *, tokenizer: Any = None) -> Path:
-        """Writes model and heads as `Classifier.save` does; `load_classifier` gives the dual classifier back."""
-        return save_classifier(self, directory, config, tokenizer)
 
     def _head(self, embeddings: Tensor) -> Classifier:
         return Classifier(self.model, embeddings, self.classes, logit_scale=self.logit_scale)

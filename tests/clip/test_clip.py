@@ -423,15 +423,18 @@ def test_export_replaces_an_earlier_export_and_nothing_else(tmp_path):
 
 
 def test_an_export_with_a_classifier_is_an_export_to_open_clip_and_to_a_later_one(tmp_path):
-    target = clip.export(build(seed=0), tmp_path / "model", config_of("vit"), classifier=b"a head")
+    target = clip.export(
+        build(seed=0), tmp_path / "model", config_of("vit"), classifier=lambda path: path.write_bytes(b"a head")
+    )
     (target / clip.WEIGHTS_FILE).rename(target / "weights.safetensors")  # sorts after the classifier's
     assert equal_states(clip.load(f"local-dir:{target}").model, build(seed=0))
     (target / "weights.safetensors").rename(target / clip.WEIGHTS_FILE)
     assert equal_states(open_clip.create_model_and_transforms(f"local-dir:{target}")[0], build(seed=0))
-    for classifier in (b"another", None):
-        clip.export(build(seed=1), target, config_of("vit"), classifier=classifier)
+    for content in (b"another", None):
+        write = None if content is None else lambda path, content=content: path.write_bytes(content)
+        clip.export(build(seed=1), target, config_of("vit"), classifier=write)
         held = target / clip.CLASSIFIER_FILE
-        assert (held.read_bytes() if held.exists() else None) == classifier
+        assert (held.read_bytes() if held.exists() else None) == content
     assert equal_states(clip.load(f"local-dir:{target}").model, build(seed=1))
 
 

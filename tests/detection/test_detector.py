@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import types
 
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from damage import change
 
-from robustft import Detector, clip
+from robustft import Detector, clip, detection
 from robustft.clip import Features
-from robustft.clip.outputs import Outputs
+from robustft.clip.outputs import Outputs, outputs_of
 from robustft.detection import by_name as scoring
 from robustft.detection import scores as ood_scores
-from robustft.detection.by_name import SCORES, Evidence, evidence
-from robustft.evaluation.measure import predict
-from robustft.methods import Classifier, OutputEnsemble, load_classifier
+from robustft.detection.by_name import SCORES
+from robustft.methods import Classifier, OutputEnsemble, load_predictor
 
 VISION = {"image_size": 8, "patch_size": 4, "width": 16, "head_width": 8, "layers": 1}
 TEXT = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 2, "layers": 1}
@@ -79,13 +80,41 @@ def test_scores_do_not_depend_on_the_source_or_the_batches(name, classifier):
         anything = types.SimpleNamespace(outputs=classifier.outputs)  # a predictor need not be a module
         torch.testing.assert_close(detector.scores(anything, TEST), expected)
     u, patches = clip.encode_images_and_patches(classifier.model.eval(), TEST[0])
-    ready = evidence(u, classifier.class_embeddings, classifier.logit_scale, patch_features=patches)
+    ready = outputs_of(u, classifier.class_embeddings, classifier.logit_scale, patch_features=patches)
     torch.testing.assert_close(detector.scores(ready), expected)
     if "patch_cosines" not in detector._score.reads:
         torch.testing.assert_close(detector.scores(classifier.outputs(TEST[0])), expected)
-        torch.testing.assert_close(detector.scores(predict(classifier, TEST)), expected)
+        torch.testing.assert_close(detector.scores(classifier.predict(TEST)), expected)
     if detector._score.reads == ("features",):
         torch.testing.assert_close(detector.scores(Features(u.detach(), TEST[1])), expected)
+
+
+@pytest.mark.parametrize("name", sorted(SCORES))
+def test_every_score_is_higher_near_the_classes_than_far_from_them(name):
+    axes, generator = torch.eye(8, dtype=torch.float64), torch.Generator().manual_seed(0)
+
+    def around(u, noise):
+        u = F.normalize(u + noise * torch.randn(u.shape, generator=generator, dtype=u.dtype), dim=1)
+        patches = u[:, None].expand(-1, 3, -1)
+        return outputs_of(u, axes[:4], 20.0, patch_features=patches, labels=torch.arange(len(u)) % 4)
+
+    options = {"negative_embeddings": axes[4:]} if SCORES[name].needs_options else {}
+    near, far = around(axes[:4], 0.05), around(axes[4:], 0.05)
+    detector = Detector(name, tpr=1.0, **options).fit(around(axes[:4].repeat(20, 1), 0.2), validation=near)
+    assert detector.scores(near).min() > detector.scores(far).max()
+    assert detector.detect(far).all() and not detector.detect(near).any()
+    assert detector.scores(near.map(lambda part: part.float() if part.is_floating_point() else part)).dtype in (
+        torch.float32,
+        torch.float64,
+    )
+
+
+def test_the_list_of_scores_tells_each_in_one_line_and_what_it_reads():
+    lines = detection.table().splitlines()
+    assert [line.split()[0] for line in lines] == list(SCORES)
+    for line, entry in zip(lines, SCORES.values(), strict=True):
+        assert len(entry.summary) > 10 and entry.summary in line and set(entry.reads) <= set(Outputs.PARTS)
+        assert ("learns" in line) is entry.learns
 
 
 def test_scores_are_the_functions_of_the_same_evidence(classifier):
@@ -109,14 +138,14 @@ def test_detectors_tell_far_from_near(classifier):
     for name in ("mahalanobis", "knn"):
         detector = Detector(name, tpr=1.0).fit(Features(u[:40], torch.arange(40) % 4), validation=held_out)
         assert not detector.detect(held_out).any()
-        assert detector.detect(Evidence(features=torch.eye(8)[4:])).all()
+        assert detector.detect(Outputs(features=torch.eye(8)[4:])).all()
 
 
 def test_knn_takes_a_thousandth_of_the_training_images_by_default():
     u = F.normalize(torch.randn(2000, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    many = Detector("knn").fit(Evidence(u), validation=Evidence(u[:9]))
-    assert torch.equal(many.scores(Evidence(u[:9])), Detector("knn", k=2).fit(
-        Evidence(u), validation=Evidence(u[:9])).scores(Evidence(u[:9])))  # fmt: skip
+    many = Detector("knn").fit(Outputs(u), validation=Outputs(u[:9]))
+    assert torch.equal(many.scores(Outputs(u[:9])), Detector("knn", k=2).fit(
+        Outputs(u), validation=Outputs(u[:9])).scores(Outputs(u[:9])))  # fmt: skip
 
 
 def test_ones_own_score_is_registered_saved_and_loaded(classifier, tmp_path, monkeypatch):
@@ -132,6 +161,8 @@ def test_ones_own_score_is_registered_saved_and_loaded(classifier, tmp_path, mon
         detector.scores(classifier, TEST), top_two(classifier.outputs(TEST[0]).logits, 2.0).detach()
     )
     assert Detector.load(detector.save(tmp_path)).threshold_ == detector.threshold_
+    scoring.register("top_two", top_two)  # what it reads is what its arguments are called
+    assert SCORES["top_two"].reads == ("logits",) and SCORES["top_two"].of_outputs
     monkeypatch.delitem(SCORES, "top_two")
     with pytest.raises(ValueError, match="score must be one of .*'mcm'.*got 'top_two'"):
         Detector.load(tmp_path)
@@ -140,7 +171,7 @@ def test_ones_own_score_is_registered_saved_and_loaded(classifier, tmp_path, mon
 def test_a_detector_lies_beside_an_exported_classifier_and_goes_with_it(classifier, tmp_path):
     directory = classifier.save(tmp_path / "exported", CONFIG)
     fitted("mcm", classifier).save(directory)
-    same = load_classifier(directory, dtype=torch.float64)  # does not take the detector for weights
+    same = load_predictor(directory, dtype=torch.float64)  # does not take the detector for weights
     theirs = open_clip.create_model(f"local-dir:{directory}").double()
     assert clip.fingerprint(theirs) == clip.fingerprint(same.model)
     assert torch.equal(Detector.load(directory).scores(same, TEST), Detector.load(directory).scores(classifier, TEST))
@@ -176,7 +207,7 @@ def test_misuse_is_refused_with_a_way_out(classifier, tmp_path):
         (lambda: Detector().fit(outputs()).scores(outputs(width=5)), "cosines are 5 wide.* fitted at 4"),
         (lambda: Detector().fit(outputs(value=30.0)), "look like scaled logits"),
         (lambda: Detector("msp").fit(outputs(value=torch.nan)), "5 of 5 scores are NaN"),
-        (lambda: Detector().fit(Evidence(cosines=torch.zeros(0, 3))), "non-empty"),
+        (lambda: Detector().fit(Outputs(cosines=torch.zeros(0, 3))), "non-empty"),
         (lambda: Detector().fit(classifier), "data is missing"),
     ]
     for call, message in cases:
@@ -188,7 +219,7 @@ def test_misuse_is_refused_with_a_way_out(classifier, tmp_path):
         Detector().fit(outputs(), VALIDATION)
     with pytest.raises(TypeError, match="expected a predictor"):
         Detector().fit(types.SimpleNamespace())
-    with pytest.raises(ValueError, match="reads must name fields of Evidence"):
+    with pytest.raises(ValueError, match="reads must name parts of Outputs"):
         scoring.register("x", ood_scores.mcm, ("pixels",))
     with pytest.raises(ValueError, match="one of robustft's own scores.*got 'mcm'"):
         scoring.register("mcm", ood_scores.max_cosine, ("cosines",))
@@ -223,6 +254,25 @@ def test_damaged_and_foreign_files_are_refused(classifier, tmp_path):
 
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="no Detector saved by robustft"):
+        Detector.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("mcm", "threshold", math.nan),
+        ("mcm", "threshold", None),
+        ("mcm", "tpr", 0.0),
+        ("mcm", "options", {"tau": 1}),
+        ("mcm", "widths", [1]),
+        ("knn", "points", math.nan),
+        ("mahalanobis", "whitening", math.inf),
+    ],
+)
+def test_a_detector_of_impossible_values_is_refused_with_the_files_name(classifier, tmp_path, name, setting, value):
+    path = fitted(name, classifier).save(tmp_path / "d.safetensors")
+    change(path, setting, value)
+    with pytest.raises(ValueError, match="d.safetensors: "):
         Detector.load(path)
 
 

@@ -56,6 +56,12 @@ def test_mcm_is_msp_of_the_scaled_cosines_and_energy_of_low_temperature_the_maxi
     torch.testing.assert_close(energy(COSINES, 1e-4), COSINES.amax(1), rtol=0, atol=2e-4)
 
 
+def test_msp_keeps_confident_samples_apart():
+    logits = torch.tensor([[1000.0, 985.0], [1000.0, 986.0], [1000.0, 987.0]])
+    assert msp(logits).unique(sorted=True).tolist() == msp(logits).flip(0).tolist() and len(msp(logits).unique()) == 3
+    torch.testing.assert_close(msp(logits).double(), msp(logits.double()), rtol=2e-7, atol=0)
+
+
 def test_variance_is_that_of_the_softmax_and_keeps_its_digits_for_a_thousand_classes():
     expected = [softmax(row / 0.3).var() for row in COSINES.numpy()]
     np.testing.assert_allclose(variance(COSINES, 0.3), expected, rtol=1e-12)

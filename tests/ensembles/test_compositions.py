@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import robustft
 from robustft.detection import mcm
-from robustft.evaluation.measure import evaluate, frontier, predict
+from robustft.evaluation import evaluate, frontier
 from robustft.methods import OutputEnsemble, Tempering, VRFFeatures, WiSEFT, zero_shot_classifier
 
 pytestmark = pytest.mark.filterwarnings("ignore:the failure set has")
@@ -52,7 +52,7 @@ def test_carot_then_vrf_then_temperature_then_mcm(case, prompts):
     ensemble = vrf.classifier(*members)
     scaling = Tempering(ensemble).fit(validation)
     calibrated = scaling.classifier()
-    result = predict(calibrated, test)
+    result = calibrated.predict(test)
 
     with torch.no_grad():  # the same once more, from the towers
         u = F.normalize(carot.model.eval().encode_image(test[0]), dim=-1)
@@ -123,9 +123,10 @@ def test_linear_probe_vrf_encodes_once(case, prompts, monkeypatch):
     vrf = robustft.VRF().fit(*features)
     p = vrf.classifier(*members).probabilities(validation[0])
     OutputEnsemble(*members).at(0.5).probabilities(validation[0])
-    assert calls == [60, 60, 60, 60]
+    OutputEnsemble(*members).fit(validation)
+    assert calls == [60, 60, 60, 60, 60]
     u = features[1].features
-    torch.testing.assert_close(features[1].zero_shot_logits, members[0].head_outputs(u).logits)
+    torch.testing.assert_close(features[1].zero_shot.logits, members[0].head_outputs(u).logits)
     torch.testing.assert_close(p, vrf.probabilities(features[1]))
 
 
@@ -145,7 +146,7 @@ def test_vrf_of_low_precision_models_is_its_restatement_on_their_own_features(ca
     with torch.no_grad():  # as in `of`: bfloat16 attention has another kernel with gradients
         p = vrf.classifier(zero_shot, tuned).probabilities(validation[0])
     assert p.dtype == torch.float32
-    wide = [part.double() for part in (sets[1].features, sets[1].zero_shot_logits, sets[1].fine_tuned_logits)]
+    wide = [part.double() for part in (sets[1].features, sets[1].zero_shot.logits, sets[1].fine_tuned.logits)]
     d = torch.cdist(wide[0], vrf.failure_set_.double()).square().kthvalue(vrf.k_, dim=1).values
     w = torch.sigmoid((vrf.a_ - d) / vrf.b_)[:, None]
     t_zs, t_ft = vrf.temperatures_

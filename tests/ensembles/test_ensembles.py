@@ -105,8 +105,8 @@ def test_fit_chooses_alpha_by_held_out_accuracy_and_breaks_ties_by_nll(pair, hel
 def test_fitted_temperatures_make_confidence_equal_accuracy(pair, held_out):
     ensemble = OutputEnsemble(*pair, temperatures="fit").fit(held_out)
     for member, temperature in zip(pair, ensemble.temperatures_, strict=True):
-        outputs, labels = member.predict(held_out)
-        accuracy = (outputs.logits.argmax(1) == labels).double().mean()
+        outputs = member.predict(held_out)
+        accuracy = (outputs.logits.argmax(1) == outputs.labels).double().mean()
         confidence = (outputs.logits.double() / temperature).softmax(1).amax(1).mean()
         assert abs(confidence - accuracy) <= 1.1e-3
 

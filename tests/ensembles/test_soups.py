@@ -93,7 +93,7 @@ def test_greedy_soup_equals_its_plain_restatement_and_never_loses_to_its_best_me
     kept, own, best = plain_greedy(classifiers, data, labels)
     soup = greedy_soup(classifiers, (data, labels))
     assert soup.ingredients == tuple(kept) and soup.accuracies == pytest.approx(own)
-    outputs, _ = soup.classifier.predict((data, labels))
+    outputs = soup.classifier.predict((data, labels))
     accuracy = (outputs.logits.argmax(1) == labels).double().mean().item()
     assert accuracy == pytest.approx(best) and accuracy >= max(own)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from robustft.clip.outputs import Outputs
 from robustft.ensembles.vrf_weights import A_GRID, B_GRID, grid, weigh
 from robustft.methods import VRF, VRFFeatures
 
@@ -22,12 +23,16 @@ def make(count, seed, dtype=torch.float64, zero_shot_strength=1.0):
     noise = torch.randn(2, count, CLASSES, generator=g, dtype=torch.float64)
     target = F.one_hot(labels, CLASSES).double()
     near = 1.0 + 3.0 * (u[:, :1] > 0)
-    return VRFFeatures(
+    return pair(
         u.to(dtype),
         (4.0 * (zero_shot_strength * target + noise[0])).to(dtype),
         (9.0 * (near * target + noise[1])).to(dtype),
         labels,
     )
+
+
+def pair(features, zero_shot_logits, fine_tuned_logits, labels=None):
+    return VRFFeatures(Outputs(logits=zero_shot_logits), Outputs(features, logits=fine_tuned_logits, labels=labels))
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +45,10 @@ def restated(train, validation, test, k, a, b, temperatures):
     members = [
         train.features[i]
         for i in range(len(train))
-        if train.fine_tuned_logits[i].argmax() == train.labels[i] != train.zero_shot_logits[i].argmax()
+        if train.fine_tuned.logits[i].argmax() == train.labels[i] != train.zero_shot.logits[i].argmax()
     ]
     rows = []
-    for u, zs, ft in zip(test.features, test.zero_shot_logits, test.fine_tuned_logits, strict=True):
+    for u, zs, ft in zip(test.features, test.zero_shot.logits, test.fine_tuned.logits, strict=True):
         d = sorted(float(((u - v) ** 2).sum()) for v in members)[k - 1]
         w = 1.0 / (1.0 + math.exp((d - a) / b))
         rows.append(w * (ft / temperatures[1]).softmax(0) + (1 - w) * (zs / temperatures[0]).softmax(0))
@@ -110,7 +115,7 @@ def test_the_grid_is_the_papers_where_distances_are_and_moves_with_their_scale()
 def test_temperatures_are_each_models_own_from_validation_data(sets, rule):
     train, validation, _ = sets
     temperatures = VRF(temperatures=rule).fit(train, validation).temperatures_
-    for logits, t in zip((validation.zero_shot_logits, validation.fine_tuned_logits), temperatures, strict=True):
+    for logits, t in zip((validation.zero_shot.logits, validation.fine_tuned.logits), temperatures, strict=True):
         if rule == "confidence":
             accuracy = (logits.argmax(1) == validation.labels).double().mean()
             assert abs((logits / t).softmax(1).amax(1).mean() - accuracy) <= 1.1e-3
@@ -148,8 +153,8 @@ def test_at_alpha_has_that_mean_weight_on_validation_data_and_both_models_at_its
         mean = moved.weights(validation.features).mean().item()
         assert mean == pytest.approx(alpha, abs=1e-9 if weighting != "binary" else 1 / len(validation))
         assert (moved.alpha_, moved.b_) == (pytest.approx(mean), vrf.b_)
-    torch.testing.assert_close(vrf.at(0).probabilities(test), test.zero_shot_logits.softmax(1))
-    torch.testing.assert_close(vrf.at(1).probabilities(test), test.fine_tuned_logits.softmax(1))
+    torch.testing.assert_close(vrf.at(0).probabilities(test), test.zero_shot.logits.softmax(1))
+    torch.testing.assert_close(vrf.at(1).probabilities(test), test.fine_tuned.logits.softmax(1))
     assert vrf.alpha_ == pytest.approx(vrf.weights(validation.features).mean().item())
 
 
@@ -200,7 +205,9 @@ def test_files_that_hold_no_vrf_are_refused_by_name(sets, tmp_path):
 
 
 def changed(data, **parts):
-    return VRFFeatures(**{**vars(data), **parts})
+    zero_shot, fine_tuned = data.zero_shot.logits, data.fine_tuned.logits
+    given = {"features": data.features, "zero_shot_logits": zero_shot, "fine_tuned_logits": fine_tuned}
+    return pair(**{**given, "labels": data.labels, **parts})
 
 
 def test_failure_sets_that_are_empty_or_tiny(sets):
@@ -209,8 +216,8 @@ def test_failure_sets_that_are_empty_or_tiny(sets):
     with pytest.raises(ValueError, match="failure set is empty.*OutputEnsemble serves"):
         VRF().fit(perfect, validation)
     few = train.failures().nonzero()[:5, 0]
-    logits = perfect.zero_shot_logits.clone()
-    logits[few] = train.zero_shot_logits[few]
+    logits = perfect.zero_shot.logits.clone()
+    logits[few] = train.zero_shot.logits[few]
     with pytest.warns(UserWarning, match="failure set has 5 samples only"):
         VRF().fit(changed(train, zero_shot_logits=logits), validation)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="k = 6 is larger than the failures set of 5"):
@@ -255,13 +262,13 @@ def test_misuse_is_refused_with_a_reason(sets):
     for parts, reason in [
         ({"features": 2.0 * train.features}, "unit norm, got norms from 2 to 2.*normalize"),
         ({"features": math.nan * train.features}, "unit norm, got norms from nan"),
-        ({"fine_tuned_logits": math.inf * train.fine_tuned_logits}, "must be finite"),
+        ({"fine_tuned_logits": math.inf * train.fine_tuned.logits}, "must be finite"),
         ({"features": train.features[:5]}, "of the same samples"),
-        ({"zero_shot_logits": train.zero_shot_logits[:, :3]}, "of the same samples"),
+        ({"zero_shot_logits": train.zero_shot.logits[:, :3]}, "of the same samples"),
         ({"labels": train.labels[:5]}, "labels must be integers"),
         ({"labels": train.labels + 1}, r"labels must lie in \[0, 4\)"),
     ]:
         with pytest.raises(ValueError, match=reason):
             changed(train, **parts)
     with pytest.raises(ValueError, match="at least 2 classes"):
-        VRFFeatures(train.features, train.zero_shot_logits[:, :1], train.fine_tuned_logits[:, :1])
+        pair(train.features, train.zero_shot.logits[:, :1], train.fine_tuned.logits[:, :1])

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,24 +10,11 @@ from torch import nn
 from robustft import detection
 from robustft.calibration.measures import calibration_report
 from robustft.detection import mcm, ood_metrics
-from robustft.evaluation.measure import (
-    Evaluation,
-    Frontier,
-    Predictions,
-    Suite,
-    evaluate,
-    evaluate_predictions,
-    predict,
-)
+from robustft.evaluation import Evaluation, Frontier, Suite, evaluate, evaluate_predictions
+from robustft.predictors import Outputs, Predictor
 
 
-class Outputs(NamedTuple):
-    features: torch.Tensor
-    cosines: torch.Tensor
-    logits: torch.Tensor
-
-
-class Toy(nn.Module):
+class Toy(Predictor):
     def __init__(self, seed: int, scale: float = 8.0, classes: int = 6) -> None:
         super().__init__()
         g = torch.Generator().manual_seed(seed)
@@ -41,11 +27,12 @@ class Toy(nn.Module):
         return Outputs(u, u @ self.w.T, self.scale * (u @ self.w.T))
 
 
-class Pair:
-    """A classifier that is no module but holds two."""
+class Pair(Predictor):
+    """A predictor that holds two, and leaves their mode to whoever asks."""
 
     def __init__(self, *members) -> None:
-        self.members = members
+        super().__init__()
+        self.members = nn.ModuleList(members)
 
     def outputs(self, images):
         return Outputs(*((a + b) / 2 for a, b in zip(*(m.outputs(images) for m in self.members), strict=True)))
@@ -73,13 +60,13 @@ def evaluation(suite):
 def test_predictions_are_made_in_evaluation_mode_without_gradient_and_modes_come_back():
     images, labels = pictures(0)
     model = Toy(0).train()
-    p = predict(model, (images, labels), batch_size=7)
+    p = model.predict((images, labels), batch_size=7)
     expected = nn.functional.normalize(images.flatten(1), dim=-1)
     torch.testing.assert_close(p.features, expected)
     torch.testing.assert_close(p.logits, 8.0 * p.cosines)
     assert torch.equal(p.labels, labels) and not p.logits.requires_grad
     assert model.training and model.dropout.training
-    pair = predict(Pair(model, Toy(1).train()), (images, labels))
+    pair = Pair(model, Toy(1).train()).predict((images, labels))
     torch.testing.assert_close(pair.features, expected)
     torch.testing.assert_close(p.probabilities, (8.0 * p.cosines).double().softmax(-1))
 
@@ -87,7 +74,7 @@ def test_predictions_are_made_in_evaluation_mode_without_gradient_and_modes_come
 def test_every_number_is_that_of_calibration_and_detection_on_the_whole_set(suite, evaluation):
     for name, model in (("zero-shot", Toy(0)), ("FT", Toy(1, scale=30.0))):
         result = evaluation.models[name]
-        p = {k: predict(model, d) for k, d in {"id": suite["id"], **suite["shifts"], **suite["ood"]}.items()}
+        p = {k: model.predict(d) for k, d in {"id": suite["id"], **suite["shifts"], **suite["ood"]}.items()}
         assert result.id.calibration == calibration_report(p["id"].probabilities, p["id"].labels)
         for k, s in result.shifts.items():
             assert s.calibration == calibration_report(p[k].probabilities, p[k].labels)
@@ -107,7 +94,7 @@ def test_every_number_is_that_of_calibration_and_detection_on_the_whole_set(suit
 
 def test_top_five_and_class_recall_equal_scikit_learn(evaluation, suite):
     metrics = pytest.importorskip("sklearn.metrics")
-    p = predict(Toy(0), suite["id"])
+    p = Toy(0).predict(suite["id"])
     found = evaluation.models["zero-shot"].id
     assert found.acc5 == pytest.approx(metrics.top_k_accuracy_score(p.labels, p.logits, k=5, labels=range(6)))
     assert found.mean_per_class_recall == pytest.approx(metrics.balanced_accuracy_score(p.labels, p.logits.argmax(1)))
@@ -117,9 +104,9 @@ def test_ready_predictions_give_the_same_evaluation(suite, evaluation):
     models = {"zero-shot": Toy(0), "FT": Toy(1, scale=30.0)}
     ready = {
         name: Suite(
-            predict(m, suite["id"]),
-            {k: predict(m, d) for k, d in suite["shifts"].items()},
-            {k: predict(m, d) for k, d in suite["ood"].items()},
+            m.predict(suite["id"]),
+            {k: m.predict(d) for k, d in suite["shifts"].items()},
+            {k: m.predict(d) for k, d in suite["ood"].items()},
         )
         for name, m in models.items()
     }
@@ -185,9 +172,9 @@ def test_bad_input_is_named(suite):
             return out
 
     with pytest.raises(ValueError, match="1 of 60 rows of the classifier's logits hold NaN"):
-        predict(Broken(0), suite["id"])
+        Broken(0).predict(suite["id"])
     with pytest.raises(TypeError, match=r"outputs\(images\), got Linear"):
-        predict(nn.Linear(1, 1), suite["id"])
+        evaluate({"a": nn.Linear(1, 1)}, **suite)
     with pytest.raises(ValueError, match="at least one model"):
         evaluate({}, **suite)
     images, labels = suite["id"]
@@ -203,15 +190,32 @@ def test_ood_labels_are_not_looked_at(suite):
     assert evaluate({"a": Toy(0)}, **suite).models["a"].ood.keys() == {"letters", "textures"}
 
 
-def test_predictions_hold_what_they_are_given():
-    p = Predictions(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
-    assert p.features is None and torch.equal(p.probabilities, torch.full((2, 3), 1 / 3, dtype=torch.float64))
+def test_somebody_elses_logits_are_measured_without_cosines_and_a_score_of_cosines_asks_for_them(suite):
+    known, far = ({"logits": 9 * torch.randn(50, 6), "labels": torch.arange(50) % 6} for _ in range(2))
+    given = {"theirs": Suite(Outputs(**known), {"shift": Outputs(**far)}, {"far": Outputs(logits=far["logits"])})}
+    found = evaluate_predictions(given, score="msp").models["theirs"]
+    assert found.id.calibration == calibration_report(known["logits"].double().softmax(-1), known["labels"])
+    assert found.ood["far"] == ood_metrics(*(detection.msp(of["logits"]) for of in (known, far)))
+    with pytest.raises(ValueError, match="cosines are needed here, but these outputs hold logits, labels"):
+        evaluate_predictions(given)
+    without = {"theirs": Suite(Outputs(**known), {}, {})}
+    assert evaluate_predictions(without).models["theirs"].id == found.id
+
+
+def test_outputs_hold_what_they_are_given_and_name_what_they_lack():
+    p = Outputs(logits=torch.zeros(2, 3), labels=torch.zeros(2, dtype=torch.long))
+    assert not p.has("features") and torch.equal(p.probabilities, torch.full((2, 3), 1 / 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="features are needed here, but these outputs hold logits"):
+        p.replace(labels=None).features.sum()
+    both = Outputs.cat([p, p.map(lambda part: part + 1)])
+    assert both.logits[:, 0].tolist() == [0, 0, 1, 1] and both.only("labels", "features").has("labels")
+    assert [part.shape for part in p.replace(labels=None, features=torch.zeros(2, 8))] == [(2, 8), (2, 3)]
 
 
 @pytest.mark.parametrize("score", ["msp", "max_cosine", "energy"])
 def test_another_score_is_that_of_detection_and_named_everywhere(suite, score):
     e = evaluate({"FT": Toy(1, scale=30.0)}, **suite, score=score)
-    known, letters = (predict(Toy(1, scale=30.0), d) for d in (suite["id"], suite["ood"]["letters"]))
+    known, letters = (Toy(1, scale=30.0).predict(d) for d in (suite["id"], suite["ood"]["letters"]))
     function, field = getattr(detection, score), "cosines" if score == "max_cosine" else "logits"
     assert e.models["FT"].ood["letters"] == ood_metrics(*(function(getattr(p, field)) for p in (known, letters)))
     label = {"msp": "MSP", "max_cosine": "max cosine", "energy": "energy"}[score]

@@ -14,22 +14,23 @@ import numpy as np
 import pytest
 import torch
 
-from robustft.evaluation.measure import Evaluation, Frontier, Predictions, Suite, evaluate_predictions
+from robustft.clip.outputs import Outputs
+from robustft.evaluation import Evaluation, Frontier, Suite, evaluate_predictions
 from robustft.evaluation.report import write_report
 
 SHIFTS, OOD = ("inverted", "noisy"), ("letters", "textures")
 
 
-def predictions(seed: int, n: int = 80, k: int = 5, gain: float = 2.0) -> Predictions:
+def predictions(seed: int, n: int = 80, k: int = 5, gain: float = 2.0) -> Outputs:
     g = torch.Generator().manual_seed(seed)
     cosines = (0.3 * torch.randn(n, k, generator=g)).clamp(-1, 1)
     labels = torch.randint(k, (n,), generator=g)
     logits = 4 * cosines
     logits[torch.arange(n), labels] += gain
-    return Predictions(cosines, logits, labels)
+    return Outputs(cosines=cosines, logits=logits, labels=labels)
 
 
-def suite(seed: int, shifts=SHIFTS, ood=OOD) -> Suite[Predictions]:
+def suite(seed: int, shifts=SHIFTS, ood=OOD) -> Suite[Outputs]:
     return Suite(
         predictions(seed),
         {s: predictions(seed + 10 + i, gain=0.5) for i, s in enumerate(shifts)},

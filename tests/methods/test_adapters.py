@@ -69,9 +69,8 @@ def test_clip_adapter_equals_its_plain_restatement_at_every_step(clip_model, pro
 
 def test_an_adapter_of_ratio_zero_is_the_zero_shot_classifier(clip_model, prompts, batches):
     zero_shot = zero_shot_classifier(clip_model, **prompts).outputs(batches[0][0])
-    torch.testing.assert_close(
-        CLIPAdapter(clip_model, ratio=0.0, **prompts).classifier().outputs(batches[0][0]), zero_shot
-    )
+    adapted = CLIPAdapter(clip_model, ratio=0.0, **prompts).classifier().outputs(batches[0][0])
+    torch.testing.assert_close(tuple(adapted), tuple(zero_shot))
 
 
 # Tip-Adapter
@@ -107,9 +106,9 @@ def test_alpha_and_beta_are_the_best_of_the_grid_on_the_validation_set(clip_mode
     for a, alpha in enumerate(alphas):
         for b, beta in enumerate(betas):
             one = TipAdapter(zero_shot, alpha=alpha, beta=beta).fit(train).classifier()
-            outputs, labels = one.predict(validation)
-            accuracy = (outputs.logits.argmax(1) == labels).double().mean().item()
-            nll = F.cross_entropy(outputs.logits, labels).item()
+            outputs = one.predict(validation)
+            accuracy = (outputs.logits.argmax(1) == outputs.labels).double().mean().item()
+            nll = F.cross_entropy(outputs.logits, outputs.labels).item()
             assert tip.accuracies_[a][b] == accuracy and tip.nlls_[a][b] == pytest.approx(nll, rel=1e-9)
             found[alpha, beta] = (-accuracy, round(nll, 9))
     assert (tip.alpha_, tip.beta_) == min(found, key=found.get)
@@ -198,7 +197,9 @@ def test_a_directory_without_a_whole_predictor_is_refused(clip_model, prompts, t
     whole = head.read_bytes()
     for content in (b"", whole[:200], whole.replace(b"CacheClassifier", b"LatchClassifier")):
         head.write_bytes(content)
-        with pytest.raises(ValueError, match="classifier.safetensors: truncated, or no predictor"):
+        with pytest.raises(
+            ValueError, match="classifier.safetensors: (truncated|holds a LatchClassifier, expected one of)"
+        ):
             load_predictor(tmp_path / "saved")
     with pytest.raises(FileNotFoundError, match="classifier.safetensors: no such file"):
         load_predictor(tmp_path)

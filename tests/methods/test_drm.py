@@ -16,7 +16,7 @@ from robustft.methods import (
     OutputEnsemble,
     WiSEFT,
     core_labels,
-    load_classifier,
+    load_predictor,
     zero_shot_classifier,
 )
 from robustft.training.loop import fit
@@ -289,7 +289,7 @@ def test_heads_and_mixture_compose_with_the_ensembles(clip_model, described, bat
     half = OutputEnsemble(zero_shot, dual).at(0.5).probabilities(images)
     torch.testing.assert_close(half, (zero_shot.probabilities(images) + dual.probabilities(images)) / 2)
     torch.testing.assert_close(WiSEFT(zero_shot, dual.default).at(1.0).logits(images), dual.default.logits(images))
-    torch.testing.assert_close(dual.predict((images, labels))[0].logits, dual.logits(images))
+    torch.testing.assert_close(dual.predict((images, labels)).logits, dual.logits(images))
 
 
 def test_a_dual_classifier_comes_back_bit_for_bit(tmp_path):
@@ -299,7 +299,7 @@ def test_a_dual_classifier_comes_back_bit_for_bit(tmp_path):
     torch.manual_seed(0)
     heads = torch.randn(2, 3, 64)
     saved = DualClassifier(bundle.model, *heads, ["a", "b", "é"], beta=0.3, logit_scale=7.5)
-    loaded = load_classifier(saved.save(tmp_path / "dual", bundle.config))
+    loaded = load_predictor(saved.save(tmp_path / "dual", bundle.config))
     assert isinstance(loaded, DualClassifier) and loaded.classes == saved.classes
     assert loaded.state_dict().keys() == saved.state_dict().keys()
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in saved.state_dict().items())

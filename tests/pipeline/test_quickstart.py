@@ -19,7 +19,7 @@ import yaml
 from robustft import cli, clip, doctor, methods
 from robustft.data import glyphworld
 from robustft.data.pretrain import pretrain
-from robustft.evaluation.measure import Evaluation, predict
+from robustft.evaluation import Evaluation
 from robustft.pipeline import quickstart
 from robustft.training.run import in_use
 
@@ -94,7 +94,7 @@ def test_exported_flyp_predicts_what_the_table_says(run):
     names = {"class_names": glyphworld.CLASS_NAMES, "templates": glyphworld.TEMPLATES}
     classifier = methods.zero_shot_classifier(bundle.model, tokenizer=bundle.tokenizer, **names)
     data = quickstart.Data.load(bundle.model, limit=200)
-    predictions = predict(classifier, data.test.id)
+    predictions = classifier.predict(data.test.id)
     accuracy = (predictions.logits.argmax(1) == predictions.labels).double().mean().item()
     evaluation = Evaluation.from_dict(json.loads((folder / "metrics.json").read_text()))
     assert accuracy == evaluation.models["FLYP"].id_accuracy

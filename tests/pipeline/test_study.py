@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from robustft.cli import main
-from robustft.evaluation.measure import Predictions, Suite
+from robustft.clip.outputs import Outputs
+from robustft.evaluation import Suite
 from robustft.methods import CVaR
 from robustft.pipeline import study
 from robustft.pipeline.quickstart import RECIPES
@@ -147,7 +148,8 @@ def test_a_model_without_an_error_on_validation_stays_as_it_is(errors):
     def predictions(errors):
         labels = torch.randint(5, (200,), generator=generator)
         logits = torch.randn(200, 5, generator=generator) + 9.0 * torch.nn.functional.one_hot(labels, 5)
-        return Predictions(logits, logits, torch.where(torch.arange(200) < errors, (labels + 1) % 5, labels), logits)
+        found = torch.where(torch.arange(200) < errors, (labels + 1) % 5, labels)
+        return Outputs(logits, logits, logits, labels=found)
 
     world = SimpleNamespace(
         validation=lambda _: predictions(errors), suite=lambda _: Suite(predictions(40), {"s": predictions(40)}, {})

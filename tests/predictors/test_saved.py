@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from damage import change
 
+import robustft
 from robustft import clip, methods
 from robustft.data import glyphworld
-from robustft.evaluation.measure import Evaluation, predict
+from robustft.evaluation import Evaluation
 from robustft.pipeline import quickstart
+from robustft.predictors.saving import ENSEMBLE_FILE
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +31,8 @@ def test_a_classifier_comes_back_bit_for_bit_and_is_saved_again(bundle, tmp_path
         methods.Classifier(bundle.model, head, ["a", "b", "é"]).restrict(["é", "a"]),
     ):
         first = saved.save(tmp_path / "first", bundle.config)  # the second replaces the first's
-        loaded = methods.load_classifier(first)
-        again = methods.load_classifier(loaded.save(tmp_path / "second", clip.load(f"local-dir:{first}").config))
+        loaded = methods.load_predictor(first)
+        again = methods.load_predictor(loaded.save(tmp_path / "second", clip.load(f"local-dir:{first}").config))
         for classifier in (loaded, again):
             assert classifier.classes == saved.classes
             assert classifier.state_dict().keys() == saved.state_dict().keys()
@@ -39,11 +44,91 @@ def test_a_classifier_comes_back_bit_for_bit_and_is_saved_again(bundle, tmp_path
 def test_what_holds_no_head_is_refused_by_name(bundle, tmp_path):
     plain = clip.export(bundle.model, tmp_path / "plain", bundle.config)
     with pytest.raises(FileNotFoundError, match="classifier.safetensors: no such file"):
-        methods.load_classifier(plain)
+        methods.load_predictor(plain)
     for content in (b"", b"\x80\x04", (plain / clip.WEIGHTS_FILE).read_bytes()):
         (plain / clip.CLASSIFIER_FILE).write_bytes(content)
-        with pytest.raises(ValueError, match="classifier.safetensors: truncated, or no head"):
-            methods.load_classifier(plain)
+        with pytest.raises(ValueError, match="classifier.safetensors: truncated, or no object"):
+            methods.load_predictor(plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("class_embeddings", torch.nan, ""),
+        ("class_embeddings", torch.zeros(2, 64), "one row for each of the 3 classes"),
+        ("class_embeddings", torch.zeros(3, 64, dtype=torch.int64), "floating point"),
+        ("logit_scale", 0.0, "logit_scale must be positive"),
+        ("logit_scale", torch.inf, "logit_scale must be finite"),
+        ("bias", torch.zeros(4), "one row for each of the 3 classes"),
+        ("classes", "abc", "classes must be a list of names"),
+        ("colour", "red", "colour"),
+    ],
+)
+def test_a_head_of_impossible_values_is_refused_with_the_files_name(bundle, tmp_path, name, value, message):
+    saved = methods.Classifier(bundle.model, torch.randn(3, 64), ["a", "b", "c"], bias=torch.zeros(3))
+    path = saved.save(tmp_path / "head", bundle.config) / clip.CLASSIFIER_FILE
+    change(path, name, value)
+    with pytest.raises(ValueError, match=f"{clip.CLASSIFIER_FILE}: .*{message}"):
+        robustft.load_predictor(path.parent)
+
+
+def ensembles(model):
+    one, other = (methods.Classifier(model, torch.randn(3, 64), ["a", "b", "c"]) for _ in range(2))
+    u = torch.nn.functional.normalize(torch.randn(60, 64), dim=1)
+    zs, ft = one.head_outputs(u), other.head_outputs(u)
+    labels = torch.where(torch.arange(60) % 3 > 0, ft.logits.argmax(1), zs.logits.argmax(1))
+    data = methods.VRFFeatures(zs.only("logits"), ft.replace(labels=labels))
+    mixture = methods.OutputEnsemble(one, other, (1.5, 2.0)).at(0.3)
+    vrf = methods.VRF(temperatures=(1.2, 0.8)).fit(data, data).classifier(one, other)
+    return {"mixture": mixture, "tempered": methods.Tempering(mixture).at(2.0), "vrf": vrf}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("mixture", "temperatures", [1.0, 0.0]),
+        ("mixture", "temperatures", [1.0]),
+        ("mixture", "temperatures", None),
+        ("mixture", "alpha", -0.5),
+        ("mixture", "alpha", "much"),
+        ("tempered", "temperature", -1.0),
+        ("tempered", "temperature", float("nan")),
+        ("vrf", "temperatures", [0.0, 1.0]),
+        ("vrf", "b", -1.0),
+        ("vrf", "a", float("nan")),
+        ("vrf", "k", 10**6),
+        ("vrf", "weighting", "step"),
+        ("vrf", "grid", [[1.0]]),
+        ("vrf", "failure_set", torch.nan),
+        ("vrf", "validation_distances", torch.inf),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the failure set has")
+def test_an_ensemble_of_impossible_values_is_refused_with_the_files_name(bundle, tmp_path, kind, name, value):
+    torch.manual_seed(0)
+    saved = ensembles(bundle.model)[kind].save(tmp_path / "ensemble", bundle.config)
+    robustft.load_predictor(saved)
+    change(saved / ENSEMBLE_FILE, name, value)
+    with pytest.raises(ValueError, match=f"{ENSEMBLE_FILE}: "):
+        robustft.load_predictor(saved)
+
+
+def test_every_kind_is_known_whatever_was_imported_before(bundle, tmp_path):
+    torch.manual_seed(0)
+    prompts = {"tokenizer": bundle.tokenizer, "class_names": ("a", "b"), "templates": ("{}",)}
+    zero_shot = methods.zero_shot_classifier(bundle.model, **prompts)
+    train = methods.TipAdapter(zero_shot).fit(clip.Features(torch.eye(64)[:4], torch.arange(4) % 2))
+    train.classifier().save(tmp_path / "cache", bundle.config)
+    methods.OutputEnsemble(zero_shot, zero_shot).at(0.5).save(tmp_path / "mixture", bundle.config)
+    program = "from robustft.predictors import load_predictor as load; print(*(type(load(d)).__name__ for d in {}))"
+    command = [sys.executable, "-c", program.format([str(tmp_path / "mixture"), str(tmp_path / "cache")])]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.stdout.split() == ["Mixture", "CacheClassifier"], run.stderr[-2000:]
+
+
+def test_a_predictor_of_ones_own_may_not_take_the_name_of_robustfts(bundle):
+    with pytest.raises(TypeError, match="robustft has a predictor of kind 'Classifier'"):
+        type("Classifier", (methods.Predictor,), {})
 
 
 def test_exports_of_the_quickstart_predict_what_its_table_says(tmp_path):
@@ -52,9 +137,9 @@ def test_exports_of_the_quickstart_predict_what_its_table_says(tmp_path):
     quickstart.quickstart(out, log=lambda _: None, **options)
     table = Evaluation.from_dict(json.loads((out / "metrics.json").read_text())).models
     for name in ("zero-shot", "FT", "WiSE FT", "FLYP", "WiSE FLYP"):
-        classifier = methods.load_classifier(out / "export" / name.lower().replace(" ", "-"))
+        classifier = methods.load_predictor(out / "export" / name.lower().replace(" ", "-"))
         data = quickstart.Data.load(classifier.model, limit=200)
-        predictions = predict(classifier, data.test.id)
+        predictions = classifier.predict(data.test.id)
         accuracy = (predictions.logits.argmax(1) == predictions.labels).double().mean().item()
         assert accuracy == table[name].id_accuracy, name
     held = {path.name for path in (out / "export").iterdir()}

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from robustft.calibration.calibrators import HistogramBinning, IsotonicCalibration, TemperatureScaling, VectorScaling
 from robustft.calibration.measures import calibration_report, temperature_matching_confidence
-from robustft.evaluation.measure import Predictions
+from robustft.clip.outputs import Outputs
 from robustft.methods import Predictor
 from robustft.pipeline.study.findings import Claim, Measured, Section, lower
 from robustft.pipeline.study.recipes import HOST_SHOTS, HOSTS
@@ -33,7 +33,7 @@ def predictor(world: World, name: str) -> Predictor:
             return world.zero_shot
         case _ if name == COOP:
             return world.few_shot(HOSTS["CoOp"], HOST_SHOTS).classifier()
-    return world.classifier(name)
+    return world.predictor(name)
 
 
 def calibrated(world: World, predictor: Predictor) -> dict[str, dict[str, float]]:
@@ -48,7 +48,7 @@ def calibrated(world: World, predictor: Predictor) -> dict[str, dict[str, float]
         matching = temperature_matching_confidence(z, y)
         maps[MATCHING] = lambda logits: softmax(logits / matching)
 
-    def report(p: Predictions, probabilities: Tensor) -> tuple[float, float, float]:
+    def report(p: Outputs, probabilities: Tensor) -> tuple[float, float, float]:
         found = calibration_report(probabilities, p.labels)
         return 100 * found.accuracy, 100 * found.ece, 100 * found.nll
 

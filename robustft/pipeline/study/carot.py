@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from robustft.methods import OutputEnsemble, WiSEFT, greedy_soup, uniform_soup
+from robustft.methods import OutputEnsemble, Predictor, WiSEFT, greedy_soup, uniform_soup
 from robustft.pipeline.quickstart import RECIPES, Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Section, higher, lower
 from robustft.pipeline.study.world import World, columns
@@ -35,10 +35,10 @@ INTERVALS = {FROZEN: 10**6, "every 5": 5, LAGGED: 2, ALWAYS: 1}
 
 def measure(world: World) -> Measured:
     zero_shot = world.zero_shot
-    predictors = {"zero-shot": zero_shot}
-    predictors |= {name: world.classifier(name) for name in ("FT", "LP-FT", "FLYP", "CaRot")}
+    plain = {name: world.classifier(name) for name in ("FT", "LP-FT", "FLYP", "CaRot")}
+    predictors: dict[str, Predictor] = {"zero-shot": zero_shot, **plain}
     for name in ("FT", "FLYP", "CaRot"):
-        wise = WiSEFT(zero_shot, predictors[name]).fit(world.data.validation)
+        wise = WiSEFT(zero_shot, plain[name]).fit(world.data.validation)
         predictors[f"WiSE {name}"] = wise.classifier()
         predictors[f"OSE {name}"] = (
             OutputEnsemble(zero_shot, predictors[name], temperatures="fit").fit(world.data.validation).classifier()
@@ -48,11 +48,11 @@ def measure(world: World) -> Measured:
         "FT, label smoothing 0.1": world.train(_ft(label_smoothing=0.1)).classifier(),
         "FT, L2-SP": world.train(replace(_ft(l2_sp=1e-2), weight_decay=0.0)).classifier(),
     }
-    ingredients = [predictors[name] for name in ("FT", "LP-FT", "FLYP", "CaRot")]
+    ingredients = list(plain.values())
     predictors["uniform soup of the four"] = uniform_soup(ingredients)
     predictors["greedy soup of the four"] = greedy_soup(ingredients, world.data.validation).classifier
-    terms = {name: world.train(recipe).classifier() for name, recipe in ABLATIONS.items()}
-    teachers = {}
+    terms: dict[str, Predictor] = {name: world.train(recipe).classifier() for name, recipe in ABLATIONS.items()}
+    teachers: dict[str, Predictor] = {}
     for name, interval in INTERVALS.items():
         teachers[name] = world.train(_with(ema_interval=interval)).classifier()
     groups = {METHODS: predictors, TERMS: terms, TEACHERS: teachers}

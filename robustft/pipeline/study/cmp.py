@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from robustft.calibration.measures import calibration_report, fit_temperature
-from robustft.evaluation.measure import predict
 from robustft.methods import Predictor, TipAdapter
 from robustft.pipeline.quickstart import Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Plot, Section, higher, lower
@@ -46,8 +45,8 @@ def measure(world: World) -> Measured:
     hosts["Tip-Adapter"] = columns(world, cached.classifier())
     variants = {"none": hosts[SWEPT]}
     for variant in VARIANTS:
-        objective = {"misalignment": 1.0, "variant": variant}
-        variants[NAMES.get(variant, variant)] = columns(world, trained(world, HOSTS[SWEPT], HOST_SHOTS, objective))
+        swept = {"misalignment": 1.0, "variant": variant}
+        variants[NAMES.get(variant, variant)] = columns(world, trained(world, HOSTS[SWEPT], HOST_SHOTS, swept))
     for name, objective in OTHER_TERMS.items():
         variants[name] = columns(world, trained(world, HOSTS[SWEPT], HOST_SHOTS, objective))
     few, errors = {}, {}
@@ -70,11 +69,11 @@ def trained(world: World, recipe: Recipe, count: int, objective: Mapping[str, An
 
 def columns(world: World, predictor: Predictor) -> dict[str, float]:
     """In %: on the ID test set, with the temperature of ID validation too, and on the shifts."""
-    validation, test = world.validation(predictor), predict(predictor, world.data.test.id)
+    validation, test = world.validation(predictor), predictor.predict(world.data.test.id)
     temperature = fit_temperature(validation.logits, validation.labels)
     report = calibration_report(test.probabilities, test.labels)
     scaled = calibration_report((test.logits.double() / temperature).softmax(-1), test.labels)
-    shifted = [predict(predictor, pair) for pair in world.data.test.shifts.values()]
+    shifted = [predictor.predict(pair) for pair in world.data.test.shifts.values()]
     reports = [calibration_report(p.probabilities, p.labels) for p in shifted]
     return {
         "acc ID": 100 * report.accuracy,

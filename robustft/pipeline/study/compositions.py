@@ -11,7 +11,8 @@ from robustft.evaluation.measure import evaluate_predictions
 from robustft.methods import VRF, Classifier, Predictor, Tempering, VRFFeatures, WiSEFT, uniform_soup
 from robustft.pipeline.quickstart import RECIPES
 from robustft.pipeline.study.findings import Claim, Measured, Section, Table
-from robustft.pipeline.study.world import World
+from robustft.pipeline.study.recipes import DRM
+from robustft.pipeline.study.world import World, of_kind
 
 SINGLES, COMPOSED = "single methods", "compositions"
 HALF = 0.5  # WiSE-FT's recommendation where no data tell (arXiv 2109.01903, section 4)
@@ -36,21 +37,20 @@ HIGHER, LOWER = ("acc ID", "acc OOD", KNN), ("ECE OOD",)
 
 def measure(world: World) -> Measured:
     zero_shot = world.zero_shot
-    single: dict[str, Predictor] = {"zero-shot": zero_shot}
-    single |= {name: world.classifier(name) for name in ("LP-FT", *RECIPES, "DRM")}
-    dual, carot = single["DRM"], single["CaRot"]
-    penalised = world.train(
-        replace(RECIPES["CaRot"], options={**RECIPES["CaRot"].options, "misalignment": 1.0})
-    ).classifier()
+    plain = {name: world.classifier(name) for name in ("LP-FT", *RECIPES)}
+    dual, carot = world.drm(DRM), plain["CaRot"]
+    single: dict[str, Predictor] = {"zero-shot": zero_shot, **plain, "DRM": dual}
+    recipe = replace(RECIPES["CaRot"], options={**RECIPES["CaRot"].options, "misalignment": 1.0})
+    penalised = of_kind(Classifier, world.train(recipe))
 
     def wise(fine_tuned: Classifier, alpha: float = HALF) -> Classifier:
         return WiSEFT(zero_shot, fine_tuned).at(alpha)
 
     calibrated = Tempering(vrf(world, carot), rule="confidence").fit(world.data.validation).classifier()
-    members = [single["LP-FT"], penalised, dual.default]
+    members = [plain["LP-FT"], penalised, dual.default]
     soup = uniform_soup(members)
     soups = (soup, uniform_soup([zero_shot, *members]), wise(soup, MOSTLY))
-    composed = (penalised, wise(carot), wise(penalised), calibrated, wise(dual.default), wise(single["FT"]), *soups)
+    composed = (penalised, wise(carot), wise(penalised), calibrated, wise(dual.default), wise(plain["FT"]), *soups)
     tables = {SINGLES: single, COMPOSED: dict(zip(NAMES, composed, strict=True))}
     return Measured({t: {name: row(world, p) for name, p in group.items()} for t, group in tables.items()}, {})
 

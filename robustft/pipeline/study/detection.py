@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from robustft.data import glyphworld
+from robustft.detection.by_name import SCORES, label
 from robustft.detection.detector import Detector
 from robustft.detection.metrics import ood_metrics
 from robustft.methods import Classifier, Predictor, TipAdapter, WiSEFT, zero_shot_classifier
@@ -14,19 +14,6 @@ from robustft.pipeline.study.recipes import HOSTS
 from robustft.pipeline.study.world import World
 
 NEAR, FAR = "letters", "textures"
-SCORES: dict[str, tuple[str, dict[str, Any]]] = {
-    "MCM": ("mcm", {}),
-    "max cosine": ("max_cosine", {}),
-    "MSP": ("msp", {}),
-    "energy": ("energy", {}),
-    "entropy": ("entropy", {}),
-    "variance": ("variance", {}),
-    "Mahalanobis": ("mahalanobis", {}),
-    "k-NN": ("knn", {}),
-    "L-MCM": ("l_mcm", {}),
-    "GL-MCM": ("gl_mcm", {}),
-}
-OF_PATCHES = ("L-MCM", "GL-MCM")
 SHOTS = 16
 FEW_SHOT = ("CoOp", "LoCoOp", "CLIP-Adapter", "Tip-Adapter-F")
 NEGATIVES = "NegLabel, half of the letters named"
@@ -35,8 +22,8 @@ NAMED, UNNAMED = "named letters", "other letters"
 
 def measure(world: World) -> Measured:
     predictors: dict[str, Predictor] = {"zero-shot": world.zero_shot}
-    predictors |= {name: world.classifier(name) for name in ("FT", "LP-FT", "FLYP", "CaRot", "DRM")}
-    wise = WiSEFT(world.zero_shot, predictors["CaRot"]).fit(world.data.validation)
+    predictors |= {name: world.predictor(name) for name in ("FT", "LP-FT", "FLYP", "CaRot", "DRM")}
+    wise = WiSEFT(world.zero_shot, world.classifier("CaRot")).fit(world.data.validation)
     predictors["WiSE CaRot"] = wise.classifier()
     negatives = {name: negative_labels(world, p) for name, p in predictors.items() if isinstance(p, Classifier)}
     for name in FEW_SHOT:
@@ -74,9 +61,11 @@ def separation(world: World, predictor: Predictor) -> dict[str, dict[str, float]
     """AUROC in % of every score, against each set of unknowns."""
     suite, training = world.suite(predictor), world.training(predictor)
     rows = {}
-    for name, (score, options) in SCORES.items():
-        detector = Detector(score, **options)
-        if name in OF_PATCHES:
+    for score, entry in SCORES.items():
+        if entry.needs_options:
+            continue
+        detector = Detector(score)
+        if "patch_cosines" in entry.reads:
             if not isinstance(predictor, Classifier):
                 continue
             detector.fit(predictor, world.data.validation)
@@ -85,7 +74,7 @@ def separation(world: World, predictor: Predictor) -> dict[str, dict[str, float]
         else:
             detector.fit(training, validation=world.validation(predictor))
             scores = {key: detector.scores(p) for key, p in {"id": suite.id, **suite.ood}.items()}
-        rows[name] = {known: 100 * ood_metrics(scores["id"], scores[known]).auroc for known in suite.ood}
+        rows[label(score)] = {known: 100 * ood_metrics(scores["id"], scores[known]).auroc for known in suite.ood}
     return rows
 
 

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from robustft.calibration.measures import calibration_report
 from robustft.data import glyphworld
-from robustft.ensembles.wise_ft import accuracy_and_nll
 from robustft.evaluation.groups import worst_group_accuracy
-from robustft.evaluation.measure import predict
-from robustft.methods import CoreProxy, DualClassifier, Predictor, WiSEFT, core_labels
+from robustft.methods import Classifier, CoreProxy, DualClassifier, Method, Predictor, WiSEFT, core_labels
 from robustft.pipeline.quickstart import Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Plot, Section, Table, higher, lower
 from robustft.pipeline.study.recipes import SINGLE, SPURIOUS
-from robustft.pipeline.study.world import World, accuracy
+from robustft.pipeline.study.world import World, accuracy, of_kind
+from robustft.predictors.logits import accuracy_and_nll
 
 LAMBDAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 QUICK_LAMBDAS = (0.5, 2.0)
@@ -38,25 +37,28 @@ def measure(world: World) -> Measured:
     predictors: dict[str, Predictor] = {"zero-shot": world.zero_shot}
     for name in ("FT", "FLYP"):
         predictors[name] = sets.trained(SPURIOUS[name])
-    predictors["WiSE FLYP"] = WiSEFT(world.zero_shot, predictors["FLYP"]).fit(sets.validation).classifier()
+    flyp = of_kind(Classifier, sets.method(SPURIOUS["FLYP"]))
+    predictors["WiSE FLYP"] = WiSEFT(world.zero_shot, flyp).fit(sets.validation).classifier()
     predictors |= {name: sets.trained(SPURIOUS[name]) for name in WORST_CASE}
     predictors[SINGLE] = sets.drm(SPURIOUS[SINGLE], CoreProxy(one_hot=1.0))
-    sweeps, settings = {}, {}
+    sweeps: dict[str, Any] = {}
+    settings: dict[str, dict[str, float]] = {}
+    best: dict[str, DualClassifier] = {}
     for kind, candidates in PROXIES.items():
         tried = {proxy: sets.weighted(proxy, 1.0) for proxy in candidates}
         settings |= {described(proxy): sets.columns(predictor) for proxy, predictor in tried.items()}
         proxy = sets.best(tried)
         found = {weight: sets.weighted(proxy, weight) for weight in (QUICK_LAMBDAS if world.quick else LAMBDAS)}
-        predictors[f"DRM, {kind}"] = found[sets.best(found)]
+        predictors[f"DRM, {kind}"] = best[kind] = found[sets.best(found)]
         sweeps[kind] = list(found), [sets.conflicting(p) for p in found.values()]
-        sweeps[f"{kind}, validation"] = list(found), [accuracy(predict(p, sets.validation)) for p in found.values()]
-    dual = predictors["DRM, affinity"]
+        sweeps[f"{kind}, validation"] = list(found), [accuracy(p.predict(sets.validation)) for p in found.values()]
+    dual = best["affinity"]
     predictors["DRM, default head"], predictors["DRM, concept head"] = dual.default, dual.core
     predictors["WiSE DRM"] = WiSEFT(world.zero_shot, dual.default).fit(sets.validation).classifier()
     mixtures = [dual.at(beta) for beta in BETAS]
     betas = {
         "conflicting": (list(BETAS), [sets.conflicting(p) for p in mixtures]),
-        "aligned": (list(BETAS), [accuracy(predict(p, sets.aligned)) for p in mixtures]),
+        "aligned": (list(BETAS), [accuracy(p.predict(sets.aligned)) for p in mixtures]),
     }
     table = {name: sets.columns(predictor) for name, predictor in predictors.items()}
     return Measured({METHODS: table, SETTINGS: settings}, {"lambda": sweeps, "beta": betas})
@@ -88,11 +90,14 @@ class Spurious:
     def batch(self, **columns: Tensor) -> dict[str, Tensor]:
         return {"image": self.train[0], "label": self.train[1], **columns}
 
-    def trained(self, recipe: Recipe) -> Predictor:
+    def method(self, recipe: Recipe) -> Method:
         """FT or FLYP; a worst-case risk of two groups: grounds that go with the class, and grounds that do not."""
         grouped = recipe.method == "WorstCaseFineTune"
         data = self.batch(group=self.against) if grouped else self.train
-        return self.world.train(recipe, data, what="spurious").classifier()
+        return self.world.train(recipe, data, what="spurious")
+
+    def trained(self, recipe: Recipe) -> Predictor:
+        return self.method(recipe).classifier()
 
     def drm(self, recipe: Recipe, proxy: CoreProxy) -> DualClassifier:
         if proxy not in self.proxies:
@@ -106,7 +111,8 @@ class Spurious:
             )
         data = self.batch(core=self.proxies[proxy])
         arguments: dict[str, Any] = {"descriptions": glyphworld.CONCEPTS, "proxy": None}
-        return self.world.train(recipe, data, what=f"spurious, {described(proxy)}", **arguments).classifier()
+        method = self.world.train(recipe, data, what=f"spurious, {described(proxy)}", **arguments)
+        return of_kind(DualClassifier, method)
 
     def weighted(self, proxy: CoreProxy, weight: float) -> DualClassifier:
         """DRM of a proxy, and of lambda."""
@@ -116,19 +122,19 @@ class Spurious:
         """The choice of the highest ID validation accuracy; of equals the one of the lowest NLL."""
 
         def order(choice: Choice) -> tuple[float, float]:
-            p = predict(found[choice], self.validation)
+            p = found[choice].predict(self.validation)
             right, nll = accuracy_and_nll(p.logits, p.labels)
             return -right, nll
 
         return min(found, key=order)
 
     def conflicting(self, predictor: Predictor) -> float:
-        return accuracy(predict(predictor, self.opposed))
+        return accuracy(predictor.predict(self.opposed))
 
     def columns(self, predictor: Predictor) -> dict[str, float]:
-        aligned, opposed = (predict(predictor, pair) for pair in (self.aligned, self.opposed))
+        aligned, opposed = (predictor.predict(pair) for pair in (self.aligned, self.opposed))
         return {
-            "validation": accuracy(predict(predictor, self.validation)),
+            "validation": accuracy(predictor.predict(self.validation)),
             "aligned": accuracy(aligned),
             "conflicting": accuracy(opposed),
             "worst class": 100 * worst_group_accuracy(opposed.logits.argmax(1), opposed.labels, opposed.labels),

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from robustft.evaluation.measure import Frontier, frontier
-from robustft.methods import VRF, OutputEnsemble, VRFFeatures, WiSEFT
+from robustft.evaluation import Frontier, frontier
+from robustft.evaluation.measure import Ensemble
+from robustft.methods import VRF, OutputEnsemble, Predictor, VRFFeatures, WiSEFT
 from robustft.pipeline.quickstart import Tensors
 from robustft.pipeline.study.findings import Claim, Curve, Measured, Plot, Section, Table, falls, higher
 from robustft.pipeline.study.world import World, columns
 
 FINE_TUNED = ("FT", "FLYP", "CaRot", "LP")
 ABLATED = "FLYP"
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "VRF, NLL temperatures": {"temperatures": "nll"},
     "VRF, no temperatures": {"temperatures": None},
     "VRF, linear weight": {"weighting": "linear"},
@@ -53,7 +54,7 @@ def compare(world: World, name: str) -> Comparison:
     wise = WiSEFT(zero_shot, fine_tuned).fit(data.validation)
     ose = OutputEnsemble(zero_shot, fine_tuned).fit(data.validation)
     calibrated = OutputEnsemble(zero_shot, fine_tuned, temperatures="fit").fit(data.validation)
-    predictors = {
+    predictors: dict[str, Predictor] = {
         "zero-shot": zero_shot,
         name: fine_tuned,
         "WSE": wise.classifier(),
@@ -68,11 +69,11 @@ def compare(world: World, name: str) -> Comparison:
             predictors[variant] = VRF(**options).fit(train, validation).classifier(zero_shot, fine_tuned)
     table = columns({row: world.suite(predictor) for row, predictor in predictors.items()})
 
-    ensembles = {
+    ensembles: dict[str, Ensemble] = {
         "WSE": wise,
         "OSE": ose,
         "OSE, temperatures": calibrated,
-        "VRF": predictors["VRF"],
+        "VRF": vrf.classifier(zero_shot, fine_tuned),
     }
     frontiers = {row: curve(frontier(e, id=data.test.id, shifts=data.test.shifts)) for row, e in ensembles.items()}
     for row, points in frontiers.items():

@@ -13,14 +13,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from robustft import methods
+from robustft.clip.outputs import Outputs
 from robustft.data import few_shot, glyphworld
 from robustft.data.sources import image_statistics
-from robustft.evaluation.measure import Predictions, Suite, evaluate_predictions, predict
+from robustft.evaluation import measure
+from robustft.evaluation.results import Suite
 from robustft.files import locked
 from robustft.methods.objective import Objective
 from robustft.pipeline.quickstart import QUICK_EPOCHS, RECIPES, Data, Recipe, predict_suite
@@ -30,6 +32,7 @@ from robustft.training.run import holds_run
 from robustft.training.schedule import steps_per_epoch
 
 Tensors = tuple[Tensor, Tensor]
+P = TypeVar("P", bound=methods.Predictor)
 
 
 class World:
@@ -44,8 +47,8 @@ class World:
         self.bundle = glyphworld.load_clip()
         self.limit = 200 if quick else None
         self._methods: dict[str, methods.Method] = {}
-        self._training: Predictions | None = None  # of the zero-shot model
-        self._suites: dict[int, tuple[Any, Suite[Predictions]]] = {}
+        self._training: Outputs | None = None  # of the zero-shot model
+        self._suites: dict[int, tuple[methods.Predictor, Suite[Outputs]]] = {}
 
     @cached_property
     def data(self) -> Data:
@@ -109,24 +112,26 @@ class World:
             self._methods[key] = method
         return self._methods[key]
 
-    def classifier(self, name: str) -> methods.Predictor:
-        """The quickstart's FT, FLYP or CaRot; LP, LP-FT from it, or DRM."""
+    def predictor(self, name: str) -> methods.Predictor:
+        """DRM, or a classifier by name."""
+        return self.drm(DRM) if name == "DRM" else self.classifier(name)
+
+    def classifier(self, name: str) -> methods.Classifier:
+        """The quickstart's FT, FLYP or CaRot; LP, or LP-FT from it."""
         match name:
             case "LP":
                 return self.linear_probe(PROBE)
             case "LP-FT":
                 return self.lp_ft(LP_FT)
-            case "DRM":
-                return self.drm(DRM)
-        return self.train(RECIPES[name]).classifier()
+        return of_kind(methods.Classifier, self.train(RECIPES[name]))
 
     def linear_probe(self, recipe: Recipe) -> methods.Classifier:
         encoded = self.training(self.zero_shot)
-        return self.train(recipe, (encoded.features, encoded.labels), what="features").classifier()
+        return of_kind(methods.Classifier, self.train(recipe, (encoded.features, encoded.labels), what="features"))
 
     def lp_ft(self, recipe: Recipe) -> methods.Classifier:
         """Fine-tuning from the probe of the frozen features."""
-        return self.train(recipe, probe=self.classifier("LP")).classifier()
+        return of_kind(methods.Classifier, self.train(recipe, probe=self.classifier("LP")))
 
     def drm(self, recipe: Recipe) -> methods.DualClassifier:
         """DRM with the default proxy."""
@@ -140,7 +145,8 @@ class World:
             proxy=methods.CoreProxy(),
         )
         data = {"image": images, "label": labels, "core": core}
-        return self.train(recipe, data, what="core", descriptions=glyphworld.CONCEPTS, proxy=None).classifier()
+        method = self.train(recipe, data, what="core", descriptions=glyphworld.CONCEPTS, proxy=None)
+        return of_kind(methods.DualClassifier, method)
 
     def shots(self, count: int) -> Tensors:
         """`count` training images of each class."""
@@ -148,7 +154,8 @@ class World:
 
     def few_shot(self, recipe: Recipe, count: int) -> methods.Method:
         """The recipe's method trained on `count` images of each class; a frozen image tower encodes them once."""
-        train, arguments = self.shots(count), {}
+        train = self.shots(count)
+        arguments: dict[str, Any] = {}
         match recipe.method:
             case "TipAdapterF":
                 arguments["train"] = train
@@ -159,21 +166,29 @@ class World:
             train = few_shot((encoded.features, encoded.labels), count, seed=self.seed)
         return self.train(recipe, train, what=f"{count}-shot", **arguments)
 
-    def suite(self, predictor: Any) -> Suite[Predictions]:
-        """A predictor's predictions on all test sets."""
+    def suite(self, predictor: methods.Predictor) -> Suite[Outputs]:
+        """A predictor's outputs on all test sets."""
         if id(predictor) not in self._suites:  # kept beside its result: an id is only unique while its owner lives
             self._suites[id(predictor)] = predictor, predict_suite(predictor, self.data.test)
         return self._suites[id(predictor)][1]
 
-    def validation(self, predictor: Any) -> Predictions:
-        return predict(predictor, self.data.validation)
+    def validation(self, predictor: methods.Predictor) -> Outputs:
+        return predictor.predict(self.data.validation)
 
-    def training(self, predictor: Any) -> Predictions:
+    def training(self, predictor: methods.Predictor) -> Outputs:
         if predictor is not self.zero_shot:
-            return predict(predictor, self.data.train)
+            return predictor.predict(self.data.train)
         if self._training is None:
-            self._training = predict(predictor, self.data.train)
+            self._training = predictor.predict(self.data.train)
         return self._training
+
+
+def of_kind(kind: type[P], method: methods.Method) -> P:
+    """What a method has learnt, which has to be a predictor of this kind."""
+    predictor = method.classifier()
+    if not isinstance(predictor, kind):
+        raise TypeError(f"{type(method).__name__} gives a {type(predictor).__name__}, not a {kind.__name__}")
+    return predictor
 
 
 def _count(data: Any) -> int:
@@ -196,7 +211,7 @@ def _built(options: Mapping[str, Any]) -> dict[str, Any]:
     return built
 
 
-def columns(suites: Mapping[str, Suite[Predictions]]) -> dict[str, dict[str, float]]:
+def columns(suites: Mapping[str, Suite[Outputs]]) -> dict[str, dict[str, float]]:
     """The usual columns of a table, in %: a row a model."""
     return {
         name: {
@@ -206,10 +221,10 @@ def columns(suites: Mapping[str, Suite[Predictions]]) -> dict[str, dict[str, flo
             "ECE OOD": 100 * m.ood_ece,
             "AUROC": 100 * m.auroc,
         }
-        for name, m in evaluate_predictions(suites).models.items()
+        for name, m in measure.evaluate_predictions(suites).models.items()
     }
 
 
-def accuracy(p: Predictions) -> float:
+def accuracy(outputs: Outputs) -> float:
     """In %."""
-    return 100 * (p.logits.argmax(1) == p.labels).double().mean().item()
+    return 100 * measure.accuracy(outputs)

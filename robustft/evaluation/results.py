@@ -1,0 +1,279 @@
+"""What was found about models: by set, by model, over an ensemble's weights; as numbers, as JSON, as rows of a table.
+
+"mean OOD" is the unweighted mean over the shifts (or over the OOD sets, for AUROC and FPR95). Every number is computed
+once over a whole set and carries its convention; ECE carries the noise floor of its set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from robustft.calibration.measures import Bin, CalibrationReport
+from robustft.detection.by_name import SCORES, label
+from robustft.detection.metrics import OODMetrics
+from robustft.evaluation import tables
+from robustft.evaluation.tables import listed, percent
+
+TPR = 0.95
+
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True)
+class Suite(Generic[T]):
+    """One T for the ID test set, each shift and each semantic-OOD set: data sets, outputs or results."""
+
+    id: T
+    shifts: Mapping[str, T]
+    ood: Mapping[str, T]
+
+    def map(self, function: Callable[[T], U]) -> Suite[U]:
+        """The same of a function of each."""
+        return Suite(
+            function(self.id),
+            {name: function(value) for name, value in self.shifts.items()},
+            {name: function(value) for name, value in self.ood.items()},
+        )
+
+
+class SetResult(NamedTuple):
+    """A labelled set: acc1 is `calibration.accuracy`; acc5 is the share among the five (or K) likeliest
+    classes."""
+
+    acc5: float
+    mean_per_class_recall: float
+    calibration: CalibrationReport
+
+
+class ScoreHistogram(NamedTuple):
+    """OOD scores of one model in common bins: `edges` (B + 1), counts (B) of the ID set and of each OOD set."""
+
+    edges: tuple[float, ...]
+    id: tuple[int, ...]
+    ood: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """Everything measured on one model; `pooled` is the calibration over all shifts' samples together."""
+
+    id: SetResult
+    shifts: dict[str, SetResult]
+    ood: dict[str, OODMetrics]
+    pooled: CalibrationReport | None = None
+    scores: ScoreHistogram | None = None
+
+    @property
+    def id_accuracy(self) -> float:
+        return self.id.calibration.accuracy
+
+    @property
+    def ood_accuracy(self) -> float:
+        """Mean accuracy over the shifts; NaN without shifts."""
+        return _mean(s.calibration.accuracy for s in self.shifts.values())
+
+    @property
+    def ood_ece(self) -> float:
+        return _mean(s.calibration.ece for s in self.shifts.values())
+
+    @property
+    def ood_noise_floor(self) -> float:
+        return _mean(s.calibration.noise_floor for s in self.shifts.values())
+
+    @property
+    def auroc(self) -> float:
+        """Mean AUROC over the OOD sets; NaN without any."""
+        return _mean(m.auroc for m in self.ood.values())
+
+    @property
+    def fpr(self) -> float:
+        return _mean(m.fpr for m in self.ood.values())
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """ID against mean-OOD accuracy of an ensemble over its mixing weight; `chosen` is the alpha picked on
+    held-out ID data."""
+
+    name: str
+    alphas: tuple[float, ...]
+    id_accuracy: tuple[float, ...]
+    ood_accuracy: tuple[float, ...]
+    chosen: float | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.alphas) == len(self.id_accuracy) == len(self.ood_accuracy) > 0:
+            raise ValueError(
+                "alphas, id_accuracy and ood_accuracy must have one length, at least 1, got "
+                f"{len(self.alphas)}, {len(self.id_accuracy)} and {len(self.ood_accuracy)}"
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found, by model name in the order given; `bins` is the number of ECE bins, `score` the name of
+    the OOD score."""
+
+    models: dict[str, ModelResult]
+    bins: int
+    score: str = "mcm"
+
+    @property
+    def score_label(self) -> str:
+        """The score's name as tables and pictures have it."""
+        return label(self.score)
+
+    def conventions(self) -> tuple[str, ...]:
+        """What the numbers mean, one sentence each: to be printed wherever the numbers are."""
+        first = next(iter(self.models.values()))
+        lines = ["All numbers in %."]
+        if first.shifts:
+            lines.append(f"OOD: mean over {listed(first.shifts)}.")
+        lines.append(
+            f"ECE: {self.bins} equal-width bins, full set; in brackets its noise floor, "
+            "the ECE of a perfectly calibrated model on as many samples."
+        )
+        if first.ood:
+            convention = SCORES[self.score].convention if self.score in SCORES else ""
+            lines.append(
+                f"AUROC and FPR95: {self.score_label}{f' ({convention})' if convention else ''}, mean over "
+                f"{listed(first.ood)}; FPR95: ID positive, first threshold with TPR >= {TPR:.0%}."
+            )
+        return tuple(lines)
+
+    def rows(self) -> tuple[tuple[str, ...], ...]:
+        """The table's cells as text, header first."""
+        detection = (f"{self.score_label} AUROC", "FPR95")
+        header = ("model", "acc ID", "acc OOD", "ECE ID (floor)", "ECE OOD (floor)", *detection)
+        body = (
+            (
+                name,
+                percent(m.id_accuracy),
+                percent(m.ood_accuracy),
+                f"{percent(m.id.calibration.ece)} ({percent(m.id.calibration.noise_floor)})",
+                f"{percent(m.ood_ece)} ({percent(m.ood_noise_floor)})" if m.shifts else "–",
+                percent(m.auroc),
+                percent(m.fpr),
+            )
+            for name, m in self.models.items()
+        )
+        return (header, *body)
+
+    def table(self) -> str:
+        """The table as text, and below it the conventions."""
+        return tables.text(self.rows(), self.conventions())
+
+    def markdown(self) -> str:
+        """The table in Markdown, and below it the conventions."""
+        return tables.markdown(self.rows(), self.conventions())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: `results` is a list in CLIP_benchmark's schema (with more metrics), one entry per model
+        and set.
+
+        `from_dict` gives an equal Evaluation back.
+        """
+        return {
+            "conventions": list(self.conventions()),
+            "bins": self.bins,
+            "score": self.score,
+            "models": [
+                {"model": name, "summary": _summary(m, self.score), "scores": m.scores and m.scores._asdict()}
+                for name, m in self.models.items()
+            ],
+            "results": [
+                entry
+                for name, m in self.models.items()
+                for entry in (
+                    _entry(name, "id", "id", m.id),
+                    *(_entry(name, set_name, "shift", s) for set_name, s in m.shifts.items()),
+                )
+            ],
+            "pooled": [{"model": name, **_fields(m.pooled)} for name, m in self.models.items() if m.pooled is not None],
+            "ood": [
+                {"model": name, "dataset": set_name, "score": self.score, **metrics._asdict()}
+                for name, m in self.models.items()
+                for set_name, metrics in m.ood.items()
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
+        """The Evaluation that `to_dict` wrote, also after a round trip through JSON."""
+        models = {}
+        for header in data["models"]:
+            name = header["model"]
+            sets = [s for s in data["results"] if s["model"] == name]
+            ood = {o["dataset"]: o for o in data["ood"] if o["model"] == name}
+            pooled = next((p for p in data["pooled"] if p["model"] == name), None)
+            scores = header["scores"]
+            models[name] = ModelResult(
+                id=_set_result(next(s for s in sets if s["split"] == "id")),
+                shifts={s["dataset"]: _set_result(s) for s in sets if s["split"] == "shift"},
+                ood={k: OODMetrics(**{f: o[f] for f in OODMetrics._fields}) for k, o in ood.items()},
+                pooled=pooled and _calibration({k: v for k, v in pooled.items() if k != "model"}),
+                scores=scores
+                and ScoreHistogram(
+                    tuple(scores["edges"]),
+                    tuple(scores["id"]),
+                    {k: tuple(v) for k, v in scores["ood"].items()},
+                ),
+            )
+        return cls(models, data["bins"], data.get("score", "mcm"))
+
+
+def _summary(m: ModelResult, score: str) -> dict[str, float | None]:
+    values = {
+        "id_accuracy": m.id_accuracy,
+        "ood_accuracy": m.ood_accuracy,
+        "id_ece": m.id.calibration.ece,
+        "id_noise_floor": m.id.calibration.noise_floor,
+        "ood_ece": m.ood_ece,
+        "ood_noise_floor": m.ood_noise_floor,
+        f"{score}_auroc": m.auroc,
+        f"{score}_fpr95": m.fpr,
+    }
+    return {key: None if np.isnan(value) else value for key, value in values.items()}
+
+
+def _entry(model: str, dataset: str, split: str, s: SetResult) -> dict[str, Any]:
+    calibration = _fields(s.calibration)
+    return {
+        "dataset": dataset,
+        "model": model,
+        "pretrained": "",
+        "task": "zeroshot_classification",
+        "language": "en",
+        "split": split,
+        "metrics": {
+            "acc1": calibration.pop("accuracy"),
+            "acc5": s.acc5,
+            "mean_per_class_recall": s.mean_per_class_recall,
+            **calibration,
+        },
+    }
+
+
+def _set_result(entry: Mapping[str, Any]) -> SetResult:
+    metrics = dict(entry["metrics"])
+    acc5, recall = metrics.pop("acc5"), metrics.pop("mean_per_class_recall")
+    return SetResult(acc5, recall, _calibration({"accuracy": metrics.pop("acc1"), **metrics}))
+
+
+def _fields(report: CalibrationReport) -> dict[str, Any]:
+    return {**vars(report), "bins": [b._asdict() for b in report.bins]}
+
+
+def _calibration(fields: Mapping[str, Any]) -> CalibrationReport:
+    return CalibrationReport(**{**fields, "bins": tuple(Bin(**b) for b in fields["bins"])})
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else float("nan")
