@@ -68,13 +68,13 @@ def test_names_of_the_readme_have_types(tmp_path):
     revealed = [line.split("Revealed type is ")[1] for line in done.stdout.splitlines() if "Revealed type" in line]
     assert len(revealed) == REVEALED.count("reveal_type"), done.stdout + done.stderr
     for line in revealed:
-        assert line != '"Any"' and not line.startswith('"def (*') and "-> Any" not in line, line
+        assert line != '"Any"' and "*Any" not in line and "-> Any" not in line, line
 
 
 def test_a_file_imports_only_from_floors_below_its_own(monkeypatch, capsys):
     importlinter = pytest.importorskip("importlinter.cli")
     monkeypatch.chdir(PACKAGE.parent)
-    status = importlinter.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    status = importlinter.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True, no_logo=True)
     assert status == importlinter.EXIT_STATUS_SUCCESS, capsys.readouterr().out
 
 
