@@ -51,10 +51,16 @@ def opened(folder: Path, resume: bool) -> Iterator[None]:
 
 def make_folder(folder: Path) -> None:
     """Makes a folder; OSError, naming it, where none can be made or written."""
-    try:
+    with _naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OSError(error.errno, f"output folder {folder} cannot be written: {error.strerror}") from error
 
@@ -92,7 +98,8 @@ def configured(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterato
                 )
         else:
             _check_empty(folder, resume)
-            write_text(path, yaml.safe_dump(config, sort_keys=False))
+            with _naming(folder):
+                write_text(path, yaml.safe_dump(config, sort_keys=False))
         yield
 
 

@@ -208,7 +208,7 @@ def test_a_full_disk_is_said_before_training(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(quickstart, "write_file", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="cannot be written: No space left on device"):
         quickstart.quickstart(tmp_path / "out", log=lambda _: None)
 
