@@ -84,7 +84,7 @@ def assert_as_accurate_as_eager(function, *inputs: Tensor, target: Target) -> No
     with robustft.backend("reference"), pytest.MonkeyPatch.context() as patch:
         exact = gradients(function, *(i.double() for i in rounded))
         if target.by_triton:
-            patch.setattr(reference, "widen", lambda tensor: tensor)
+            patch.setattr(reference, "at_least_float32", lambda tensor: tensor)
         eager = gradients(function, *rounded)
     unit = 1e-13 if dtype == torch.float64 else 1e-6
     for a, b, c in zip(ours, exact, eager, strict=True):

@@ -1,7 +1,8 @@
-"""Triton bodies of operators that csrc/ops.cpp declares: which there are, and their registration.
+"""Triton bodies of operators that csrc/ops.cpp declares, and for which tensors they are.
 
-Triton itself is imported when the first of them runs. Under TRITON_INTERPRET=1 they are registered for CPU tensors,
-which Triton's interpreter computes with: so they are tested where there is no GPU.
+Which operators have one says the registry, which registers them. Triton itself is imported when the first of them runs.
+Under TRITON_INTERPRET=1 they are registered for CPU tensors, which Triton's interpreter computes with: so they are
+tested where there is no GPU.
 """
 
 from __future__ import annotations
@@ -19,23 +20,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-OPERATORS = {
-    "similarity_statistics": "contrastive",
-    "similarity_gradient": "contrastive",
-    "contrastive_loss": "contrastive",
-    "contrastive_loss_backward": "contrastive",
-    "contrastive_distillation_loss": "contrastive",
-    "contrastive_distillation_loss_backward": "contrastive",
-    "classification_loss": "classes",
-    "classification_loss_backward": "classes",
-    "dual_risk": "classes",
-    "dual_risk_backward": "classes",
-    "class_scores": "scores",
-    "misalignment_penalty": "misalignment",
-    "misalignment_penalty_backward": "misalignment",
-}
-"""Each operator with a Triton body, and the module here that has it, under the operator's name."""
-
 
 def status() -> str:
     """ "registered", or why nothing is."""
@@ -46,16 +30,13 @@ def status() -> str:
     return "registered"
 
 
-def computes(op: str, device: torch.device, dtype: torch.dtype | None = None) -> bool:
-    """Whether `op` has a Triton body for such tensors."""
-    suits = STATUS == "registered" and device.type == DEVICE and op in OPERATORS and _compiles_for(device)
-    return suits and (dtype is None or dtype in DTYPES)
+def suits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether bodies that are registered for the device compute such tensors on it."""
+    return dtype in DTYPES and _compiles_for(device)
 
 
-def lacking(op: str, device: torch.device) -> str | None:
-    """Why an operator that has a Triton body is not computed on a device where others are."""
-    if device.type != DEVICE or op not in OPERATORS:
-        return None
+def lacking(device: torch.device) -> str | None:
+    """Why operators that have Triton bodies are not computed by them on a device where others are."""
     if STATUS != "registered":
         return STATUS
     return None if _compiles_for(device) else "Triton before 3.8 does not compile for sm_100"
@@ -75,21 +56,16 @@ def _compiles_for(device: torch.device) -> bool:
 
 
 # What torch.compiler.assume_constant_result sets. Calling that imports torch._dynamo, which takes a second.
-_compiles_for._dynamo_marked_constant = True
+_compiles_for.__dict__["_dynamo_marked_constant"] = True
 
 
-def _body(op: str) -> Callable:
+def body(module: str, op: str) -> Callable:
+    """The function `op` of a module here, which is imported when it is first called."""
+
     def body(*arguments):
-        return getattr(import_module(f"robustft.ops.triton.{OPERATORS[op]}"), op)(*arguments)
+        return getattr(import_module(f"robustft.ops.triton.{module}"), op)(*arguments)
 
     return body
-
-
-def register(library: torch.library.Library) -> None:
-    """Called once, by `robustft.ops.dispatch`."""
-    if STATUS == "registered":
-        for op in OPERATORS:
-            library.impl(op, _body(op), DEVICE.upper(), allow_override=INTERPRETED)
 
 
 STATUS = status()
