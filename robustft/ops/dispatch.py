@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from robustft import machine
-from robustft.ops import registry, triton
+from robustft.ops import accelerator, registry
 from robustft.ops.libraries import LIBRARIES
 from robustft.ops.registry import Body
 
@@ -109,7 +109,7 @@ def _lacks(op: str, device: torch.device, tensors: str) -> str:
     why = LIBRARIES.get(device.type, "does not exist for this device type")
     if why != "loaded":
         return why
-    if device.type != "cpu" and registry.OPERATORS[op].by_triton and (lacking := triton.lacking(device)):
+    if device.type != "cpu" and registry.OPERATORS[op].by_triton and (lacking := accelerator.lacking(device)):
         return f"needs Triton for the losses, and {lacking}"  # no operator in it: one warning for all
     return f"has no kernel of {op} for {tensors}"
 
@@ -126,6 +126,6 @@ def build_info() -> dict[str, Any]:
         "detected_isa": built.detected_isa(),
         "active_isa": built.active_isa(),
         "libraries": LIBRARIES,
-        "triton": triton.STATUS,
+        "triton": accelerator.STATUS,
         "torch": torch.__version__,
     }

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from robustft.ops import triton
+from robustft.ops import accelerator
 from robustft.ops.arguments import FLOATS
 from robustft.ops.libraries import LIBRARIES
 
@@ -149,7 +149,7 @@ def register(op: Op) -> None:
 def body(op: str, device: torch.device, dtype: torch.dtype) -> Body:
     """What torch's dispatcher has for such tensors, whatever backend is chosen; "reference" where there is nothing."""
     found = BODIES.get((op, device.type), "reference")
-    if found == "triton" and not triton.suits(device, dtype):
+    if found == "triton" and not accelerator.suits(device, dtype):
         return "reference"
     return found
 
@@ -168,8 +168,9 @@ def _tell_torch(op: Op) -> None:
     torch.library.register_fake(f"robustft::{op.name}", op.fake, lib=library)
     if op.body is not None:
         library.impl(op.name, op.body, "CompositeExplicitAutograd")
-    if op.triton is not None and triton.STATUS == "registered":
-        library.impl(op.name, triton.body(op.triton, op.name), triton.DEVICE.upper(), allow_override=triton.INTERPRETED)
+    if op.triton is not None and accelerator.STATUS == "registered":
+        kernel, key = accelerator.body(op.triton, op.name), accelerator.DEVICE.upper()
+        library.impl(op.name, kernel, key, allow_override=accelerator.INTERPRETED)
     if op.backward is not None:
         setup, formula, *_ = op.backward
         torch.library.register_autograd(f"robustft::{op.name}", formula, setup_context=setup, lib=library)
@@ -186,7 +187,7 @@ def _tell_torch(op: Op) -> None:
 
 def _body_on(op: Op, device: str) -> Body | None:
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"robustft::{op.name}", device.upper()):
-        return "triton" if op.triton is not None and device == triton.DEVICE else "compiled"
+        return "triton" if op.triton is not None and device == accelerator.DEVICE else "compiled"
     return None if op.kernel is None else BODIES.get((op.kernel, device))
 
 

@@ -14,10 +14,10 @@ from targets import INTERPRETED, gradients
 
 import robustft
 from robustft import functional as rf
-from robustft.ops import dispatch, layouts, reference, registry, triton
+from robustft.ops import accelerator, dispatch, layouts, reference, registry
 from robustft.ops.triton import configs
 
-assert INTERPRETED and triton.STATUS == "registered"
+assert INTERPRETED and accelerator.STATUS == "registered"
 
 
 def pairs(n: int, d: int, seed: int = 0):

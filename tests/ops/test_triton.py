@@ -18,7 +18,7 @@ import torch
 
 import robustft
 from benchmarks import triton_resources as resources
-from robustft.ops import dispatch, layouts, registry, triton
+from robustft.ops import accelerator, dispatch, layouts, registry
 from robustft.ops.triton import table
 
 TESTS = Path(__file__).parent.parent
@@ -228,7 +228,7 @@ def test_importing_robustft_does_not_import_triton(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("dtype", triton.DTYPES)
+@pytest.mark.parametrize("dtype", accelerator.DTYPES)
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_blocks_divide_the_tiles_that_they_read(architecture, dtype, precision):
     from robustft.ops.triton import configs
@@ -386,7 +386,7 @@ def test_autotuning_prints_its_table_when_the_process_ends():
 def test_a_device_takes_the_row_of_its_kind(monkeypatch, capability, row):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
-    assert triton.architecture.__wrapped__(torch.device("cuda", 0)) == row
+    assert accelerator.architecture.__wrapped__(torch.device("cuda", 0)) == row
 
 
 @pytest.mark.parametrize("able", [False, True])
@@ -399,8 +399,8 @@ def test_an_older_triton_leaves_sm_100_to_the_reference(monkeypatch, able):
         print(device)  # asking a device is nothing that can be traced either
         return "sm_100"
 
-    monkeypatch.setattr(triton, "architecture", architecture)
-    monkeypatch.setattr(triton, "TENSOR_MEMORY", able)
+    monkeypatch.setattr(accelerator, "architecture", architecture)
+    monkeypatch.setattr(accelerator, "TENSOR_MEMORY", able)
     torch.compiler.reset()
     for function in (computed, torch.compile(computed, fullgraph=True, backend="eager")):
         assert function(torch.zeros(())) == float(able)
@@ -434,7 +434,7 @@ def check(case, kernels: dict) -> None:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_compiling_here_gives_what_the_table_says(architecture, heads):
-    if architecture == "sm_100" and not triton.TENSOR_MEMORY:
+    if architecture == "sm_100" and not accelerator.TENSOR_MEMORY:
         pytest.skip("this Triton does not compile for sm_100: test_an_older_triton_leaves_sm_100_to_the_reference")
     # The rows that most losses take; the whole table is minutes of compiling.
     case = resources.Case(architecture, "bfloat16", "highest", heads, True)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from robustft.ops import triton
-from robustft.ops.triton import INTERPRETED
+from robustft.ops import accelerator
+from robustft.ops.accelerator import INTERPRETED
 
 
 class Launch(NamedTuple):
@@ -40,7 +40,7 @@ def architecture(device: torch.device) -> str:
     """Of the table in configs.py: the device's, or "interpreter"."""
     if _recording is not None:
         return _recording[0]
-    return "interpreter" if INTERPRETED else triton.architecture(device)
+    return "interpreter" if INTERPRETED else accelerator.architecture(device)
 
 
 def addressable(features: Tensor) -> Tensor:
