@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(robustft, m) {
-  // Kernels, one implementation a device, no autograd: cpu/similarity.cpp
+  // Kernels, one implementation a device, no autograd: cpu/similarity/
   m.def(
       "similarity_statistics(Tensor x, Tensor t, Tensor scale, Tensor x_labels, Tensor t_labels, "
       "Tensor? x_teacher, Tensor? t_teacher, Tensor? teacher_scale, bool totals, bool keep, str precision) "
@@ -11,8 +11,8 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "similarity_gradient(Tensor x, Tensor t, Tensor scale, Tensor x_labels, Tensor t_labels, "
       "Tensor? x_teacher, Tensor? t_teacher, Tensor? teacher_scale, Tensor row, Tensor col, Tensor centers, "
       "Tensor kept, bool totals, str precision) -> (Tensor dx, Tensor dt)");
+  // For the tests, cpu/similarity/gradient.cpp: the kernels' exp; cpu/tile.cpp: a tile's products and their arithmetic
   m.def("vector_exp(Tensor x) -> Tensor");
-  // cpu/tile.cpp, for the tests: a tile's products, and which arithmetic they have
   m.def("tile_products(Tensor x, Tensor t, Tensor g, str precision) -> (Tensor s, Tensor dx, Tensor dt)");
   m.def("product_arithmetic(Tensor x, str precision) -> Tensor");
   // cpu/classes.cpp
@@ -45,7 +45,7 @@ STABLE_TORCH_LIBRARY(robustft, m) {
   m.def("orthogonality_penalty(Tensor w, bool squared) -> (Tensor penalty, Tensor residual)");
   m.def(
       "orthogonality_penalty_backward(Tensor grad, Tensor w, Tensor residual, Tensor penalty, bool squared) -> Tensor");
-  // cpu/neighbor_pack.cpp, cpu/neighbors.cpp, cuda/neighbor_pack.cu, cuda/neighbors.cu
+  // cpu/neighbors/, cuda/neighbor_pack.cu, cuda/neighbors.cu
   m.def(
       "neighbor_pack(Tensor points, int samples) "
       "-> (Tensor centre, Tensor bias, Tensor filter, Tensor sample, Tensor bounds)");
@@ -56,7 +56,7 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "nearest_neighbors(Tensor queries, Tensor points, Tensor centre, Tensor bias, Tensor filter, Tensor sample, "
       "Tensor bounds, int k, bool squared) -> (Tensor distances, Tensor indices)");
 
-  // Losses, composed from the kernels for every device, with autograd: robustft/ops/native/
+  // Losses with autograd. Triton computes them whole; elsewhere robustft/ops/ composes them from the kernels above
   m.def(
       "contrastive_loss(Tensor x, Tensor t, Tensor scale, Tensor? labels, float label_smoothing, bool keep) "
       "-> (Tensor loss, Tensor scale_gradient, Tensor row, Tensor col, Tensor centers, Tensor kept)");
@@ -69,6 +69,10 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "Tensor teacher_scale, Tensor? labels, bool keep) "
       "-> (Tensor contrastive, Tensor distillation, Tensor scale_gradients, Tensor row, Tensor col, Tensor centers, "
       "Tensor kept)");
+  m.def(
+      "contrastive_distillation_loss_backward(Tensor g, Tensor h, Tensor x, Tensor t, Tensor scale, Tensor x_teacher, "
+      "Tensor t_teacher, Tensor teacher_scale, Tensor? labels, Tensor scale_gradients, Tensor row, Tensor col, "
+      "Tensor centers, Tensor kept) -> (Tensor dx, Tensor dt, Tensor ds)");
   m.def(
       "classification_loss(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, str variant, bool top1, "
       "float label_smoothing, bool keep) "
@@ -85,9 +89,4 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "dual_risk_backward(Tensor g, Tensor h, Tensor x, Tensor w, Tensor scale, Tensor labels, Tensor core_labels, "
       "Tensor scale_gradients, Tensor kept, Tensor exponentials) -> (Tensor dx, Tensor dw, Tensor ds)");
   m.def("concept_scores(Tensor x, Tensor w, float temperature, Tensor scale) -> (Tensor scores, Tensor prediction)");
-  m.def(
-      "contrastive_distillation_loss_backward(Tensor g, Tensor h, Tensor x, Tensor t, Tensor scale, Tensor x_teacher, "
-      "Tensor t_teacher, Tensor teacher_scale, Tensor? labels, Tensor scale_gradients, Tensor row, Tensor col, "
-      "Tensor centers, Tensor kept) "
-      "-> (Tensor dx, Tensor dt, Tensor ds)");
 }

@@ -21,17 +21,6 @@ from robustft import machine
 from robustft.machine import REINSTALL
 
 TOLERANCE = 1e-4  # float32 outcomes of order 1 to 100
-OPERATORS = {
-    "contrastive_loss": "similarity_statistics",
-    "contrastive_distillation_loss": "similarity_statistics",
-    "classification_loss": "classification_loss",
-    "dual_risk": "dual_risk",
-    "concept_scores": "class_scores",
-    "misalignment_penalty": "misalignment_penalty",
-    "cvar": "cvar",
-    "group_risk": "group_sums",
-}
-"""The public operators that have a compiled body, and the kernel that decides whether it is used."""
 
 _MODULES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
 """Where the module of a requirement has another name."""
@@ -143,51 +132,50 @@ def _build() -> Iterator[Check]:
 def _operators() -> Iterator[Check]:
     import torch
 
-    import robustft
-    from robustft import functional as rf
-    from robustft.ops.dispatch import use_native
-
-    def unit(n: int, d: int, device: str) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(n + d)
-        return torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1).to(device)
-
-    def outcomes(device: str) -> dict[str, list[torch.Tensor]]:
-        x, t, xt, tt = (unit(33, d, device).requires_grad_() for d in (19, 19, 20, 20))
-        s = torch.tensor(20.0, device=device, requires_grad=True)
-        labels = torch.arange(33, device=device) // 3
-        losses = {
-            "contrastive_loss": rf.contrastive_loss(x, t, s, labels=labels, label_smoothing=0.1),
-            "contrastive_distillation_loss": sum(rf.contrastive_distillation_loss(x, t, s, xt, tt, 9.0)),
-            "classification_loss": sum(rf.classification_loss(x, t[:12], labels, s)),
-            "dual_risk": sum(rf.dual_risk(x, t[:12], t[12:24], labels, t[:, :12].detach().abs(), s)),
-            "misalignment_penalty": rf.misalignment_penalty(s * x @ t[:12].T, labels),
-            "cvar": rf.cvar(s * (x * t).sum(1), 0.3),
-        }
-        values = {name: [loss, *torch.autograd.grad(loss, (x, t, s))] for name, loss in losses.items()}
-        values["concept_scores"] = [*rf.concept_scores(x, t[:12], logit_scale=s)]
-        values["group_risk"] = [*rf.group_risk(x[:, 0], labels, 12)]
-        return values
+    from robustft import functional
+    from robustft.ops import registry
 
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that a kernel is missing is said below
-                compiled = {name: use_native(kernel, torch.device(device)) for name, kernel in OPERATORS.items()}
-                actual = outcomes(device)
-            with robustft.backend("reference"):
-                expected = outcomes(device)
-        except Exception as error:  # a kernel that does not run is this check's finding
-            yield Check(f"operators on {device}", False, f"{type(error).__name__}: {error}", REINSTALL)
-            continue
-        for name in OPERATORS:
-            if not compiled[name]:
-                yield Check(f"{name} ({device})", None, "eager reference")
-                continue
-            pairs = zip(actual[name], expected[name], strict=True)
-            # Tensor.max, unlike Python's, hands NaN on, and NaN passes no comparison.
-            worst = torch.stack([(a.double() - b.double()).abs().max() for a, b in pairs]).max().item()
-            found = f"largest difference from the reference {worst:.1e}"
-            yield Check(f"{name} ({device})", worst <= TOLERANCE, found, REINSTALL)
+        for name, examples in registry.PUBLIC.items():
+            if name in registry.OPERATORS:  # the others are plain torch
+                yield _operator(name, device, getattr(functional, name), examples)
+
+
+def _operator(name: str, device: str, function: Callable, examples: Callable) -> Check:
+    """A function's results and gradients beside those of its reference."""
+    import torch
+
+    import robustft
+    from robustft.ops.dispatch import body_of
+    from robustft.ops.registry import Source
+
+    line = f"{name} ({device})"
+
+    def outcomes() -> list[torch.Tensor]:
+        found = []
+        for call in examples(Source(device, torch.float32)):
+            out = function(*call.arguments, **call.options)
+            out = [out] if isinstance(out, torch.Tensor) else list(out)
+            inputs = (*call.arguments, *call.options.values())
+            leaves = [a for a in inputs if isinstance(a, torch.Tensor) and a.requires_grad]
+            sums = [term.sum() for term in out if term.requires_grad]
+            found += [*out, *(torch.autograd.grad(torch.stack(sums).sum(), leaves) if sums else ())]
+        return found
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a kernel is missing is said below
+            if body_of(name, torch.empty(0, device=device)) == "reference":
+                return Check(line, None, "eager reference")
+            actual = outcomes()
+        with robustft.backend("reference"):
+            expected = outcomes()
+    except Exception as error:  # a kernel that does not run is this check's finding
+        return Check(line, False, f"{type(error).__name__}: {error}", REINSTALL)
+    pairs = zip(actual, expected, strict=True)
+    # Tensor.max, unlike Python's, hands NaN on, and NaN passes no comparison.
+    worst = torch.stack([(a.double() - b.double()).abs().max() for a, b in pairs]).max().item()
+    return Check(line, worst <= TOLERANCE, f"largest difference from the reference {worst:.1e}", REINSTALL)
 
 
 def _clip_libraries() -> Iterator[Check]:

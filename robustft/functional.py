@@ -20,11 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robustft.ops import arguments, neighbors, reference
-from robustft.ops.dispatch import use_native
-from robustft.ops.native import classification, contrastive, risks
-from robustft.ops.native import orthogonality as native_orthogonality
-from robustft.ops.orthogonality import orthogonality
+from robustft.ops import arguments, classification, contrastive, neighbors, orthogonality, risks, scores
+from robustft.ops.precision import at_least_float32
 
 
 class ContrastiveTerms(NamedTuple):
@@ -133,11 +130,7 @@ def contrastive_loss(
         from robustft.ops.sharded import sharded_contrastive_loss
 
         return sharded_contrastive_loss(x, t, s, labels, label_smoothing, weight, reduction, group, memory)
-    if use_native("similarity_statistics", x.device, x.dtype):
-        keep = arguments.keeps(memory, "contrastive_loss", n, n, x, 1) and torch.is_grad_enabled()
-        losses = contrastive.contrastive_loss(x, t, s, labels, label_smoothing, keep)
-    else:
-        losses = reference.contrastive_loss(x, t, s, labels, label_smoothing)
+    losses = contrastive.contrastive_loss(x, t, s, labels, label_smoothing, memory)
     return _reduce(losses, weight, reduction)
 
 
@@ -193,11 +186,7 @@ def contrastive_distillation_loss(
         return ContrastiveTerms(
             *sharded_contrastive_distillation_loss(*matrices, labels, weight, reduction, group, memory)
         )
-    if use_native("similarity_statistics", x.device, x.dtype):
-        keep = arguments.keeps(memory, "contrastive_loss", n, n, x, 2) and torch.is_grad_enabled()
-        terms = contrastive.contrastive_distillation_loss(x, t, s, xt, tt, st, labels, keep)
-    else:
-        terms = reference.contrastive_distillation_loss(x, t, s, xt, tt, st, labels)
+    terms = contrastive.contrastive_distillation_loss(x, t, s, xt, tt, st, labels, memory)
     return ContrastiveTerms(*(_reduce(term, weight, reduction) for term in terms))
 
 
@@ -235,7 +224,8 @@ def classification_loss(
             exponentials (4 bytes each, 8 for float64, on a GPU 2 for bfloat16) fit, they are kept, else the logits are
             multiplied again: 6 or 8 N K D flops.
 
-    Gradients reach features, class_embeddings, logit_scale, bias and weight.
+    Gradients reach features, class_embeddings, logit_scale, bias and weight. A NaN among a sample's logits makes both
+    its terms NaN.
     Memory: the gradients and what `memory` allows; forward up to 4 MB a thread (64 K numbers where that is more);
     backward 8 MB (256 K numbers where that is more) and, for few classes, up to eight times their gradient. On a GPU,
     where labels outside [0, K) are not looked for but make their losses NaN: O(N), up to 256 MB (2048 rows of K
@@ -254,12 +244,7 @@ def classification_loss(
     arguments.check_smoothing(label_smoothing)
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
-    if use_native("classification_loss", x.device, x.dtype):
-        keep = arguments.keeps(memory, "classification_loss", n, k, x, 1) and torch.is_grad_enabled()
-        terms = classification.classification_loss(x, w, s, bias, y, variant, top1, label_smoothing, keep)
-    else:
-        z = reference.class_logits(x, w, s, bias)
-        terms = reference.class_cross_entropy(z, y, label_smoothing), reference.misalignment(z, y, variant, top1)
+    terms = classification.classification_loss(x, w, s, bias, y, variant, top1, label_smoothing, memory)
     return ClassificationTerms(*(_reduce(term, weight, reduction) for term in terms))
 
 
@@ -291,17 +276,13 @@ def misalignment_penalty(
         raise TypeError(f"logits is {type(logits).__name__}; expected a tensor (N, K)")
     if logits.dim() != 2 or logits.dtype not in arguments.FLOATS or logits.numel() == 0:
         raise ValueError(f"logits is {tuple(logits.shape)} {logits.dtype}; expected floating (N, K), not empty")
-    labels = arguments.class_labels(labels, *logits.shape, logits.device)
+    n, k = logits.shape
+    labels = arguments.class_labels(labels, n, k, logits.device)
     arguments.check_variant(variant)
     arguments.check_reduction(reduction)
     if average not in ("batch", "errors"):
         raise ValueError(f"average is {average!r}; expected 'batch' or 'errors'")
-    if use_native("misalignment_penalty", logits.device, logits.dtype):
-        penalty, errors, _ = risks.misalignment_penalty(logits, labels, variant, top1)
-    else:
-        z = reference.widen(logits)
-        penalty = reference.misalignment(z, labels, variant, top1)
-        errors = (~(z <= z.gather(1, labels[:, None]))).any(1).sum()
+    penalty, errors = risks.misalignment_penalty(logits, labels, variant, top1)
     if reduction == "mean" and average == "errors":
         return penalty.sum() / errors.clamp(min=1)
     return _reduce(penalty, None, reduction)
@@ -356,12 +337,7 @@ def dual_risk(
         )
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
-    core = core_labels.detach()
-    if use_native("dual_risk", x.device, x.dtype):
-        keep = arguments.keeps(memory, "dual_risk", n, k, x, 2) and torch.is_grad_enabled()
-        terms = classification.dual_risk(x, torch.cat((w, v)), s, y, core, keep)
-    else:
-        terms = reference.dual_risk(x, w, v, s, y, core)
+    terms = classification.dual_risk(x, w, v, s, y, core_labels.detach(), memory)
     return DualRiskTerms(*(_reduce(term, weight, reduction) for term in terms))
 
 
@@ -393,7 +369,7 @@ def concept_scores(
         logit_scale: s, the model's multiplied-out scale; positive. None: 1 / temperature, which makes msp equal mcm.
 
     No gradients: scores are for detection, and nothing is kept for a backward. Results are float32 (float64 for
-    float64 features), `prediction` int64.
+    float64 features), `prediction` int64. A NaN among a sample's cosines makes its scores NaN and its prediction any.
     Memory: O(N), up to 2 MB a thread (32 K numbers where that is more), half-precision features 8192 rows at a time in
     float32. On a GPU O(N).
     Source: MCM, Ming et al. 2022 (arXiv 2211.13445); energy, Liu et al. 2020; MSP, Hendrycks and Gimpel 2017.
@@ -408,10 +384,7 @@ def concept_scores(
         raise ValueError("logit_scale is 0; expected a positive number, 1/s is the energy's temperature")
     for name, value in (("features", features), ("class_embeddings", class_embeddings)):  # as rounded: not promoted
         arguments.check_unit_norm(name, value)
-    if use_native("class_scores", x.device, x.dtype):
-        scores, prediction = torch.ops.robustft.concept_scores(x, w, temperature, s)
-        return ConceptScores(*scores.unbind(), prediction)
-    return ConceptScores(*reference.concept_scores(x, w, temperature, s))
+    return ConceptScores(*scores.concept_scores(x, w, temperature, s))
 
 
 @arguments.own_precision
@@ -431,9 +404,7 @@ def cvar(losses: Tensor, alpha: float) -> Tensor:
     arguments.loss_vector(losses)
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a fraction in (0, 1]")
-    if use_native("cvar", losses.device):
-        return risks.cvar(losses, alpha)[0]
-    return reference.cvar(reference.widen(losses), alpha)
+    return risks.cvar(losses, alpha)
 
 
 @arguments.own_precision
@@ -454,9 +425,7 @@ def orthogonality_penalty(projection: Tensor, *, squared: bool = False) -> Tenso
         raise ValueError(
             f"projection is {tuple(projection.shape)} {projection.dtype}; expected a floating (P, D) matrix"
         )
-    if projection.is_cpu and use_native("orthogonality_penalty", projection.device, projection.dtype):
-        return native_orthogonality.orthogonality_penalty(projection, squared)
-    return orthogonality(projection, squared)
+    return orthogonality.orthogonality_penalty(projection, squared)
 
 
 @arguments.own_precision
@@ -472,7 +441,7 @@ def cross_penalty(visual_projection: Tensor, text_projection: Tensor) -> Tensor:
             raise ValueError(
                 f"{name} is {tuple(w.shape)} {w.dtype}; expected a floating matrix with the columns of the visual one"
             )
-    product = reference.widen(visual_projection) @ reference.widen(text_projection).T
+    product = at_least_float32(visual_projection) @ at_least_float32(text_projection).T
     return torch.linalg.vector_norm(product)
 
 
@@ -490,7 +459,7 @@ def group_risk(losses: Tensor, groups: Tensor, num_groups: int) -> GroupRisk:
     """
     arguments.loss_vector(losses)
     groups = arguments.group_indices(groups, losses, num_groups)
-    return _group_risk(losses, groups, num_groups)
+    return GroupRisk(*risks.group_risk(losses, groups, num_groups))
 
 
 @arguments.own_precision
@@ -553,15 +522,9 @@ def group_dro(losses: Tensor, groups: Tensor, weights: Tensor, step_size: float)
     if weights.device != losses.device:
         raise ValueError(f"weights is on {weights.device}; expected {losses.device}, as losses")
     groups = arguments.group_indices(groups, losses, len(weights))
-    mean, _, counts = _group_risk(losses, groups, len(weights))
+    mean, _, counts = risks.group_risk(losses, groups, len(weights))
     updated = _reweighted(weights, mean, step_size)
     return GroupDRO(torch.dot(updated.to(mean.dtype), mean), updated, mean, counts)
-
-
-def _group_risk(losses: Tensor, groups: Tensor, num_groups: int) -> GroupRisk:
-    ops = risks if use_native("group_sums", losses.device) else reference
-    mean, worst, _, counts = ops.group_risk(losses, groups, num_groups)
-    return GroupRisk(mean, worst, counts)
 
 
 def _reweighted(weights: Tensor, risk: Tensor, step_size: float) -> Tensor:

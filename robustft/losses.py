@@ -93,12 +93,23 @@ class CaRotLoss(nn.Module):
         teacher = (teacher_image_features, teacher_text_features, teacher_logit_scale)
         if any(part is None for part in teacher) != all(part is None for part in teacher):
             raise ValueError("teacher_image_features, teacher_text_features and teacher_logit_scale go together")
-        student = (image_features, text_features, logit_scale)
-        options = {"labels": labels, "weight": weight, "group": self.group}
-        if teacher[0] is None:
-            losses = {"contrastive_loss": contrastive_loss(*student, **options)}
+        if teacher_image_features is None or teacher_text_features is None or teacher_logit_scale is None:
+            loss = contrastive_loss(
+                image_features, text_features, logit_scale, labels=labels, weight=weight, group=self.group
+            )
+            losses = {"contrastive_loss": loss}
         else:
-            terms = contrastive_distillation_loss(*student, *teacher, **options)
+            terms = contrastive_distillation_loss(
+                image_features,
+                text_features,
+                logit_scale,
+                teacher_image_features,
+                teacher_text_features,
+                teacher_logit_scale,
+                labels=labels,
+                weight=weight,
+                group=self.group,
+            )
             losses = {
                 "contrastive_loss": terms.contrastive,
                 "distillation_loss": self.distillation_weight * terms.distillation,

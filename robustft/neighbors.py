@@ -17,7 +17,7 @@ from torch import Tensor
 from robustft.files import load_fitted, save_fitted
 from robustft.functional import Neighbors
 from robustft.ops import arguments, neighbors
-from robustft.ops.native.neighbors import PackedPoints
+from robustft.ops.neighbors import PackedPoints
 
 
 class NeighborIndex:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import robustft
-from robustft.ops import reference, triton
+from robustft.ops import accelerator, reference
 
 
 class Target(NamedTuple):
@@ -32,18 +32,18 @@ class Target(NamedTuple):
 
 
 def targets() -> list[Target]:
-    if triton.INTERPRETED:  # its products of bfloat16 are wrong
+    if accelerator.INTERPRETED:  # its products of bfloat16 are wrong
         return [Target("triton", "cpu", dtype) for dtype in (torch.float32, torch.float16)]
     every = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     found = [Target("native", "cpu", dtype) for dtype in every]
     if torch.cuda.is_available():
-        found += [Target("triton", "cuda", dtype) for dtype in triton.DTYPES]
+        found += [Target("triton", "cuda", dtype) for dtype in accelerator.DTYPES]
     return found
 
 
 TARGETS = targets()
 FLOAT32 = [target for target in TARGETS if target.dtype == torch.float32]
-INTERPRETED = triton.INTERPRETED
+INTERPRETED = accelerator.INTERPRETED
 REFERENCE = [] if INTERPRETED else [Target("reference", "cpu", torch.float64)]
 each_target = pytest.mark.parametrize("target", TARGETS, ids=str)
 each_device = pytest.mark.parametrize("target", FLOAT32, ids=str)
@@ -84,7 +84,7 @@ def assert_as_accurate_as_eager(function, *inputs: Tensor, target: Target) -> No
     with robustft.backend("reference"), pytest.MonkeyPatch.context() as patch:
         exact = gradients(function, *(i.double() for i in rounded))
         if target.by_triton:
-            patch.setattr(reference, "widen", lambda tensor: tensor)
+            patch.setattr(reference, "at_least_float32", lambda tensor: tensor)
         eager = gradients(function, *rounded)
     unit = 1e-13 if dtype == torch.float64 else 1e-6
     for a, b, c in zip(ours, exact, eager, strict=True):

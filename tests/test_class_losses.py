@@ -245,11 +245,26 @@ def test_nan_in_a_feature_reaches_its_own_loss_only(top1, target):
     core = torch.ones(n, 40, device=target.device, dtype=target.dtype)
     with robustft.backend(target.backend):
         terms = (
-            rf.classification_loss(x, w, labels, 10.0, top1=top1, reduction="none").cross_entropy,
+            *rf.classification_loss(x, w, labels, 10.0, top1=top1, reduction="none"),
             *rf.dual_risk(x, w, w, labels, core, 10.0, reduction="none"),
         )
     for each in terms:
         assert each.isnan().nonzero().tolist() == [[n - 30]]
+
+
+@each_body
+@pytest.mark.parametrize("top1", [False, True])
+@pytest.mark.parametrize("k", [1, 4])
+def test_nan_in_a_class_reaches_both_terms_of_every_sample(k, top1, target):
+    x, w, labels = placed(target, *classes(9, k, 6))
+    w[k - 1, 2] = torch.nan
+    core = torch.zeros(9, k, device=target.device, dtype=target.dtype)
+    with robustft.backend(target.backend):
+        for variant in VARIANTS:
+            terms = rf.classification_loss(x, w, labels, 10.0, variant=variant, top1=top1, reduction="none")
+            assert all(term.isnan().all() for term in terms), variant
+        empirical, worst_case = rf.dual_risk(x, w.nan_to_num(), w, labels, core, 10.0, reduction="none")
+    assert worst_case.isnan().all() and empirical.isfinite().all()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from robustft import doctor, functional
-from robustft.ops import dispatch
+from robustft.ops import dispatch, registry
 
 compiled = pytest.mark.skipif(dispatch.LIBRARIES["cpu"] != "loaded", reason="no compiled CPU operators here")
 
 
 def operators() -> dict[str, doctor.Check]:
-    found = {check.name: check for check in doctor.checks()}
-    return {name: found[f"{name} (cpu)"] for name in doctor.OPERATORS}
+    """Its lines on the operators, by the name of the function."""
+    lines = (check for check in doctor.checks() if check.name.endswith(" (cpu)"))
+    return {check.name.removesuffix(" (cpu)"): check for check in lines}
 
 
 class NaNGradient(torch.autograd.Function):
@@ -28,8 +32,38 @@ class NaNGradient(torch.autograd.Function):
 
 @compiled
 def test_every_operator_is_compared_with_its_reference():
-    for check in operators().values():
+    found = operators()
+    assert set(found) == {name for name in registry.PUBLIC if name in registry.OPERATORS}
+    for check in found.values():
         assert check.passed and "largest difference from the reference" in check.found
+
+
+def test_the_registry_has_every_public_function():
+    public = {
+        name
+        for name, function in inspect.getmembers(functional, inspect.isfunction)
+        if function.__module__ == functional.__name__ and not name.startswith("_")
+    }
+    assert set(registry.PUBLIC) == public
+
+
+@compiled
+@pytest.mark.parametrize("name", [name for name in registry.PUBLIC if name not in registry.OPERATORS])
+def test_public_functions_that_are_no_operator_have_none_of_their_own(name):
+    """All that they run of robustft are operators of functions that doctor compares."""
+
+    class Operators(TorchDispatchMode):
+        names: set[str] = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "robustft":
+                self.names.add(function._opname)
+            return function(*args, **(kwargs or {}))
+
+    with Operators() as ran:
+        for call in registry.PUBLIC[name](registry.Source("cpu", torch.float32)):
+            getattr(functional, name)(*call.arguments, **call.options)
+    assert ran.names <= set(registry.PUBLIC)
 
 
 @compiled
@@ -37,7 +71,7 @@ def test_a_kernel_with_one_nan_gradient_fails(monkeypatch):
     correct = functional.contrastive_loss
 
     def kernel(x, t, s, **options):
-        return correct(x, t if dispatch._choice == "reference" else NaNGradient.apply(t), s, **options)
+        return correct(x, t if dispatch.chosen() == "reference" else NaNGradient.apply(t), s, **options)
 
     monkeypatch.setattr(functional, "contrastive_loss", kernel)
     checks = operators()
@@ -46,7 +80,7 @@ def test_a_kernel_with_one_nan_gradient_fails(monkeypatch):
 
 
 def test_the_reference_is_not_said_to_agree_with_itself(monkeypatch):
-    monkeypatch.setattr(dispatch, "_KERNELS", {})
+    monkeypatch.setattr(registry, "BODIES", {})
     for check in operators().values():
         assert check.passed is None and check.found == "eager reference"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
 
 import planted
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 
 import robustft
 from robustft import functional as rf
-from robustft.ops import reference
+from robustft.ops import dispatch, reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -286,6 +288,62 @@ def test_group_risk_of_nothing_is_refused():
 def test_a_gpus_backend_does_not_pretend_on_the_cpu():
     with robustft.backend("triton"), pytest.raises(RuntimeError, match="no such kernel"):
         rf.contrastive_loss(X, T, 10.0)
+
+
+def test_a_thread_chooses_its_own_backend_and_leaves_the_others_theirs():
+    inside, leave, seen = threading.Event(), threading.Event(), []
+
+    def other() -> None:
+        seen.append(dispatch.chosen())
+        with robustft.backend("reference"):
+            inside.set()
+            leave.wait(60)
+            seen.append(dispatch.chosen())
+        seen.append(dispatch.chosen())
+
+    with robustft.backend("native"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert inside.wait(60) and dispatch.chosen() == "native"
+    assert dispatch.chosen() == "auto"  # though the other is still inside its block
+    leave.set()
+    thread.join()
+    assert seen == ["auto", "reference", "auto"] and dispatch.chosen() == "auto"
+
+
+def test_a_task_chooses_its_own_backend_and_leaves_the_others_theirs():
+    async def task(name: str, enter: asyncio.Event, entered: asyncio.Event, leave: asyncio.Event) -> str:
+        await enter.wait()
+        with robustft.backend(name):
+            entered.set()
+            await leave.wait()
+            return dispatch.chosen()
+
+    async def both() -> list[str]:
+        start, first, second = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        start.set()
+        # The first leaves while the second is inside.
+        return await asyncio.gather(task("native", start, first, second), task("reference", first, second, second))
+
+    assert asyncio.run(both()) == ["native", "reference"]
+    assert dispatch.chosen() == "auto"
+
+
+def test_compiled_code_follows_the_backend():
+    x, t = (f.float() for f in planted.pairs(9, 5))
+    graphs = []
+
+    def kept(graph, _):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    torch.compiler.reset()
+    loss = torch.compile(lambda x, t: rf.contrastive_loss(x, t, 10.0), fullgraph=True, backend=kept)
+    for name in ("native", "reference", "native"):
+        with robustft.backend(name):
+            loss(x, t)
+    with_operator = ["robustft.contrastive_loss" in str(sorted(targets)) for targets in graphs]
+    assert with_operator == [True, False]
 
 
 def test_unknown_backend_is_refused():

@@ -16,8 +16,8 @@ from torch.nn.functional import normalize
 import robustft
 from robustft import NeighborIndex
 from robustft import functional as rf
-from robustft.ops import dispatch
-from robustft.ops.native import neighbors as native
+from robustft.ops import dispatch, libraries
+from robustft.ops import neighbors as native
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 compiled = pytest.mark.skipif(dispatch.LIBRARIES["cpu"] != "loaded", reason="installed without compiled code")
@@ -493,7 +493,7 @@ torch.save(out, sys.argv[3])
 
 @compiled
 def test_every_instruction_set_and_thread_count_finds_the_same(tmp_path):
-    names = dispatch.ISA_NAMES[: dispatch.ISA_NAMES.index(robustft.build_info()["active_isa"]) + 1]
+    names = libraries.ISA_NAMES[: libraries.ISA_NAMES.index(robustft.build_info()["active_isa"]) + 1]
     results = {}
     for isa in names:
         if isa == "avx512" and robustft.build_info()["detected_isa"] not in ("avx512", "amx"):

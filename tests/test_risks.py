@@ -329,7 +329,7 @@ def test_compiled_group_risk_is_what_other_devices_compose():
     ours = torch.ops.robustft.group_risk(losses, groups, 8)
     composed = reference.risk_of_sums(*torch.ops.robustft.group_sums(losses, groups, 8))
     torch.testing.assert_close(ours, composed)
-    from robustft.ops.native import risks
+    from robustft.ops import risks
 
     inputs = (torch.randn(8), torch.tensor(0.7))
     for mean, worst in (inputs, (None, inputs[1]), (inputs[0], None)):

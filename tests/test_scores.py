@@ -5,7 +5,7 @@ from __future__ import annotations
 import planted
 import pytest
 import torch
-from targets import each_body, each_target, placed, sizes
+from targets import each_body, each_device, each_target, placed, sizes
 from torch import Tensor
 
 import robustft
@@ -67,6 +67,35 @@ def test_scores_are_those_of_detection(target):
     torch.testing.assert_close(s * scores.energy, detection.energy(s * cosines))
     torch.testing.assert_close(scores.entropy, detection.entropy(s * cosines))
     assert torch.equal(scores.prediction, cosines.argmax(1))
+
+
+@each_device
+@pytest.mark.parametrize("body", ["target's", "reference"])
+def test_confident_samples_stay_apart_as_softmax_keeps_them(body, target):
+    # Two classes at right angles; p up to all but 1. The logarithm of a sum of exp(100 cosine) is as coarse as 8e-6.
+    angle = torch.linspace(0.70, 0.77, 200, dtype=torch.float64)
+    x, w = placed(target, torch.stack((angle.cos(), angle.sin()), 1), torch.eye(2, dtype=torch.float64))
+    exact = (100 * x.double()).softmax(1).amax(1)
+    with robustft.backend(target.backend if body != "reference" else body):
+        scores = rf.concept_scores(x, w, temperature=0.01, logit_scale=100.0)
+    for score in (scores.msp, scores.mcm):
+        assert ((score - exact).abs() <= 2e-5 * (1 - exact) + 2e-7).all()
+        apart = exact[:, None] - exact > 4e-5 * (1 - exact) + 5e-7
+        assert (score[:, None] > score)[apart].all()
+
+
+@each_body
+def test_nan_among_the_cosines_makes_the_samples_scores_nan(target):
+    x, w = placed(target, *unit(9, 5, 6))
+    x[3, 2] = torch.nan
+    broken = torch.cat((w[:4], torch.nan * w[4:]))
+    for classes, expected in ((w, [3]), (broken, [*range(9)])):
+        if target.backend == "reference":
+            scores = reference.concept_scores(x, classes, 0.5, torch.tensor(9.0, dtype=w.dtype))
+        else:
+            scores = torch.ops.robustft.concept_scores(x, classes, 0.5, torch.tensor(9.0, device=w.device))[0]
+        for score in scores[:5]:
+            assert score.isnan().nonzero().flatten().tolist() == expected
 
 
 @each_body

@@ -29,7 +29,7 @@ namespace class_statistic {
 enum : int64_t {
   kMax,          // max z
   kLogSum,       // log sum e
-  kAboveLogSum,  // log sum of e over {e > e_y}, -inf when nothing ranks above the label
+  kAboveLogSum,  // log sum of e over {e > e_y}, -inf when nothing ranks above the label, NaN if any z is
   kMean,         // sum p S, p = softmax z
   kLabelGap,     // max - z_y
   kLabel,        // S_y

@@ -66,7 +66,8 @@ inline void row_statistics(const ClassPanel<T>& panel, int64_t r, T* statistics,
   out(stat::kMean) = reduce_sum<T>(mean) / total;
   out(stat::kLabelGap) = m - z_label;
   out(stat::kLabel) = s_label;
-  out(stat::kAboveLogSum) = kMisranked ? T(__builtin_log(above_total)) : T(0);
+  // Nothing ranks above a NaN by comparison: it is in the sum of all e, and the penalty must not hide it.
+  out(stat::kAboveLogSum) = !kMisranked ? T(0) : total != total ? total : T(__builtin_log(above_total));
   out(stat::kAboveMean) = above_total > 0 ? reduce_sum<T>(above_mean) / above_total : T(0);
   out(stat::kMaxS) = s_max;
   out(stat::kMeanGap) = reduce_sum<T>(gap_sum) / T(panel.k);

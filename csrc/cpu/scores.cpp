@@ -3,7 +3,8 @@
 //   c = x w^T,  m = max c,  a = 1 / temperature,  s scale,  p = softmax(s c)
 //   max_cosine = m                                mcm = max softmax(a c) = 1 / sum exp(a (c - m))
 //   energy = (1/s) logsumexp(s c)                 msp = max p            = 1 / sum exp(s (c - m))
-//   entropy = sum p log p (not positive)          prediction = the first c that is m
+//   entropy = sum p log p (not positive)          prediction = the first c that is m; of a row with NaN, which makes
+//                                                 all its scores NaN, 0
 //
 // A thread multiplies a panel of rows by all classes and sweeps over its rows twice while it is in cache: for m, then
 // for the sums. No (n, k) matrix exists. Features that are not in the dtype of the computation are converted a stretch

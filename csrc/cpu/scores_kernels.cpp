@@ -6,8 +6,8 @@ namespace robustft {
 namespace ROBUSTFT_ISA {
 namespace {
 
-// With c the cosines and m the largest, at a scale s: sum exp(s (c - m)) and, divided by it, sum exp(s (c - m)) (c -
-// m); at the inverse temperature, where it is another, the first only.
+// With c the cosines and m the largest, at a scale s: sum exp(s (c - m)) and, divided by it,
+// sum exp(s (c - m)) (c - m); at the inverse temperature, where it is another, the first only.
 template <class T, bool kTwoScales>
 void panel_scores(const CosinePanel<T>& panel, T* scores, int64_t* prediction) {
   namespace score = class_score;

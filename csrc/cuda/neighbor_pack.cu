@@ -1,4 +1,4 @@
-// Prepares points for neighbour searches on the GPU: the outputs of cpu/neighbor_pack.cpp, but that
+// Prepares points for neighbour searches on the GPU: the outputs of cpu/neighbors/pack.cpp, but that
 //
 //   filter   holds x - c in bfloat16 row by row, each filled up with 0 to a multiple of 32: what neighbor_filter.h
 //   reads float32  is the only type: searches of float64 points go through torch

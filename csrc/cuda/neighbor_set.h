@@ -9,7 +9,7 @@ constexpr int64_t kMaxNeighborPoints = (int64_t(1) << 31) - (1 << 16);  // tiles
 // Columns of the filter's rows.
 inline int64_t filter_depth(int64_t d) { return (d + 31) / 32 * 32; }
 
-// The elements of `bounds`, as in cpu/neighbor_set.h.
+// The elements of `bounds`, as in cpu/neighbors/set.h.
 namespace neighbor_bound {
 enum : int {
   kNorm,      // max |x - c|; NaN when a point is not finite

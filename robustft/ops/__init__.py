@@ -1,1 +1,1 @@
-"""How `robustft.functional` is computed: `reference` (eager PyTorch), `native` (compiled operators), `dispatch`."""
+"""How `robustft.functional` is computed: the `registry` of operators, their families, bodies and references."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from robustft.ops import triton
-from robustft.ops.triton import configs
+P = ParamSpec("P")
+R = TypeVar("R")
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 VARIANTS = ("neg_log_ratio", "neg_ratio", "softplus", "ratio")
@@ -19,14 +20,14 @@ AUTO_MEMORY, AUTO_GPU_MEMORY = 2**29, 2**32
 on a GPU two matrices of 32,768 x 32,768 in bfloat16."""
 
 
-def own_precision(function: Callable) -> Callable:
+def own_precision(function: Callable[P, R]) -> Callable[P, R]:
     """The function outside autocast: it takes features in the dtype they come in and widens them where it must.
 
     This is the operators' autocast rule. Under autocast the eager forms would be rounded to half precision.
     """
 
     @wraps(function)
-    def wrapper(*args, **kwargs):
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         if first is None or not torch.is_autocast_enabled(first.device.type):
             return function(*args, **kwargs)
@@ -209,14 +210,6 @@ def memory_budget(memory: str | int, device: torch.device) -> int:
     if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
         raise ValueError(f"memory is {memory!r}; expected 'auto' or a number of bytes, 0 to keep nothing")
     return memory
-
-
-def keeps(memory: str | int, op: str, n: int, m: int, features: Tensor, matrices: int) -> bool:
-    """Whether that many (n, m) matrices, in the dtype in which the operator keeps them, fit into `memory`."""
-    dtype, device = features.dtype, features.device
-    by_triton = triton.computes(op, device, dtype)
-    size = configs.KEPT[dtype].itemsize if by_triton else 8 if dtype == torch.float64 else 4
-    return matrices * n * m * size <= memory_budget(memory, device)
 
 
 def neighbor_points(points: Tensor, name: str = "points", may_be_empty: bool = False) -> Tensor:

@@ -1,26 +1,29 @@
-"""Which body computes an operator: the compiled one where there is one, else the eager reference.
+"""Which body computes an operator for these tensors: compiled code or Triton where there is one, else the reference.
 
 The choice is `ROBUSTFT_BACKEND` (auto, reference, native, triton, cuda) or, within a block, `robustft.backend(...)`.
-It is the package's only global state.
+It is the package's only state, and each thread's and task's own.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from robustft import machine
-from robustft.ops import native, triton
-from robustft.ops.native.registration import library
+from robustft.ops import accelerator, registry
+from robustft.ops.libraries import LIBRARIES
+from robustft.ops.registry import Body
 
 BACKENDS = ("auto", "reference", "native", "triton", "cuda")
-ISA_NAMES = ("portable", "avx2", "avx512", "amx")
 
 
 def _checked(name: str) -> str:
@@ -29,93 +32,86 @@ def _checked(name: str) -> str:
     return name
 
 
-_choice = _checked(os.environ.get("ROBUSTFT_BACKEND", "auto"))
+_default = _checked(os.environ.get("ROBUSTFT_BACKEND", "auto"))
+_choice: ContextVar[str] = ContextVar("robustft.backend", default=_default)
+
+
+class _Traced(threading.local):
+    """The choice as torch.compile reads it and guards by: of a ContextVar not every torch that is supported can."""
+
+    choice = _default
+
+
+_traced = _Traced()
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Computes with the named backend inside a `with` block: auto, reference, native, triton or cuda."""
-    global _choice
-    previous, _choice = _choice, _checked(name)
+    """Computes with the named backend inside a `with` block: auto, reference, native, triton or cuda.
+
+    The choice holds in the thread, or asyncio task, that makes it; a thread started in the block begins with the
+    default, unless it runs in a copy of the context (`contextvars.copy_context().run`).
+    """
+    token = _choice.set(_checked(name))
+    _traced.choice = name
     try:
         yield
     finally:
-        _choice = previous
+        _choice.reset(token)
+        _traced.choice = _choice.get()
 
 
-def _load_libraries() -> dict[str, str]:
-    wanted = os.environ.get("ROBUSTFT_CPU_ISA")
-    if wanted is not None and wanted not in ISA_NAMES:
-        raise ValueError(f"ROBUSTFT_CPU_ISA is {wanted!r}; expected one of {', '.join(ISA_NAMES)}")
-    status = {}
-    for device in ("cpu", "cuda"):
-        path = machine.compiled_folder() / f"_ops_{device}.so"
-        if not path.exists():
-            status[device] = "not built"
-        elif device == "cuda" and torch.version.cuda is None:
-            status[device] = "not loaded: this torch has no CUDA"
-        elif device == "cuda" and status["cpu"] != "loaded":
-            status[device] = "not loaded: the CPU library, which holds the schemas, is missing"
-        else:
-            try:
-                torch.ops.load_library(str(path))
-                status[device] = "loaded"
-            except OSError as error:
-                status[device] = f"failed to load: {error}"
-    return status
-
-
-# Loaded when imported, so that nothing is left to do, or for torch.compile to trace, when a loss is computed.
-LIBRARIES = _load_libraries()
-"""For "cpu" and "cuda": "loaded", or why not."""
-
-if LIBRARIES["cpu"] == "loaded":
-    native.register()
-    triton.register(library)
-
-
-def _has_kernel(op: str, device: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"robustft::{op}", device.upper())
-
-
-_KERNELS = {
-    (op, device): LIBRARIES["cpu"] == "loaded"
-    and (_has_kernel(op, device) or _has_kernel(native.COMPOSED.get(op, op), device))
-    for op in (*native.KERNELS, *native.COMPOSED)
-    for device in LIBRARIES
-}
+def chosen() -> str:
+    """The backend's name: `robustft.backend`'s here, else the environment's."""
+    return _traced.choice if torch.compiler.is_compiling() else _choice.get()
 
 
 @cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=5)
+    warnings.warn(message, RuntimeWarning, stacklevel=6)
 
 
-def use_native(op: str, device: torch.device, dtype: torch.dtype | None = None) -> bool:
-    """Whether `op` runs compiled on this device, for features of this dtype; warns once where it was to be expected."""
-    if _choice == "reference":
-        return False
-    by_triton = triton.computes(op, device)
-    # "native" is the compiled body of any device; "triton" and "cuda" name a GPU's.
-    suits = _choice in ("auto", "native")
-    suits |= by_triton if _choice == "triton" else _choice == "cuda" and device.type == "cuda" and not by_triton
-    exists = _KERNELS.get((op, device.type), False)
-    if suits and exists and (not by_triton or triton.computes(op, device, dtype)):
-        return True
-    tensors = f"{device.type} tensors" if dtype is None else f"{device.type} tensors of {dtype}"
-    if _choice == "auto":
-        if torch.compiler.is_compiling():  # a warning would break the graph
-            return False
-        why = LIBRARIES.get(device.type, "does not exist for this device type")
-        if why == "loaded" and (lacking := triton.lacking(op, device)):
-            why = f"needs Triton for the losses, and {lacking}"  # no operator in it: one warning for all
-        reason = f"has no kernel of {op} for {tensors}" if exists or why == "loaded" else why
+def body_of(op: str, tensor: Tensor) -> Body:
+    """What computes `op` for tensors like this one under the chosen backend; warns once where more was to be expected.
+
+    RuntimeError where a backend was asked for by name that has no such kernel.
+    """
+    choice = chosen()
+    if choice == "reference":
+        return "reference"
+    device, dtype = tensor.device, tensor.dtype
+    found = registry.body(op, device, dtype)
+    if found != "reference" and _suits(choice, found, device):
+        return found
+    tensors = f"{device.type} tensors of {dtype}"
+    if choice != "auto":
+        raise RuntimeError(f"backend is {choice!r}, but there is no such kernel of {op} for {tensors}")
+    if not torch.compiler.is_compiling():  # a warning would break the graph
         _warn_once(
-            f"robustft's compiled library for {device.type} {reason}; using the eager reference, which is slower and "
-            "stores N x N matrices. `robustft doctor` tells more."
+            f"robustft's compiled library for {device.type} {_lacks(op, device, tensors)}; using the eager reference, "
+            "which is slower and stores N x N matrices. `robustft doctor` tells more."
         )
-        return False
-    raise RuntimeError(f"backend is {_choice!r}, but there is no such kernel of {op} for {tensors}")
+    return "reference"
+
+
+def _suits(choice: str, found: Body, device: torch.device) -> bool:
+    """ "native" is the compiled body of any device; "triton" and "cuda" name a GPU's."""
+    match choice:
+        case "triton":
+            return found == "triton"
+        case "cuda":
+            return found == "compiled" and device.type == "cuda"
+        case _:
+            return True
+
+
+def _lacks(op: str, device: torch.device, tensors: str) -> str:
+    why = LIBRARIES.get(device.type, "does not exist for this device type")
+    if why != "loaded":
+        return why
+    if device.type != "cpu" and registry.OPERATORS[op].by_triton and (lacking := accelerator.lacking(device)):
+        return f"needs Triton for the losses, and {lacking}"  # no operator in it: one warning for all
+    return f"has no kernel of {op} for {tensors}"
 
 
 def build_info() -> dict[str, Any]:
@@ -130,6 +126,6 @@ def build_info() -> dict[str, Any]:
         "detected_isa": built.detected_isa(),
         "active_isa": built.active_isa(),
         "libraries": LIBRARIES,
-        "triton": triton.STATUS,
+        "triton": accelerator.STATUS,
         "torch": torch.__version__,
     }

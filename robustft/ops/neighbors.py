@@ -1,5 +1,7 @@
 """Nearest neighbours by whichever body computes them: what `functional` and `NeighborIndex` share.
 
+The compiled searches (csrc/cpu/neighbors/, csrc/cuda/neighbors.cu) take points prepared once, for many searches.
+
 Non-finite inputs are refused by the compiled bodies without a pass of its own: preparing the points notices one, and a
 query that holds one gets NaN distances. While torch.compile traces, where nothing can be raised for a value, points
 that are not finite fail in the operator and queries keep their NaN.
@@ -7,19 +9,47 @@ that are not finite fail in the operator and queries keep their NaN.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from robustft.ops import reference
-from robustft.ops.dispatch import use_native
-from robustft.ops.native.neighbors import PackedPoints, pack
+from robustft.ops.dispatch import body_of
+from robustft.ops.registry import Call, Op, Source, accumulation_dtype, register
+
+
+class PackedPoints(NamedTuple):
+    """Points (n, d) and what csrc/cpu/neighbors/pack.cpp makes of them."""
+
+    points: Tensor
+    centre: Tensor
+    bias: Tensor
+    filter: Tensor
+    sample: Tensor
+    bounds: Tensor
+
+    @property
+    def finite(self) -> bool:
+        return not bool(self.bounds[0].isnan())
+
+
+def sample_size(n: int) -> int:
+    """How many points a search looks at to guess where to start; small sets are searched without."""
+    return 0 if n < 8192 else min(8192, max(2048, n // 64))
+
+
+def pack(points: Tensor) -> PackedPoints:
+    """Reads the points once; they are referred to, not copied."""
+    return PackedPoints(points, *torch.ops.robustft.neighbor_pack(points, sample_size(len(points))))
 
 
 def prepares(points: Tensor) -> bool:
     """Whether a compiled search is used. On a GPU tensor cores filter float32; float64 is left to the reference."""
     if points.is_cuda and points.dtype == torch.float64:
         return False
-    return use_native("neighbor_pack", points.device)
+    return body_of("neighbor_pack", points) != "reference"
 
 
 def prepare(points: Tensor) -> PackedPoints | None:
@@ -64,3 +94,36 @@ def _checked(distances: Tensor) -> Tensor:
 def _refuse(name: str, condition: bool) -> None:
     if condition:
         raise ValueError(f"{name} holds NaN or infinity; expected finite numbers")
+
+
+def _fake_pack(points, samples):
+    n, d = points.shape
+    filter_size = torch.library.get_ctx().new_dynamic_size()  # it depends on the processor
+    new, dtype = points.new_empty, accumulation_dtype(points.dtype)
+    centre, bias, sample = (new(*shape, dtype=dtype) for shape in ((d,), (n,), (min(samples, n), d)))
+    return centre, bias, new(filter_size, dtype=torch.int16), sample, new(3, dtype=torch.float64)
+
+
+def _fake_kth(queries, points, centre, bias, filter, sample, bounds, k, squared):
+    return queries.new_empty(queries.shape[0], dtype=accumulation_dtype(points.dtype))
+
+
+def _fake_nearest(queries, points, centre, bias, filter, sample, bounds, k, squared):
+    shape = queries.shape[0], k
+    distances = queries.new_empty(shape, dtype=accumulation_dtype(points.dtype))
+    return distances, queries.new_empty(shape, dtype=torch.int64)
+
+
+def _sample_search(source: Source) -> Iterator[tuple]:
+    queries, points = source.normal(5, 6), source.normal(40, 6)
+    yield queries, *pack(points), 3, False
+
+
+def _calls(source: Source) -> Iterator[Call]:
+    yield Call((source.normal(5, 6), source.normal(40, 6), 3), {"squared": False})
+
+
+_WIDE = (torch.float64, torch.float32)  # the public functions widen the others
+register(Op("neighbor_pack", _fake_pack, lambda source: [(source.normal(40, 6), 20)], dtypes=_WIDE))
+for _name, _fake in (("kth_neighbor_distance", _fake_kth), ("nearest_neighbors", _fake_nearest)):
+    register(Op(_name, _fake, _sample_search, kernel="neighbor_pack", public=_calls, dtypes=_WIDE))

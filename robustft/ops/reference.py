@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-
-def widen(tensor: Tensor) -> Tensor:
-    """float64 as it is, anything else as float32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+from robustft.ops.precision import at_least_float32
+from robustft.ops.similarity import Coefficients, Statistics
 
 
 def logits(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """(N, M): `s x t^T`."""
-    return s.to(widen(x).dtype) * widen(x) @ widen(t).T
+    return s.to(at_least_float32(x).dtype) * at_least_float32(x) @ at_least_float32(t).T
 
 
 def contrastive_targets(labels: Tensor | None, label_smoothing: float, like: Tensor) -> Tensor:
@@ -47,7 +45,7 @@ def contrastive_distillation_loss(
 
 def group_sums(values: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     """(G,) sums of the values of each group and (G,) how many there are."""
-    sums = widen(values).new_zeros(num_groups).index_add(0, groups, widen(values))
+    sums = at_least_float32(values).new_zeros(num_groups).index_add(0, groups, at_least_float32(values))
     return sums, torch.bincount(groups, minlength=num_groups)
 
 
@@ -67,22 +65,31 @@ def similarity_statistics(
     x: Tensor, t: Tensor, s: Tensor, x_labels: Tensor, t_labels: Tensor,
     xt: Tensor | None, tt: Tensor | None, st: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(5 or 8, n) and (5 or 8, m): the statistics of csrc/cpu/similarity.cpp, from materialised matrices."""
-    similarity = widen(x) @ widen(t).T
+    """The rows of `Statistics`, (5 or 8, n) and (5 or 8, m), from materialised matrices."""
+    similarity = at_least_float32(x) @ at_least_float32(t).T
     same = x_labels[:, None] == t_labels[None, :]
-    teacher = None if xt is None else widen(xt) @ widen(tt).T
+    teacher = None if xt is None or tt is None else at_least_float32(xt) @ at_least_float32(tt).T
 
     def statistics(similarity: Tensor, same: Tensor, teacher: Tensor | None) -> Tensor:
         highest = similarity.amax(1, keepdim=True)
         gap = similarity - highest
         z = s.to(gap.dtype) * gap
-        parts = [highest[:, 0], z.logsumexp(1), (z.softmax(1) * gap).sum(1)]
-        parts += [(similarity * same).sum(1), similarity.sum(1)]
-        if teacher is not None:
+        found = Statistics(
+            max=highest[:, 0],
+            log_sum=z.logsumexp(1),
+            gap=(z.softmax(1) * gap).sum(1),
+            target=(similarity * same).sum(1),
+            total=similarity.sum(1),
+        )
+        if teacher is not None and st is not None:
             high = teacher.amax(1, keepdim=True)
             zt = st.to(gap.dtype) * (teacher - high)
-            parts += [high[:, 0], zt.logsumexp(1), (zt.softmax(1) * gap).sum(1)]
-        return torch.stack(parts)
+            found = found._replace(
+                teacher_max=high[:, 0],
+                teacher_log_sum=zt.logsumexp(1),
+                teacher_gap=(zt.softmax(1) * gap).sum(1),
+            )
+        return found.rows()
 
     return statistics(similarity, same, teacher), statistics(
         similarity.T, same.T, None if teacher is None else teacher.T
@@ -93,15 +100,24 @@ def similarity_gradient(
     x: Tensor, t: Tensor, s: Tensor, x_labels: Tensor, t_labels: Tensor,
     xt: Tensor | None, tt: Tensor | None, st: Tensor | None, row: Tensor, col: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dx (n, D) and dt (m, D) of the coefficients in csrc/cpu/similarity.cpp, from materialised matrices."""
-    similarity, scale = widen(x) @ widen(t).T, s.to(widen(x).dtype)
-    row, col = row[:, :, None], col[:, None, :]
-    g = sum(c[2] * (scale * (similarity - c[0]) - c[1]).exp() - c[4] for c in (row, col))
-    g = g - (x_labels[:, None] == t_labels[None, :]) * (row[3] + col[3])
-    if xt is not None:
-        teacher = widen(xt) @ widen(tt).T
-        g = g - sum(c[7] * (st.to(g.dtype) * (teacher - c[5]) - c[6]).exp() for c in (row, col))
-    return (scale * g @ widen(t)).to(x.dtype), (scale * g.T @ widen(x)).to(t.dtype)
+    """dx (n, D) and dt (m, D) of the rows of `Coefficients`, from materialised matrices."""
+    similarity, scale = at_least_float32(x) @ at_least_float32(t).T, s.to(at_least_float32(x).dtype)
+    of_rows, of_cols = Coefficients(*row[:, :, None]), Coefficients(*col[:, None, :])
+
+    def softmax_part(c: Coefficients) -> Tensor:
+        return c.softmax * (scale * (similarity - c.max) - c.log_sum).exp() - c.uniform
+
+    g = softmax_part(of_rows) + softmax_part(of_cols)
+    g = g - (x_labels[:, None] == t_labels[None, :]) * (of_rows.target + of_cols.target)
+    if xt is not None and tt is not None and st is not None:
+        teacher, teacher_scale = at_least_float32(xt) @ at_least_float32(tt).T, st.to(g.dtype)
+
+        def teacher_part(c: Coefficients) -> Tensor:
+            assert c.teacher is not None and c.teacher_max is not None and c.teacher_log_sum is not None
+            return c.teacher * (teacher_scale * (teacher - c.teacher_max) - c.teacher_log_sum).exp()
+
+        g = g - (teacher_part(of_rows) + teacher_part(of_cols))
+    return (scale * g @ at_least_float32(t)).to(x.dtype), (scale * g.T @ at_least_float32(x)).to(t.dtype)
 
 
 def class_logits(x: Tensor, w: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
@@ -161,13 +177,15 @@ def misalignment_of_gap(gap: Tensor, variant: str) -> Tensor:
 def concept_scores(
     x: Tensor, w: Tensor, temperature: float, s: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Six (N,) of the cosines: max_cosine, mcm, msp, energy, entropy, prediction."""
-    cosines = widen(x) @ widen(w).T
-    z = s.to(cosines.dtype) * cosines
-    highest, lse = cosines.amax(1), z.logsumexp(1)
-    mcm = torch.exp(highest / temperature - (cosines / temperature).logsumexp(1))
+    """Six (N,) of the cosines: max_cosine, mcm, msp, energy, entropy, prediction. Rows with NaN have NaN scores."""
+    cosines = at_least_float32(x) @ at_least_float32(w).T
+    highest, s = cosines.amax(1), s.to(cosines.dtype)
+    gap = cosines - highest[:, None]
+    z = s * cosines
+    # As softmax has them, 1 over a sum: exp(max - logsumexp) rounds the logarithm, at large scales to ties near 1.
+    mcm, msp = (1 / (scale * gap).exp().sum(1) for scale in (1 / temperature, s))
     negative_entropy = -torch.special.entr(z.softmax(1)).sum(1)
-    return highest, mcm, torch.exp(z.amax(1) - lse), lse / s.to(lse.dtype), negative_entropy, cosines.argmax(1)
+    return highest, mcm, msp, z.logsumexp(1) / s, negative_entropy, cosines.argmax(1)
 
 
 def cvar_weights(losses: Tensor, alpha: float) -> Tensor:
@@ -207,7 +225,7 @@ def _row_blocks(queries: Tensor, n: int) -> tuple[Tensor, ...]:
 def _distances(queries: Tensor, points: Tensor, squared: bool) -> Tensor:
     exact = torch.cdist(queries.double(), points.double(), compute_mode="donot_use_mm_for_euclid_dist")
     exact = torch.where(queries.isfinite().all(1, keepdim=True), exact, torch.nan)
-    return (exact.square() if squared else exact).to(widen(points[:0]).dtype)
+    return (exact.square() if squared else exact).to(at_least_float32(points[:0]).dtype)
 
 
 def _sorted_distances(queries: Tensor, points: Tensor, k: int, squared: bool) -> tuple[Tensor, Tensor]:

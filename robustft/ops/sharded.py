@@ -12,16 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from robustft.ops import reference
-from robustft.ops.arguments import keeps
-from robustft.ops.dispatch import use_native
-from robustft.ops.native.contrastive import (
+from robustft.ops import layouts, reference, similarity
+from robustft.ops.contrastive import (
     coefficients,
     contrastive_terms,
     distillation_terms,
-    kept_statistics,
+    kept_softmaxes,
     label_counts,
 )
+from robustft.ops.dispatch import body_of
+from robustft.ops.registry import accumulation_dtype
+from robustft.ops.similarity import Matrices, Softmaxes, Statistics
 
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -46,8 +47,8 @@ def _check_ranks(x: Tensor, labels: Tensor | None, group: dist.ProcessGroup) -> 
         raise ValueError(f"group: every rank must bring as many samples of one kind, got {described}")
 
 
-def _merge_columns(parts: Tensor, s: Tensor, st: Tensor | None) -> Tensor:
-    """(5 or 8, M) over all rows from (W, 5 or 8, M), each over the rows of one rank."""
+def _merge_columns(parts: Tensor, s: Tensor, st: Tensor | None) -> Statistics:
+    """Of the columns over all rows, from (W, 5 or 8, M), each over the rows of one rank."""
 
     def softmax(highs: Tensor, log_sums: Tensor, gaps: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         highest = highs.amax(0)
@@ -55,11 +56,13 @@ def _merge_columns(parts: Tensor, s: Tensor, st: Tensor | None) -> Tensor:
         log_sum = log_sums.logsumexp(0)
         return highest, log_sum, ((log_sums - log_sum).exp() * gaps).sum(0)
 
-    shifted = parts[:, 0] - parts[:, 0].amax(0)  # gaps are relative to the maximum, the student's
-    merged = [*softmax(parts[:, 0], parts[:, 1], parts[:, 2] + shifted, s), parts[:, 3].sum(0), parts[:, 4].sum(0)]
-    if parts.shape[1] == 8:
-        merged += softmax(parts[:, 5], parts[:, 6], parts[:, 7] + shifted, st)
-    return torch.stack(merged)
+    of = Statistics(*parts.unbind(1))
+    shifted = of.max - of.max.amax(0)  # gaps are relative to the maximum, the student's
+    merged = *softmax(of.max, of.log_sum, of.gap + shifted, s), of.target.sum(0), of.total.sum(0)
+    if st is None:
+        return Statistics(*merged)
+    assert of.teacher_max is not None and of.teacher_log_sum is not None and of.teacher_gap is not None
+    return Statistics(*merged, *softmax(of.teacher_max, of.teacher_log_sum, of.teacher_gap + shifted, st))
 
 
 class _ShardedTerms(torch.autograd.Function):
@@ -68,46 +71,48 @@ class _ShardedTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, t, scale, labels, label_smoothing, xt, tt, st, group, memory):
         n, rank, world = len(x), dist.get_rank(group), dist.get_world_size(group)
-        keep = keeps(memory, "similarity_statistics", n, world * n, x, 1 if xt is None else 2)
+        body = body_of("similarity_statistics", x)
+        keep = layouts.fits(memory, body, n, world * n, x, 1 if xt is None else 2)
         mine = slice(rank * n, (rank + 1) * n)
         texts, teacher_texts = _gather(t, group), None if tt is None else _gather(tt, group)
         labels = None if labels is None else _gather(labels, group)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        index, counts = label_counts(labels, world * n, x.device, dtype)
-        matrices = (x, texts, scale, index[mine], index, xt, teacher_texts, st)
-        native = use_native("similarity_statistics", x.device, x.dtype)
-        if native:
-            options = label_smoothing > 0, keep, torch.get_float32_matmul_precision()
-            row, col, *kept = torch.ops.robustft.similarity_statistics(*matrices, *options)
+        index, counts = label_counts(labels, world * n, x.device, accumulation_dtype(x.dtype))
+        matrices, targets = Matrices(x, texts, scale, xt, teacher_texts, st), (index[mine], index)
+        if body == "reference":
+            (row, col), kept = reference.similarity_statistics(*matrices[:3], *targets, *matrices[3:]), []
         else:
-            (row, col), kept = reference.similarity_statistics(*matrices), ()
+            row, col, *kept = similarity.statistics(matrices, *targets, label_smoothing > 0, keep)
         s = scale.to(row.dtype)
-        col = _merge_columns(_gather(col[None], group), s, None if st is None else st.to(row.dtype))
-        terms = [contrastive_terms(row, col[:, mine], s, counts[mine], world * n, label_smoothing)]
+        of_rows = Statistics(*row)
+        of_cols = _merge_columns(_gather(col[None], group), s, None if st is None else st.to(row.dtype))
+        of_mine = Statistics(*(None if field is None else field[mine] for field in of_cols))
+        terms = [contrastive_terms(of_rows, of_mine, s, counts[mine], world * n, label_smoothing)]
         if xt is not None:
-            terms.append(distillation_terms(row, col[:, mine], s))
-        vectors = counts, kept_statistics(row), kept_statistics(col)
-        ctx.save_for_backward(*matrices, *vectors, *(d for _, d in terms), *kept)
-        ctx.label_smoothing, ctx.group, ctx.native, ctx.mine = label_smoothing, group, native, mine
+            terms.append(distillation_terms(of_rows, of_mine, s))
+        vectors = counts, kept_softmaxes(of_rows), kept_softmaxes(of_cols)
+        ctx.save_for_backward(*matrices, *targets, *vectors, *(d for _, d in terms), *kept)
+        ctx.label_smoothing, ctx.group, ctx.body, ctx.mine = label_smoothing, group, body, mine
         losses = tuple(loss for loss, _ in terms)
         return losses if xt is not None else losses[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        *matrices, counts, row, col = ctx.saved_tensors[:11]
-        by_scale, kept = ctx.saved_tensors[11 : 11 + len(grads)], ctx.saved_tensors[11 + len(grads) :]
-        scale, smoothing, entries = matrices[2], ctx.label_smoothing, len(counts)
+        saved = ctx.saved_tensors
+        matrices, targets, (counts, row, col) = Matrices(*saved[:6]), saved[6:8], saved[8:11]
+        by_scale, kept = saved[11 : 11 + len(grads)], saved[11 + len(grads) :]
+        scale, smoothing, entries = matrices.scale, ctx.label_smoothing, len(counts)
         gathered = [_gather(g, ctx.group) for g in grads]
         local = [g[ctx.mine] for g in gathered]
-        row_c = coefficients(row, local[0], counts[ctx.mine], entries, smoothing, *local[1:])
-        col_c = coefficients(col, gathered[0], counts, entries, smoothing, *gathered[1:])
-        if ctx.native:
-            options = smoothing > 0, torch.get_float32_matmul_precision()
-            dx, dt = torch.ops.robustft.similarity_gradient(*matrices, row_c, col_c, *kept, *options)
+        sides = (
+            coefficients(Softmaxes(*row), local[0], counts[ctx.mine], entries, smoothing, *local[1:]),
+            coefficients(Softmaxes(*col), gathered[0], counts, entries, smoothing, *gathered[1:]),
+        )
+        if ctx.body == "reference":
+            dx, dt = reference.similarity_gradient(*matrices[:3], *targets, *matrices[3:], *sides)
         else:
-            dx, dt = reference.similarity_gradient(*matrices, row_c, col_c)
-        dt_local = dt.new_empty(len(matrices[0]), dt.shape[1], dtype=row.dtype)
+            dx, dt = similarity.gradient(matrices, *targets, *sides, kept, smoothing > 0)
+        dt_local = dt.new_empty(len(matrices.x), dt.shape[1], dtype=row.dtype)
         dist.reduce_scatter_tensor(dt_local, dt.to(row.dtype), group=ctx.group)
         ds = sum((g * d).sum() for g, d in zip(grads, by_scale, strict=True))
         return dx, dt_local.to(dt.dtype), ds.to(scale.dtype).reshape(scale.shape), *[None] * 7

@@ -5,9 +5,11 @@ On a GPU with its graphs and streams; on the CPU a graph is the call itself, and
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import planted
@@ -21,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import robustft
 from robustft import functional as rf
-from robustft.ops import dispatch, triton
+from robustft.ops import accelerator, dispatch, registry
 from robustft.ops.arguments import VARIANTS
 
 pytestmark = pytest.mark.skipif(
@@ -237,7 +239,7 @@ class Watched(TorchDispatchMode):
         return result
 
 
-@pytest.mark.skipif(triton.STATUS != "registered", reason=triton.STATUS)
+@pytest.mark.skipif(accelerator.STATUS != "registered", reason=accelerator.STATUS)
 @each_loss
 def test_losses_neither_wait_for_a_gpu_nor_copy_to_it(name):
     # Tensors that only pretend to be on a GPU: asking them for a value is an error. What the operators launch behind
@@ -249,12 +251,41 @@ def test_losses_neither_wait_for_a_gpu_nor_copy_to_it(name):
     assert watched.copies == []
 
 
-@pytest.mark.skipif(triton.STATUS != "registered", reason=triton.STATUS)
+@pytest.mark.skipif(accelerator.STATUS != "registered", reason=accelerator.STATUS)
 def test_scales_that_are_numbers_are_not_copied_to_a_gpu():
     with FakeTensorMode(), Watched() as watched:
         x = torch.empty(9, 8, device="cuda")
         rf.contrastive_loss(x, x, 20.0)
     assert watched.copies == []
+
+
+@pytest.mark.skipif(accelerator.INTERPRETED, reason="Triton's interpreter computes with tensors of the CPU")
+def test_losses_of_cpu_tensors_ask_nothing_of_triton():
+    inputs = made(Target("native", "cpu", torch.float32), 0)
+    samples = [(name, a) for name, op in registry.OPERATORS.items() for a in op.samples("cpu", torch.float32)]
+    samples = [(name, a) for name, a in samples if name != "neighbor_pack"]  # its results' sizes are not known before
+    asked, known = set(), Path(accelerator.__file__)
+
+    def note(frame, event, argument) -> None:
+        file = Path(frame.f_code.co_filename)
+        if event == "call" and (file == known or known.with_name("triton") in file.parents):
+            asked.add(frame.f_code.co_name)
+
+    before = {name for name in sys.modules if name.startswith("robustft.ops.triton")}
+    sys.setprofile(note)
+    try:
+        for loss in LOSSES.values():
+            terms = loss(Inputs(*(a.clone().requires_grad_(a.is_floating_point()) for a in inputs)))
+            if terms[0].requires_grad:
+                sum(term.sum() for term in terms).backward()
+        with FakeTensorMode() as mode:
+            for name, arguments in samples:
+                fakes = (mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments)
+                getattr(torch.ops.robustft, name)(*fakes)
+    finally:
+        sys.setprofile(None)
+    assert asked == set()
+    assert {name for name in sys.modules if name.startswith("robustft.ops.triton")} == before
 
 
 @pytest.mark.parametrize(
@@ -272,9 +303,8 @@ def test_scales_that_are_numbers_are_not_copied_to_a_gpu():
 )
 def test_without_compiled_code_everything_falls_back_with_one_warning(device, library, message, monkeypatch):
     monkeypatch.setitem(dispatch.LIBRARIES, device, library)
-    monkeypatch.setattr(triton, "STATUS", "Triton is not installed")
-    for op in dict(dispatch._KERNELS):
-        monkeypatch.setitem(dispatch._KERNELS, op, False)
+    monkeypatch.setattr(accelerator, "STATUS", "Triton is not installed")
+    monkeypatch.setattr(registry, "BODIES", {})
     dispatch._warn_once.cache_clear()
     real = made(Target("native", "cpu", torch.float32), 0)
     with pytest.warns(RuntimeWarning) as warned:

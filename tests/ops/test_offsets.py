@@ -155,7 +155,7 @@ def test_penalties_of_more_logits_than_32_bits_count_are_those_of_their_parts(ta
 @pytest.mark.parametrize("loss", ["contrastive", "classes"])
 @each_device
 def test_planes_of_more_entries_than_32_bits_count_are_kept_and_read(loss, target, monkeypatch):
-    from robustft.ops.triton import configs
+    from robustft.ops import layouts
 
     x, t = placed(target, *planted.pairs(131, 9))
     labels, scale = torch.arange(131) % 5, torch.tensor(20.0)
@@ -168,8 +168,8 @@ def test_planes_of_more_entries_than_32_bits_count_are_kept_and_read(loss, targe
             terms = rf.dual_risk(a, b[:5], b[5:10], labels, torch.full((131, 5), 0.3), scale)
         return [*(term.detach() for term in terms), *torch.autograd.grad(sum(terms), (a, b))]
 
-    monkeypatch.setitem(configs.KEPT, torch.float32, torch.bfloat16)
+    monkeypatch.setitem(layouts.TRITON_KEPT, torch.float32, torch.bfloat16)
     with robustft.backend(target.backend):
         expected = results()
-        monkeypatch.setattr(configs, "kept_pitch", lambda m: 2**23)  # two planes of 131 rows
+        monkeypatch.setattr(layouts, "pitch", lambda m: 2**23)  # two planes of 131 rows
         assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True))

@@ -18,7 +18,7 @@ import torch
 
 import robustft
 from benchmarks import triton_resources as resources
-from robustft.ops import dispatch, triton
+from robustft.ops import accelerator, dispatch, layouts, registry
 from robustft.ops.triton import table
 
 TESTS = Path(__file__).parent.parent
@@ -203,16 +203,15 @@ def test_without_kept_exponentials_memory_grows_with_n(teacher):
 def test_memory_budgets_and_fakes_follow_the_device():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from robustft.ops import arguments
-
     with FakeTensorMode():
         x = torch.empty(96, 8, dtype=torch.bfloat16, device="cuda" if torch.version.cuda else "cpu")
-        if triton.computes("contrastive_loss", x.device, x.dtype):
+        body = registry.body("contrastive_loss", x.device, x.dtype)
+        if body == "triton":
             outputs = torch.ops.robustft.contrastive_loss(x, x, torch.empty((), device=x.device), None, 0.0, True)
             assert [o.shape for o in outputs[2:4]] == [(11, 96), (8, 96)]
             assert outputs[-1].shape == (96, 128) and outputs[-1].dtype == torch.bfloat16
-            assert arguments.keeps("auto", "contrastive_loss", 32768, 32768, x, 2)
-            assert not arguments.keeps("auto", "contrastive_loss", 32768, 32769, x, 2)
+            assert layouts.fits("auto", body, 32768, 32768, x, 2)
+            assert not layouts.fits("auto", body, 32768, 32769, x, 2)
 
 
 def test_importing_robustft_does_not_import_triton(tmp_path):
@@ -229,7 +228,7 @@ def test_importing_robustft_does_not_import_triton(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("dtype", triton.DTYPES)
+@pytest.mark.parametrize("dtype", accelerator.DTYPES)
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_blocks_divide_the_tiles_that_they_read(architecture, dtype, precision):
     from robustft.ops.triton import configs
@@ -240,7 +239,7 @@ def test_blocks_divide_the_tiles_that_they_read(architecture, dtype, precision):
             for kept_by in {1, work} if isinstance(work, int) else {work}:  # keep_kernel, statistics_kernel
                 tile = configs.tile(512, architecture, configs.arithmetic(dtype, precision), kept_by, small)
                 for side in (tile.bm, tile.bn):
-                    assert side % rows[key].bm == side % rows[key].bk == 0 and side >= configs.LEAST_TILE
+                    assert side % rows[key].bm == side % rows[key].bk == 0 and side >= layouts.LEAST_TILE
                     assert configs.PANEL_ROWS % side == 0
     assert all(configs.PANEL_ROWS % row.bs == 0 for row in table.COMBINES.values())
 
@@ -387,20 +386,21 @@ def test_autotuning_prints_its_table_when_the_process_ends():
 def test_a_device_takes_the_row_of_its_kind(monkeypatch, capability, row):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
-    assert triton.architecture.__wrapped__(torch.device("cuda", 0)) == row
+    assert accelerator.architecture.__wrapped__(torch.device("cuda", 0)) == row
 
 
 @pytest.mark.parametrize("able", [False, True])
 def test_an_older_triton_leaves_sm_100_to_the_reference(monkeypatch, able):
     def computed(x):
-        return x + 1 if triton.computes("contrastive_loss", torch.device("cuda", 0), torch.bfloat16) else x
+        by = registry.body("contrastive_loss", torch.device("cuda", 0), torch.bfloat16)
+        return x + 1 if by == "triton" else x
 
     def architecture(device):
         print(device)  # asking a device is nothing that can be traced either
         return "sm_100"
 
-    monkeypatch.setattr(triton, "architecture", architecture)
-    monkeypatch.setattr(triton, "TENSOR_MEMORY", able)
+    monkeypatch.setattr(accelerator, "architecture", architecture)
+    monkeypatch.setattr(accelerator, "TENSOR_MEMORY", able)
     torch.compiler.reset()
     for function in (computed, torch.compile(computed, fullgraph=True, backend="eager")):
         assert function(torch.zeros(())) == float(able)
@@ -434,7 +434,7 @@ def check(case, kernels: dict) -> None:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_compiling_here_gives_what_the_table_says(architecture, heads):
-    if architecture == "sm_100" and not triton.TENSOR_MEMORY:
+    if architecture == "sm_100" and not accelerator.TENSOR_MEMORY:
         pytest.skip("this Triton does not compile for sm_100: test_an_older_triton_leaves_sm_100_to_the_reference")
     # The rows that most losses take; the whole table is minutes of compiling.
     case = resources.Case(architecture, "bfloat16", "highest", heads, True)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
-from robustft.ops.triton import INTERPRETED, table
+from robustft.ops.accelerator import INTERPRETED
+from robustft.ops.triton import table
 from robustft.ops.triton.table import Block, Combine, Penalty, Tile
 
 WANTED = os.environ.get("ROBUSTFT_AUTOTUNE") == "1" and not INTERPRETED

@@ -1,7 +1,7 @@
 """The losses on class logits, from the statistics of tiles (class_statistics.py).
 
 One program for BS samples combines their tiles' statistics in fixed order. Terms and derivatives by the scale are those
-of robustft/ops/native/classification.py; ROW is what the backward needs of them.
+of robustft/ops/classification.py; ROW is what the backward needs of them.
 """
 
 import triton
@@ -101,11 +101,13 @@ def classification_combine_kernel(
     )
     label, S_label = _of_label(LABEL, LABELS, 0, i, in_row, n, k)
     miss = highest - label
+    # A NaN is in log_sum, whatever comparisons and maxima made of it, and the penalty must not hide it.
+    miss = tl.where(log_sum == log_sum, miss, log_sum)
     if ABOVE == TOP:
-        wrong = ~(highest <= label)
+        wrong = ~((highest <= label) & (miss == miss))
         penalty, by_penalty, of_above = miss, above - S_label, above_weighted
     else:
-        wrong = ~(above == 0.0)
+        wrong = ~((above == 0.0) & (miss == miss))
         of_above = tl.where(wrong, tl.log2(tl.where(wrong, above, 1.0)) * LN2, 0.0)
         penalty, by_penalty = of_above + miss, above_weighted / tl.where(wrong, above, 1.0) - S_label
     penalty, slope = penalty_of_gap(penalty, VARIANT)

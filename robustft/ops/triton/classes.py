@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from robustft.ops import layouts
 from robustft.ops.arguments import VARIANTS
 from robustft.ops.triton import autotune, configs
 from robustft.ops.triton.class_gradient import class_gradient_kernel
@@ -84,13 +85,10 @@ class Classes(NamedTuple):
         return min(configs.panel_rows(len(self.w), size), len(self.x))
 
 
-def _flat(values: Tensor | None) -> Tensor | None:
-    return values if values is None else values.contiguous()
-
-
 def _classes(x, w, scale, bias, labels, q, heads, above, targets) -> Classes:
-    every = (addressable(x), addressable(w), scale, _flat(bias), _flat(labels), addressable(q))
-    return Classes(*every, heads, above.value, targets.value)
+    bias, q = None if bias is None else bias.contiguous(), None if q is None else addressable(q)
+    x, w, labels = addressable(x), addressable(w), labels.contiguous()
+    return Classes(x, w, scale, bias, labels, q, heads, above.value, targets.value)
 
 
 def _statistics(of: Classes, tile: configs.Tile, row0: int, rows: int, keep: bool, **results) -> None:
@@ -101,7 +99,7 @@ def _statistics(of: Classes, tile: configs.Tile, row0: int, rows: int, keep: boo
             "X": of.x, "W": of.w, "SCALE": of.scale, "BIAS": of.bias, "LABELS": of.labels, "Q": of.q, **results,
             "row0": row0, "rows": rows, "n": len(of.x), "k": of.k, "d": of.x.shape[1],
             "x_stride": of.x.stride(0), "w_stride": of.w.stride(0), "q_stride": 0 if of.q is None else of.q.stride(0),
-            "pitch": configs.kept_pitch(of.k), "HEADS": of.heads, "ABOVE": of.above, "TARGETS": of.targets,
+            "pitch": layouts.pitch(of.k), "HEADS": of.heads, "ABOVE": of.above, "TARGETS": of.targets,
             "KEEP": keep, **tile.constants(of.arithmetic),
         },
         warps=tile.warps,
@@ -131,8 +129,7 @@ def _forward(of: Classes, keep: bool, combine_kernel, **combined) -> tuple[Tenso
     """row and kept; the losses go into what the combining kernel is given."""
     n, tile, combine = len(of.x), of.tile(), configs.combine("classes")
     tiles = of.heads * of.tiles(tile)
-    shapes = configs.class_kept_like(n, of.k, of.heads, keep, of.x.dtype)
-    row, kept = (of.x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+    row, kept = layouts.classes("triton", n, of.k, of.heads, keep, of.x.dtype).like(of.x)
     panel = of.panel_rows(1)
     scratch = row.new_empty(2 + 2 * (of.above != NONE.value) + 3 * (of.targets != NONE.value), tiles, panel)
     label = row.new_empty(of.heads, 2, n)
@@ -140,8 +137,8 @@ def _forward(of: Classes, keep: bool, combine_kernel, **combined) -> tuple[Tenso
     threshold = _threshold(of, tile) if of.above == ALL.value else None
     for row0 in range(0, n, panel):
         rows = min(panel, n - row0)
-        here = {"MAXIMA": maxima.view(-1)[row0:] if keep else maxima, "PART": scratch, "LABEL": label}
-        here["maxima_stride"] = maxima.shape[1]
+        at = maxima.view(-1)[row0:] if keep else maxima
+        here = {"MAXIMA": at, "maxima_stride": maxima.shape[1], "PART": scratch, "LABEL": label}
         _statistics(of, tile, row0, rows, keep, THRESHOLD=threshold, KEPT=kept[row0:] if keep else kept, **here)
         launch(
             combine_kernel,
@@ -166,7 +163,7 @@ def _backward(
     tiles = of.heads * of.tiles(tile)
     dx, dw = (torch.empty_like(f, memory_format=torch.contiguous_format) for f in (of.x, of.w))
     db, ds = row.new_empty(cols), torch.empty_like(of.scale)
-    dtype = configs.KEPT[of.x.dtype]
+    dtype = layouts.TRITON_KEPT[of.x.dtype]
     panel = n if keep else of.panel_rows(dtype.itemsize)
     blocks = of.heads * _cdiv(of.k, block.bm) * _cdiv(d, block.bd)
     splits = configs.stretches(blocks, panel)
@@ -192,7 +189,7 @@ def _backward(
                 "row0": row0, "rows": rows, "n": n, "k": of.k, "d": d,
                 "x_stride": of.x.stride(0), "w_stride": of.w.stride(0),
                 "q_stride": 0 if of.q is None else of.q.stride(0), "maxima_stride": maxima.shape[1],
-                "pitch": configs.kept_pitch(of.k), "g_stride": g.stride(0), "h_stride": h.stride(0),
+                "pitch": layouts.pitch(of.k), "g_stride": g.stride(0), "h_stride": h.stride(0),
                 "smoothing": float(smoothing),
                 "HEADS": of.heads, "ABOVE": of.above, "TARGETS": of.targets, "SPLITS": splits,
                 "PRECISION": dot_precision(of.gradient_arithmetic), "TILE_N": tile.bn,

@@ -3,9 +3,9 @@
     combine_kernel      one program for BS samples: their tiles' statistics (statistics.py) in fixed order, and, once
                         every row has been seen, the losses and their derivatives by the scale
 
-Statistics are those of csrc/cpu/similarity.cpp, relative to the maximum of their row or column: max, log_sum, gap,
-target, total, and of the teacher max, log_sum, gap; the losses those of robustft/ops/native/contrastive.py. In columns,
-before the last panel of rows, a softmax is (max, sum, weighted) as it is of tiles.
+Statistics are those of robustft/ops/similarity.py in their order, relative to the maximum of their row or column: max,
+log_sum, gap, target, total, and of the teacher max, log_sum, gap; the losses those of robustft/ops/contrastive.py. In
+columns, before the last panel of rows, a softmax is (max, sum, weighted) as it is of tiles.
 """
 
 import triton

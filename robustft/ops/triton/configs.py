@@ -15,8 +15,6 @@ import torch
 from robustft.ops.triton import table
 from robustft.ops.triton.table import Block, Combine, Tile
 
-LEAST_TILE = 32
-"""No tile's side is smaller."""
 SMALL = 3072
 """Matrices with fewer rows and columns are small: 128 x 128 tiles of 1448 rows and columns are one for each of an
 H100's processors."""
@@ -33,27 +31,6 @@ SPLIT_ROWS = 1024
 """A stretch has at least that many rows."""
 SMALL_ROWS = 8192
 """Few rows for scores, whose programs own all classes of their rows: no more than 64 of each of 128 processors."""
-
-KEPT = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
-"""What exponentials are kept in, by the features' dtype. float16 would lose bits to bfloat16 and range to float16."""
-
-
-def kept_pitch(m: int) -> int:
-    """Entries from one kept row to the next: a multiple of 64, so that rows are aligned."""
-    return -(-m // 64) * 64
-
-
-def kept_like(n: int, m: int, heads: int, keep: bool, dtype: torch.dtype) -> tuple[tuple, tuple]:
-    """Shape and dtype of the records of tiles and of the kept exponentials (tile.py), enough for any tiles."""
-    down, across = (-(-size // LEAST_TILE) for size in (n, m))
-    tiles = (heads * down * across * 2 if keep else 0,)
-    return (tiles, torch.float32), ((heads * n if keep else 0, kept_pitch(m)), KEPT[dtype])
-
-
-def class_kept_like(n: int, k: int, heads: int, keep: bool, dtype: torch.dtype) -> tuple[tuple, tuple]:
-    """Likewise of class logits (class_losses.py): eight numbers a sample, tiles' maxima, exponentials."""
-    maxima = heads * -(-k // LEAST_TILE) if keep else 0
-    return ((8 + maxima, n), torch.float32), ((n if keep else 0, heads * kept_pitch(k)), KEPT[dtype])
 
 
 def stretches(blocks: int, rows: int) -> int:

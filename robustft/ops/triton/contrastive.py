@@ -7,8 +7,8 @@ Nothing here waits for the device, so the losses can be captured in a CUDA graph
 kept: statistics of tiles and, in the backward without kept exponentials, a panel of them (configs.py), both
 proportional to the larger of n and m once that is large.
 
-`row` is (11, n): the eight statistics of combine.py, S_ii, the teacher's S_ii, and how often sample i's label
-occurs. `col` is (8, m).
+`row` is (11, n): the eight `Statistics` of robustft/ops/similarity.py, S_ii, the teacher's S_ii, and how often sample
+i's label occurs. `col` is (8, m).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from robustft.ops import layouts
+from robustft.ops.similarity import Statistics
 from robustft.ops.triton import autotune, configs
 from robustft.ops.triton.combine import combine_kernel
 from robustft.ops.triton.gradient import gradient_kernel, keep_kernel
@@ -25,6 +27,14 @@ from robustft.ops.triton.launch import addressable, architecture, launch
 from robustft.ops.triton.statistics import statistics_kernel
 from robustft.ops.triton.table import dot_precision
 from robustft.ops.triton.tile import LABELS, PAIRS, RECTANGLE
+
+PAIR_ROW = len(Statistics._fields)
+COUNTS_ROW = PAIR_ROW + 2
+"""Rows of `row` below the statistics."""
+
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor]
+"""row, col, tiles, kept, losses, by_scale."""
 
 
 class Matrices(NamedTuple):
@@ -74,7 +84,7 @@ def _matrices(x, t, scale, x_labels, t_labels, xt, tt, st, targets, precision=No
         return labels if labels is None else labels.contiguous()
 
     precision = precision or torch.get_float32_matmul_precision()
-    x, t, xt, tt = map(addressable, (x, t, xt, tt))
+    x, t, xt, tt = (None if f is None else addressable(f) for f in (x, t, xt, tt))
     return Matrices(x, t, scale, xt, tt, st, flat(x_labels), flat(t_labels), targets, precision)
 
 
@@ -90,14 +100,14 @@ def _stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
 
 
-def _forward(of: Matrices, totals: bool, smoothing: float, keep: bool) -> tuple[Tensor, ...]:
+def _forward(of: Matrices, totals: bool, smoothing: float, keep: bool) -> Results:
     """row, col, tiles, kept, and unless the targets are a rectangle's the losses and their derivatives by scale."""
     (n, d), m, heads = of.x.shape, len(of.t), of.heads
     tile, combine = of.tile(of.load(totals)), configs.combine("contrastive")
     new = of.x.new_empty
-    tiles, kept = (new(shape, dtype=dtype) for shape, dtype in configs.kept_like(n, m, heads, keep, of.x.dtype))
+    tiles, kept = layouts.similarities("triton", n, m, heads, keep, of.x.dtype).like(of.x)
     f32 = torch.float32
-    row, col = new(11, n, dtype=f32), new(8, m, dtype=f32)
+    row, col = (new(rows, size, dtype=f32) for rows, size in zip(layouts.TRITON_SIDES, (n, m), strict=True))
     losses, by_scale = [new(n, dtype=f32) for _ in range(heads)], new(heads, n, dtype=f32)
     panel = min(configs.panel_rows(m, kept.element_size()), n)
     down, across = _cdiv(panel, tile.bm), _cdiv(m, tile.bn)
@@ -119,7 +129,7 @@ def _forward(of: Matrices, totals: bool, smoothing: float, keep: bool) -> tuple[
                 "X": of.x, "T": of.t, "X_TEACHER": of.x_teacher, "T_TEACHER": of.t_teacher,
                 "SCALE": of.scale, "TEACHER_SCALE": of.teacher_scale,
                 "X_LABELS": of.x_labels, "T_LABELS": of.t_labels,
-                "ROW": row_part, "COL": col_part, "PAIR": row[8:], "KEPT": kept,
+                "ROW": row_part, "COL": col_part, "PAIR": row[PAIR_ROW:], "KEPT": kept,
                 "TILES": tiles_here, "tiles_stride": tiles_stride,
                 "row0": row0, "rows": rows, "n": n, "m": m, "d": d, "d_teacher": d_teacher,
                 "x_stride": of.x.stride(0), "t_stride": of.t.stride(0),
@@ -137,7 +147,7 @@ def _forward(of: Matrices, totals: bool, smoothing: float, keep: bool) -> tuple[
                 "ROW_PART": row_part, "COL_PART": col_part, "TILES": tiles_here, "tiles_stride": tiles_stride,
                 "ROW": row, "COL": col,
                 "SCALE": of.scale, "TEACHER_SCALE": of.teacher_scale, "LABELS_AT": of.x_labels,
-                "LOSS": losses[0], "DISTILLATION": losses[-1], "BY_SCALE": by_scale, "COUNTS": row[10],
+                "LOSS": losses[0], "DISTILLATION": losses[-1], "BY_SCALE": by_scale, "COUNTS": row[COUNTS_ROW],
                 "row0": row0, "rows": rows, "row_tiles": down, "col_tiles": across, "n": n, "m": m,
                 "smoothing": float(smoothing),
                 **switches, "BM": tile.bm, "BN": tile.bn, "BS": combine.bs, "BT": combine.bt, "BC": combine.bc,
@@ -158,15 +168,17 @@ def _backward(
     block = of.block(of.load(totals), tile)
     dx, dt = (torch.empty_like(f, memory_format=torch.contiguous_format) for f in (of.x, of.t))
     ds = None if by_scale is None else torch.empty_like(of.scale)
-    dtype = configs.KEPT[of.x.dtype]
+    dtype = layouts.TRITON_KEPT[of.x.dtype]
     panel = n if keep else min(configs.panel_rows(m, dtype.itemsize), n)
     # More than one panel add to dt, in float32.
     sums = dt if panel == n else torch.empty_like(dt, dtype=torch.float32)
     across, parts = _cdiv(m, tile.bn), _cdiv(d, block.bd)
     if not keep:
         tiles = of.x.new_empty(heads * _cdiv(panel, tile.bm) * across * 2, dtype=torch.float32)
-        kept = of.x.new_empty(heads * panel, configs.kept_pitch(m), dtype=dtype)
-    matrices = ((of.x, of.t, of.scale), (of.x_teacher, of.t_teacher, of.teacher_scale))[:heads]
+        kept = of.x.new_empty(heads * panel, layouts.pitch(m), dtype=dtype)
+    matrices = [(of.x, of.t, of.scale)]
+    if of.x_teacher is not None and of.t_teacher is not None and of.teacher_scale is not None:
+        matrices.append((of.x_teacher, of.t_teacher, of.teacher_scale))
     pitch = kept.shape[1]
     for row0 in range(0, n, panel):
         rows = min(panel, n - row0)
@@ -192,7 +204,8 @@ def _backward(
             {
                 "X": of.x, "T": of.t, "SCALE": of.scale, "TEACHER_SCALE": of.teacher_scale,
                 "X_LABELS": of.x_labels, "T_LABELS": of.t_labels, "KEPT": kept, "TILES": tiles,
-                "ROW": row, "COL": col, "PAIR": row[8:], "COUNTS": row[10:], "G": g, "H": h, "BY_SCALE": by_scale,
+                "ROW": row, "COL": col, "PAIR": row[PAIR_ROW:], "COUNTS": row[COUNTS_ROW:],
+                "G": g, "H": h, "BY_SCALE": by_scale,
                 "DX": dx, "DT": sums, "DS": ds,
                 "row0": row0, "rows": rows, "n": n, "m": m, "d": d,
                 "x_stride": of.x.stride(0), "t_stride": of.t.stride(0), "pitch": pitch,
@@ -210,29 +223,30 @@ def _backward(
 def similarity_statistics(x, t, scale, x_labels, t_labels, xt, tt, st, totals, keep, precision):
     of = _matrices(x, t, scale, x_labels, t_labels, xt, tt, st, RECTANGLE.value, precision)
     row, col, tiles, kept, *_ = _forward(of, totals, 0.0, keep)
-    kinds = 5 if xt is None else 8
+    kinds = 5 if xt is None else len(Statistics._fields)
     return row[:kinds], col[:kinds], tiles, kept
 
 
 def similarity_gradient(x, t, scale, x_labels, t_labels, xt, tt, st, row, col, tiles, kept, totals, precision):
     of = _matrices(x, t, scale, x_labels, t_labels, xt, tt, st, RECTANGLE.value, precision)
-    return _backward(of, row.contiguous(), col.contiguous(), tiles, kept, totals, 0.0)[:2]
+    dx, dt, _ = _backward(of, row.contiguous(), col.contiguous(), tiles, kept, totals, 0.0)
+    return dx, dt
 
 
 def _tune(of: Matrices, totals: bool, smoothing: float, keep: bool) -> None:
     """Where ROBUSTFT_AUTOTUNE asks for it: the rows of a loss as it is called, forward and backward."""
     load = of.load(totals)
 
-    def forward() -> tuple[Tensor, ...]:
+    def forward() -> object:
         return _forward(of, totals, smoothing, keep)
 
     autotune.tune(configs.tiles(*of.row(of.arithmetic, load)), autotune.tiles(), forward)
     autotune.tune(configs.combines("contrastive"), autotune.combines(), forward)
-    row, col, tiles, kept, losses, by_scale = forward()
+    row, col, tiles, kept, losses, by_scale = _forward(of, totals, smoothing, keep)
     g = [torch.ones_like(loss) for loss in losses]
     h = g[-1] if of.heads == 2 else None
 
-    def backward() -> tuple[Tensor, ...]:
+    def backward() -> object:
         return _backward(of, row, col, tiles, kept, totals, smoothing, g[0], h, by_scale)
 
     if not keep:
@@ -241,7 +255,7 @@ def _tune(of: Matrices, totals: bool, smoothing: float, keep: bool) -> None:
     autotune.tune(configs.blocks(*of.row(of.gradient_arithmetic, load)), blocks, backward)
 
 
-def _losses(of: Matrices, label_smoothing: float, keep: bool) -> tuple[Tensor, ...]:
+def _losses(of: Matrices, label_smoothing: float, keep: bool) -> Results:
     totals = label_smoothing > 0
     if autotune.WANTED:
         _tune(of, totals, label_smoothing, keep)

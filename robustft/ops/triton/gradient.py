@@ -64,7 +64,7 @@ def _side(
     G, H, g_stride, h_stride, COUNTS, entries, smoothing,
     TARGETS: tl.constexpr, TEACHER: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
-    """max, log_sum, a, b, u, and the teacher's max, log_sum, c: coefficients of csrc/cpu/similarity.cpp. Outside the
+    """max, log_sum, a, b, u, and the teacher's max, log_sum, c: `Coefficients` of ops/similarity.py. Outside the
     matrix log_sum is infinite, and the rest 0."""
     place_of = OF + at
     plane = long(length)

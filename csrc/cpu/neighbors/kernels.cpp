@@ -1,6 +1,6 @@
 // Nearest neighbours' loops over rows: norms, thresholds, scores above them, distances. Compiled once per instruction
 // set.
-#include "lanes.h"
+#include "../lanes.h"
 #include "neighbors.h"
 
 #if defined(__AVX2__)

@@ -1,5 +1,5 @@
-// Exact nearest neighbours: a filter of approximate scores with a rigorous error bound, and distances of what it
-// leaves.
+// Exact nearest neighbours: a filter of approximate scores with a rigorous error bound, and exact distances of the
+// rest.
 //
 //   q queries (m, d), x points (n, d), k in [1, n]        out  the k-th smallest |q - x|, or the k smallest, per query
 //
@@ -11,9 +11,9 @@
 // for every point, by Cauchy-Schwarz: the residual norms are measured (0 for ieee), gamma covers sums of d products in
 // any order, and the last term the rounding of centring, bias, score and distance (u the unit roundoff of T).
 //
-// Filter (neighbor_filter.cpp). Points whose t reaches a threshold are kept: all that can matter, and few more.
-// Band (neighbor_band.cpp). Only where t leaves open on which side of the k-th they are, within 2 eps, are points
-// measured by direct sums in double; there is no cancellation in these.
+// Filter (filter.cpp). Points whose t reaches a threshold are kept: all that can matter, and few more.
+// Band (band.cpp). Only where t leaves open on which side of the k-th they are, within 2 eps, are points measured by
+// direct sums in double; there is no cancellation in these.
 //
 // Distances are computed by the same kernel in the same order wherever they are, and eps leaves room for their
 // rounding: results have the same bits for any arithmetic of the filter, any batch of queries and any thread count.
@@ -25,7 +25,7 @@
 #include <tuple>
 #include <vector>
 
-#include "neighbor_search.h"
+#include "search.h"
 
 namespace robustft {
 namespace {

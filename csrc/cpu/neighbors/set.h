@@ -1,6 +1,6 @@
 // A set of points prepared for neighbour searches: what neighbor_pack makes and the searches read.
 #pragma once
-#include "tile.h"
+#include "../tile.h"
 
 namespace robustft {
 

@@ -1,6 +1,6 @@
 // The loops over a tile with one exponential a logit (similarity.h): range, statistics, gradient. Compiled once per
 // instruction set. A tile is one thread's, so sums have one order.
-#include "lanes.h"
+#include "../lanes.h"
 #include "similarity.h"
 
 namespace robustft {

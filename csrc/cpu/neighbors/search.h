@@ -5,9 +5,9 @@
 #include <optional>
 #include <vector>
 
-#include "dispatch.h"
-#include "neighbor_hits.h"
-#include "neighbor_set.h"
+#include "../dispatch.h"
+#include "hits.h"
+#include "set.h"
 
 namespace robustft {
 
@@ -36,7 +36,7 @@ class Search {
   void run(int64_t count);
 
  private:
-  // In neighbor_filter.cpp:
+  // In filter.cpp:
 
   // The queries `ids` by filter and band, with the given thresholds or guessed ones, points shared among `threads`.
   void filtered(const std::vector<int64_t>& ids, std::vector<T> thresholds, int64_t threads);
@@ -47,7 +47,7 @@ class Search {
   // Collects the hits among points [begin, begin + count).
   void scan(const LeftRows<T>& left, int64_t begin, int64_t count, Hits<T>& hits, SearchWorkspace<T>& w);
 
-  // In neighbor_band.cpp:
+  // In band.cpp:
 
   // Writes the result of query `id` from its hits, the r-th of each part, and returns NaN; or the threshold with which
   // to scan again; or infinity where there were too many hits.

@@ -5,7 +5,7 @@
 //   bias (n)      |x - c|^2 / 2
 //   filter        bf16: x - c in bfloat16, in the matrix unit's column form; ieee: empty, the points serve themselves
 //   sample (m, d) m of the rows x - c, from which searches guess where to start
-//   bounds        neighbor_bound in neighbor_set.h
+//   bounds        neighbor_bound in set.h
 //
 // Memory: 4 (or 8) n bytes for the bias, 2 n d for bf16's filter, the sample; 1 MB of workspace a thread.
 #include <cmath>
@@ -13,9 +13,9 @@
 #include <tuple>
 #include <vector>
 
-#include "dispatch.h"
-#include "neighbor_set.h"
+#include "../dispatch.h"
 #include "neighbors.h"
+#include "set.h"
 
 namespace robustft {
 namespace {

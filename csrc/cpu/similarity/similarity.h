@@ -2,12 +2,12 @@
 //
 // A tile is S = x t^T for rows [row0, row0 + rows) and columns [col0, col0 + cols), with logits z = s S. Row state is
 // indexed by i, column state by j, both from the start of the whole matrix. The teacher is a second matrix of the same
-// shape with logits zt. See similarity.cpp for the mathematics and *_kernels.cpp for the loops.
+// shape with logits zt. See statistics.cpp and gradient.cpp for the mathematics, kernels.cpp and wide_kernels.cpp for
+// the loops.
 //
 // Softmax over rows and over columns need exp(z) relative to two different maxima. Within a tile whose logits span less
 // than 2 kHalfSpan one exponential, about a centre c of the tile, serves both: e = 2^(z log2 e - c), c an integer.
-// Other tiles
-// (`wide`: a scale of 100 and cosines from -0.3 to 1, or an Inf or NaN among them) take two.
+// Other tiles (`wide`: a scale of 100 and cosines from -0.3 to 1, or an Inf or NaN among them) take two.
 #pragma once
 #include <cstdint>
 
@@ -26,6 +26,19 @@ struct LabelOf<double> {
 };
 template <class T>
 using Label = typename LabelOf<T>::type;
+
+// The rows of the statistics of a side, (count, n): what `Statistics` in robustft/ops/similarity.py names. Those from
+// kTeacherMax on only with a teacher.
+namespace similarity_statistic {
+enum : int64_t { kMax, kLogSum, kGap, kTarget, kTotal, kTeacherMax, kTeacherLogSum, kTeacherGap };
+constexpr int64_t count(bool teacher) { return teacher ? kTeacherGap + 1 : kTeacherMax; }
+}  // namespace similarity_statistic
+
+// Likewise of a side's coefficients in the gradient: `Coefficients` there, GradientCoefficients below.
+namespace similarity_coefficient {
+enum : int64_t { kMax, kLogSum, kSoftmax, kTarget, kUniform, kTeacherMax, kTeacherLogSum, kTeacher };
+constexpr int64_t count(bool teacher) { return teacher ? kTeacher + 1 : kTeacherMax; }
+}  // namespace similarity_coefficient
 
 template <class T>
 struct Tile {

@@ -5,8 +5,8 @@
 #include <limits>
 #include <vector>
 
+#include "../tile.h"
 #include "neighbors.h"
-#include "tile.h"
 
 namespace robustft {
 

@@ -5,7 +5,7 @@
 // was lost; otherwise that query is done again, with a threshold that holds for certain. So the guess decides how long
 // a search takes, never what it finds. Queries for which eps does not hold, or that have more hits than there is memory
 // for, are measured against all points instead.
-#include "neighbor_search.h"
+#include "search.h"
 
 namespace robustft {
 namespace {

@@ -1,6 +1,6 @@
 // The loops over a wide tile (similarity.h), with an exponential for the row and one for the column of each logit.
 // Compiled once per instruction set.
-#include "lanes.h"
+#include "../lanes.h"
 #include "similarity.h"
 
 namespace robustft {

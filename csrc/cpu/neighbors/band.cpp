@@ -5,7 +5,7 @@
 // best. The k-th distance is the (k - h)-th of the rest. Of these |t - t_k| <= eps go first, about half: their
 // (k - h')-th, with h' all greater t, is a value v of s, and only points with v within eps of their t can be on its
 // other side. The k nearest need all t >= t_k - 2 eps.
-#include "neighbor_search.h"
+#include "search.h"
 
 namespace robustft {
 

@@ -1,0 +1,344 @@
+"""Losses on class logits z = s x w^T + b over the kernels in csrc/cpu/classes.cpp; triton/classes.py has them whole.
+
+`dual_risk` has two heads: its w (2K, D) holds one below the other, its statistics likewise. With the statistics of each
+row (max, log_sum, gaps and means; `above` the softmax over the classes that rank strictly above the label), smoothing e
+and K classes,
+
+    cross_entropy_i = log_sum + (1 - e) (max - z_y) + e (max - mean z)
+    L_i             = above_log_sum + (max - z_y)      logsumexp of the misranked classes - z_y; top-1: max - z_y
+    misalignment_i  = f(L_i), 0 where nothing is misranked;   f as named in ops/reference.py
+    worst_case_i    = (sum q) log_sum + sum q (max - z)     confidences: q = confidence 1_y
+
+and with per-sample gradients g, h of the two terms
+
+    G_i = g (p - (1 - e) 1_y - e / K) + h f'(L_i) (above - 1_y)          soft: g ((sum q) p - q)
+
+The scale's derivative of each is the same expression with z replaced by S and log_sum by a mean. A NaN among a row's
+logits makes all its terms NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from robustft.ops import layouts, reference, registry
+from robustft.ops.dispatch import body_of
+from robustft.ops.registry import Backward, Call, Op, Source, accumulation_dtype, both, call, contiguous_like, register
+
+
+class Statistics(NamedTuple):
+    """Of the rows of one head's logits, each (n,): class_statistic in csrc/cpu/classes.h, in its order."""
+
+    max: Tensor
+    log_sum: Tensor
+    above_log_sum: Tensor
+    """-inf where nothing ranks above the label, NaN where a logit is."""
+    mean: Tensor
+    label_gap: Tensor
+    label: Tensor
+    above_mean: Tensor
+    max_s: Tensor
+    mean_gap: Tensor
+    row_mean: Tensor
+
+
+class TargetStatistics(NamedTuple):
+    """Of the rows with soft targets of the last head: these follow its `Statistics`."""
+
+    mass: Tensor
+    gap: Tensor
+    target: Tensor
+
+
+class Coefficients(NamedTuple):
+    """Of the rows of one head's gradient, each (n,): class_coefficient in csrc/cpu/classes.h, in its order."""
+
+    max: Tensor
+    log_sum: Tensor
+    above_log_sum: Tensor
+    softmax: Tensor
+    label: Tensor
+    uniform: Tensor
+    targets: Tensor
+    above: Tensor
+
+
+def classification_loss(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    variant: str,
+    top1: bool,
+    label_smoothing: float,
+    memory: str | int,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and misalignment, two (N,)."""
+    body = body_of("classification_loss", x)
+    if body == "reference":
+        z = reference.class_logits(x, w, scale, bias)
+        return (
+            reference.class_cross_entropy(z, labels, label_smoothing),
+            reference.misalignment(z, labels, variant, top1),
+        )
+    keep = layouts.fits(memory, body, len(x), len(w), x, 1) and torch.is_grad_enabled()
+    inputs = x, w, scale, bias, labels, variant, top1, label_smoothing, keep
+    cross_entropy, misalignment, *_ = call("classification_loss", *inputs)
+    return cross_entropy, misalignment
+
+
+def dual_risk(
+    x: Tensor, w: Tensor, v: Tensor, scale: Tensor, labels: Tensor, core: Tensor, memory: str | int
+) -> tuple[Tensor, Tensor]:
+    """Empirical and worst-case risk, two (N,)."""
+    body = body_of("dual_risk", x)
+    if body == "reference":
+        return reference.dual_risk(x, w, v, scale, labels, core)
+    keep = layouts.fits(memory, body, len(x), len(w), x, 2) and torch.is_grad_enabled()
+    empirical, worst_case, *_ = call("dual_risk", x, torch.cat((w, v)), scale, labels, core, keep)
+    return empirical, worst_case
+
+
+def _slope(gap: Tensor, variant: str) -> Tensor:
+    """f'(L)."""
+    match variant:
+        case "neg_log_ratio":
+            return torch.ones_like(gap)
+        case "neg_ratio":
+            return torch.exp(-gap)
+        case "softplus":
+            return torch.sigmoid(gap)
+        case _:
+            return -torch.exp(-gap)
+
+
+def _classification_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep):
+    precision = torch.get_float32_matmul_precision()
+    statistics, exponentials = torch.ops.robustft.class_statistics(
+        x, w, scale, bias, labels, None, 1, True, label_smoothing > 0, keep, precision
+    )
+    of = Statistics(*statistics)
+    wrong = of.above_log_sum != -torch.inf  # NaN too
+    gap = torch.where(wrong, of.label_gap if top1 else of.above_log_sum + of.label_gap, 0.0)
+    misalignment, by_gap = gap, wrong.to(gap.dtype)
+    if variant != "neg_log_ratio":
+        misalignment, by_gap = by_gap * reference.misalignment_of_gap(gap, variant), by_gap * _slope(gap, variant)
+    by_misalignment = by_gap * ((of.max_s if top1 else of.above_mean) - of.label)
+    label_gap, label = of.label_gap, of.label
+    if label_smoothing:
+        label_gap = torch.lerp(label_gap, of.mean_gap, label_smoothing)
+        label = torch.lerp(label, of.row_mean, label_smoothing)
+    by_scale = torch.stack((of.mean - label, by_misalignment))
+    kept = torch.stack((of.max, of.log_sum, of.above_log_sum))
+    return of.log_sum + label_gap, misalignment, by_gap, by_scale, kept, exponentials
+
+
+def _classification_gradient(
+    g, h, x, w, scale, bias, labels, top1, label_smoothing, by_gap, by_scale, kept, exponentials
+):
+    ds = _scale_gradient(scale, g, h, by_scale)
+    highest, log_sum, above_log_sum = kept
+    g, c = g.to(kept.dtype), h.to(kept.dtype) * by_gap
+    uniform = zero = torch.zeros_like(g)
+    label = g
+    if label_smoothing:
+        label, uniform = (1 - label_smoothing) * g, g * (label_smoothing / len(w))
+    coefficients = torch.stack(Coefficients(highest, log_sum, above_log_sum, g, label, uniform, zero, c))
+    precision = torch.get_float32_matmul_precision()
+    gradients = torch.ops.robustft.class_gradient(
+        x, w, scale, bias, labels, None, 1, exponentials, coefficients, top1, precision
+    )
+    return *gradients, ds
+
+
+def _dual_risk(x, w, scale, labels, core, keep):
+    targets = core if core.dim() == 2 else None
+    precision = torch.get_float32_matmul_precision()
+    statistics, exponentials = torch.ops.robustft.class_statistics(
+        x, w, scale, None, labels, targets, 2, False, False, keep, precision
+    )
+    last = len(Statistics._fields)
+    of, core_of = Statistics(*statistics[:last]), Statistics(*statistics[last : 2 * last])
+    if targets is None:
+        mass = core.to(statistics.dtype)
+        of_core = TargetStatistics(mass, mass * core_of.label_gap, mass * core_of.label)
+    else:
+        of_core = TargetStatistics(*statistics[2 * last :])
+    mass = of_core.mass
+    by_scale = torch.stack((of.mean - of.label, mass * core_of.mean - of_core.target))
+    kept = torch.stack((of.max, of.log_sum, core_of.max, core_of.log_sum, mass))
+    return of.log_sum + of.label_gap, mass * core_of.log_sum + of_core.gap, by_scale, kept, exponentials
+
+
+def _scale_gradient(scale, g, h, by_scale):
+    return (torch.stack((g, h)) * by_scale).sum().to(scale.dtype).reshape(scale.shape)
+
+
+def _dual_gradient(g, h, x, w, scale, labels, core, by_scale, kept, exponentials):
+    ds = _scale_gradient(scale, g, h, by_scale)
+    highest, log_sum, core_highest, core_log_sum, mass = kept
+    g, h = g.to(kept.dtype), h.to(kept.dtype)
+    zero, p = torch.zeros_like(g), h * mass
+    one_hot, soft, targets = (zero, h, core) if core.dim() == 2 else (p, zero, None)
+    first = Coefficients(highest, log_sum, zero, g, g, zero, zero, zero)
+    second = Coefficients(core_highest, core_log_sum, zero, p, one_hot, zero, soft, zero)
+    precision = torch.get_float32_matmul_precision()
+    dx, dw, _ = torch.ops.robustft.class_gradient(
+        x, w, scale, None, labels, targets, 2, exponentials, torch.stack((*first, *second)), False, precision
+    )
+    return dx, dw, ds
+
+
+def _fake_statistics(x, w, scale, bias, labels, targets, heads, misranked, means, keep, precision):
+    dtype = accumulation_dtype(x.dtype)
+    kinds = heads * len(Statistics._fields) + (0 if targets is None else len(TargetStatistics._fields))
+    n = x.shape[0]
+    return x.new_empty(kinds, n, dtype=dtype), x.new_empty(n if keep else 0, w.shape[0], dtype=dtype)
+
+
+def _fake_gradient(x, w):
+    return contiguous_like(x), contiguous_like(w), w.new_empty(w.shape[0], dtype=accumulation_dtype(w.dtype))
+
+
+def _fake_kept(op: str, x: Tensor, k: int, heads: int, keep: bool) -> tuple[Tensor, Tensor]:
+    """What only a device's own backward reads."""
+    return layouts.classes(registry.body(op, x.device, x.dtype), x.shape[0], k, heads, keep, x.dtype).like(x)
+
+
+def _fake_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep):
+    cross_entropy, misalignment, by_gap = (x.new_empty(len(x), dtype=accumulation_dtype(x.dtype)) for _ in range(3))
+    by_scale = by_gap.new_empty(2, len(x))
+    return cross_entropy, misalignment, by_gap, by_scale, *_fake_kept("classification_loss", x, w.shape[0], 1, keep)
+
+
+def _fake_dual_risk(x, w, scale, labels, core, keep):
+    empirical, worst_case = (x.new_empty(len(x), dtype=accumulation_dtype(x.dtype)) for _ in range(2))
+    return empirical, worst_case, empirical.new_empty(2, len(x)), *_fake_kept("dual_risk", x, w.shape[0] // 2, 2, keep)
+
+
+def _setup(ctx, inputs, output):
+    *tensors, _, ctx.top1, ctx.label_smoothing, _ = inputs
+    _, _, *kept = output
+    ctx.save_for_backward(*tensors, *kept)
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # else the backward would be given zeros of the size of what is kept
+
+
+def _backward(ctx, g, h, *_):
+    if g is None and h is None:
+        return (None,) * 9
+    g, h = both(g, h)
+    x, w, scale, bias, labels, *kept = ctx.saved_tensors
+    dx, dw, db, ds = torch.ops.robustft.classification_loss_backward(
+        g, h, x, w, scale, bias, labels, ctx.top1, ctx.label_smoothing, *kept
+    )
+    return dx, dw, ds, None if bias is None else db.to(bias.dtype), None, None, None, None, None
+
+
+def _setup_dual(ctx, inputs, output):
+    *tensors, _ = inputs
+    _, _, *kept = output
+    ctx.save_for_backward(*tensors, *kept)
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # else the backward would be given zeros of the size of what is kept
+
+
+def _backward_dual(ctx, g, h, *_):
+    if g is None and h is None:
+        return (None,) * 6
+    g, h = both(g, h)
+    return *torch.ops.robustft.dual_risk_backward(g, h, *ctx.saved_tensors), None, None, None
+
+
+def _class_inputs(source: Source, heads: int, grad: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of nine samples, embeddings of five classes a head, a scale."""
+    return source.features(9, 6, grad), source.features(5 * heads, 6, grad), source.scale(7.0, grad)
+
+
+def _sample_statistics(source: Source) -> Iterator[tuple]:
+    x, w, scale = _class_inputs(source, 2, grad=False)
+    labels, targets = source.labels(9, 5), source.uniform(9, 5)
+    yield x, w, scale, None, labels, targets, 2, True, True, True, "highest"
+    yield x, w[:5], scale, source.normal(5), labels, None, 1, True, True, False, "highest"
+
+
+def _sample_gradient(source: Source) -> Iterator[tuple]:
+    for *inputs, heads, misranked, means, keep, precision in _sample_statistics(source):
+        statistics, exponentials = torch.ops.robustft.class_statistics(
+            *inputs, heads, misranked, means, keep, precision
+        )
+        per_head = len(Statistics._fields)
+        rows: list[Tensor] = []
+        for head in range(heads):
+            of = Statistics(*statistics[head * per_head : (head + 1) * per_head])
+            rest = source.uniform(5, len(of.max)).to(statistics.dtype)
+            rows += Coefficients(of.max, of.log_sum, of.above_log_sum, *rest)
+        yield *inputs, heads, exponentials, torch.stack(rows), False, precision
+
+
+def _sample_classification(source: Source) -> Iterator[tuple]:
+    x, w, scale = _class_inputs(source, 1)
+    labels = source.labels(9, 5)
+    yield x, w, scale, source.normal(5, grad=True), labels, "softplus", False, 0.1, False
+    yield x, w, scale, None, labels, "neg_log_ratio", True, 0.0, True
+
+
+def _sample_dual(source: Source) -> Iterator[tuple]:
+    inputs = *_class_inputs(source, 2), source.labels(9, 5)
+    yield *inputs, source.uniform(9, 5), False
+    yield *inputs, source.uniform(9), True
+
+
+def _call_classification(source: Source) -> Iterator[Call]:
+    for x, w, scale, bias, labels, variant, top1, label_smoothing, keep in _sample_classification(source):
+        options = {"bias": bias, "variant": variant, "top1": top1, "label_smoothing": label_smoothing}
+        yield Call((x, w, labels, scale), {**options, "memory": "auto" if keep else 0})
+
+
+def _call_dual(source: Source) -> Iterator[Call]:
+    for x, w, scale, labels, core, keep in _sample_dual(source):
+        heads = (head.detach().requires_grad_() for head in w.chunk(2))
+        yield Call((x, *heads, labels, core, scale), {"memory": "auto" if keep else 0})
+
+
+register(Op("class_statistics", _fake_statistics, _sample_statistics))
+register(Op("class_gradient", lambda x, w, *_: _fake_gradient(x, w), _sample_gradient))
+register(
+    Op(
+        "classification_loss",
+        _fake_loss,
+        _sample_classification,
+        body=_classification_loss,
+        kernel="class_statistics",
+        backward=Backward(
+            _setup,
+            _backward,
+            lambda g, h, x, w, scale, *_: (*_fake_gradient(x, w), torch.empty_like(scale)),
+            _classification_gradient,
+        ),
+        triton="classes",
+        public=_call_classification,
+    )
+)
+register(
+    Op(
+        "dual_risk",
+        _fake_dual_risk,
+        _sample_dual,
+        body=_dual_risk,
+        kernel="class_statistics",
+        backward=Backward(
+            _setup_dual,
+            _backward_dual,
+            lambda g, h, x, w, scale, *_: (*_fake_gradient(x, w)[:2], torch.empty_like(scale)),
+            _dual_gradient,
+        ),
+        triton="classes",
+        public=_call_dual,
+    )
+)

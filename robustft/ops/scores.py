@@ -1,0 +1,56 @@
+"""Scores of class cosines (csrc/cpu/scores.cpp, triton/scores.py), in today's float32 precision. No gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from robustft.ops import reference
+from robustft.ops.dispatch import body_of
+from robustft.ops.registry import Call, Op, Source, accumulation_dtype, register
+
+
+class Scores(NamedTuple):
+    """Each (N,): class_score in csrc/cpu/scores.h, in its order, and the predicted class."""
+
+    max_cosine: Tensor
+    mcm: Tensor
+    msp: Tensor
+    energy: Tensor
+    entropy: Tensor
+    prediction: Tensor
+
+
+def concept_scores(x: Tensor, w: Tensor, temperature: float, scale: Tensor) -> Scores:
+    """The scores of unit rows x against unit rows w."""
+    if body_of("concept_scores", x) == "reference":
+        return Scores(*reference.concept_scores(x, w, temperature, scale))
+    (max_cosine, mcm, msp, energy, entropy), prediction = torch.ops.robustft.concept_scores(x, w, temperature, scale)
+    return Scores(max_cosine, mcm, msp, energy, entropy, prediction)
+
+
+def _concept_scores(x, w, temperature, scale):
+    return torch.ops.robustft.class_scores(x, w, temperature, scale, torch.get_float32_matmul_precision())
+
+
+def _fake(x, w, temperature, scale, precision=None):
+    n, kinds = x.shape[0], len(Scores._fields) - 1
+    return x.new_empty(kinds, n, dtype=accumulation_dtype(x.dtype)), x.new_empty(n, dtype=torch.int64)
+
+
+def _sample(source: Source) -> Iterator[tuple]:
+    yield source.features(9, 6, False), source.features(5, 6, False), 0.5, source.scale(7.0, False)
+
+
+def _call(source: Source) -> Iterator[Call]:
+    for x, w, temperature, scale in _sample(source):
+        yield Call((x, w), {"temperature": temperature, "logit_scale": scale})
+
+
+register(
+    Op("class_scores", _fake, lambda source: ((*inputs, "highest") for inputs in _sample(source)), triton="scores")
+)
+register(Op("concept_scores", _fake, _sample, body=_concept_scores, kernel="class_scores", public=_call))
