@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 import warnings
 
@@ -16,7 +15,7 @@ from tiny_clip import letters
 
 from robustft import methods
 from robustft.ensembles.composite import ENSEMBLE_FILE
-from robustft.methods import Method, VRFFeatures, load_predictor
+from robustft.methods import VRFFeatures, load_predictor
 from robustft.training.loop import fit
 
 TEXT = {"context_length": 15, "vocab_size": 30, "width": 8, "heads": 2, "layers": 2}
@@ -25,11 +24,7 @@ VISION = {
     "resnet": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "head_width": 16},
 }
 PROMPTS = {"tokenizer": letters, "class_names": ("ant", "bee", "cow"), "templates": ("a {}", "the {}")}
-NAMES = sorted(
-    name
-    for name, kind in vars(methods).items()
-    if inspect.isclass(kind) and issubclass(kind, Method) and kind is not Method
-)
+NAMES = list(methods.every_method())
 TOWERS = ("FLYP", "CaRot", "DRM", "FineTune", "LPFT", "WorstCaseFineTune")  # are trained, at a smaller rate
 CASES = [(name, tower) for name in NAMES for tower in VISION if (name, tower) != ("MaPLe", "resnet")]
 
