@@ -25,21 +25,21 @@ SHOWN = 5  # class names in a message
 
 
 class Matching(NamedTuple):
-    """Where the names of a data set stand among the classes: `index[y]` is the class of label y.
+    """Where the names of a data set stand among the classes: `classes_of_labels[y]` is the class of label y.
 
     `changes` says whether any label changes; `partial` whether some classes are missing from the data set.
     """
 
-    index: tuple[int, ...]
+    classes_of_labels: tuple[int, ...]
     classes: int
 
     @property
     def partial(self) -> bool:
-        return len(self.index) < self.classes
+        return len(self.classes_of_labels) < self.classes
 
     @property
     def changes(self) -> bool:
-        return self.index != tuple(range(len(self.index)))
+        return self.classes_of_labels != tuple(range(len(self.classes_of_labels)))
 
     def of(self, labels: Tensor) -> Tensor:
         """Labels (N,) of the data set as classes (N,), int64, on their device.
@@ -49,12 +49,12 @@ class Matching(NamedTuple):
         if not len(labels):
             return labels.long()
         low, high = (int(end) for end in labels.aminmax())
-        if low < 0 or high >= len(self.index):
+        if low < 0 or high >= len(self.classes_of_labels):
             raise ValueError(
-                f"labels hold {low}..{high}, but the data set names {len(self.index)} classes: expected values in "
-                f"[0, {len(self.index)})"
+                f"labels hold {low}..{high}, but the data set names {len(self.classes_of_labels)} classes: expected values in "
+                f"[0, {len(self.classes_of_labels)})"
             )
-        return torch.tensor(self.index, device=labels.device)[labels.long()]
+        return torch.tensor(self.classes_of_labels, device=labels.device)[labels.long()]
 
 
 def class_names(dataset: Any) -> tuple[str, ...] | None:

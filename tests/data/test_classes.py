@@ -48,7 +48,7 @@ def test_another_order_maps_labels_by_name_and_says_so_once():
 def test_some_of_the_classes_are_a_subset_in_any_order():
     with pytest.warns(UserWarning, match="2 of the 3 classes.*not 'bee'"):
         matching = match_classes(["cow", "ant"], ["ant", "bee", "cow"])
-    assert matching.partial and matching.index == (2, 0)
+    assert matching.partial and matching.classes_of_labels == (2, 0)
 
 
 def test_a_subset_that_is_a_prefix_is_partial_though_no_label_changes():
