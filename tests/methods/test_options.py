@@ -13,6 +13,7 @@ from typing import get_args
 import pytest
 import torch
 from small_options import PROMPTED
+from tiny_clip import letters
 from torch import nn
 from typing_extensions import Unpack
 
@@ -24,6 +25,12 @@ from robustft.methods.objective import Objective
 from robustft.methods.options import described
 
 DESCRIPTIONS = ["six legs", "striped", "horns"]
+
+
+def backwards(texts):
+    """A tokenizer of the same form whose alphabet runs from z to a."""
+    tokens = letters(texts)
+    return torch.where((tokens > 0) & (tokens < 28), 28 - tokens, tokens)
 
 
 def levels():
@@ -86,7 +93,7 @@ def test_the_configuration_holds_what_was_given_and_what_was_not(clip_model, pro
 @pytest.mark.parametrize(
     ("kind", "before", "after"),
     [
-        (FLYP, {}, {"tokenizer": lambda texts: torch.ones(len(texts), 15, dtype=torch.int64)}),
+        (FLYP, {}, {"tokenizer": backwards}),
         (FLYP, {}, {"templates": ["one {}"]}),
         (FineTune, {}, {"objective": Objective(terms={"brier": 0.5})}),
         (LinearProbe, {}, {"init": "zero"}),
