@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustft.data.pixels import Statistics
 from robustft.data.seeds import stateless_seed
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -154,7 +155,7 @@ def takes_statistics(data: Any, transform: Transform | None = None) -> bool:
     return transform is None and callable(getattr(data, "tensors", None))  # a TensorDataset's `tensors` is a tuple
 
 
-def image_statistics(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def image_statistics(model: Any) -> Statistics:
     """(mean, std) per channel that an open_clip model, or one inside a classifier, was built with.
 
     ValueError when the model does not say: images normalised in another way than in pre-training are no error that
@@ -162,16 +163,19 @@ def image_statistics(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """
     for owner in (model, getattr(model, "model", None)):
         for module in owner.modules() if isinstance(owner, nn.Module) else ():
-            visual = getattr(module, "visual", None)
-            stated = getattr(visual, "preprocess_cfg", None) or {}
-            mean = stated.get("mean", getattr(visual, "image_mean", None))
-            std = stated.get("std", getattr(visual, "image_std", None))
-            if mean is not None and std is not None:
-                return tuple(map(float, mean)), tuple(map(float, std))
+            if statistics := stated_statistics(getattr(module, "visual", None)):
+                return statistics
     raise ValueError(
         "the model carries no image statistics; open_clip's factories and robustft.clip.load set them "
         "(open_clip.set_model_preprocess_cfg does for a model of one's own), or pass (images, labels) tensors"
     )
+
+
+def stated_statistics(tower: Any) -> Statistics | None:
+    """(mean, std) per channel that open_clip's factories leave on an image tower, None where there are none."""
+    stated = getattr(tower, "preprocess_cfg", None) or {}
+    mean, std = (stated.get(key, getattr(tower, f"image_{key}", None)) for key in ("mean", "std"))
+    return None if mean is None or std is None else (tuple(map(float, mean)), tuple(map(float, std)))
 
 
 def fingerprint(dataset: Any) -> str:
