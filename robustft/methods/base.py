@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Required, TypedDict
 
+from robustft.clip.encoding import unwrap
 from robustft.clip.prompts import Template, Tokenizer, captions, tokenize
 from robustft.data.sources import Batch, check_labels, unpack
 from robustft.losses import weighted_sum
@@ -62,7 +63,7 @@ class Method(Configured, nn.Module):
     as one another.
 
     Args:
-        model: an open_clip model; parameters frozen in it stay frozen.
+        model: an open_clip model, in whatever wrappers; parameters frozen in it stay frozen.
         tokenizer: its tokenizer.
         class_names: K names, at least two, in the order of the labels.
         templates: prompts with a place for the name, "a photo of a {}".
@@ -93,6 +94,11 @@ class Method(Configured, nn.Module):
         super().__init__()
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+        if isinstance(class_names, Mapping):
+            raise TypeError(
+                "class_names must be names in the order of the labels; of a mapping {folder: name}, "
+                "robustft.clip.prompts.name_classes(dataset.classes, mapping) makes them"
+            )
         texts = captions(class_names, templates)  # refuses what is no list of names or templates
         if len(class_names) < 2:
             raise ValueError(
@@ -100,7 +106,7 @@ class Method(Configured, nn.Module):
                 "is always 1 and teaches nothing. Add a class for what it is not, or leave the model as it is and tell "
                 'the class from everything else by Detector("max_cosine")'
             )
-        self.model = copy.deepcopy(model)
+        self.model = copy.deepcopy(unwrap(model))
         self.tokenizer = tokenizer
         self.class_names = tuple(class_names)
         self.templates = templates
