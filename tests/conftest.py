@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 import pytest  # noqa: E402  (the environment above must come first)
 import torch  # noqa: E402
+from children import Children  # noqa: E402
 from tiny_clip import (  # noqa: E402, F401  (fixtures)
     batches,
     clip_model,
@@ -25,6 +26,14 @@ from tiny_clip import (  # noqa: E402, F401  (fixtures)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory):
+    """Runs `python -c` and `python -m` in processes of their own: see children.py."""
+    children = Children(tmp_path_factory.mktemp("python"))
+    yield children
+    children.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,6 +5,8 @@ Threads run in another order with every seed: a result that needs a barrier that
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,7 +30,19 @@ pytestmark = [
 
 @pytest.fixture(scope="session")
 def operators(tmp_path_factory):
-    library = tmp_path_factory.mktemp("cuda_emulation") / "operators.so"
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the run's, in which every worker has a folder
+    library = folder / "operators_of_cuda_emulation.so"
+    with open(library.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker compiles, the others wait for it
+        if not library.exists():
+            compile_to(library)
+    torch.ops.load_library(str(library))
+    return torch.ops.robustft_emulation
+
+
+def compile_to(library: Path) -> None:
     torch_dir = Path(torch.__file__).parent
     command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
     command += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -37,8 +51,6 @@ def operators(tmp_path_factory):
     command += ["-L", str(torch_dir / "lib"), "-Wl,--no-as-needed", "-ltorch_cpu"]
     build = subprocess.run(command, capture_output=True, text=True)
     assert build.returncode == 0, build.stderr[-4000:]
-    torch.ops.load_library(str(library))
-    return torch.ops.robustft_emulation
 
 
 @pytest.fixture(params=[1, 2], autouse=True)

@@ -9,7 +9,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from functools import partial
@@ -120,18 +119,26 @@ def test_run_that_fails_at_any_step_resumes_bit_for_bit(tmp_path, whole, kind, s
     assert_same(method, tmp_path / "broken", reference, reference_output)
 
 
-def test_killed_process_resumes_bit_for_bit(tmp_path, whole):
+def test_killed_process_resumes_bit_for_bit(tmp_path, whole, python):
     code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}; import test_fit; "
     code += f"test_fit.killed_run({str(tmp_path / 'killed')!r})"
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120)
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    child = python.run("-c", code)
+    assert child.returncode == -signal.SIGKILL, child.stderr
     reference, reference_output, _ = whole(CaRot)
     method = make()
     run(method, tmp_path / "killed", resume=True)
     assert_same(method, tmp_path / "killed", reference, reference_output)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Interrupts, as in a terminal, also where the tests run with it ignored, as a script's background jobs do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("step", [0, 4, TOTAL - 1])
 def test_ctrl_c_finishes_the_step_saves_and_resumes_bit_for_bit(tmp_path, whole, step):
     reference, reference_output, _ = whole(CaRot)
@@ -146,6 +153,7 @@ def test_ctrl_c_finishes_the_step_saves_and_resumes_bit_for_bit(tmp_path, whole,
     assert_same(method, tmp_path / "stopped", reference, reference_output)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_second_ctrl_c_interrupts_at_once():
     def twice():
         signal.raise_signal(signal.SIGINT)
