@@ -18,9 +18,10 @@ from typing import NamedTuple
 LIBRARIES = "torch torchvision open_clip matplotlib.pyplot sklearn.metrics yaml"
 
 SERVER = """
-import atexit, gc, importlib, json, os, runpy, sys, traceback
+import atexit, contextlib, gc, importlib, json, os, runpy, sys, traceback
 for name in sys.argv[1].split():
-    importlib.import_module(name)
+    with contextlib.suppress(ImportError):  # one that is not installed; who needs it will say so
+        importlib.import_module(name)
 answers = os.fdopen(os.dup(1), "w")
 def answer(number):
     print(number, file=answers, flush=True)

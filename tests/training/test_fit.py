@@ -165,6 +165,16 @@ def test_second_ctrl_c_interrupts_at_once():
     assert int(method.steps) == 4
 
 
+def test_ctrl_c_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        method = before_update(make(), 4, lambda: signal.raise_signal(signal.SIGINT))
+        run(method)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert int(method.steps) == TOTAL
+
+
 def test_fp16_resumes_with_its_loss_scale(tmp_path):
     reference, method = make(), make()
     run(reference, tmp_path / "whole", precision="fp16")
