@@ -188,6 +188,7 @@ def test_a_misleading_sample_never_changes_a_result(operators, misled):
         torch.testing.assert_close(found[0], expected.distances, rtol=1e-6, atol=0)
 
 
+@pytest.mark.exhaustive  # test_neighbors.py has it of the CPU; 4,100 emulated queries take long
 def test_queries_in_two_pieces_and_alone_give_the_same_bits(operators):
     points, queries = torch.randn(40, 3), torch.randn(4100, 3)
     packed = points, *operators.neighbor_pack(points, 0)

@@ -112,6 +112,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_untouched(run, robustft):
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
+@pytest.mark.exhaustive  # the plain run kills one that is pre-training, below, and test_fit.py kills processes
 def test_a_killed_run_resumes_to_the_same_numbers(run, tmp_path, python, robustft):
     folder, _ = run
     arguments = ["quickstart", "--quick", "--limit-batches", "1", "--output", "out"]
