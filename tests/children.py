@@ -1,19 +1,20 @@
 """Python processes of their own that do not pay for importing torch and the other libraries again.
 
 A server that has imported these, and nothing of robustft, forks one process for each program. What it gives a program
-is what `python -c` or `python -m` would: its own modules, environment, folder, arguments, standard streams, and an
-end with the interpreter's own clean-up. Not for tests of what is imported when, nor under TRITON_INTERPRET.
+is what `python -c` or `python -m` would: its own modules, environment, folder, arguments, standard streams, and the
+functions registered for its end. Not for tests of what is imported when, of PYTHONHASHSEED or TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 LIBRARIES = "torch torchvision open_clip matplotlib.pyplot sklearn.metrics yaml"
 
@@ -32,6 +33,8 @@ while line := sys.stdin.readline():
     asked = json.loads(line)
     if "wait" in asked:
         answer(os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1]))
+    elif "alive" in asked:
+        answer(int(os.waitid(os.P_PID, asked["alive"], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None))
     elif pid := os.fork():
         answer(pid)
     else:
@@ -69,18 +72,29 @@ os._exit(code)  # freeing what was imported would take longer than most programs
 """
 
 
-class Child(NamedTuple):
+class Child:
     """A process that was started: as much of `subprocess.Popen` as the tests need."""
 
-    server: Children
-    pid: int
-    out: Path
-    err: Path
+    def __init__(self, server: Children, pid: int, out: Path, err: Path) -> None:
+        self.server, self.pid, self.out, self.err = server, pid, out, err
+        self.returncode: int | None = None
+
+    def line(self) -> str:
+        """The first that it prints, waited for."""
+        while not (text := self.out.read_text()).count("\n"):
+            assert self.server.ask(alive=self.pid), self.err.read_text()
+            time.sleep(0.01)
+        return text.partition("\n")[0]
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
 
     def wait(self) -> subprocess.CompletedProcess[str]:
-        """Once; its exit code, negative for a signal, and what it printed."""
-        code = self.server.ask(wait=self.pid)
-        return subprocess.CompletedProcess(str(self.pid), code, self.out.read_text(), self.err.read_text())
+        """Its exit code, negative for a signal, and what it printed."""
+        if self.returncode is None:
+            self.returncode = self.server.ask(wait=self.pid)
+        return subprocess.CompletedProcess(str(self.pid), self.returncode, self.out.read_text(), self.err.read_text())
 
 
 class Children:
@@ -101,14 +115,14 @@ class Children:
         print(json.dumps(question), file=self.server.stdin, flush=True)
         return int(self.server.stdout.readline())
 
-    def start(self, *command: str, folder: Path | None = None, environment: Mapping[str, str] | None = None) -> Child:
+    def start(self, *command: object, folder: Path | None = None, environment: Mapping[str, str] | None = None):
         """`python COMMAND...`: `-c` and a program or `-m` and a module, and arguments."""
         self.started += 1
         out, err = (self.folder / f"{self.started}.{name}" for name in ("out", "err"))
         out.touch()
         err.touch()
         pid = self.ask(
-            command=command,
+            command=[str(part) for part in command],
             folder=str(folder or self.folder),
             environment=dict(os.environ if environment is None else environment),
             out=str(out),
@@ -116,7 +130,7 @@ class Children:
         )
         return Child(self, pid, out, err)
 
-    def run(self, *command: str, check: bool = False, **how) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: object, check: bool = False, **how) -> subprocess.CompletedProcess[str]:
         done = self.start(*command, **how).wait()
         assert not check or done.returncode == 0, done.stderr[-4000:]
         return done

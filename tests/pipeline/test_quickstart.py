@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sys
 import time
 from functools import partial
@@ -120,7 +119,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(run, tmp_path, python, robustf
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").glob("FLYP/checkpoints/step_*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not (tmp_path / "out" / "metrics.json").exists()
     resumed = robustft(*arguments, "--resume", cwd=tmp_path)

@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -613,18 +614,18 @@ def working_run(output):
     run(before_update(make(), 4, work), output)
 
 
-def test_a_second_process_in_the_folder_is_refused_at_once_and_a_killed_one_frees_it(tmp_path, whole):
+def test_a_second_process_in_the_folder_is_refused_at_once_and_a_killed_one_frees_it(tmp_path, whole, python):
     code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}; import test_fit; "
     code += f"test_fit.working_run({str(tmp_path)!r})"
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, text=True) as first:
-        assert first.stdout is not None and first.stdout.readline() == "working\n"
-        try:
-            for resume in (False, True):
-                with pytest.raises(BlockingIOError, match=rf"{tmp_path} is in use by .* \(process {first.pid}\)"):
-                    run(before_update(make(), 0, stop), tmp_path, resume=resume)
-        finally:
-            first.kill()
+    first = python.start("-c", code)
+    try:
+        assert first.line() == "working"
+        for resume in (False, True):
+            with pytest.raises(BlockingIOError, match=rf"{tmp_path} is in use by .* \(process {first.pid}\)"):
+                run(before_update(make(), 0, stop), tmp_path, resume=resume)
+    finally:
+        first.kill()
+        first.wait()
     method, (reference, reference_output, _) = make(), whole(CaRot)
     run(method, tmp_path, resume=True)
     assert_same(method, tmp_path, reference, reference_output)
