@@ -258,8 +258,9 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 def _numpy_numbers() -> list[Any]:
     """The globals of a pickle that numpy's numbers and arrays are made with: they hold data alone."""
-    core = np.array(0).__reduce__()[0].__module__.rpartition(".")[0]  # numpy.core, or numpy._core since 2.0
-    number, array = np.float64(0).__reduce__()[0], np.array(0).__reduce__()[0]
+    number: Any = np.float64(0).__reduce__()[0]
+    array: Any = np.array(0).__reduce__()[0]
+    core = array.__module__.rpartition(".")[0]  # numpy.core, or numpy._core since 2.0
     made = [
         (function, f"{package}.multiarray.{function.__name__}")
         for function in (number, array)
