@@ -1,8 +1,8 @@
 """What the API pages show beyond griffe's reading of a docstring.
 
-    formulas          paragraphs in columns, which two or more blanks part, stay as they stand
-    a class's file    its opening text, with the mathematics, stands under the class that the file is named after
-    named tuples      their fields, which have no docstrings of their own
+formulas          paragraphs in columns, which two or more blanks part, stay as they stand
+a class's file    its opening text, with the mathematics, stands under the class that the file is named after
+named tuples      their fields, which have no docstrings of their own
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Formulas(griffe.Extension):
 
     def on_class_members(self, *, cls: griffe.Class, **options: Any) -> None:
         if cls.docstring and any(str(base) == "NamedTuple" for base in cls.bases):
-            fields = (f"\n    {field.name}: {field.annotation}" for field in cls.attributes.values() if field.annotation)
+            fields = (f"\n    {name}: {field.annotation}" for name, field in cls.attributes.items() if field.annotation)
             cls.docstring.value += "\n" + "".join(fields)
 
 

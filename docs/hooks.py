@@ -1,8 +1,8 @@
 """The pages of the site that are made and not kept.
 
-    benchmarks/results/*.json  ->  measured/*.md, *.html            the numbers
-    nav of mkdocs.yml          ->  api/<module>.md                  the docstrings, which mkdocstrings puts in
-    CONTRIBUTING.md, CHANGELOG.md of the root
+    benchmarks/results/*.json  ->  measured/*.md, *.html    the numbers
+    nav of mkdocs.yml          ->  api/<module>.md          the docstrings, which mkdocstrings puts in
+    the root                   ->  contributing.md, changelog.md
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def memory() -> str:
     lines = (
         "# Memory of the contrastive losses",
         "",
-        "Peak memory beyond the inputs, forward and backward, float32, D = 512, on a CPU. `memory` is what a loss may keep",
-        "between forward and backward, 512 MiB by default. [What that means](../losses.md#memory).",
+        "Peak memory beyond the inputs, forward and backward, float32, D = 512, on a CPU. `memory` is what a loss may",
+        "keep between forward and backward, 512 MiB by default. [What that means](../losses.md#memory).",
         "",
         table(results("memory")),
         "Measured by `python -m benchmarks.memory`, each row in a process of its own.",
