@@ -1,8 +1,8 @@
 """The pages of the site that are made and not kept.
 
-    benchmarks/results/*.json  ->  measured/*.md, *.html    the numbers
-    nav of mkdocs.yml          ->  api/<module>.md          the docstrings, which mkdocstrings puts in
-    the root                   ->  contributing.md, changelog.md
+benchmarks/results/*.json  ->  measured/*.md, *.html    the numbers
+nav of mkdocs.yml          ->  api/<module>.md          the docstrings, which mkdocstrings puts in
+the root                   ->  contributing.md, changelog.md
 """
 
 from __future__ import annotations
