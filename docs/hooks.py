@@ -33,7 +33,10 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """mkdocs calls it: a line that is a link to a table of results becomes the table."""
+    """mkdocs calls it: a line that links to a table of results becomes the table; the list of scores is put in."""
+    from robustft.detection import table
+
+    markdown = markdown.replace("<!-- output: robustft.detection.table() -->", f"```\n{table()}\n```")
     link = r"^\[[^]]*\]\(\.\./benchmarks/results/(\w+\.md)\)$"
     return re.sub(link, lambda found: (RESULTS / found[1]).read_text(), markdown, flags=re.MULTILINE)
 
