@@ -112,7 +112,7 @@ def table(kernels: list[Kernel]) -> str:
     ]
     for k in kernels:
         found = ", ".join(f"{count} {op}" for op, count in k.instructions.items())
-        lines.append(f"| {k.name} | {k.architecture} | {k.registers} | {k.spilled} | {k.shared} | {found} |")
+        lines.append(f"| `{k.name}` | {k.architecture} | {k.registers} | {k.spilled} | {k.shared} | {found} |")
     return "\n".join(lines) + "\n"
 
 

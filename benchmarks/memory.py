@@ -2,8 +2,8 @@
 
 The processes are forked from one that has imported everything and computed nothing, so that each starts alike.
 
-    python -m benchmarks.memory                 # writes results/memory.json and the README's table
-    python -m benchmarks.memory --table         # the README's table alone, from results/memory.json
+    python -m benchmarks.memory                 # writes results/memory.json, prints its table
+    python -m benchmarks.memory --table         # prints the table of what is stored
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import ctypes
 import json
 import multiprocessing
-import re
 from dataclasses import replace
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -20,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from robustft.files import write_text
 
 from . import machine
 from .work import Row
@@ -36,7 +33,6 @@ IMPLEMENTATIONS = {
     "eager with teacher": ("distillation", "eager"),
 }
 LARGEST = {"eager with teacher": 8192}  # it takes 14 GB at 16384
-README = Path(__file__).parent.parent / "README.md"
 WARM = 256
 """Samples of the run that starts the threads before the measured one."""
 
@@ -109,22 +105,12 @@ def table(measured: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{where['cpu']} ({where['isa']}), {threads}, torch {where['torch']}.", ""])
 
 
-def write_table() -> None:
-    """Puts the table of results/memory.json between the README's two memory comments."""
-    text = table(json.loads((machine.RESULTS / "memory.json").read_text()))
-    pattern = r"(<!-- memory -->\n).*?(<!-- end of memory -->)"
-    readme, count = re.subn(pattern, lambda m: m[1] + text + m[2], README.read_text(), flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"{README} has {count} places between <!-- memory --> and <!-- end of memory -->; expected 1")
-    write_text(README, readme)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", action="store_true", help="only write the README's table, from the stored results")
+    parser.add_argument("--table", action="store_true", help="only print the table of the stored results")
     if not parser.parse_args().table:
         print(machine.write("memory", "python -m benchmarks.memory", measure_all()))
-    write_table()
+    print(table(json.loads((machine.RESULTS / "memory.json").read_text())))
 
 
 if __name__ == "__main__":

@@ -47,9 +47,28 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, text.encode())
 
 
-def write_json(path: Path, value: Any, *, indent: int = 1, allow_nan: bool = True) -> None:
-    """Writes a value that JSON can hold; `allow_nan` False raises ValueError for NaN and infinity."""
-    write_text(path, json.dumps(value, indent=indent, allow_nan=allow_nan) + "\n")
+def write_json(path: Path, value: Any, *, indent: int | None = None, allow_nan: bool = True) -> None:
+    """Writes a value that JSON can hold, one row a line or indented; `allow_nan` False raises ValueError for NaN and
+    infinity."""
+    text = json.dumps(value, indent=indent, allow_nan=allow_nan)
+    write_text(path, (text if indent else json_text(json.loads(text))) + "\n")
+
+
+_LINE = 400
+"""Characters that nested lists and dictionaries may have to stay in one line of `json_text`."""
+
+
+def json_text(value: Any, indent: int = 0) -> str:
+    """One row a line: what holds numbers and words alone stays in one line, and so does what is short."""
+    line = json.dumps(value)
+    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    if len(line) + indent <= _LINE or not any(isinstance(item, (dict, list)) for item in items):
+        return line
+    rows = [json_text(item, indent + 1) for item in items]
+    if isinstance(value, dict):
+        rows = [f"{json.dumps(key)}: {row}" for key, row in zip(value, rows, strict=True)]
+    margin = "\n" + " " * indent
+    return line[0] + ",".join(f"{margin} {row}" for row in rows) + margin + line[-1]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

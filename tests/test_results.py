@@ -1,4 +1,4 @@
-"""What README says of GlyphWorld, held against the committed results of `python -m benchmarks.glyphworld`."""
+"""What README and docs say of GlyphWorld, held against the committed results of its measurements."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import statistics
 from pathlib import Path
 
 import pytest
+from test_docs import site_pages
+
+from robustft.files import json_text
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 TABLE = json.loads((RESULTS / "glyphworld.json").read_text())["results"]
@@ -125,18 +128,22 @@ SOUP = "soup of zero-shot, LP-FT, CaRot + CMP and DRM"
         ),
     ],
 )
-def test_the_study_finds_what_readme_says(verdict, claims):
+def test_the_study_finds_what_its_page_says(verdict, claims):
     assert {claim: VERDICTS[claim] for claim in claims} == dict.fromkeys(claims, verdict)
 
 
 def test_the_recipes_table_is_the_studys():
     docs = RESULTS.parent.parent / "docs"
-    study = (docs / "study.md").read_text()
+    study = site_pages()["measured/study.md"]()
     compositions = study[study.index("**single methods**") :]
-    rows = [line.replace("**", "") for line in (docs / "recipe.md").read_text().splitlines() if line.startswith("|")][
-        2:
-    ]
+    rows = [line.replace("**", "") for line in (docs / "recipe.md").read_text().splitlines() if line.startswith("|")]
+    rows = rows[2:]
     assert len(rows) == 6
     for row in rows:
         assert row.replace("the mean", SOUP) in compositions
     assert STUDY["command"] in study and STUDY["command"] == "robustft study"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_result_files_hold_one_row_a_line(path):
+    assert json_text(json.loads(path.read_text())) + "\n" == path.read_text()

@@ -51,8 +51,8 @@ class Matching(NamedTuple):
         low, high = (int(end) for end in labels.aminmax())
         if low < 0 or high >= len(self.classes_of_labels):
             raise ValueError(
-                f"labels hold {low}..{high}, but the data set names {len(self.classes_of_labels)} classes: expected values in "
-                f"[0, {len(self.classes_of_labels)})"
+                f"labels hold {low}..{high}, but the data set names {len(self.classes_of_labels)} classes: expected "
+                f"values in [0, {len(self.classes_of_labels)})"
             )
         return torch.tensor(self.classes_of_labels, device=labels.device)[labels.long()]
 

@@ -1,0 +1,148 @@
+"""The pages of the site that are made and not kept.
+
+benchmarks/results/*.json  ->  measured/*.md, *.html    the numbers
+nav of mkdocs.yml          ->  api/<module>.md          the docstrings, which mkdocstrings puts in
+the root                   ->  contributing.md, changelog.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.append(str(ROOT))  # for `benchmarks`; last, so that an installed robustft comes before its source
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """mkdocs calls it: adds what is made to the files of docs/."""
+    from mkdocs.structure.files import File
+
+    made: dict[str, str | bytes] = {path: make() for path, make in PAGES.items()}
+    made |= {path: api_page(path) for path in paths(config.nav) if path.startswith("api/")}
+    made |= {f"measured/{plot.name}": plot.read_bytes() for plot in RESULTS.glob("*.png")}
+    for path, content in made.items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """mkdocs calls it: a line that links to a table of results becomes the table; the list of scores is put in."""
+    from robustft.detection import table
+
+    markdown = markdown.replace("<!-- output: robustft.detection.table() -->", f"```\n{table()}\n```")
+    link = r"^\[[^]]*\]\(\.\./benchmarks/results/(\w+\.md)\)$"
+    return re.sub(link, lambda found: (RESULTS / found[1]).read_text(), markdown, flags=re.MULTILINE)
+
+
+def paths(nav: Any) -> list[str]:
+    """All pages of a navigation, which is a page, a list, or titles with what stands under them."""
+    match nav:
+        case str():
+            return [nav]
+        case dict():
+            return [path for part in nav.values() for path in paths(part)]
+        case _:
+            return [path for part in nav for path in paths(part)]
+
+
+def api_page(path: str) -> str:
+    return f"::: robustft.{Path(path).stem}\n"
+
+
+def results(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+@cache
+def answers() -> tuple[Any, str, str]:
+    """What the committed study measured, its command and its machine."""
+    from robustft.pipeline.study import SECTIONS
+    from robustft.pipeline.study.findings import Measured
+    from robustft.pipeline.study.page import Answer
+
+    held = results("study")
+    sections = held["sections"].items()
+    found = [Answer(SECTIONS[name], [Measured(**seed) for seed in section["seeds"]]) for name, section in sections]
+    return found, held["command"], held["machine"]
+
+
+def study_tables() -> str:
+    from robustft.pipeline.study.page import markdown
+
+    title, rest = markdown(*answers()).split("\n", 1)
+    return f"{title}: every table\n\n[Findings](../study.md) · [the same with pictures](study-pictures.html)\n{rest}"
+
+
+def study_page() -> str:
+    from robustft.pipeline.study.page import page
+
+    return page(*answers())[0]
+
+
+def speed() -> str:
+    """A chapter a machine that `python -m benchmarks` has been run on."""
+    from benchmarks import show
+
+    chapters = []
+    for path in sorted(RESULTS.glob("*-cores.json")):
+        held = results(path.stem)
+        plots = {plot.stem.removeprefix(f"{path.stem}-"): plot.name for plot in RESULTS.glob(f"{path.stem}-*.png")}
+        chapters.append(show.markdown(held["machine"], held["records"], False, plots))
+    return "\n".join([*chapters, (RESULTS / "gpu.md").read_text()])
+
+
+def memory() -> str:
+    from benchmarks.memory import table
+
+    lines = (
+        "# Memory of the contrastive losses",
+        "",
+        "Peak memory beyond the inputs, forward and backward, float32, D = 512, on a CPU. `memory` is what a loss may",
+        "keep between forward and backward, 512 MiB by default. [What that means](../losses.md#memory).",
+        "",
+        table(results("memory")),
+        "Measured by `python -m benchmarks.memory`, each row in a process of its own.",
+    )
+    return "\n".join(lines)
+
+
+def kernels() -> str:
+    from benchmarks import cuda_resources, triton_resources
+
+    cuda, triton = results("cuda_resources")["results"], results("triton_resources")
+    lines = (
+        "# GPU kernels, as their compilers see them",
+        "",
+        "Registers, spills and shared memory of every kernel. They were compiled without a GPU; none has run on one.",
+        "",
+        f"## CUDA C++, nvcc {cuda['nvcc']}",
+        "",
+        "`python -m benchmarks.cuda_resources`",
+        "",
+        cuda_resources.table([cuda_resources.Kernel(**kernel) for kernel in cuda["kernels"]]),
+        f"## Triton {triton['triton']}",
+        "",
+        "`python -m benchmarks.triton_resources`",
+        "",
+        triton_resources.table(triton),
+    )
+    return "\n".join(lines)
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "measured/speed.md": speed,
+    "measured/memory.md": memory,
+    "measured/kernels.md": kernels,
+    "measured/study.md": study_tables,
+    "measured/study-pictures.html": study_page,
+    "contributing.md": (ROOT / "CONTRIBUTING.md").read_text,
+    "changelog.md": (ROOT / "CHANGELOG.md").read_text,
+}
+"""Path and maker of each page, but those of the API."""
