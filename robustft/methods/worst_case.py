@@ -27,16 +27,19 @@ from robustft.methods.options import Configured, check_weights
 class Risk(Configured, nn.Module):
     """What per-sample losses (N,) become, a 0-d tensor; its state, if any, moves in `after_step`.
 
-    `grouped` says whether `forward` needs groups (N,). A resumed run must find the same options.
+    `forward` gets groups (N,) where the batch has them. A resumed run must find the same options.
     """
-
-    grouped = True
 
     def forward(self, losses: Tensor, groups: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def after_step(self) -> None:
         """Called after every optimiser step."""
+
+    def _given(self, groups: Tensor | None) -> Tensor:
+        if groups is None:
+            raise ValueError(f'{type(self).__name__} needs batches with "group", (N,) integers')
+        return groups
 
 
 class WorstGroup(Risk):
@@ -50,7 +53,7 @@ class WorstGroup(Risk):
         self.num_groups = _at_least_one(num_groups)
 
     def forward(self, losses: Tensor, groups: Tensor | None) -> Tensor:
-        return group_risk(losses, groups, self.num_groups).worst
+        return group_risk(losses, self._given(groups), self.num_groups).worst
 
 
 class GroupDRO(Risk):
@@ -75,7 +78,7 @@ class GroupDRO(Risk):
         self.updated: Tensor | None = None
 
     def forward(self, losses: Tensor, groups: Tensor | None) -> Tensor:
-        out = group_dro(losses, groups, self.weights, self.step_size)
+        out = group_dro(losses, self._given(groups), self.weights, self.step_size)
         self.updated = out.weights
         return out.loss
 
@@ -92,8 +95,6 @@ class CVaR(Risk):
     alpha = 1 is the mean, a small alpha the largest loss. Source: Levy et al. 2020 (arXiv 2010.05893), section 2; over
     a batch it is biased towards the mean, less for larger batches.
     """
-
-    grouped = False
 
     def __init__(self, alpha: float) -> None:
         super().__init__()
@@ -134,8 +135,6 @@ class WorstCaseFineTune(FineTune):
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)
         groups = column(batch, "group", images)
-        if self.risk.grouped and groups is None:
-            raise ValueError(f'{type(self.risk).__name__} needs batches with "group", (N,) integers')
         u = clip.encode_images(self.model, images)
         losses, terms = self.objective(u, self.head, labels, 1.0, bias=self.bias, reduction="none")
         risk = self.risk(losses, groups)
