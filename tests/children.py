@@ -2,7 +2,7 @@
 
 A server that has imported these, and nothing of robustft, forks one process for each program. What it gives a program
 is what `python -c` or `python -m` would: its own modules, environment, folder, arguments, standard streams, and the
-functions registered for its end. Not for tests of what is imported when, of PYTHONHASHSEED or TRITON_INTERPRET.
+functions registered for its end. Not for tests of PYTHONHASHSEED or TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -100,14 +100,14 @@ class Child:
 class Children:
     """Starts the server at the first program."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, libraries: str = LIBRARIES) -> None:
+        self.folder, self.libraries = folder, libraries
         self.started = 0
         self.server: subprocess.Popen[str] | None = None
 
     def ask(self, **question: object) -> int:
         if self.server is None:
-            command = [sys.executable, "-c", SERVER, LIBRARIES]
+            command = [sys.executable, "-c", SERVER, self.libraries]
             self.server = subprocess.Popen(
                 command, cwd=self.folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
@@ -135,7 +135,10 @@ class Children:
         assert not check or done.returncode == 0, done.stderr[-4000:]
         return done
 
-    def close(self) -> None:
+    def __enter__(self) -> Children:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self.server is not None:
             self.server.stdin.close()
             self.server.stdout.close()

@@ -39,9 +39,15 @@ def _seeded() -> None:
 @pytest.fixture(scope="session")
 def python(tmp_path_factory):
     """Runs `python -c` and `python -m` in processes of their own: see children.py."""
-    children = Children(tmp_path_factory.mktemp("python"))
-    yield children
-    children.close()
+    with Children(tmp_path_factory.mktemp("python")) as children:
+        yield children
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory):
+    """The same where torch alone is imported, for tests of what imports the other libraries, and when."""
+    with Children(tmp_path_factory.mktemp("python"), "torch") as children:
+        yield children
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -64,7 +64,7 @@ def sizes(compiled: list, interpreted: list) -> list:
 
 def exhaustive(*values: object) -> list:
     """Parameters whose tests only `pytest -m exhaustive` runs: those beside them stand for them day by day."""
-    each = [value if isinstance(value, tuple) else (value,) for value in values]
+    each = [value if type(value) is tuple else (value,) for value in values]
     return [pytest.param(*value, marks=pytest.mark.exhaustive) for value in each]
 
 

@@ -17,6 +17,7 @@ from targets import (
     each_body,
     each_device,
     each_target,
+    exhaustive,
     gradients,
     placed,
     sizes,
@@ -42,7 +43,7 @@ def classes(n: int, k: int, d: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 @each_target
-@pytest.mark.parametrize("scale", sizes([1.0, 14.3, 100.0], [100.0]))
+@pytest.mark.parametrize("scale", sizes([1.0, *exhaustive(14.3), 100.0], [100.0]))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_classification_loss_is_as_accurate_as_eager(scale, target, variant):
     def loss(labels, top1, x, w, s, bias, weight):

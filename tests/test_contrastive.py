@@ -10,7 +10,7 @@ from functools import partial
 import planted
 import pytest
 import torch
-from targets import assert_as_accurate_as_eager, case, each_device, each_target, gradients, sizes
+from targets import assert_as_accurate_as_eager, case, each_device, each_target, exhaustive, gradients, sizes
 from torch import Tensor
 
 import robustft
@@ -21,7 +21,7 @@ SHAPES = sizes(
     [(1, 1), (2, 37), (7, 128), (255, 37), (256, 16), (257, 16), (1031, 37)],
     [(1, 1), (2, 37), (32, 16), (35, 20)],
 )
-SCALES = sizes([1.0, 14.3, 100.0], [1.0, 100.0])
+SCALES = sizes([1.0, *exhaustive(14.3), 100.0], [1.0, 100.0])
 
 
 @each_target

@@ -4,8 +4,6 @@ import argparse
 import copy
 import json
 import os
-import subprocess
-import sys
 import textwrap
 import types
 
@@ -856,7 +854,7 @@ def test_fingerprint_sees_settings_that_leave_no_trace_in_the_weights(module, se
     assert equal_states(model, other) and clip.fingerprint(model) != clip.fingerprint(other)
 
 
-def test_clip_imports_without_open_clip_and_says_what_to_install_when_it_is_needed():
+def test_clip_imports_without_open_clip_and_says_what_to_install_when_it_is_needed(bare_python):
     code = """
         import sys
         sys.modules["open_clip"] = None
@@ -868,10 +866,10 @@ def test_clip_imports_without_open_clip_and_says_what_to_install_when_it_is_need
             sys.exit("pip install open_clip_torch" not in str(error))
         sys.exit(2)
     """
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)]).returncode == 0
+    assert bare_python.run("-c", textwrap.dedent(code)).returncode == 0
 
 
-def test_torchvision_without_its_operators_is_imported_under_cpu_torch():
+def test_torchvision_without_its_operators_is_imported_under_cpu_torch(bare_python):
     # Simulates PyPI's torchvision under a CPU-only torch: its compiled library does not load.
     code = """
         import sys, torch
@@ -891,7 +889,7 @@ def test_torchvision_without_its_operators_is_imported_under_cpu_torch():
         from robustft.clip import import_open_clip
         assert import_open_clip().list_models()
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    result = bare_python.run("-c", textwrap.dedent(code))
     if result.returncode == 77:
         pytest.skip("this torchvision imports without its operators")
     assert result.returncode == 0, result.stderr

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_options import PROMPTED
+from targets import exhaustive
 from tiny_clip import letters
 
 from robustft import methods
@@ -26,7 +27,9 @@ VISION = {
 PROMPTS = {"tokenizer": letters, "class_names": ("ant", "bee", "cow"), "templates": ("a {}", "the {}")}
 NAMES = list(methods.every_method())
 TOWERS = ("FLYP", "CaRot", "DRM", "FineTune", "LPFT", "WorstCaseFineTune")  # are trained, at a smaller rate
-CASES = [(name, tower) for name in NAMES for tower in VISION if (name, tower) != ("MaPLe", "resnet")]
+RESNETS = "CaRot", "CoOp", "LinearProbe"  # with whom every method is tried by the exhaustive tests
+CASES = [(name, "vit") for name in NAMES] + [(name, "resnet") for name in RESNETS]
+CASES += exhaustive(*((name, "resnet") for name in NAMES if name not in (*RESNETS, "MaPLe")))
 
 
 def config(tower):
@@ -76,7 +79,7 @@ def made(name, model, data, prompts=PROMPTS):
     return method.prepare((data["image"], data["label"])) if name == "DRM" else method
 
 
-@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in CASES))
+@pytest.mark.parametrize("name", NAMES)
 def test_other_prompts_are_another_configuration_so_that_no_run_is_resumed_with_them(models, name):
     data = data_of("vit")
     same, other = made(name, models["vit"], data), made(name, models["vit"], data, PROMPTS | {"templates": ["one {}"]})

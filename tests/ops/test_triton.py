@@ -218,17 +218,14 @@ def test_memory_budgets_and_fakes_follow_the_device():
             assert not layouts.fits("auto", body, 32768, 32769, x, 2)
 
 
-def test_importing_robustft_does_not_import_triton(tmp_path):
+def test_importing_robustft_does_not_import_triton(bare_python):
     # torch itself may: what counts is that robustft adds no module of Triton's.
     code = (
         "import sys, torch; before = {m for m in sys.modules if m.startswith('triton')}; import robustft;"
         "print(sorted(m for m in sys.modules if m.startswith('triton') and m not in before))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(robustft.__file__).parent.parent)}
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
-    )
-    assert run.stdout.strip() == "[]"
+    assert bare_python.run("-c", code, environment=environment, check=True).stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])

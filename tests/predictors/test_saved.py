@@ -128,6 +128,7 @@ def test_a_predictor_of_ones_own_may_not_take_the_name_of_robustfts(bundle):
         type("Classifier", (methods.Predictor,), {})
 
 
+@pytest.mark.exhaustive  # test_quickstart.py has it of FLYP
 def test_exports_of_the_quickstart_predict_what_its_table_says(tmp_path):
     out = tmp_path / "out"
     options = {"method_names": ("FT", "FLYP"), "quick": True, "limit_batches": 2, "progress": False}

@@ -19,6 +19,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from targets import exhaustive
 
 from robustft.methods import FLYP, CaRot, FineTune, Method, Step
 from robustft.training.checkpoint import _checksums, load_checkpoint, save_checkpoint
@@ -511,7 +512,7 @@ def test_a_step_beyond_the_run_or_other_than_its_folders_is_refused(tmp_path, wh
         run(make(), tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("dies", [False, True], ids=["full disk", "kill"])
+@pytest.mark.parametrize("dies", [False, *exhaustive(True)], ids=["full disk", "kill"])
 def test_a_fault_at_any_sync_or_rename_of_a_save_leaves_a_run_that_resumes_bit_for_bit(
     tmp_path, whole, monkeypatch, dies
 ):
