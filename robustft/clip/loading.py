@@ -65,7 +65,8 @@ def load(
     for `hf-hub:` names, tags, and architectures whose text tower or tokenizer lives on the hub.
 
     Raises ValueError for an unknown name or tag and for a checkpoint that is truncated, pickled, or of
-    another architecture; FileNotFoundError for a missing file; ImportError when open_clip is not installed.
+    another architecture; FileNotFoundError for a missing file; ImportError when open_clip, or what a tokenizer
+    needs, is not installed.
     """
     open_clip = import_open_clip()
     config, checkpoint = _resolve(open_clip, name, pretrained, None if cache_dir is None else str(cache_dir))
@@ -74,7 +75,10 @@ def load(
     if checkpoint is not None:
         _load_weights(open_clip, model, checkpoint)
     tokenizer_name = name if ":" in name else name.replace("/", "-")
-    tokenizer = open_clip.get_tokenizer(tokenizer_name, cache_dir=cache_dir)
+    try:
+        tokenizer = open_clip.get_tokenizer(tokenizer_name, cache_dir=cache_dir)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{name}: its tokenizer needs {error.name}: pip install {error.name}") from error
     model = model.to(device=device, dtype=dtype).eval()
     return Bundle(model, tokenizer, train_transform, eval_transform, config)
 

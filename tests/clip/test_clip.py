@@ -552,6 +552,15 @@ def test_hub_names_use_the_files_they_name(checkpoint, monkeypatch):
     assert equal_states(bundle.model, model) and set(asked) == {"org/repo"}
 
 
+def test_a_tokenizer_without_its_package_says_what_to_install(tiny_architectures, monkeypatch):
+    def missing(*_args, **_kwargs):
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", missing)
+    with pytest.raises(ImportError, match="tiny-vit: its tokenizer needs transformers: pip install transformers"):
+        clip.load("tiny-vit")
+
+
 def test_device_and_dtype_are_obeyed(tiny_architectures):
     model = clip.load("tiny-vit", device="meta", dtype=torch.bfloat16).model
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
