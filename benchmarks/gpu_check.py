@@ -145,7 +145,7 @@ def tests(check: Check) -> None:
     deadline = time.monotonic() + min(240, check.left())
 
     def one(part: Part) -> dict[str, Any]:
-        command = [sys.executable, "-m", "pytest", "-v", "--maxfail=10", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-v", "-m", "", "--maxfail=10", "-p", "no:cacheprovider"]
         limit = deadline - time.monotonic()
         return outcome(check.run([*command, "-k", part.selects, *part.suites], limit, OMP_NUM_THREADS="1"))
 
