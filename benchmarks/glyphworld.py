@@ -46,7 +46,7 @@ def select(seeds: list[int]) -> None:
             candidate = replace(recipe, lr=lr)
             scores = []
             for seed in seeds:
-                method = quickstart.make_method(candidate, bundle, data, seed)
+                method = quickstart.make_method(candidate, bundle, seed)
                 quickstart.train(candidate, method, data, seed, progress=False)
                 predictions = method.classifier().predict(data.validation)
                 scores.append(accuracy_and_nll(predictions.logits, predictions.labels))

@@ -1,10 +1,17 @@
 """The losses as modules, with open_clip's call: `loss(image_features, text_features, logit_scale, output_dict=...)`.
 
+    L = sum_k weight_k term_k
+
 In dictionary form only terms that add up to the objective are returned, already weighted, under keys that end in
-`_loss`: open_clip 3.x sums every value, 4.x those keys.
+`_loss`: open_clip 3.x sums every value, 4.x those keys. `terms` returns them un-weighted, for who weighs and logs them,
+as the methods do. A term of weight 0 is left out.
 """
 
 from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +24,26 @@ from robustft.functional import (
     dual_risk,
     orthogonality_penalty,
 )
+
+# CaRot's released command.
+ORTHOGONALITY_WEIGHT, DISTILLATION_WEIGHT, CROSS_WEIGHT = 0.2, 1.5, 0.05
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The sum of all terms, by their weights, in the order of the terms; every objective is added up here."""
+    return functools.reduce(operator.add, _weighted(terms, weights).values())
+
+
+def _weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    return {name: value if weights[name] == 1.0 else weights[name] * value for name, value in terms.items()}
+
+
+def _returned(
+    terms: Mapping[str, Tensor], weights: Mapping[str, float], output_dict: bool
+) -> Tensor | dict[str, Tensor]:
+    if not output_dict:
+        return weighted_sum(terms, weights)
+    return {f"{name}_loss": value for name, value in _weighted(terms, weights).items()}
 
 
 class ContrastiveLoss(nn.Module):
@@ -62,9 +89,9 @@ class CaRotLoss(nn.Module):
     def __init__(
         self,
         *,
-        orthogonality_weight: float = 0.2,
-        distillation_weight: float = 1.5,
-        cross_weight: float = 0.05,
+        orthogonality_weight: float = ORTHOGONALITY_WEIGHT,
+        distillation_weight: float = DISTILLATION_WEIGHT,
+        cross_weight: float = CROSS_WEIGHT,
         squared: bool = False,
         group: torch.distributed.ProcessGroup | None = None,
     ):
@@ -74,6 +101,47 @@ class CaRotLoss(nn.Module):
         self.cross_weight = cross_weight
         self.squared = squared
         self.group = group
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of `terms`."""
+        return {
+            "contrastive": 1.0,
+            "distillation": self.distillation_weight,
+            "orthogonality": self.orthogonality_weight,
+            "cross": self.cross_weight,
+        }
+
+    def terms(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        *,
+        teacher_image_features: Tensor | None = None,
+        teacher_text_features: Tensor | None = None,
+        teacher_logit_scale: Tensor | float | None = None,
+        visual_projection: Tensor | None = None,
+        text_projection: Tensor | None = None,
+        labels: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What `forward` adds up, un-weighted, by name."""
+        student = (image_features, text_features, logit_scale)
+        teacher = u, t, s = (teacher_image_features, teacher_text_features, teacher_logit_scale)
+        if any(part is None for part in teacher) != all(part is None for part in teacher):
+            raise ValueError("teacher_image_features, teacher_text_features and teacher_logit_scale go together")
+        if self.distillation_weight and u is not None and t is not None and s is not None:
+            both = contrastive_distillation_loss(*student, u, t, s, labels=labels, weight=weight, group=self.group)
+            terms = {"contrastive": both.contrastive, "distillation": both.distillation}
+        else:
+            terms = {"contrastive": contrastive_loss(*student, labels=labels, weight=weight, group=self.group)}
+        if visual_projection is not None:
+            if self.orthogonality_weight:
+                terms["orthogonality"] = orthogonality_penalty(visual_projection, squared=self.squared)
+            if text_projection is not None and self.cross_weight:
+                terms["cross"] = cross_penalty(visual_projection, text_projection)
+        return terms
 
     def forward(
         self,
@@ -90,36 +158,19 @@ class CaRotLoss(nn.Module):
         weight: Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        teacher = (teacher_image_features, teacher_text_features, teacher_logit_scale)
-        if any(part is None for part in teacher) != all(part is None for part in teacher):
-            raise ValueError("teacher_image_features, teacher_text_features and teacher_logit_scale go together")
-        if teacher_image_features is None or teacher_text_features is None or teacher_logit_scale is None:
-            loss = contrastive_loss(
-                image_features, text_features, logit_scale, labels=labels, weight=weight, group=self.group
-            )
-            losses = {"contrastive_loss": loss}
-        else:
-            terms = contrastive_distillation_loss(
-                image_features,
-                text_features,
-                logit_scale,
-                teacher_image_features,
-                teacher_text_features,
-                teacher_logit_scale,
-                labels=labels,
-                weight=weight,
-                group=self.group,
-            )
-            losses = {
-                "contrastive_loss": terms.contrastive,
-                "distillation_loss": self.distillation_weight * terms.distillation,
-            }
-        if visual_projection is not None:
-            penalty = orthogonality_penalty(visual_projection, squared=self.squared)
-            losses["orthogonality_loss"] = self.orthogonality_weight * penalty
-            if text_projection is not None:
-                losses["cross_loss"] = self.cross_weight * cross_penalty(visual_projection, text_projection)
-        return losses if output_dict else torch.stack(list(losses.values())).sum()
+        terms = self.terms(
+            image_features,
+            text_features,
+            logit_scale,
+            teacher_image_features=teacher_image_features,
+            teacher_text_features=teacher_text_features,
+            teacher_logit_scale=teacher_logit_scale,
+            visual_projection=visual_projection,
+            text_projection=text_projection,
+            labels=labels,
+            weight=weight,
+        )
+        return _returned(terms, self.weights, output_dict)
 
 
 class ClassificationLoss(nn.Module):
@@ -145,6 +196,37 @@ class ClassificationLoss(nn.Module):
         self.top1 = top1
         self.label_smoothing = label_smoothing
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of `terms`."""
+        return {"cross_entropy": 1.0, "misalignment": self.misalignment_weight}
+
+    def terms(
+        self,
+        image_features: Tensor,
+        class_embeddings: Tensor,
+        logit_scale: Tensor | float,
+        *,
+        labels: Tensor,
+        bias: Tensor | None = None,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> dict[str, Tensor]:
+        """What `forward` adds up, un-weighted, by name; 0-d, or (N,) with reduction "none"."""
+        terms = classification_loss(
+            image_features,
+            class_embeddings,
+            labels,
+            logit_scale,
+            bias=bias,
+            variant=self.variant,
+            top1=self.top1,
+            label_smoothing=self.label_smoothing,
+            weight=weight,
+            reduction=reduction,
+        )._asdict()
+        return terms if self.misalignment_weight else {"cross_entropy": terms["cross_entropy"]}
+
     def forward(
         self,
         image_features: Tensor,
@@ -156,21 +238,8 @@ class ClassificationLoss(nn.Module):
         weight: Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        terms = classification_loss(
-            image_features,
-            class_embeddings,
-            labels,
-            logit_scale,
-            bias=bias,
-            variant=self.variant,
-            top1=self.top1,
-            label_smoothing=self.label_smoothing,
-            weight=weight,
-        )
-        losses = {"cross_entropy_loss": terms.cross_entropy}
-        if self.misalignment_weight:
-            losses["misalignment_loss"] = self.misalignment_weight * terms.misalignment
-        return losses if output_dict else torch.stack(list(losses.values())).sum()
+        terms = self.terms(image_features, class_embeddings, logit_scale, labels=labels, bias=bias, weight=weight)
+        return _returned(terms, self.weights, output_dict)
 
 
 class DualRiskLoss(nn.Module):
@@ -185,6 +254,11 @@ class DualRiskLoss(nn.Module):
     def __init__(self, *, worst_case_weight: float = 1.0):
         super().__init__()
         self.worst_case_weight = worst_case_weight
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the two risks."""
+        return {"empirical": 1.0, "worst_case": self.worst_case_weight}
 
     def forward(
         self,
@@ -201,5 +275,4 @@ class DualRiskLoss(nn.Module):
         terms = dual_risk(
             image_features, class_embeddings, core_embeddings, labels, core_labels, logit_scale, weight=weight
         )
-        losses = {"empirical_loss": terms.empirical, "worst_case_loss": self.worst_case_weight * terms.worst_case}
-        return losses if output_dict else torch.stack(list(losses.values())).sum()
+        return _returned(terms._asdict(), self.weights, output_dict)

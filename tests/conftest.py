@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 import pytest  # noqa: E402  (the environment above must come first)
 import torch  # noqa: E402
+from children import Children  # noqa: E402
 from tiny_clip import (  # noqa: E402, F401  (fixtures)
     batches,
     clip_model,
@@ -22,14 +23,49 @@ from tiny_clip import (  # noqa: E402, F401  (fixtures)
 )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A worker that has no tests left takes over half of a busy one's."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def python(tmp_path_factory):
+    """Runs `python -c` and `python -m` in processes of their own: see children.py."""
+    with Children(tmp_path_factory.mktemp("python")) as children:
+        yield children
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory):
+    """The same where torch alone is imported, for tests of what imports the other libraries, and when."""
+    with Children(tmp_path_factory.mktemp("python"), "torch") as children:
+        yield children
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SUITES = ["test_contrastive.py", "test_class_losses.py", "test_scores.py", "test_risks.py", "ops/test_offsets.py"]
+"""What the Triton kernels compute too. Under the interpreter these are collected and its own, of both kinds the tests
+that are for it (targets.py); elsewhere all but its own."""
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    if collection_path.suffix != ".py":
+        return None
+    own = collection_path.name.startswith("interpreted_")
+    of_suites = collection_path.relative_to(Path(__file__).parent).as_posix() in SUITES
+    return True if INTERPRETED != own and not (INTERPRETED and of_suites) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under Triton's interpreter, of suites that other bodies share (targets.py), the tests that name a target."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETED:
         items[:] = [i for i in items if "target" in i.fixturenames or i.path.name.startswith("interpreted")]
 
 
@@ -46,7 +82,7 @@ def device(request):
 def placeless_products(monkeypatch):
     """Entries of a product that do not depend on where they lie in it, as on a GPU: those of the BLAS with which the
     interpreter multiplies do, by what rounding float64 to float32 leaves nothing of."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETED:
         import numpy
         from triton.runtime import interpreter
 

@@ -6,6 +6,8 @@ TRITON_INTERPRET=1 (tests/ops/test_triton.py starts one), the Triton kernels, in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -58,6 +60,22 @@ def placed(target: Target, *tensors: Tensor) -> list[Tensor]:
 def sizes(compiled: list, interpreted: list) -> list:
     """The interpreter takes about 10 ms for what a GPU takes a nanosecond: it gets sizes of its own."""
     return interpreted if INTERPRETED else compiled
+
+
+def exhaustive(*values: object) -> list:
+    """Parameters whose tests only `pytest -m exhaustive` runs: those beside them stand for them day by day."""
+    each = [value if type(value) is tuple else (value,) for value in values]
+    return [pytest.param(*value, marks=pytest.mark.exhaustive) for value in each]
+
+
+@contextmanager
+def case(*what: object) -> Iterator[None]:
+    """One of the cases over which a test loops: begun with the seed of a test, named where it fails."""
+    torch.manual_seed(0)
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"case {what}: {type(error).__name__}: {error}") from error
 
 
 def gradients(function, *inputs: Tensor) -> list[Tensor]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -306,14 +304,16 @@ def test_the_share_is_of_the_fastest_product_that_the_precision_allows():
         assert show.share(record({"robustft": [2.0]}, row), "robustft") == pytest.approx(expected)
 
 
-def bench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "robustft", "bench", *arguments]
+@pytest.fixture
+def bench(python):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("PYTEST_XDIST_WORKER", None)  # inherited, it would turn the benchmarks off
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    return lambda *arguments, cwd: python.run(
+        "-m", "robustft", "bench", *arguments, folder=cwd, environment=environment
+    )
 
 
-def test_a_run_goes_on_where_it_was_killed(tmp_path):
+def test_a_run_goes_on_where_it_was_killed(tmp_path, bench):
     first = bench("--quick", "--only", "cvar", "--threads", "1", "--output", "out", cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     (path,) = (tmp_path / "out").glob("*-quick.json")
@@ -329,6 +329,6 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
 
 
-def test_a_pattern_without_rows_lists_those_that_there_are(tmp_path):
+def test_a_pattern_without_rows_lists_those_that_there_are(tmp_path, bench):
     done = bench("--quick", "--only", "nothing like it", cwd=tmp_path)
     assert done.returncode == 1 and "contrastive N=512 D=512 float32 highest" in done.stderr

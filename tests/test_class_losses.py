@@ -13,9 +13,11 @@ import pytest
 import torch
 from targets import (
     assert_as_accurate_as_eager,
+    case,
     each_body,
     each_device,
     each_target,
+    exhaustive,
     gradients,
     placed,
     sizes,
@@ -41,35 +43,33 @@ def classes(n: int, k: int, d: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 @each_target
-@pytest.mark.parametrize("scale", sizes([1.0, 14.3, 100.0], [100.0]))
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", sizes([1.0, *exhaustive(14.3), 100.0], [100.0]))
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_classification_loss_is_as_accurate_as_eager(shape, scale, target, variant):
-    x, w, labels = classes(*shape)
-    labels, top1 = labels.to(target.device), shape[1] == 17
-
-    def loss(x, w, s, bias, weight):
+def test_classification_loss_is_as_accurate_as_eager(scale, target, variant):
+    def loss(labels, top1, x, w, s, bias, weight):
         return rf.classification_loss(
             x, w, labels, s, bias=bias, variant=variant, top1=top1, label_smoothing=0.1, weight=weight
         )
 
-    inputs = (x, w, torch.tensor(scale), 0.1 * torch.randn(shape[1]), torch.rand(shape[0]))
-    assert_as_accurate_as_eager(loss, *inputs, target=target)
+    for n, k, d in SHAPES:
+        with case(n, k, d):
+            x, w, labels = classes(n, k, d)
+            inputs = (x, w, torch.tensor(scale), 0.1 * torch.randn(k), torch.rand(n))
+            assert_as_accurate_as_eager(partial(loss, labels.to(target.device), k == 17), *inputs, target=target)
 
 
 @each_target
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_dual_risk_is_as_accurate_as_eager(shape, soft, target):
-    x, w, labels = classes(*shape)
-    n, k, d = shape
-    labels, core = placed(target, labels, torch.rand(n, k) if soft else torch.rand(n))
-
-    def risks(x, w, v, s, weight):
+def test_dual_risk_is_as_accurate_as_eager(soft, target):
+    def risks(labels, core, x, w, v, s, weight):
         return rf.dual_risk(x, w, v, labels, core.to(x.dtype), s, weight=weight)
 
-    inputs = (x, w, planted.pairs(k, d, seed=9)[0], torch.tensor(20.0), torch.rand(n))
-    assert_as_accurate_as_eager(risks, *inputs, target=target)
+    for n, k, d in SHAPES:
+        with case(n, k, d):
+            x, w, labels = classes(n, k, d)
+            labels, core = placed(target, labels, torch.rand(n, k) if soft else torch.rand(n))
+            inputs = (x, w, planted.pairs(k, d, seed=9)[0], torch.tensor(20.0), torch.rand(n))
+            assert_as_accurate_as_eager(partial(risks, labels, core), *inputs, target=target)
 
 
 @each_target
@@ -117,24 +117,24 @@ def everything_inputs(n: int, k: int, d: int, dtype: torch.dtype = torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 3, 64), (40, 7, 64), (700, 300, 64), (900, 5, 16), (300, 40, 512)])
-def test_any_number_of_threads_gives_the_same_result(shape, dtype):
-    inputs, before = everything_inputs(*shape, dtype), torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 1):
-            torch.set_num_threads(threads)
-            results.append(everything(*inputs))
-    finally:
-        torch.set_num_threads(before)
-    n, k, d = shape
-    for threads, other in zip((2, 3, 1), results[1:], strict=True):
-        for a, b in zip(results[0], other, strict=True):
-            # Bit by bit up to two threads, but for products so small that aten, not robustft, decides about threads.
-            # More get smaller panels, and aten's products round by their shape.
-            rounding = 1e-6 if dtype == torch.float32 else 2**-7
-            same = n * k * d > 1e6 and threads < 3
-            assert torch.equal(a, b) if same else (a - b).abs().max() <= rounding * (1 + b.abs().max())
+def test_any_number_of_threads_gives_the_same_result(dtype):
+    before = torch.get_num_threads()
+    for n, k, d in [(1, 3, 64), (40, 7, 64), (700, 300, 64), (900, 5, 16), (300, 40, 512)]:
+        with case(n, k, d):
+            inputs, results = everything_inputs(n, k, d, dtype), []
+            try:
+                for threads in (1, 2, 3, 1):
+                    torch.set_num_threads(threads)
+                    results.append(everything(*inputs))
+            finally:
+                torch.set_num_threads(before)
+            for threads, other in zip((2, 3, 1), results[1:], strict=True):
+                for a, b in zip(results[0], other, strict=True):
+                    # Bit by bit up to two threads, but for products so small that aten, not robustft, decides about
+                    # threads. More get smaller panels, and aten's products round by their shape.
+                    rounding = 1e-6 if dtype == torch.float32 else 2**-7
+                    same = n * k * d > 1e6 and threads < 3
+                    assert torch.equal(a, b) if same else (a - b).abs().max() <= rounding * (1 + b.abs().max())
 
 
 @each_device
@@ -338,30 +338,30 @@ DUPLICATED = sizes(
 
 
 @each_target
-@pytest.mark.parametrize(("n", "k", "d"), DUPLICATED)
 @pytest.mark.parametrize("top1", [False, True])
-def test_duplicate_class_names_are_ties_not_errors(top1, n, k, d, target, placeless_products):
-    x, w, _ = placed(target, *classes(n, k, d))
-    twice = torch.cat((w, w))
-    labels = (x.double() @ w.double().T).argmax(1)
-    with robustft.backend(target.backend):
-        for label in (labels, labels + k):
-            terms = rf.classification_loss(x, twice, label, 100.0, top1=top1, reduction="none")
-            assert torch.equal(terms.misalignment, torch.zeros_like(terms.misalignment))
+def test_duplicate_class_names_are_ties_not_errors(top1, target, placeless_products):
+    for n, k, d in DUPLICATED:
+        with case(n, k, d), robustft.backend(target.backend):
+            x, w, _ = placed(target, *classes(n, k, d))
+            twice = torch.cat((w, w))
+            labels = (x.double() @ w.double().T).argmax(1)
+            for label in (labels, labels + k):
+                terms = rf.classification_loss(x, twice, label, 100.0, top1=top1, reduction="none")
+                assert torch.equal(terms.misalignment, torch.zeros_like(terms.misalignment))
 
 
 @each_target
-@pytest.mark.parametrize(("n", "k", "d"), DUPLICATED)
 @pytest.mark.parametrize("memory", ["auto", 0])
-def test_a_duplicate_of_the_label_gets_no_gradient(memory, n, k, d, target, placeless_products):
-    x, w, bias = placed(target, *classes(n, k, d)[:2], torch.randn(k))
-    twice = torch.cat((w, w)).requires_grad_()
-    with robustft.backend(target.backend):
-        for label, duplicate in ((0, k), (k, 0)):
-            labels = torch.full((n,), label, device=x.device)
-            terms = rf.classification_loss(x, twice, labels, 100.0, bias=torch.cat((bias, bias)), memory=memory)
-            (grad,) = torch.autograd.grad(terms.misalignment, twice)
-            assert terms.misalignment > 0 and not grad[duplicate].any()
+def test_a_duplicate_of_the_label_gets_no_gradient(memory, target, placeless_products):
+    for n, k, d in DUPLICATED:
+        with case(n, k, d), robustft.backend(target.backend):
+            x, w, bias = placed(target, *classes(n, k, d)[:2], torch.randn(k))
+            twice = torch.cat((w, w)).requires_grad_()
+            for label, duplicate in ((0, k), (k, 0)):
+                labels = torch.full((n,), label, device=x.device)
+                terms = rf.classification_loss(x, twice, labels, 100.0, bias=torch.cat((bias, bias)), memory=memory)
+                (grad,) = torch.autograd.grad(terms.misalignment, twice)
+                assert terms.misalignment > 0 and not grad[duplicate].any()
 
 
 def test_penalty_averages_over_the_batch_or_the_errors():

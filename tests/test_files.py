@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from targets import exhaustive
 
 import robustft
 from robustft import files
 from robustft.neighbors import NeighborIndex
 
 PACKAGE = Path(robustft.__file__).parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3).T, "a": torch.ones(2, dtype=torch.int64), "c": torch.tensor(1.5)}
 
@@ -72,15 +72,19 @@ def test_the_umask_of_the_process_is_never_touched(tmp_path, writer, monkeypatch
     writer(tmp_path / "it")
 
 
-def test_equal_content_is_equal_bytes_in_any_process(tmp_path):
+@pytest.mark.parametrize("others", [1, *exhaustive(3)])
+def test_equal_content_is_equal_bytes_in_any_process(others, tmp_path):
+    for name, write in WRITERS.items():
+        write(tmp_path / "own" / name)
     code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}; import test_files; "
     code += "from pathlib import Path; "
     code += "[write(Path(sys.argv[1], name)) for name, write in test_files.WRITERS.items()]"
-    for number in range(3):
+    for number in range(others):
         environment = os.environ | {"PYTHONHASHSEED": str(number)}
         subprocess.run([sys.executable, "-c", code, tmp_path / str(number)], check=True, env=environment, timeout=300)
-    first, *others = (content(tmp_path / str(number)) for number in range(3))
-    assert len(first) == len(WRITERS) + 1 and all(other == first for other in others)
+    own = content(tmp_path / "own")
+    assert len(own) == len(WRITERS) + 1
+    assert all(content(tmp_path / str(number)) == own for number in range(others))
 
 
 def test_a_second_writing_takes_the_place_of_the_first(tmp_path, writer):
@@ -129,7 +133,7 @@ def test_whatever_fails_leaves_the_old_content_and_nothing_else(tmp_path, writer
         pytest.fail("the writer never succeeds")
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path):
+def test_a_full_disk_leaves_the_old_file(tmp_path, python):
     code = (
         "import resource, sys, torch; from pathlib import Path; from robustft import files; path = Path(sys.argv[1])\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))\n"
@@ -139,9 +143,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     )
     path = tmp_path / "it"
     path.write_bytes(b"old")
-    run = subprocess.run(
-        [sys.executable, "-c", code, path], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+    run = python.run("-c", code, path)
     assert run.stdout.count("File too large") == 2, run.stderr
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["it"]
 
@@ -153,13 +155,13 @@ def test_a_folder_whose_writing_fails_is_not_there(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_what_a_kill_leaves_is_told_from_other_files(tmp_path):
+def test_what_a_kill_leaves_is_told_from_other_files(tmp_path, python):
     code = "import os, sys; from pathlib import Path; from robustft import files\n"
     code += "os.replace = os.rename = lambda *_: os.kill(os.getpid(), 9)\n"
     code += "if sys.argv[2] == 'file':\n    files.write_text(Path(sys.argv[1]), 'a')\n"
     code += "with files.new_folder(Path(sys.argv[1])):\n    pass\n"
     for kind in ("file", "folder"):
-        run = subprocess.run([sys.executable, "-c", code, tmp_path / f"{kind}.x", kind], env=ENVIRONMENT, timeout=300)
+        run = python.run("-c", code, tmp_path / f"{kind}.x", kind)
         assert run.returncode == -signal.SIGKILL
     left = list(tmp_path.iterdir())
     assert len(left) == 2 and all(map(files.is_unfinished, left))
@@ -221,13 +223,13 @@ HOLD = (
 
 
 @pytest.fixture
-def holder(tmp_path):
+def holder(tmp_path, python):
     """Another process that holds the lock."""
-    command = [sys.executable, "-c", HOLD, tmp_path / "lock"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=ENVIRONMENT, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
+    process = python.start("-c", HOLD, tmp_path / "lock")
+    assert process.line() == "held"
+    yield process
+    process.kill()
+    process.wait()
 
 
 def test_a_lock_is_refused_at_once_while_another_process_lives(tmp_path, holder):
@@ -246,7 +248,7 @@ def test_a_lock_is_refused_at_once_while_another_process_lives(tmp_path, holder)
 def test_a_lock_can_be_waited_for(tmp_path, holder):
     threading.Timer(0.3, holder.kill).start()
     with files.locked(tmp_path / "lock", wait=True):
-        assert holder.wait() == -signal.SIGKILL
+        assert holder.wait().returncode == -signal.SIGKILL
 
 
 def test_who_waits_for_a_lock_goes_on_when_it_is_let_go(tmp_path):
@@ -285,7 +287,7 @@ def test_a_lock_holds_against_threads_and_one_after_another_gets_it(tmp_path):
         pass
 
 
-def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+def test_a_forked_child_does_not_keep_the_lock(tmp_path, python):
     code = (
         "import os, sys, time; from pathlib import Path; from robustft import files\n"
         "with files.locked(Path(sys.argv[1])):\n"
@@ -293,17 +295,12 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
         "    if child == 0:\n        time.sleep(600)\n"
         "    print(child, flush=True)\n    os.kill(os.getpid(), 9)\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE, env=ENVIRONMENT, text=True
-    ) as process:
-        assert process.stdout is not None
-        child = int(process.stdout.readline())
-        process.wait()
-        try:
-            with files.locked(tmp_path / "lock"):
-                pass
-        finally:
-            os.kill(child, signal.SIGKILL)
+    child = int(python.run("-c", code, tmp_path / "lock").stdout)
+    try:
+        with files.locked(tmp_path / "lock"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 # The one way

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -95,23 +94,21 @@ def test_a_step_that_hangs_costs_only_itself(tmp_path):
     assert held["build"]["status"] == "cut off" and "| a-row | not measured | 1 |" in gpu_check.table(held)
 
 
-def collected(suites: list[str]) -> list[str]:
+def collected(suites: list[str], python) -> list[str]:
     """The names of the suites' tests as on a machine with a GPU."""
     options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "--collect-only", *suites]
     code = f"import pytest, torch; torch.cuda.is_available = lambda: True; pytest.main({options})"
     environment = os.environ | {"PYTHONPATH": f"{gpu_check.ROOT}:{gpu_check.ROOT / 'tests'}"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=gpu_check.ROOT
-    )
+    run = python.run("-c", code, environment=environment, folder=gpu_check.ROOT)
     return [line for line in run.stdout.splitlines() if "::" in line]
 
 
-def test_every_gpu_test_is_in_one_part():
+def test_every_gpu_test_is_in_one_part(python):
     from _pytest.mark.expression import Expression
 
     parts = gpu_check.parts()
     suites = list(dict.fromkeys(suite for part in parts for suite in part.suites))
-    chosen = dict.fromkeys((name for name in collected(suites) if "cuda" in name), 0)
+    chosen = dict.fromkeys((name for name in collected(suites, python) if "cuda" in name), 0)
     for part in parts:
         selects = Expression.compile(part.selects)
         mine = [
@@ -180,7 +177,7 @@ def test_the_list_of_what_no_gpu_has_measured_is_of_these_rows():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_nothing_is_claimed():
+def test_without_a_gpu_nothing_is_claimed(python):
     root = Path(gpu_check.__file__).parent.parent
-    run = subprocess.run([sys.executable, "-m", "benchmarks.gpu_check"], cwd=root, capture_output=True, text=True)
+    run = python.run("-m", "benchmarks.gpu_check", folder=root)
     assert run.returncode == 2 and "no GPU that torch can use" in run.stdout

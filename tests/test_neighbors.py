@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -467,9 +465,9 @@ print(json.dumps(status("VmHWM") - before))
 
 
 @compiled
-def test_no_matrix_of_queries_by_points_is_ever_held(tmp_path):
-    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert json.loads(run.stdout) < 40e6  # all distances would be 983 MB, one block's 246 MB
+def test_no_matrix_of_queries_by_points_is_ever_held(python):
+    peak = json.loads(python.run("-c", PEAK, check=True).stdout)
+    assert peak < 40e6  # all distances would be 983 MB, one block's 246 MB
 
 
 VARIANT = """
@@ -492,7 +490,7 @@ torch.save(out, sys.argv[3])
 
 
 @compiled
-def test_every_instruction_set_and_thread_count_finds_the_same(tmp_path):
+def test_every_instruction_set_and_thread_count_finds_the_same(tmp_path, python):
     names = libraries.ISA_NAMES[: libraries.ISA_NAMES.index(robustft.build_info()["active_isa"]) + 1]
     results = {}
     for isa in names:
@@ -501,8 +499,7 @@ def test_every_instruction_set_and_thread_count_finds_the_same(tmp_path):
         for threads in (1, 2):
             path = tmp_path / f"{isa}-{threads}.pt"
             environment = {**os.environ, "ROBUSTFT_CPU_ISA": isa}
-            arguments = [sys.executable, "-c", VARIANT, isa, str(threads), str(path)]
-            subprocess.run(arguments, check=True, env=environment, cwd=tmp_path)
+            python.run("-c", VARIANT, isa, str(threads), str(path), environment=environment, check=True)
             results[isa, threads] = torch.load(path, weights_only=True)
     for isa in {isa for isa, _ in results}:
         for a, b in zip(results[isa, 1], results[isa, 2], strict=True):

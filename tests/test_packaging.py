@@ -110,31 +110,31 @@ def site(tmp_path) -> Path:
     return folder
 
 
-def run_in(tree: Path, site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def run_in(unbuilt, site, python):
     """Python in the source tree, where `site` is the only place that has a robustft installed."""
     own = Path(robustft.__file__).parent.parent
     others = [p for p in sys.path if p and Path(p).resolve() != own and not p.endswith(".zip")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *others]), "PYTHONNOUSERSITE": "1"}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=300)
+    return lambda *arguments: python.run(*arguments, folder=unbuilt, environment=environment)
 
 
 LOADED = "import robustft; print(robustft.__file__, robustft.build_info()['libraries']['cpu'])"
 
 
-def test_a_source_tree_runs_on_the_installed_compiled_code_of_the_same_sources(unbuilt, site):
-    done = run_in(unbuilt, site, "-c", LOADED)
+def test_a_source_tree_runs_on_the_installed_compiled_code_of_the_same_sources(unbuilt, run_in):
+    done = run_in("-c", LOADED)
     assert done.stdout.split() == [str(unbuilt / "robustft" / "__init__.py"), "loaded"], done.stderr
     assert "reference" not in done.stderr
 
 
-def test_a_source_tree_of_other_sources_stops_with_the_cure(unbuilt, site):
+def test_a_source_tree_of_other_sources_stops_with_the_cure(unbuilt, run_in):
     with (unbuilt / "csrc" / "ops.cpp").open("a") as file:
         file.write("// changed\n")
     for arguments in (["-c", LOADED], ["-m", "robustft", "info"], ["-m", "benchmarks", "--quick"]):
-        done = run_in(unbuilt, site, *arguments)
+        done = run_in(*arguments)
         assert done.returncode == 1 and f"pip install -e {unbuilt}" in done.stderr, done.stderr
-    told = run_in(unbuilt, site, "-m", "robustft", "doctor")
+    told = run_in("-m", "robustft", "doctor")
     assert told.returncode == 1 and f"pip install -e {unbuilt}" in told.stdout, told.stdout + told.stderr
     assert "install a C++ compiler" not in told.stdout or not machine.compiler_found()
 

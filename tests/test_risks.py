@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import targets
 import torch
-from targets import TARGETS, Target, each_body, each_target, gradients, placed, sizes
+from targets import TARGETS, Target, case, each_body, each_target, gradients, placed, sizes
 from torch import Tensor
 
 import robustft
@@ -86,27 +87,24 @@ def test_penalty_passes_gradcheck(variant, top1):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("top1", [False, True])
-@pytest.mark.parametrize("case", ["right", "identical", "duplicate classes", "one class"])
 @each_body
-def test_rows_without_a_misranked_class_have_exactly_no_penalty(case, variant, top1, target):
+def test_rows_without_a_misranked_class_have_exactly_no_penalty(variant, top1, target):
     z = torch.randn(40, 21)
-    match case:
-        case "identical":
-            z = torch.full((40, 21), 3.7)
-        case "duplicate classes":
-            z = torch.cat((z, z), 1)
-        case "one class":
-            z = z[:, :1]
-    labels = z.argmax(1)
-    if case == "duplicate classes":
-        labels = (labels + 21) % 42
-    z, labels = placed(target, z, labels)
-    z.requires_grad_()
-    with robustft.backend(target.backend):
-        each = rf.misalignment_penalty(z, labels, variant=variant, top1=top1, reduction="none")
-        # A gradient that is not finite does not reach such a row either.
-        each.backward(torch.full_like(each, torch.inf))
-    assert torch.equal(each, torch.zeros_like(each)) and torch.equal(z.grad, torch.zeros_like(z))
+    twice = torch.cat((z, z), 1)
+    logits_and_labels = {
+        "right": (z, z.argmax(1)),
+        "identical": (torch.full((40, 21), 3.7), torch.zeros(40, dtype=torch.int64)),
+        "duplicate classes": (twice, z.argmax(1) + 21),
+        "one class": (z[:, :1], torch.zeros(40, dtype=torch.int64)),
+    }
+    for name, pair in logits_and_labels.items():
+        with case(name), robustft.backend(target.backend):
+            z, labels = placed(target, *pair)
+            leaf = z.clone().requires_grad_()
+            each = rf.misalignment_penalty(leaf, labels, variant=variant, top1=top1, reduction="none")
+            # A gradient that is not finite does not reach such a row either.
+            each.backward(torch.full_like(each, torch.inf))
+            assert torch.equal(each, torch.zeros_like(each)) and torch.equal(leaf.grad, torch.zeros_like(z))
 
 
 @each_body
@@ -148,23 +146,20 @@ def test_any_strides_give_the_same_bits(layout, target):
 
 @compiled
 @each_target
-@pytest.mark.parametrize("k", CLASSES)
-def test_memory_beside_the_logits_is_not_read(k, target):
+@pytest.mark.parametrize("top1", [False, True])
+def test_memory_beside_the_logits_is_not_read(top1, target):
     n = sizes([19], [3])[0]
-    z, labels = placed(target, *logits(n, k))
-    poisoned = z.new_full((n + 2, k + 7), torch.nan)
-    poisoned[1 : n + 1, 3 : 3 + k] = z
-    for top1 in (False, True):
-
-        def penalty(z):
-            return rf.misalignment_penalty(z, labels, top1=top1)  # noqa: B023
-
-        with robustft.backend(target.backend):
-            inside = gradients(penalty, z)
-            leaf = poisoned.requires_grad_()
-            value = penalty(leaf[1 : n + 1, 3 : 3 + k])
+    for k in CLASSES:
+        with case(k), robustft.backend(target.backend):
+            z, labels = placed(target, *logits(n, k))
+            penalty = partial(rf.misalignment_penalty, labels=labels, top1=top1)
+            leaf = z.new_full((n + 2, k + 7), torch.nan)
+            inner = slice(1, n + 1), slice(3, 3 + k)
+            leaf[inner] = z
+            value = penalty(leaf.requires_grad_()[inner])
             (grad,) = torch.autograd.grad(value, leaf)
-        assert value.double() == inside[0] and torch.equal(grad[1 : n + 1, 3 : 3 + k].double(), inside[1])
+            inside = gradients(penalty, z)
+            assert value.double() == inside[0] and torch.equal(grad[inner].double(), inside[1])
 
 
 @pytest.mark.parametrize("target", [*TARGETS, *REFERENCES], ids=str)

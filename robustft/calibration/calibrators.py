@@ -131,7 +131,7 @@ class VectorScaling(Calibrator):
         with torch.enable_grad():
             optimizer.step(objective)
             objective()
-        slope = max(float(p.grad.abs().max()) for p in parameters)
+        slope = max(float(p.grad.abs().max()) for p in parameters if p.grad is not None)
         if slope > 1e-5:
             warnings.warn(
                 f"vector scaling stopped at a gradient of {slope:.1g}, short of its optimum: take a larger l2",

@@ -48,7 +48,7 @@ class Bin(NamedTuple):
 
     lower: float
     upper: float
-    count: int
+    count: int  # type: ignore[assignment]  # rather than tuple.count
     confidence: float
     accuracy: float
 
@@ -342,12 +342,11 @@ def _table(confidence: np.ndarray, correct: np.ndarray, index: np.ndarray, schem
     sums = np.bincount(index, confidence, bins), np.bincount(index, correct, bins)
     rows: list[Bin] = []
     for b in np.flatnonzero(counts):
-        if scheme == "width":
-            lower, upper = b / bins, (b + 1) / bins
-        else:
-            lower, upper = rows[-1].upper if rows else 0.0, confidence[index == b].max()
+        lower, upper = float(b / bins), float((b + 1) / bins)
+        if scheme != "width":
+            lower, upper = rows[-1].upper if rows else 0.0, float(confidence[index == b].max())
         n = int(counts[b])
-        rows.append(Bin(float(lower), float(upper), n, float(sums[0][b] / n), float(sums[1][b] / n)))
+        rows.append(Bin(lower, upper, n, float(sums[0][b] / n), float(sums[1][b] / n)))
     return tuple(rows)
 
 

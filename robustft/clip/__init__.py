@@ -13,6 +13,7 @@ built from, so that every model can be exported as a directory that open_clip it
 activation, the context length, the image statistics) is left to be guessed from a name.
 """
 
+from robustft.clip.computation import check_same_computation
 from robustft.clip.encoding import (
     LocalFeatures,
     encode_embedded_texts,
@@ -40,7 +41,14 @@ from robustft.clip.heads import (
 from robustft.clip.library import import_open_clip
 from robustft.clip.loading import CLASSIFIER_FILE, CONFIG_FILE, WEIGHTS_FILE, Bundle, load
 from robustft.clip.outputs import Outputs, evaluating, outputs_of, similarities
-from robustft.clip.weights import average_states, fingerprint, interpolate, interpolate_state
+from robustft.clip.weights import (
+    average_states,
+    check_trainable_precision,
+    fingerprint,
+    half_precision_parameters,
+    interpolate,
+    interpolate_state,
+)
 from robustft.data.sources import batches, image_statistics
 
 __all__ = [
@@ -56,6 +64,8 @@ __all__ = [
     "average_states",
     "batches",
     "caption_embeddings",
+    "check_same_computation",
+    "check_trainable_precision",
     "class_embeddings",
     "encode",
     "encode_captions",
@@ -69,6 +79,7 @@ __all__ = [
     "fingerprint",
     "group_captions",
     "grouped_embeddings",
+    "half_precision_parameters",
     "image_statistics",
     "import_open_clip",
     "interpolate",

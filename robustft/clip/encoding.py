@@ -24,7 +24,7 @@ class LocalFeatures(NamedTuple):
 
 def logit_scale(model: nn.Module) -> Tensor:
     """s = exp(model.logit_scale), a 0-d tensor in at least float32; the gradient reaches the parameter."""
-    scale = getattr(model, "logit_scale", None)
+    scale = getattr(unwrap(model), "logit_scale", None)
     if not isinstance(scale, Tensor) or scale.numel() != 1:
         raise ValueError(f"model: expected a logit_scale of one element, got {scale!r:.80}")
     return at_least_float32(scale).exp().reshape(())
@@ -41,6 +41,7 @@ def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -
             f"images: expected (N, 3, H, W) floating point, as the transforms give, got "
             f"{tuple(images.shape)} {images.dtype}"
         )
+    model = unwrap(model)
     parameter = next(getattr(model, "visual", model).parameters(), images)
     clip: Any = model  # what open_clip adds to a module has no types
     features = _pooled(clip.encode_image(images.to(parameter.dtype)))
@@ -73,6 +74,13 @@ def encode_texts(model: nn.Module, tokens: Tensor, *, normalize: bool = True) ->
     """Text features (M, D) of tokenised captions (M, L), with `normalize` as in `encode_images`."""
     if tokens.ndim != 2 or tokens.is_floating_point():
         raise ValueError(f"tokens: expected (M, L) integers, got {tuple(tokens.shape)} {tokens.dtype}")
+    model = unwrap(model)
+    context = getattr(text_tower(model), "context_length", None) or tokens.shape[1]
+    if tokens.shape[1] > context:
+        raise ValueError(
+            f"tokens: (M, {tokens.shape[1]}) are longer than the model's context of {context}: use the tokenizer that "
+            "was loaded with it"
+        )
     clip: Any = model
     features = _pooled(clip.encode_text(tokens))
     return F.normalize(at_least_float32(features), dim=-1) if normalize else features
@@ -158,7 +166,7 @@ def text_projection(model: nn.Module) -> Tensor:
 
 def _projection(model: nn.Module, tower: str, *paths: str) -> Tensor:
     for path in paths:
-        part: Any = model
+        part: Any = unwrap(model)
         for name in path.split("."):
             part = getattr(part, name, None)
         match part:
@@ -178,7 +186,8 @@ def _pooled(features: Any) -> Tensor:
 
 
 def unwrap(model: nn.Module) -> Any:
-    """The model inside torch.compile's and DistributedDataParallel's wrappers: a module with open_clip's attributes."""
+    """The model inside the wrappers of torch.compile, DataParallel and DistributedDataParallel, in any order: a module
+    with open_clip's attributes."""
     while isinstance(inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None), nn.Module):
         model = inner
     return model

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from robustft.clip.computation import check_same_computation
 from robustft.clip.encoding import unwrap
-from robustft.clip.loading import CLASSIFIER_FILE, COMPANIONS, CONFIG_FILE, WEIGHTS_FILE
+from robustft.clip.loading import CLASSIFIER_FILE, COMPANIONS, CONFIG_FILE, WEIGHTS_FILE, build_on_meta
 from robustft.clip.messages import few
 from robustft.clip.prompts import Tokenizer
 from robustft.files import new_folder, write_json, write_tensors, write_text
@@ -34,11 +35,13 @@ def export(
 
     The directory is built beside its place and then renamed, so that it is whole or not there. An earlier
     export is replaced, with its classifier, detector and calibrator. Raises FileExistsError when `directory` holds
-    anything else, ValueError when `config` is incomplete. Memory: one copy of the weights on the CPU.
+    anything else, ValueError when `config` is incomplete, describes a model of other weights (one with adapters, say),
+    or one that computes something else with them. Memory: one copy of the weights on the CPU.
     """
     if not all(isinstance(config.get(key), Mapping) for key in ("model_cfg", "preprocess_cfg")):
         raise ValueError(f"config: expected the mappings 'model_cfg' and 'preprocess_cfg', got {config!r:.80}")
     model = unwrap(model)
+    _check_described(model, config)
     directory = Path(directory).resolve()
     with new_folder(directory) as fresh:
         write_json(fresh / CONFIG_FILE, config, indent=2)
@@ -50,6 +53,29 @@ def export(
         _check_replaceable(directory, {path.name for path in fresh.iterdir()} | {WEIGHTS_FILE} | COMPANIONS)
         write_tensors(fresh / WEIGHTS_FILE, model.state_dict(), {"format": "pt"})
     return directory
+
+
+def _check_described(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the model that `config` builds has the weights of `model` and computes with them what
+    it does. A text tower of Hugging Face's is not checked: building it may need the network."""
+    if "hf_model_name" in config["model_cfg"].get("text_cfg", {}):
+        return
+    described = build_on_meta(config)
+    ours, theirs = ({key: tuple(value.shape) for key, value in m.state_dict().items()} for m in (model, described))
+    differences = (
+        few([key for key in ours if key not in theirs], "keys of the model unknown to it"),
+        few([key for key in theirs if key not in ours], "keys that the model lacks"),
+        few(
+            [f"{key} {shape}, described as {theirs[key]}" for key, shape in ours.items() if theirs.get(key) != shape],
+            "other shapes",
+        )
+        if ours.keys() == theirs.keys()
+        else "",
+    )
+    if any(differences):
+        cure = "; merge its adapters first: model.merge_and_unload()" if hasattr(model, "merge_and_unload") else ""
+        raise ValueError(f"config: describes another model: {'; '.join(filter(None, differences))}{cure}")
+    check_same_computation(model, described, "the model", "its config")
 
 
 def _check_replaceable(directory: Path, names: set[str]) -> None:

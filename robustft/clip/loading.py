@@ -9,11 +9,14 @@ import json
 import logging
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -66,12 +69,7 @@ def load(
     """
     open_clip = import_open_clip()
     config, checkpoint = _resolve(open_clip, name, pretrained, None if cache_dir is None else str(cache_dir))
-    with tempfile.TemporaryDirectory() as folder, _without_random_weights_warning():
-        # Building from the written configuration is the way an export is loaded, hence the same model.
-        write_json(Path(folder) / CONFIG_FILE, config)
-        model, train_transform, eval_transform = open_clip.create_model_and_transforms(
-            f"local-dir:{folder}", load_weights=False, pretrained_text=False
-        )
+    model, train_transform, eval_transform = _built(open_clip, config)
     config["preprocess_cfg"] = json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model)))
     if checkpoint is not None:
         _load_weights(open_clip, model, checkpoint)
@@ -79,6 +77,30 @@ def load(
     tokenizer = open_clip.get_tokenizer(tokenizer_name, cache_dir=cache_dir)
     model = model.to(device=device, dtype=dtype).eval()
     return Bundle(model, tokenizer, train_transform, eval_transform, config)
+
+
+def build_on_meta(config: Mapping[str, Any]) -> nn.Module:
+    """The model that a configuration describes, without weights, and with no draw from torch's generator.
+
+    ValueError where open_clip builds none from it."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return _built(import_open_clip(), config, "meta")[0]
+        except (NotImplementedError, RuntimeError):  # a tower that reads a number off a tensor while it is built
+            return _built(import_open_clip(), config)[0].to("meta")
+        except (TypeError, KeyError, AttributeError, AssertionError) as error:
+            raise ValueError(f"config: open_clip builds no model from it: {error!r:.200}") from error
+
+
+def _built(open_clip: ModuleType, config: Mapping[str, Any], device: str = "cpu") -> tuple[nn.Module, Any, Any]:
+    """The model that a configuration describes, with random weights, and its transforms."""
+    with tempfile.TemporaryDirectory() as folder, _without_random_weights_warning():
+        # Building from the written configuration is the way an export is loaded, hence the same model.
+        write_json(Path(folder) / CONFIG_FILE, config)
+        return open_clip.create_model_and_transforms(
+            f"local-dir:{folder}", load_weights=False, pretrained_text=False, device=device
+        )
 
 
 def _resolve(
@@ -108,10 +130,19 @@ def _resolve(
     config = {"model_cfg": open_clip.get_model_config(architecture), "preprocess_cfg": {}}
     if not pretrained:
         return config, None
+    quick = f"{architecture}-quickgelu"
     tag = open_clip.get_pretrained_cfg(architecture, str(pretrained))
     if not tag:
         tags = open_clip.list_pretrained_tags_by_model(architecture)
-        return config, _existing(pretrained, f"no tag of {architecture}, which has {tags}")
+        path = _existing(pretrained, f"no tag of {architecture}, which has {tags}")
+        if quick in known.values():
+            # At this line, not the caller's, so that it is said once of each file.
+            warnings.warn(
+                f"{path} does not tell its activation: {architecture} is taken at its name, with GELU. Fine-tunes of "
+                f"OpenAI's weights, and of other tags with QuickGELU, need the name {quick!r}",
+                stacklevel=1,
+            )
+        return config, path
     if tag.get("quick_gelu"):
         config["model_cfg"]["quick_gelu"] = True
     config["preprocess_cfg"] = merge_preprocess_dict(PreprocessCfg(), tag)
@@ -150,20 +181,30 @@ def _weights_in(folder: Path) -> Path:
     return min(found, key=rank)
 
 
+# What a state dict of OpenAI's archives holds beside weights.
+_NO_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}
+
+
 def _load_weights(open_clip: ModuleType, model: nn.Module, path: Path) -> None:
     """Loads every weight of `model` from `path`, or raises ValueError; open_clip converts older layouts."""
     try:
-        # strict=False returns the keys that do not match, which make a shorter message than its own.
-        incompatible = open_clip.load_checkpoint(model, str(path), strict=False, weights_only=True)
+        with _plain_state(path) as plain:
+            # strict=False returns the keys that do not match, which make a shorter message than its own.
+            incompatible = open_clip.load_checkpoint(model, str(plain), strict=False, weights_only=True)
     except (OSError, MemoryError):
         raise
     except Exception as error:
         text = str(error)
-        if isinstance(error, pickle.UnpicklingError) or "TorchScript" in text:
+        if "TorchScript" in text:
             raise ValueError(
-                f"{path}: not a plain state dict. Pickled modules and TorchScript archives can run code when "
-                "opened and are refused. If you trust the file, convert it once: torch.save(torch.load(path, "
-                "weights_only=False).state_dict(), 'weights.pt'), with torch.jit.load(path) for an archive"
+                f"{path}: not a plain state dict but a TorchScript archive, which can run code when opened. If you "
+                "trust the file, convert it once: torch.save(torch.jit.load(path).state_dict(), 'weights.pt')"
+            ) from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise ValueError(
+                f"{path}: not a plain state dict: it holds pickled objects, which can run code when opened. If you "
+                "trust the file, convert it once: x = torch.load(path, weights_only=False); x = x.get('state_dict', x) "
+                "if isinstance(x, dict) else x.state_dict(); torch.save(x, 'weights.pt')"
             ) from error
         if "size mismatch" in text:
             lines = [line.strip() for line in text.splitlines() if "size mismatch" in line]
@@ -175,6 +216,57 @@ def _load_weights(open_clip: ModuleType, model: nn.Module, path: Path) -> None:
             few(incompatible.unexpected_keys, "keys unknown to the model"),
         )
         raise ValueError(f"{path}: does not fit the model: {'; '.join(filter(None, keys))}")
+
+
+@contextlib.contextmanager
+def _plain_state(path: Path) -> Iterator[Path]:
+    """A file of the weights at `path` under the names that open_clip looks for: `path` itself, if it has them.
+
+    Wrappers put "module." and "_orig_mod." before names, in any order, and torch.compile of a part before the part's.
+    """
+    if path.suffix in (".npz", ".npy"):  # big_vision's, which open_clip reads in its own way
+        yield path
+        return
+    with torch.serialization.safe_globals(_numpy_numbers()):
+        state = _read_state(path)
+        names = {key: key.replace("_orig_mod.", "") for key in state}
+        while names and all(name.startswith("module.") for name in names.values()):
+            names = {key: name.removeprefix("module.") for key, name in names.items()}
+        kept = {name: state[key] for key, name in names.items() if name not in _NO_WEIGHTS}
+        if list(kept) in ([*state], [key.removeprefix("module.") for key in state]):  # one prefix open_clip takes away
+            yield path
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(kept, Path(folder) / "weights.pt")
+            del state, kept
+            yield Path(folder) / "weights.pt"
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """The state dict in a file, or in the training checkpoint in it."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    mapped = zipfile.is_zipfile(path)  # of older files torch maps none; the values of the others are not read twice
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ValueError(f"holds a {type(found).__name__}, expected a state dict")
+    return found
+
+
+def _numpy_numbers() -> list[Any]:
+    """The globals of a pickle that numpy's numbers and arrays are made with: they hold data alone."""
+    number: Any = np.float64(0).__reduce__()[0]
+    array: Any = np.array(0).__reduce__()[0]
+    core = array.__module__.rpartition(".")[0]  # numpy.core, or numpy._core since 2.0
+    made = [
+        (function, f"{package}.multiarray.{function.__name__}")
+        for function in (number, array)
+        for package in {"numpy.core", core}
+    ]
+    return [*made, np.ndarray, np.dtype, *{type(np.dtype(name)) for name in np.typecodes["AllInteger"] + "?efd"}]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,10 @@
-"""Data: labelled images in memory, few-shot subsets and splits, and GlyphWorld, the benchmark of the package."""
+"""Data on disk and in memory: `open` finds out what lies at a path, `check` what is wrong with it; few-shot subsets,
+splits, and GlyphWorld, the benchmark of the package."""
 
+from robustft.data.checking import check
 from robustft.data.images import ImageDataset
-from robustft.data.splits import PathDataset, Split, few_shot, read_split
+from robustft.data.opening import Data, open
+from robustft.data.paths import PathDataset
+from robustft.data.splits import Split, few_shot, read_split
 
-__all__ = ["ImageDataset", "PathDataset", "Split", "few_shot", "read_split"]
+__all__ = ["Data", "ImageDataset", "PathDataset", "Split", "check", "few_shot", "open", "read_split"]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,18 +19,19 @@ if TYPE_CHECKING:
     import PIL.Image
 
 
-def read_image(path: str | Path) -> PIL.Image.Image:
+def read_image(path: str | Path, content: bytes | None = None) -> PIL.Image.Image:
     """The image of a file as 8-bit RGB, upright: every image file of this package is decoded here.
 
     Images are turned as their EXIF orientation says. Of 16-bit greyscale the whole range becomes 0..255; PIL's own
     conversion cuts it at 255, which is white. Otherwise PIL's conversion, as in torchvision and open_clip: transparency
     is dropped. Raises ValueError, naming the file, for one that is damaged or no image, and for pixels whose range
-    nothing tells (floating point, more than 16 bits); OSError where the file cannot be opened.
+    nothing tells (floating point, more than 16 bits); OSError where the file cannot be opened. `content` is the file's,
+    where it lies in an archive and `path` only names it.
     """
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as file:
+        with Image.open(path if content is None else io.BytesIO(content)) as file:
             image = ImageOps.exif_transpose(file)
     except Exception as error:  # of a damaged file, a decoder may raise anything
         if isinstance(error, OSError) and error.errno is not None:  # missing, or not to be read: damage has no number

@@ -257,7 +257,8 @@ def model_card(path: str | Path, *, seed: int, pairs: int, seconds: float) -> st
     """The model card, in Markdown, of a checkpoint that `pretrain` wrote to `path`."""
     path = Path(path)
     accuracy = "\n".join(f"| {name} | {100 * value:.1f} |" for name, value in zero_shot(path).items())
-    parameters = sum(p.numel() for p in base_model.load_clip(path).model.visual.parameters())
+    model: Any = base_model.load_clip(path).model
+    parameters = sum(p.numel() for p in model.visual.parameters())
     return CARD.format(
         seed=seed,
         pairs=f"{pairs // BATCH * BATCH:,}",

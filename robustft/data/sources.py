@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustft.data.pixels import Statistics, warning_of_raw_pixels
 from robustft.data.seeds import stateless_seed
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -48,7 +49,7 @@ class Source:
     def __init__(
         self, data: Any, model: Any = None, transform: Transform | None = None, *, name: str = "dataset"
     ) -> None:
-        self.name, self.transform = name, transform
+        self.name, self.transform, self.statistics = name, transform, _stated(model)
         self.groups = getattr(data, "groups", None)
         if takes_statistics(data, transform):
             data = data.tensors(*image_statistics(model))
@@ -68,7 +69,8 @@ class Source:
         return len(self.data if self.columns is None else self.columns["image"])
 
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (n, C, H, W), floating point, and labels (n,) int64, from the first to the last."""
+        """Images (n, C, H, W), floating point, and labels (n,) int64, from the first to the last; a warning where the
+        images are plainly pixels, not normalised ones."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         pair = None if self.columns is None else _image_tensors(self.columns, self.name)
@@ -77,8 +79,10 @@ class Source:
         starts = range(0, len(self), batch_size)
         if pair is not None:
             images, labels = pair
-            return ((images[i : i + batch_size], labels[i : i + batch_size].long()) for i in starts)
-        return (self._items(range(i, min(i + batch_size, len(self)))) for i in starts)
+            found = ((images[i : i + batch_size], labels[i : i + batch_size].long()) for i in starts)
+        else:
+            found = (self._items(range(i, min(i + batch_size, len(self)))) for i in starts)
+        return warning_of_raw_pixels(found, self.statistics)
 
     def _items(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         items = [self.data[row] for row in rows]
@@ -154,24 +158,33 @@ def takes_statistics(data: Any, transform: Transform | None = None) -> bool:
     return transform is None and callable(getattr(data, "tensors", None))  # a TensorDataset's `tensors` is a tuple
 
 
-def image_statistics(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def image_statistics(model: Any) -> Statistics:
     """(mean, std) per channel that an open_clip model, or one inside a classifier, was built with.
 
     ValueError when the model does not say: images normalised in another way than in pre-training are no error that
     anything would notice.
     """
-    for owner in (model, getattr(model, "model", None)):
-        for module in owner.modules() if isinstance(owner, nn.Module) else ():
-            visual = getattr(module, "visual", None)
-            stated = getattr(visual, "preprocess_cfg", None) or {}
-            mean = stated.get("mean", getattr(visual, "image_mean", None))
-            std = stated.get("std", getattr(visual, "image_std", None))
-            if mean is not None and std is not None:
-                return tuple(map(float, mean)), tuple(map(float, std))
+    if statistics := _stated(model):
+        return statistics
     raise ValueError(
         "the model carries no image statistics; open_clip's factories and robustft.clip.load set them "
         "(open_clip.set_model_preprocess_cfg does for a model of one's own), or pass (images, labels) tensors"
     )
+
+
+def _stated(model: Any) -> Statistics | None:
+    for owner in (model, getattr(model, "model", None)):
+        for module in owner.modules() if isinstance(owner, nn.Module) else ():
+            if statistics := stated_statistics(getattr(module, "visual", None)):
+                return statistics
+    return None
+
+
+def stated_statistics(tower: Any) -> Statistics | None:
+    """(mean, std) per channel that open_clip's factories leave on an image tower, None where there are none."""
+    stated = getattr(tower, "preprocess_cfg", None) or {}
+    mean, std = (stated.get(key, getattr(tower, f"image_{key}", None)) for key in ("mean", "std"))
+    return None if mean is None or std is None else (tuple(map(float, mean)), tuple(map(float, std)))
 
 
 def fingerprint(dataset: Any) -> str:

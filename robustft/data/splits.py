@@ -9,7 +9,6 @@ The subset of 4 shots holds that of 2 of the same seed: curves over shots differ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustft.data.images import read_image
+from robustft.data.paths import PathDataset
 from robustft.files import read_json
 
 PARTS = ("train", "val", "test")
@@ -64,31 +63,6 @@ def few_shot_indices(
         # A generator of each class: what is drawn for one does not depend on how many others there are.
         chosen.append(found[np.random.default_rng((seed, label)).permutation(len(found))[:shots]])
     return torch.from_numpy(np.sort(np.concatenate(chosen)))
-
-
-@dataclass(frozen=True)
-class PathDataset:
-    """Image files with labels into `classes`; an item is (transformed RGB image, label)."""
-
-    samples: tuple[tuple[Path, int], ...]
-    classes: tuple[str, ...]
-    transform: Callable[[Any], Any] | None = None
-
-    @property
-    def labels(self) -> Tensor:
-        return torch.tensor([label for _, label in self.samples], dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, label = self.samples[index]
-        image = read_image(path)
-        return image if self.transform is None else self.transform(image), label
-
-    def subset(self, indices: Sequence[int] | Tensor) -> PathDataset:
-        """The samples at `indices`, in that order."""
-        return replace(self, samples=tuple(self.samples[int(index)] for index in indices))
 
 
 class Split(NamedTuple):

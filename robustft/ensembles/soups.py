@@ -33,7 +33,8 @@ def uniform_soup(classifiers: Sequence[Classifier]) -> Classifier:
     is useless. An absent bias counts as 0. Integer buffers are the first's. Means are taken in at least float32;
     what is equal in all stays as it is. Memory: one more model.
 
-    ValueError for no classifiers, other classes, and weights that do not match, naming them.
+    ValueError for no classifiers, other classes, weights that do not match, naming them, and models that compute
+    different things with theirs (`clip.check_same_computation`).
 
     Source: Wortsman et al., model soups (ICML 2022, arXiv 2203.05482), section 2.
     """
@@ -48,6 +49,7 @@ def uniform_soup(classifiers: Sequence[Classifier]) -> Classifier:
             )
         if classifier.classes != first.classes:
             raise ValueError(f"classifiers[{i}] has other classes, or another order of them, than classifiers[0]")
+        clip.check_same_computation(first.model, classifier.model, "classifiers[0]", f"classifiers[{i}]")
     scale = _mean([c.logit_scale for c in classifiers])
     head = _mean([c.logit_scale * c.class_embeddings for c in classifiers])
     biases = [c.bias for c in classifiers]

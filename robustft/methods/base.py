@@ -15,14 +15,21 @@ step), so that a resumed run repeats it exactly.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Required, TypedDict
 
+from robustft.clip.encoding import unwrap
+from robustft.clip.prompts import Template, Tokenizer, captions, tokenize
 from robustft.data.sources import Batch, check_labels, unpack
-from robustft.predictors.base import Predictor
+from robustft.losses import weighted_sum
+from robustft.methods.options import Configured, digest
+from robustft.predictors.base import Classifier, Predictor
+from robustft.predictors.zero_shot import zero_shot_classifier
 
 
 class Step(NamedTuple):
@@ -31,62 +38,111 @@ class Step(NamedTuple):
     loss: Tensor
     terms: dict[str, Tensor]
 
+    @classmethod
+    def of(cls, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Step:
+        """The step of un-weighted terms and their weights."""
+        return cls(weighted_sum(terms, weights), {name: value.detach() for name, value in terms.items()})
 
-class Method(nn.Module):
+
+class Shared(TypedDict, total=False):
+    """The options of every method, which `Method` describes: a constructor hands them on as `**shared`."""
+
+    tokenizer: Required[Tokenizer]
+    class_names: Required[Sequence[str]]
+    templates: Required[Sequence[Template]]
+    total_steps: int | None
+    seed: int
+
+
+class Method(Configured, nn.Module):
     """A way to fine-tune a CLIP model: `step`, the optimiser, `after_step`; at any time, `classifier`.
 
     The method trains a copy, `method.model`; the model it was given stays the zero-shot one. `parameters()`
     that are not trained do not require a gradient, and `state_dict()` holds all that a resume needs: student,
-    head, teacher and the number of steps done.
+    head, teacher, the length of the run and the number of steps done. `config` tells apart what must not be resumed
+    as one another.
 
     Args:
-        model: an open_clip model; parameters frozen in it stay frozen.
+        model: an open_clip model, in whatever wrappers; parameters frozen in it stay frozen.
         tokenizer: its tokenizer.
         class_names: K names, at least two, in the order of the labels.
         templates: prompts with a place for the name, "a photo of a {}".
-        total_steps: length of the run, for methods with a schedule.
+        total_steps: length of the run, for methods with a schedule; None: `begin_run` tells it, as `fit` does.
         seed: of everything random in `step`.
     """
 
+    uncompared: ClassVar[tuple[str, ...]] = (
+        "model",
+        "tokenizer",
+        "templates",
+    )  # `config` has the captions that they make
     takes_features = False  # whether a batch may hold unit features (N, D) in the images' place: with a frozen tower
+    model: Any  # an open_clip model, of whose attributes `robustft.clip` takes care
+    steps: Tensor
+    run_steps: Tensor
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         class_names: Sequence[str],
-        templates: Sequence[Any],
+        templates: Sequence[Template],
         total_steps: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+        if isinstance(class_names, Mapping):
+            raise TypeError(
+                "class_names must be names in the order of the labels; of a mapping {folder: name}, "
+                "robustft.clip.prompts.name_classes(dataset.classes, mapping) makes them"
+            )
+        texts = captions(class_names, templates)  # refuses what is no list of names or templates
         if len(class_names) < 2:
             raise ValueError(
                 f"class_names must name at least two classes, got {list(class_names)}: the probability of a single one "
                 "is always 1 and teaches nothing. Add a class for what it is not, or leave the model as it is and tell "
                 'the class from everything else by Detector("max_cosine")'
             )
-        self.model = copy.deepcopy(model)
+        self.model = copy.deepcopy(unwrap(model))
         self.tokenizer = tokenizer
         self.class_names = tuple(class_names)
         self.templates = templates
         self.total_steps = total_steps
         self.seed = seed
-        self.config: dict[str, Any] = {
+        # The first captions' tokens tell tokenizers apart.
+        self.config = {
             "method": type(self).__name__,
-            "class_names": list(self.class_names),
-            "total_steps": total_steps,
-            "seed": seed,
+            "captions": digest(texts, tokenize(tokenizer, [first for first, *_ in texts], names=self.class_names)),
         }
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("run_steps", torch.zeros((), dtype=torch.int64))  # 0 where nobody told it
+
+    @classmethod
+    def summary(cls) -> str:
+        """What the method is for: the first line of its docstring."""
+        return (inspect.getdoc(cls) or "").partition("\n")[0]
 
     def begin_run(self, total_steps: int) -> None:
-        """The run's length, told by `fit` before the first step; one given to the constructor goes before it."""
+        """Tell the length of the run that begins, once, before its first step; `fit` does.
+
+        The one that the constructor was given, if any, goes before it. It is part of `state_dict()`.
+        """
         if total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+        self.run_steps.fill_(total_steps)
+
+    def run_length(self) -> int:
+        """Steps of the whole run, for schedules; ValueError where nobody told it."""
+        length = self.total_steps or int(self.run_steps)
+        if not length:
+            raise ValueError(
+                f"total_steps is needed: {type(self).__name__} has a schedule over the run. Give it, or call "
+                "begin_run(total_steps) before the first step, as robustft.fit does"
+            )
+        return length
 
     def step(self, batch: Any) -> Step:
         """The loss of one batch: (images, labels), (images, texts) or {"image", "label" and / or "text"}."""
@@ -100,6 +156,15 @@ class Method(nn.Module):
         """The predictor learnt so far; it shares the method's model."""
         raise NotImplementedError
 
+    def zero_shot_classifier(self, model: nn.Module | None = None) -> Classifier:
+        """The prompts' classifier on this method's model, or another; a frozen image tower is shared."""
+        return zero_shot_classifier(
+            self.model if model is None else model,
+            tokenizer=self.tokenizer,
+            class_names=self.class_names,
+            templates=self.templates,
+        )
+
     def checked(self, batch: Any) -> Batch:
         """The batch's parts, or an error that says what is wrong with them."""
         images, labels, texts = unpack(batch, self.takes_features)
@@ -110,3 +175,10 @@ class Method(nn.Module):
             labels = labels.to(weight.device, torch.int64)
             check_labels(labels, len(self.class_names))
         return Batch(images, labels, texts)
+
+    def labelled(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Images and labels of a batch; ValueError for one of texts."""
+        images, labels, _ = self.checked(batch)
+        if labels is None:
+            raise ValueError(f"{type(self).__name__} needs labels in the batch, which has texts only")
+        return images, labels

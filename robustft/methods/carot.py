@@ -17,23 +17,24 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from robustft import clip
-from robustft.functional import contrastive_distillation_loss, contrastive_loss, cross_penalty, orthogonality_penalty
+from robustft.losses import CROSS_WEIGHT, DISTILLATION_WEIGHT, ORTHOGONALITY_WEIGHT, CaRotLoss
 from robustft.methods.base import Step
-from robustft.methods.flyp import FLYP
+from robustft.methods.flyp import CaptionMethod, CaptionOptions
+from robustft.methods.options import check_weights
+from robustft.ops import arguments
 from robustft.predictors.base import Classifier
-from robustft.predictors.zero_shot import zero_shot_classifier
 
 FEW_STEPS = 10  # in a run this short even a teacher that moves at every step hardly matters
 
 
-class CaRot(FLYP):
+class CaRot(CaptionMethod):
     """FLYP, an orthogonal visual projection, and self-distillation from a slow teacher.
 
     The defaults reproduce the released code, which differs from the paper: the orthogonality penalty is the
@@ -41,20 +42,20 @@ class CaRot(FLYP):
     both directions without the half. The distillation is skipped at step 0, where teacher and student are
     one; it is computed from log-softmax, where the released code's log(softmax) can overflow. The teacher
     averages parameters only: buffers (running statistics of a ResNet tower) stay the pre-trained ones, in
-    evaluation mode. The student is evaluated; `classifier(teacher=True)` for the other. A short run needs its
-    interval as a fraction: averaging every step collapses the teacher onto the student, and one of 300 steps
-    never reaches a second update at the default interval.
+    evaluation mode. The student is evaluated; `classifier(teacher=True)` for the other. Averaging every step
+    collapses the teacher onto the student, and at an interval of the whole run it stays near where it began: both
+    are warned of.
 
     Args:
-        model, tokenizer, class_names, templates, seed, targets, misalignment, variant: as for `FLYP`.
-        total_steps: length of the run, which the momentum's ramp is a part of.
+        misalignment, variant: as for `FLYP`.
         cross_weight, orthogonality_weight, distillation_weight: of the terms; a term of weight 0 is neither
             computed nor reported.
         squared: square the orthogonality norm.
-        ema_interval: steps between updates of the teacher; the first follows step 0.
-        ema_interval_fraction: the same as a fraction of total_steps, instead (500 of the paper's 25,030 steps
-            are 0.02).
-        ema_start, ema_end, ema_warmup_fraction: the momentum's ramp.
+        ema_interval: steps between updates of the teacher; the first follows step 0. None: 500 as published, or 0.02
+            of the run where that is less (500 are that part of the paper's 25,030), but at least 2.
+        ema_interval_fraction: the same as a fraction of the run, instead.
+        ema_start, ema_end, ema_warmup_fraction: the momentum's ramp, over a part of the run.
+        others: as for `CaptionMethod`. The run's length is needed: `total_steps`, or `begin_run` before the first step.
 
     Source: Oh et al., CaRot (NeurIPS 2024, arXiv 2311.01723), and its released code.
     """
@@ -63,32 +64,26 @@ class CaRot(FLYP):
         self,
         model: nn.Module,
         *,
-        tokenizer: Any,
-        class_names: Sequence[str],
-        templates: Sequence[Any],
-        total_steps: int,
-        seed: int = 0,
-        targets: Literal["diagonal", "label"] = "diagonal",
         misalignment: float = 0.0,
         variant: str = "neg_log_ratio",
-        cross_weight: float = 0.05,
-        orthogonality_weight: float = 0.2,
-        distillation_weight: float = 1.5,
+        cross_weight: float = CROSS_WEIGHT,
+        orthogonality_weight: float = ORTHOGONALITY_WEIGHT,
+        distillation_weight: float = DISTILLATION_WEIGHT,
         squared: bool = False,
-        ema_interval: int = 500,
+        ema_interval: int | None = None,
         ema_interval_fraction: float | None = None,
         ema_start: float = 0.05,
         ema_end: float = 0.9,
         ema_warmup_fraction: float = 0.2,
+        **options: Unpack[CaptionOptions],
     ) -> None:
-        weights = {
-            "cross": cross_weight,
-            "orthogonality": orthogonality_weight,
-            "distillation": distillation_weight,
-        }
-        for name, value in weights.items():
-            if not 0.0 <= value < float("inf"):
-                raise ValueError(f"{name}_weight must be finite and not negative, got {value}")
+        check_weights(
+            cross_weight=cross_weight,
+            orthogonality_weight=orthogonality_weight,
+            distillation_weight=distillation_weight,
+            misalignment=misalignment,
+        )
+        arguments.check_variant(variant)
         fractions = {
             "ema_interval_fraction": ema_interval_fraction or 0.0,
             "ema_start": ema_start,
@@ -98,49 +93,39 @@ class CaRot(FLYP):
         for name, value in fractions.items():
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}")
-        if total_steps is None:
-            raise ValueError("total_steps is needed: the teacher's momentum ramps over a part of the run")
-        if ema_interval_fraction is not None:
-            ema_interval = max(1, round(ema_interval_fraction * total_steps))
-        if ema_interval < 1:
+        if ema_interval is not None and ema_interval < 1:
             raise ValueError(f"ema_interval must be at least 1, got {ema_interval}")
-        never, always = ema_interval >= total_steps > 1, ema_interval == 1 and total_steps > FEW_STEPS
-        if distillation_weight and (never or always):
-            warnings.warn(
-                f"CaRot's teacher moves every {ema_interval} steps and this run has {total_steps}: it will "
-                + ("follow step 0 only" if never else "collapse onto the student")
-                + f". Set ema_interval, say to {max(2, round(0.02 * total_steps))}.",
-                stacklevel=2,
-            )
-        super().__init__(
-            model,
-            tokenizer=tokenizer,
-            class_names=class_names,
-            templates=templates,
-            total_steps=total_steps,
-            seed=seed,
-            targets=targets,
-            misalignment=misalignment,
-            variant=variant,
+        super().__init__(model, **options)
+        self.loss = CaRotLoss(
+            orthogonality_weight=orthogonality_weight,
+            distillation_weight=distillation_weight,
+            cross_weight=cross_weight,
+            squared=squared,
         )
-        self.weights = {"contrastive": 1.0} | weights
-        self.squared = squared
-        self.ema_interval = ema_interval
+        self.misalignment, self.variant = misalignment, variant
+        self.given_interval, self.ema_interval_fraction = ema_interval, ema_interval_fraction
         self.ema_start, self.ema_end = ema_start, ema_end
         self.ema_warmup_fraction = ema_warmup_fraction
-        self.config |= {f"{name}_weight": value for name, value in weights.items()} | {
-            "squared": squared,
-            "ema_interval": ema_interval,
-            "ema_start": ema_start,
-            "ema_end": ema_end,
-            "ema_warmup_fraction": ema_warmup_fraction,
-        }
         self.teacher = copy.deepcopy(self.model).requires_grad_(False).eval()
         if cross_weight or orthogonality_weight:
             # A tower without one is an error now rather than at the first step.
             clip.visual_projection(self.model)
         if cross_weight:
             clip.text_projection(self.model)
+        if self.total_steps is not None:
+            self._warn_of_the_interval()
+
+    @property
+    def ema_interval(self) -> int:
+        """Steps between updates of the teacher; ValueError where it is a part of a run of unknown length."""
+        if self.ema_interval_fraction is not None:
+            return max(1, round(self.ema_interval_fraction * self.run_length()))
+        return _default_interval(self.run_length()) if self.given_interval is None else self.given_interval
+
+    def begin_run(self, total_steps: int) -> None:
+        super().begin_run(total_steps)
+        if self.total_steps is None:
+            self._warn_of_the_interval()
 
     def train(self, mode: bool = True) -> CaRot:
         """Training mode for the student; the teacher stays in evaluation mode."""
@@ -149,25 +134,22 @@ class CaRot(FLYP):
         return self
 
     def step(self, batch: Any) -> Step:
+        self.run_length()  # an unknown one is an error before the first step, not after it
         pairs = self.pairs(batch)
         u, t = self.features(self.model, pairs)
-        s = clip.logit_scale(self.model)
-        terms: dict[str, Tensor] = {}
-        if self.weights["distillation"] and self.steps > 0:
+        others: dict[str, Tensor] = {}
+        if self.loss.distillation_weight and self.steps > 0:
             with torch.no_grad():
-                teacher = (*self.features(self.teacher, pairs), clip.logit_scale(self.teacher))
-            both = contrastive_distillation_loss(u, t, s, *teacher, labels=pairs.labels)
-            terms |= {"contrastive": both.contrastive, "distillation": both.distillation}
-        else:
-            terms["contrastive"] = contrastive_loss(u, t, s, labels=pairs.labels)
-        if self.weights["orthogonality"]:
-            wv = clip.visual_projection(self.model)
-            terms["orthogonality"] = orthogonality_penalty(wv, squared=self.squared)
-        if self.weights["cross"]:
-            terms["cross"] = cross_penalty(clip.visual_projection(self.model), clip.text_projection(self.model))
-        loss = sum(self.weights[name] * value for name, value in terms.items())
-        out = Step(loss, {name: value.detach() for name, value in terms.items()})
-        return self.with_misalignment(out, u, t, pairs)
+                others["teacher_image_features"], others["teacher_text_features"] = self.features(self.teacher, pairs)
+                others["teacher_logit_scale"] = clip.logit_scale(self.teacher)
+        if self.loss.orthogonality_weight or self.loss.cross_weight:
+            others["visual_projection"] = clip.visual_projection(self.model)
+        if self.loss.cross_weight:
+            others["text_projection"] = clip.text_projection(self.model)
+        terms = self.loss.terms(u, t, clip.logit_scale(self.model), labels=pairs.labels, **others)
+        if self.misalignment:
+            terms["misalignment"] = self.penalty(u, t, pairs, self.variant)
+        return Step.of(terms, self.loss.weights | {"misalignment": self.misalignment})
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -181,15 +163,29 @@ class CaRot(FLYP):
 
     def momentum(self, step: int) -> float:
         """How much of itself the teacher keeps at the update after `step`: a ramp, then ema_end."""
-        ramp = self.ema_warmup_fraction * self.total_steps
+        ramp = self.ema_warmup_fraction * self.run_length()
         progress = 1.0 if step >= ramp else step / ramp
         return self.ema_start + (self.ema_end - self.ema_start) * progress
 
     def classifier(self, *, teacher: bool = False) -> Classifier:
         """The student's classifier, the one that the paper evaluates, or its teacher's."""
-        return zero_shot_classifier(
-            self.teacher if teacher else self.model,
-            tokenizer=self.tokenizer,
-            class_names=self.class_names,
-            templates=self.templates,
-        )
+        return self.zero_shot_classifier(self.teacher if teacher else self.model)
+
+    def _warn_of_the_interval(self) -> None:
+        """Where an interval was asked for with which the teacher teaches little in a run of this length."""
+        if not self.loss.distillation_weight or self.given_interval is self.ema_interval_fraction:
+            return
+        interval, steps = self.ema_interval, self.run_length()
+        never, always = interval >= steps > 1, interval == 1 and steps > FEW_STEPS
+        if never or always:
+            warnings.warn(
+                f"CaRot's teacher moves every {interval} steps and this run has {steps}: it will "
+                + ("follow step 0 only" if never else "collapse onto the student")
+                + f". Set ema_interval, say to {_default_interval(steps)}.",
+                stacklevel=4,
+            )
+
+
+def _default_interval(steps: int) -> int:
+    """500 steps in a run of the paper's 25,030, and the same part of a shorter one."""
+    return min(500, max(2, round(0.02 * steps)))

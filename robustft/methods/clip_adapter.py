@@ -14,16 +14,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from robustft import clip
 from robustft.clip.outputs import Outputs
 from robustft.data.seeds import stateless_generator
 from robustft.methods.base import Step
-from robustft.methods.frozen import FrozenModel, seeded_linear
-from robustft.methods.objective import Objective
+from robustft.methods.frozen import FrozenModel, FrozenOptions, seeded_linear
 from robustft.ops.precision import at_least_float32
 from robustft.predictors.base import ModelPredictor
-from robustft.predictors.zero_shot import zero_shot_classifier
 
 
 class CLIPAdapter(FrozenModel):
@@ -32,48 +31,30 @@ class CLIPAdapter(FrozenModel):
     The released recipe is SGD at 2e-3 with cosine decay, batches of 32, 200 epochs.
 
     Args:
-        model, tokenizer, class_names, templates, total_steps, objective: as for `FrozenModel`.
         seed: of the adapter's initial weights, torch's distribution for linear layers.
         ratio: share of the adapter in the features, in [0, 1]; the paper's is 0.2 for most data sets.
         reduction: how many times narrower the bottleneck is.
+        others: as for `FrozenModel`.
 
     Source: Gao et al., CLIP-Adapter (IJCV 2024, arXiv 2110.04544), and its released code.
     """
 
+    class_embeddings: Tensor
+
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        tokenizer: Any,
-        class_names: Sequence[str],
-        templates: Sequence[Any],
-        total_steps: int | None = None,
-        seed: int = 0,
-        ratio: float = 0.2,
-        reduction: int = 4,
-        objective: Objective = Objective(),
+        self, model: nn.Module, *, ratio: float = 0.2, reduction: int = 4, **options: Unpack[FrozenOptions]
     ) -> None:
         check_ratio(ratio)
         if reduction < 1:
             raise ValueError(f"reduction must be at least 1, got {reduction}")
-        super().__init__(
-            model,
-            tokenizer=tokenizer,
-            class_names=class_names,
-            templates=templates,
-            total_steps=total_steps,
-            seed=seed,
-            objective=objective,
-        )
-        head = zero_shot_classifier(self.model, tokenizer=tokenizer, class_names=class_names, templates=templates)
-        w = head.class_embeddings
-        width, generator = w.shape[1], stateless_generator(seed, "adapter")
+        super().__init__(model, **options)
+        w = self.zero_shot_classifier().class_embeddings
+        width, generator = w.shape[1], stateless_generator(self.seed, "adapter")
         narrow = max(1, width // reduction)
         self.down = seeded_linear(width, narrow, generator, bias=False).to(w)
         self.up = seeded_linear(narrow, width, generator, bias=False).to(w)
         self.ratio = ratio
         self.register_buffer("class_embeddings", w, persistent=False)
-        self.config |= {"ratio": ratio, "reduction": reduction}
 
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)

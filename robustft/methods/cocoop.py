@@ -15,34 +15,37 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from robustft import clip
 from robustft.clip.outputs import Outputs
 from robustft.data.seeds import stateless_generator
 from robustft.methods.base import Step
-from robustft.methods.coop import CoOp
+from robustft.methods.coop import ContextMethod, ContextOptions
 from robustft.methods.frozen import seeded_linear
 from robustft.methods.prompt_learning import encode_contexts
 from robustft.predictors.base import ModelPredictor
 
+CAPTIONS = 1024  # that a predictor encodes at a time
 
-class CoCoOp(CoOp):
+
+class CoCoOp(ContextMethod):
     """CoOp whose context is shifted, for each image, by a small network of the image's feature.
 
     The released recipe is 4 tokens that start as "a photo of a", SGD at 2e-3, 10 epochs, batches of one. With those
     the misalignment penalty is all or nothing at a step; larger batches give the same loss per image.
 
     Args:
-        model, tokenizer, class_names, templates, total_steps, seed, context, position, objective: as for `CoOp`.
         chunk_size: captions, of all images, encoded at a time, which are encoded a second time in the backward.
+        others: as for `ContextMethod`; the context is one for all classes.
 
     Source: Zhou et al., CoCoOp (CVPR 2022, arXiv 2203.05557), and its released code.
     """
 
-    def __init__(self, model: nn.Module, *, context: int | str = 4, **arguments: Any) -> None:
-        if arguments.get("class_specific"):
+    def __init__(self, model: nn.Module, *, context: int | str = 4, **options: Unpack[ContextOptions]) -> None:
+        if options.get("class_specific"):
             raise ValueError("class_specific: the context of CoCoOp is one for all classes")
-        super().__init__(model, context=context, **arguments)
+        super().__init__(model, context=context, **options)
         features, width = clip.text_projection(self.model).shape[1], self.context.shape[-1]
         narrow, generator = max(1, features // 16), stateless_generator(self.seed, "meta-net")
         self.narrow = seeded_linear(features, narrow, generator).to(self.context)
@@ -59,7 +62,7 @@ class CoCoOp(CoOp):
 
     def classifier(self) -> CoCoOpClassifier:
         """The predictor learnt so far; it shares the model."""
-        return CoCoOpClassifier(self.model, self.class_names, **self._parts())
+        return CoCoOpClassifier(self.model, self.class_names, captions=CAPTIONS, **self._parts())
 
     def _parts(self) -> dict[str, Tensor]:
         return {
@@ -87,7 +90,9 @@ class CoCoOpClassifier(ModelPredictor):
     }
     settings = ("captions",)
 
-    def __init__(self, model: nn.Module, classes: Sequence[str], *, captions: int = 1024, **tensors: Tensor) -> None:
+    def __init__(
+        self, model: nn.Module, classes: Sequence[str], *, captions: int = CAPTIONS, **tensors: Tensor
+    ) -> None:
         super().__init__(model, classes, **tensors)
         self.captions = captions
 

@@ -10,18 +10,17 @@ KgCoOp (arXiv 2303.13283) keeps the learnt embeddings near those of hand-written
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from robustft import clip
-from robustft.data.seeds import stateless_seed
 from robustft.methods.base import Step
-from robustft.methods.frozen import FrozenModel
-from robustft.methods.objective import Objective
+from robustft.methods.frozen import FrozenModel, FrozenOptions
+from robustft.methods.options import check_weights
 from robustft.methods.prompt_learning import (
     ContextTexts,
     Position,
@@ -30,10 +29,68 @@ from robustft.methods.prompt_learning import (
     random_context,
 )
 from robustft.predictors.base import Classifier
-from robustft.predictors.zero_shot import zero_shot_classifier
 
 
-class CoOp(FrozenModel):
+class ContextOptions(FrozenOptions, total=False):
+    """The options of `ContextMethod` but its context, for the constructors that hand them on."""
+
+    class_specific: bool
+    position: Position
+    chunk_size: int | None
+
+
+class CoOpOptions(ContextOptions, total=False):
+    """All options of `ContextMethod`, likewise."""
+
+    context: int | str
+
+
+class ContextMethod(FrozenModel):
+    """A method that learns the context of a prompt.
+
+    Args:
+        context: words to start from ("a photo of a"), or a number of tokens that start as N(0, 0.02).
+        class_specific: each class learns a context of its own.
+        position: of the name, as in `robustft.methods.prompt_learning`.
+        chunk_size: captions encoded at a time, which are encoded a second time in the backward.
+        templates: what follows the name in the first follows it here too.
+        seed: of the random initial context; nothing else is random.
+        others: as for `FrozenModel`.
+
+    Raises ValueError for a name that leaves too few tokens for the context, and for text towers other than open_clip's.
+    """
+
+    takes_features = True
+    uncompared = ("chunk_size",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        context: int | str = 16,
+        class_specific: bool = False,
+        position: Position = "end",
+        chunk_size: int | None = None,
+        **options: Unpack[FrozenOptions],
+    ) -> None:
+        check_chunk_size(chunk_size)
+        super().__init__(model, **options)
+        start, classes = initial_context(self.model, self.tokenizer, context, self.seed), len(self.class_names)
+        texts = ContextTexts(self.tokenizer, self.class_names, self.templates[0], len(start), position)
+        self.texts = texts.to(start.device)
+        if class_specific and isinstance(context, int):
+            start = random_context((classes, *start.shape), self.seed, start.dtype, start.device)
+        elif class_specific:
+            start = start.repeat(classes, 1, 1)
+        self.context = nn.Parameter(start)
+        self.chunk_size = chunk_size
+
+    def class_embeddings(self) -> Tensor:
+        """w (K, D), unit rows; the gradient reaches the context."""
+        return self.texts(self.model, self.context, chunk_size=self.chunk_size)
+
+
+class CoOp(ContextMethod):
     """Few-shot learning of the context of a prompt; `Objective(misalignment=1.)` makes it CoOp + CMP.
 
     The released recipe is 16 random tokens, the name at the end, SGD at 2e-3 with cosine decay, batches of 32, 50 to
@@ -42,65 +99,10 @@ class CoOp(FrozenModel):
     `chunk_size` bounds the memory.
 
     Args:
-        model, tokenizer, class_names, total_steps, objective: as for `FrozenModel`.
-        templates: what follows the name in the first follows it here too.
-        seed: of the random initial context; nothing else is random.
-        context: words to start from ("a photo of a"), or a number of tokens that start as N(0, 0.02).
-        class_specific: each class learns a context of its own.
-        position: of the name, as in `robustft.methods.prompt_learning`.
-        chunk_size: captions encoded at a time, which are encoded a second time in the backward.
-
-    Raises ValueError for a name that leaves too few tokens for the context, and for text towers other than open_clip's.
+        all: as for `ContextMethod`.
 
     Source: Zhou et al., CoOp (IJCV 2022, arXiv 2109.01134), and its released code.
     """
-
-    takes_features = True
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        tokenizer: Any,
-        class_names: Sequence[str],
-        templates: Sequence[Any],
-        total_steps: int | None = None,
-        seed: int = 0,
-        context: int | str = 16,
-        class_specific: bool = False,
-        position: Position = "end",
-        chunk_size: int | None = None,
-        objective: Objective = Objective(),
-    ) -> None:
-        check_chunk_size(chunk_size)
-        super().__init__(
-            model,
-            tokenizer=tokenizer,
-            class_names=class_names,
-            templates=templates,
-            total_steps=total_steps,
-            seed=seed,
-            objective=objective,
-        )
-        start = initial_context(self.model, tokenizer, context, seed)
-        texts = ContextTexts(tokenizer, class_names, templates[0], len(start), position)
-        self.texts = texts.to(start.device)
-        if class_specific and isinstance(context, int):
-            start = random_context((len(class_names), *start.shape), seed, start.dtype, start.device)
-        elif class_specific:
-            start = start.repeat(len(class_names), 1, 1)
-        self.context = nn.Parameter(start)
-        self.chunk_size = chunk_size
-        self.config |= {
-            "context": context,
-            "class_specific": class_specific,
-            "position": position,
-            "captions": stateless_seed(0, self.texts.tokens.tolist()),
-        }
-
-    def class_embeddings(self) -> Tensor:
-        """w (K, D), unit rows; the gradient reaches the context."""
-        return self.texts(self.model, self.context, chunk_size=self.chunk_size)
 
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)
@@ -124,16 +126,13 @@ class KgCoOp(CoOp):
     Source: Yao et al., KgCoOp (CVPR 2023, arXiv 2303.13283), and its released code.
     """
 
-    def __init__(self, model: nn.Module, *, weight: float = 8.0, **arguments: Any) -> None:
-        if not 0.0 <= weight < float("inf"):
-            raise ValueError(f"weight must be finite and not negative, got {weight}")
-        super().__init__(model, **arguments)
+    hand_embeddings: Tensor
+
+    def __init__(self, model: nn.Module, *, weight: float = 8.0, **options: Unpack[CoOpOptions]) -> None:
+        check_weights(weight=weight)
+        super().__init__(model, **options)
         self.weight = weight
-        hand = zero_shot_classifier(
-            self.model, tokenizer=self.tokenizer, class_names=self.class_names, templates=self.templates
-        )
-        self.register_buffer("hand_embeddings", hand.class_embeddings, persistent=False)
-        self.config |= {"weight": weight}
+        self.register_buffer("hand_embeddings", self.zero_shot_classifier().class_embeddings, persistent=False)
 
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from robustft import clip
 from robustft.clip.outputs import evaluating
@@ -29,12 +29,14 @@ from robustft.data.sources import column
 from robustft.functional import contrastive_loss, dual_risk
 from robustft.methods.base import Step
 from robustft.methods.core_proxy import CoreProxy, Ranges, core_similarities
-from robustft.methods.flyp import FLYP
+from robustft.methods.flyp import CaptionMethod, CaptionOptions
+from robustft.methods.options import check_weights, described
+from robustft.ops import arguments
 from robustft.predictors.base import Classifier
 from robustft.predictors.dual import DualClassifier, check_beta
 
 
-class DRM(FLYP):
+class DRM(CaptionMethod):
     """FLYP, and a second risk on concept descriptions, which discounts what a label owes to the background.
 
     Image tower, text tower and scale are trained by both risks. The proxy q comes with the batch, under "core", as
@@ -50,7 +52,6 @@ class DRM(FLYP):
     ingredients are known (`CoreProxy`).
 
     Args:
-        model, tokenizer, class_names, templates, total_steps, seed, targets, label_smoothing: as for `FLYP`.
         descriptions: {class name: description or [descriptions]}, or K of them in label order. A mapping whose names
             are not the classes is refused (`prompts.match_descriptions`).
         worst_case_weight: lambda, to be chosen on held-out ID data; 0 trains as `FLYP` does.
@@ -61,21 +62,20 @@ class DRM(FLYP):
             renormalised.
         text_chunk: how many captions' activations are held at once.
         beta: share of the default prompts in `classifier()`.
+        label_smoothing: as for `FLYP`. others: as for `CaptionMethod`.
 
     Source: Li et al., DRM (NeurIPS 2024, arXiv 2411.19757).
     """
+
+    uncompared = ("text_chunk", "beta")
+    zero_shot: Classifier
+    ranges: Tensor
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        tokenizer: Any,
-        class_names: Sequence[str],
-        templates: Sequence[Any],
         descriptions: Mapping[str, str | Sequence[str]] | Sequence[str | Sequence[str]],
-        total_steps: int | None = None,
-        seed: int = 0,
-        targets: Literal["diagonal", "label"] = "diagonal",
         label_smoothing: float = 0.0,
         worst_case_weight: float = 1.0,
         empirical_weight: float = 1.0,
@@ -83,42 +83,28 @@ class DRM(FLYP):
         present_only: bool = False,
         text_chunk: int = 256,
         beta: float = 0.5,
+        **options: Unpack[CaptionOptions],
     ) -> None:
-        for name, value in (("worst_case_weight", worst_case_weight), ("empirical_weight", empirical_weight)):
-            if not 0.0 <= value < float("inf"):
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        arguments.check_smoothing(label_smoothing)
+        check_weights(worst_case_weight=worst_case_weight, empirical_weight=empirical_weight)
         if not worst_case_weight + empirical_weight > 0.0:
             raise ValueError("worst_case_weight and empirical_weight are both 0: there is nothing to train on")
         if text_chunk < 1:
             raise ValueError(f"text_chunk must be at least 1, got {text_chunk}")
         check_beta(beta)
-        super().__init__(
-            model,
-            tokenizer=tokenizer,
-            class_names=class_names,
-            templates=templates,
-            total_steps=total_steps,
-            seed=seed,
-            targets=targets,
-            label_smoothing=label_smoothing,
-        )
-        self.descriptions = match_descriptions(descriptions, class_names)
-        self.concepts = clip.group_captions(tokenizer, self.descriptions, names=class_names)
-        self.worst_case_weight, self.empirical_weight = worst_case_weight, empirical_weight
+        super().__init__(model, **options)
+        self.label_smoothing = label_smoothing
+        self.descriptions = match_descriptions(descriptions, self.class_names)
+        self.concepts = clip.group_captions(self.tokenizer, self.descriptions, names=self.class_names)
+        self.weights = {"contrastive": empirical_weight, "worst_case": worst_case_weight}
         self.present_only, self.text_chunk, self.beta = present_only, text_chunk, beta
         self.proxy = proxy if worst_case_weight else None
-        self.config |= {
-            "descriptions": [list(texts) for texts in self.descriptions],
-            "worst_case_weight": worst_case_weight,
-            "empirical_weight": empirical_weight,
-            "proxy": None if self.proxy is None else asdict(self.proxy),
-            "present_only": present_only,
-        }
+        self.config["descriptions"] = described(self.descriptions, "descriptions")
         if self.proxy is not None:
             frozen = copy.deepcopy(self.model).requires_grad_(False).eval()
             with torch.no_grad():
                 core = clip.grouped_embeddings(frozen, self.concepts, batch_size=text_chunk)
-            self.zero_shot = Classifier(frozen, core, class_names)
+            self.zero_shot = Classifier(frozen, core, self.class_names)
             self.register_buffer("ranges", core.new_full((2, 2, len(core)), torch.nan))
 
     def train(self, mode: bool = True) -> DRM:
@@ -134,7 +120,7 @@ class DRM(FLYP):
         data, cache, batch_size: as for `core_labels`. The ranges are part of `state_dict()`: a resumed run has them.
         Without a worst-case risk there is nothing to do.
         """
-        if not self.worst_case_weight:
+        if not self.weights["worst_case"]:
             return self
         if self.proxy is None:
             raise ValueError("DRM(proxy=None) has no proxy to prepare: its batches bring it")
@@ -146,32 +132,25 @@ class DRM(FLYP):
         return self
 
     def step(self, batch: Any) -> Step:
-        images, labels, _ = self.checked(batch)
         s = clip.logit_scale(self.model)
         terms: dict[str, Tensor] = {}
-        if self.empirical_weight:
-            pairs = self.pairs(batch)
+        if self.weights["contrastive"]:
+            pairs, smoothing = self.pairs(batch), self.label_smoothing
             u, t = self.features(self.model, pairs)
-            smoothing = self.label_smoothing
             terms["contrastive"] = contrastive_loss(u, t, s, labels=pairs.labels, label_smoothing=smoothing)
         else:
-            u = clip.encode_images(self.model, images)
-        if self.worst_case_weight:
-            if labels is None:
-                raise ValueError("DRM needs labels in the batch, which has texts only")
+            u = clip.encode_images(self.model, self.checked(batch).images)
+        if self.weights["worst_case"]:
+            images, labels = self.labelled(batch)
             terms["worst_case"] = self._worst_case(u, labels, s, self._core(batch, images, labels))
-        weights = {"contrastive": self.empirical_weight, "worst_case": self.worst_case_weight}
-        loss = sum(weights[name] * value for name, value in terms.items())
-        return Step(loss, {name: value.detach() for name, value in terms.items()})
+        return Step.of(terms, self.weights)
 
     def classifier(self, *, beta: float | None = None) -> DualClassifier:
         """Both heads of the fine-tuned model, mixed with beta; 1 is the default prompts', 0 the descriptions'."""
         with evaluating(self.model), torch.no_grad():
             core = clip.grouped_embeddings(self.model, self.concepts, batch_size=self.text_chunk)
-        default = super().classifier()
-        return DualClassifier(
-            self.model, default.class_embeddings, core, self.class_names, beta=self.beta if beta is None else beta
-        )
+        default = self.zero_shot_classifier().class_embeddings
+        return DualClassifier(self.model, default, core, self.class_names, beta=self.beta if beta is None else beta)
 
     def _core(self, batch: Any, images: Tensor, labels: Tensor) -> Tensor:
         """q of a batch: (N,), or (N, K)."""

@@ -8,17 +8,15 @@ features already does not distort them on its way there.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from typing_extensions import Unpack
 
-from robustft import clip
 from robustft.methods.base import Step
 from robustft.methods.l2_sp import L2SP, check_l2_sp
-from robustft.methods.linear_head import LinearHead
-from robustft.methods.objective import Objective
+from robustft.methods.linear_head import HeadOptions, LinearHead
+from robustft.methods.options import digest
 from robustft.predictors.base import Classifier
 
 
@@ -29,14 +27,13 @@ class FineTune(LinearHead):
     that still carry the fp16 loss scale and so hardly trains; robustft.training.loop unscales first.
 
     Args:
-        model, tokenizer, class_names, templates, total_steps, seed: as for `Method`; nothing here is random.
-        label_smoothing: e mixes the targets as (1 - e) one-hot + e / K.
         objective: of the logits; cross-entropy by default. One that compares with the zero-shot model ("logit_range",
             `rescale`) keeps a frozen copy of the model, which encodes every batch too, without a gradient; it is that
             of `model` and `templates` whatever the start, and no part of `state_dict()`.
         l2_sp: weight of half the squared distance of all trained parameters to their start (`l2_sp.L2SP`).
         start: a classifier over the same classes on the model's features, whose head and bias to start from; None for
             the zero-shot one.
+        others: as for `LinearHead`; nothing here is random.
 
     Source: Wortsman et al., WiSE-FT (arXiv 2109.01903), section 3; as a baseline, the code of CaRot and VRF.
     """
@@ -45,35 +42,31 @@ class FineTune(LinearHead):
         self,
         model: nn.Module,
         *,
-        tokenizer: Any,
-        class_names: Sequence[str],
-        templates: Sequence[Any],
-        total_steps: int | None = None,
-        seed: int = 0,
-        label_smoothing: float = 0.0,
-        objective: Objective = Objective(),
         l2_sp: float = 0.0,
         start: Classifier | None = None,
+        **options: Unpack[HeadOptions],
     ) -> None:
         check_l2_sp(l2_sp)
-        super().__init__(
-            model,
-            tokenizer=tokenizer,
-            class_names=class_names,
-            templates=templates,
-            total_steps=total_steps,
-            seed=seed,
-            label_smoothing=label_smoothing,
-            objective=objective,
-        )
+        super().__init__(model, **options)
         self.start_head(start or self.zero_shot_classifier(), trained=self.model.visual.parameters())
         self.l2_sp = L2SP(self, l2_sp) if l2_sp else None
-        self.config |= {"l2_sp": l2_sp, "start": start and _digest(start)}
+        self.config["start"] = start and digest(start.logit_scale * start.class_embeddings)
 
     def step(self, batch: Any) -> Step:
-        images, labels, _ = self.checked(batch)
-        out = self.head_step(clip.encode_images(self.model, images), labels, self.reference(images))
+        out = super().step(batch)
         return out if self.l2_sp is None else self.l2_sp.added(out, self)
+
+
+class StartedOptions(HeadOptions, total=False):
+    """The options of `FineTune` but its start, for the constructors that hand them on."""
+
+    l2_sp: float
+
+
+class FineTuneOptions(StartedOptions, total=False):
+    """All options of `FineTune`, likewise."""
+
+    start: Classifier | None
 
 
 class LPFT(FineTune):
@@ -97,10 +90,7 @@ class LPFT(FineTune):
     Source: Kumar et al., LP-FT (ICLR 2022, arXiv 2202.10054).
     """
 
-    def __init__(self, model: nn.Module, *, probe: Classifier, **options: Any) -> None:
+    uncompared = ("probe",)  # it is the start
+
+    def __init__(self, model: nn.Module, *, probe: Classifier, **options: Unpack[StartedOptions]) -> None:
         super().__init__(model, start=probe, **options)
-
-
-def _digest(classifier: Classifier) -> str:
-    head = classifier.logit_scale * classifier.class_embeddings
-    return hashlib.sha256(head.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]

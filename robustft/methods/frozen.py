@@ -9,19 +9,23 @@ tower's running statistics stay the pre-trained ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from robustft import clip
-from robustft.clip.prompts import captions
-from robustft.data.seeds import stateless_seed
-from robustft.methods.base import Method
+from robustft.methods.base import Method, Shared
 from robustft.methods.objective import Objective
 from robustft.methods.zero_shot_reference import ZeroShotReference
+
+
+class FrozenOptions(Shared, total=False):
+    """The options of `FrozenModel`, for the constructors that hand them on."""
+
+    objective: Objective
 
 
 class FrozenModel(Method):
@@ -32,46 +36,17 @@ class FrozenModel(Method):
     the image tower, for as long as the images are not augmented.
 
     Args:
-        model, tokenizer, class_names, templates, total_steps, seed: as for `Method`.
         objective: what the logits are trained with.
+        others: as for `Method`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        tokenizer: Any,
-        class_names: Sequence[str],
-        templates: Sequence[Any],
-        total_steps: int | None = None,
-        seed: int = 0,
-        objective: Objective = Objective(),
-    ) -> None:
-        prompts = captions(class_names, templates)  # refuses what is no list of names or templates
-        super().__init__(
-            model,
-            tokenizer=tokenizer,
-            class_names=class_names,
-            templates=templates,
-            total_steps=total_steps,
-            seed=seed,
-        )
+    def __init__(self, model: nn.Module, *, objective: Objective = Objective(), **shared: Unpack[Shared]) -> None:
+        super().__init__(model, **shared)
         self.model.requires_grad_(False).eval()
+        self.register_state_dict_post_hook(_without_the_model)
         self.objective = objective
-        self.config |= {
-            "model": clip.fingerprint(self.model),
-            "prompts": stateless_seed(0, prompts),
-            "objective": asdict(objective),
-        }
-        self.reference = ZeroShotReference(self, trained=False)
-        self.config |= self.reference.config
-
-    def labelled(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Images and labels of a batch; ValueError for one of texts."""
-        images, labels, _ = self.checked(batch)
-        if labels is None:
-            raise ValueError(f"{type(self).__name__} needs labels in the batch, which has texts only")
-        return images, labels
+        self.reference = ZeroShotReference(self, objective, trained=False)
+        self.config |= {"model": clip.fingerprint(self.model), **self.reference.config}
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
@@ -83,17 +58,16 @@ class FrozenModel(Method):
         self.model.eval()
         return self
 
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
-        """What is trained, and the step; not the frozen model."""
-        state = super().state_dict(*args, **options)
-        for name in [name for name in state if name.startswith(f"{options.get('prefix', '')}model.")]:
-            del state[name]
-        return state
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As any module's; the frozen model stays what it is."""
         model = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         return super().load_state_dict({**state_dict, **model}, strict, assign)
+
+
+def _without_the_model(method: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leaves in a state what is trained, and the steps."""
+    for name in [name for name in state if name.startswith(f"{prefix}model.")]:
+        del state[name]
 
 
 def seeded_linear(inputs: int, outputs: int, generator: torch.Generator, *, bias: bool = True) -> nn.Linear:

@@ -9,6 +9,7 @@ import math
 
 from torch import Tensor, nn
 
+from robustft.losses import weighted_sum
 from robustft.methods.base import Step
 from robustft.ops.precision import at_least_float32
 
@@ -32,10 +33,11 @@ class L2SP(nn.Module):
     def distance(self, method: nn.Module) -> Tensor:
         """1/2 ||theta - theta_0||^2, 0-d, at least float32; the gradient is the difference."""
         parameters = dict(method.named_parameters())
-        return 0.5 * sum(
-            (at_least_float32(parameters[name]) - at_least_float32(self.get_buffer(f"start_{i}"))).square().sum()
+        squares = {
+            name: (at_least_float32(parameters[name]) - at_least_float32(self.get_buffer(f"start_{i}"))).square().sum()
             for i, name in enumerate(self.names)
-        )
+        }
+        return 0.5 * weighted_sum(squares, dict.fromkeys(squares, 1.0))
 
     def added(self, step: Step, method: nn.Module) -> Step:
         """The step with the pull in its loss, and as the term "l2_sp"."""

@@ -8,43 +8,48 @@ outside.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from robustft import clip
-from robustft.clip.prompts import captions
-from robustft.data.seeds import stateless_seed
-from robustft.methods.base import Method, Step
+from robustft.methods.base import Method, Shared, Step
 from robustft.methods.objective import Objective
+from robustft.methods.options import described
 from robustft.methods.zero_shot_reference import ZeroShotReference
 from robustft.predictors.base import Classifier
-from robustft.predictors.zero_shot import zero_shot_classifier
+
+
+class HeadOptions(Shared, total=False):
+    """The options of `LinearHead`, for the constructors that hand them on."""
+
+    objective: Objective
+    label_smoothing: float
 
 
 class LinearHead(Method):
     """Image features, a head of K classes, and an objective of its logits; what is trained is a subclass's to say.
 
     Args:
-        model, tokenizer, class_names, templates, total_steps, seed: as for `Method`; nothing here is random.
-        objective: of the logits.
-        label_smoothing: shorthand for that of the objective.
+        objective: of the logits; cross-entropy by default.
+        label_smoothing: shorthand for that of the objective: e mixes the targets as (1 - e) one-hot + e / K.
+        others: as for `Method`.
     """
 
+    uncompared = ("label_smoothing",)  # it is in the objective
     trains_model = True  # so that a zero-shot reference keeps a copy of it
+    head: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        tokenizer: Any,
-        class_names: Sequence[str],
-        templates: Sequence[Any],
-        total_steps: int | None = None,
-        seed: int = 0,
         objective: Objective = Objective(),
         label_smoothing: float = 0.0,
+        **shared: Unpack[Shared],
     ) -> None:
         if label_smoothing:
             if objective.label_smoothing not in (0.0, label_smoothing):
@@ -52,25 +57,10 @@ class LinearHead(Method):
                     f"label_smoothing is {label_smoothing} and the objective's {objective.label_smoothing}: give one"
                 )
             objective = dataclasses.replace(objective, label_smoothing=label_smoothing)
-        super().__init__(
-            model,
-            tokenizer=tokenizer,
-            class_names=class_names,
-            templates=templates,
-            total_steps=total_steps,
-            seed=seed,
-        )
+        super().__init__(model, **shared)
         self.objective = objective
-        prompts = stateless_seed(0, captions(self.class_names, self.templates))
-        self.config |= {"objective": dataclasses.asdict(objective), "prompts": prompts}
-        self.reference = ZeroShotReference(self, trained=self.trains_model)
-        self.config |= self.reference.config
-
-    def zero_shot_classifier(self) -> Classifier:
-        """The zero-shot classifier on this method's model: as long as that is frozen, the two share its pass."""
-        return zero_shot_classifier(
-            self.model, tokenizer=self.tokenizer, class_names=self.class_names, templates=self.templates
-        )
+        self.reference = ZeroShotReference(self, objective, trained=self.trains_model)
+        self.config |= {"objective": described(objective, "objective"), **self.reference.config}
 
     def start_head(self, start: Classifier, trained: Iterable[nn.Parameter] = ()) -> None:
         """Makes the head, a copy of a classifier's; it is trained, and of the model those parameters in `trained`."""
@@ -85,10 +75,12 @@ class LinearHead(Method):
         self.head = nn.Parameter((start.logit_scale * start.class_embeddings).clone())
         self.register_parameter("bias", None if start.bias is None else nn.Parameter(start.bias.clone()))
 
-    def head_step(self, features: Tensor, labels: Tensor | None, zero_shot_logits: Tensor | None) -> Step:
+    def step(self, batch: Any) -> Step:
+        images, labels = self.labelled(batch)
+        return self.head_step(clip.encode_images(self.model, images), labels, self.reference(images))
+
+    def head_step(self, features: Tensor, labels: Tensor, zero_shot_logits: Tensor | None) -> Step:
         """The objective of unit features (N, D) under the head; zero_shot_logits (N, K) if it asks for them."""
-        if labels is None:
-            raise ValueError(f"{type(self).__name__} needs labels in the batch, which has texts only")
         return Step(
             *self.objective(features, self.head, labels, 1.0, bias=self.bias, zero_shot_logits=zero_shot_logits)
         )

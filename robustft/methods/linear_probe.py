@@ -5,17 +5,16 @@ z = u W^T + b,   W (K, D) starts as s w of the zero-shot classifier, or as 0;   
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from robustft import clip
 from robustft.clip.outputs import evaluating
 from robustft.methods.base import Step
-from robustft.methods.linear_head import LinearHead
-from robustft.methods.objective import Objective
+from robustft.methods.linear_head import HeadOptions, LinearHead
 from robustft.predictors.base import Classifier
 
 
@@ -29,10 +28,9 @@ class LinearProbe(LinearHead):
     encoder, so an ensemble of outputs takes one pass, and WiSE-FT and OSE differ only in where the softmax is.
 
     Args:
-        model, tokenizer, class_names, templates, total_steps, seed: as for `Method`; nothing here is random.
         init: "zero_shot", the head starts as the zero-shot one; "zero", and learns from the labels alone.
         bias: a bias (K,) that starts at 0.
-        objective, label_smoothing: of the logits; cross-entropy by default.
+        others: as for `LinearHead`; nothing here is random.
 
     Source: Radford et al., CLIP (arXiv 2103.00020), section 3.2, who fit it by L-BFGS; here it is trained step by step,
     as in LP-FT (arXiv 2202.10054).
@@ -45,36 +43,20 @@ class LinearProbe(LinearHead):
         self,
         model: nn.Module,
         *,
-        tokenizer: Any,
-        class_names: Sequence[str],
-        templates: Sequence[Any],
-        total_steps: int | None = None,
-        seed: int = 0,
         init: Literal["zero_shot", "zero"] = "zero_shot",
         bias: bool = True,
-        objective: Objective = Objective(),
-        label_smoothing: float = 0.0,
+        **options: Unpack[HeadOptions],
     ) -> None:
         if init not in ("zero_shot", "zero"):
             raise ValueError(f'init must be "zero_shot" or "zero", got {init!r}')
-        super().__init__(
-            model,
-            tokenizer=tokenizer,
-            class_names=class_names,
-            templates=templates,
-            total_steps=total_steps,
-            seed=seed,
-            objective=objective,
-            label_smoothing=label_smoothing,
-        )
+        super().__init__(model, **options)
         start = self.zero_shot_classifier()
         w = start.class_embeddings if init == "zero_shot" else torch.zeros_like(start.class_embeddings)
         b = w.new_zeros(len(w)) if bias else None
         self.start_head(Classifier(self.model, w, self.class_names, bias=b))
-        self.config |= {"init": init, "bias": bias}
 
     def step(self, batch: Any) -> Step:
-        images, labels, _ = self.checked(batch)
+        images, labels = self.labelled(batch)
         u = images if images.ndim == 2 else self.features(images)
         return self.head_step(u, labels, self.reference(u))
 

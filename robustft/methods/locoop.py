@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from robustft import clip
 from robustft.methods.base import Step
-from robustft.methods.coop import CoOp
+from robustft.methods.coop import CoOp, CoOpOptions
+from robustft.methods.options import check_weights
 
 
 class LoCoOp(CoOp):
@@ -38,15 +40,15 @@ class LoCoOp(CoOp):
 
     takes_features = False  # a patch's features are needed too
 
-    def __init__(self, model: nn.Module, *, weight: float = 0.25, top_k: int | None = None, **arguments: Any) -> None:
-        if not 0.0 <= weight < float("inf"):
-            raise ValueError(f"weight must be finite and not negative, got {weight}")
+    def __init__(
+        self, model: nn.Module, *, weight: float = 0.25, top_k: int | None = None, **options: Unpack[CoOpOptions]
+    ) -> None:
+        check_weights(weight=weight)
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
-        super().__init__(model, **arguments)
+        super().__init__(model, **options)
         self.weight = weight
         self.top_k = max(1, len(self.class_names) // 5) if top_k is None else top_k
-        self.config |= {"weight": weight, "top_k": self.top_k}
 
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)

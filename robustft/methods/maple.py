@@ -15,18 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from robustft import clip
 from robustft.clip import deep_prompts
 from robustft.clip.outputs import Outputs
 from robustft.data.seeds import stateless_generator
 from robustft.methods.base import Step
-from robustft.methods.coop import CoOp
+from robustft.methods.coop import ContextMethod, ContextOptions
 from robustft.methods.frozen import seeded_linear
 from robustft.predictors.base import ModelPredictor
 
 
-class MaPLe(CoOp):
+class MaPLe(ContextMethod):
     """Prompts in both towers, in their first blocks, coupled.
 
     The released recipe is 2 tokens that start as "a photo", 9 of 12 blocks, SGD at 3.5e-3, batches of 4, 5 epochs.
@@ -34,25 +35,27 @@ class MaPLe(CoOp):
     otherwise: prompts are dropped before pooling.
 
     Args:
-        model, tokenizer, class_names, templates, total_steps, objective: as for `CoOp`.
         seed: of the prompts and the maps.
         context: words to start from, or a number of tokens.
         depth: J, how many blocks have prompts of their own; None for three quarters of the shallower tower's.
+        others: as for `ContextMethod`; the context is one for all classes, before the name, in one batch.
 
     Source: Khattak et al., MaPLe (CVPR 2023, arXiv 2210.03117), and its released code.
     """
 
     takes_features = False  # the image tower has prompts of its own
 
-    def __init__(self, model: nn.Module, *, context: int | str = 2, depth: int | None = None, **arguments: Any) -> None:
+    def __init__(
+        self, model: nn.Module, *, context: int | str = 2, depth: int | None = None, **options: Unpack[ContextOptions]
+    ) -> None:
         for name in ("class_specific", "position", "chunk_size"):
-            if name in arguments:
+            if name in options:
                 raise ValueError(f"{name}: the context of MaPLe is one for all classes, before the name, in one batch")
         most = min(deep_prompts.text_layers(model), deep_prompts.visual_layers(model))
         depth = max(1, round(0.75 * most)) if depth is None else depth
         if not 1 <= depth <= most:
             raise ValueError(f"depth must lie in [1, {most}], the blocks of the shallower tower, got {depth}")
-        super().__init__(model, context=context, **arguments)
+        super().__init__(model, context=context, **options)
         generator, width = stateless_generator(self.seed, "deep prompts"), self.context.shape[1]
         self.deep = nn.ParameterList(
             nn.Parameter((0.02 * torch.randn(self.context.shape, generator=generator)).to(self.context))
@@ -61,10 +64,9 @@ class MaPLe(CoOp):
         self.couplings = nn.ModuleList(
             seeded_linear(width, deep_prompts.visual_width(model), generator) for _ in range(depth)
         ).to(self.context)
-        self.config |= {"depth": depth}
 
     def class_embeddings(self) -> Tensor:
-        with deep_prompts.text_prompts(self.model, self.deep, self.texts.positions):
+        with deep_prompts.text_prompts(self.model, list(self.deep), self.texts.positions):
             return super().class_embeddings()
 
     def visual_prompts(self) -> Tensor:
@@ -74,7 +76,7 @@ class MaPLe(CoOp):
 
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)
-        with deep_prompts.visual_prompts(self.model, self.visual_prompts()):
+        with deep_prompts.visual_prompts(self.model, list(self.visual_prompts())):
             u = clip.encode_images(self.model, images)
         w, s, z0 = self.class_embeddings(), clip.logit_scale(self.model), self.reference(images)
         return Step(*self.objective(u, w, labels, s, zero_shot_logits=z0))
@@ -100,7 +102,7 @@ class MaPLeClassifier(ModelPredictor):
     prompts: Tensor
 
     def _outputs(self, images: Tensor) -> Outputs:
-        with deep_prompts.visual_prompts(self.model, self.prompts):
+        with deep_prompts.visual_prompts(self.model, list(self.prompts)):
             u = clip.encode_images(self.model, images)
         with torch.autocast(u.device.type, enabled=False):
             cosines = u @ self.class_embeddings.to(u.dtype).T

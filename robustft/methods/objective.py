@@ -8,7 +8,7 @@
     term_k    others by name, from `TERMS` and `ZERO_SHOT_TERMS`; their mathematics is in `calibration_losses`
 
 Every method with class logits (FineTune, LinearProbe, the prompt learners, the adapters) takes one, so that each term
-meets each host, which has z0 ready where a term asks for it (`methods.zero_shot.ZeroShotReference`).
+meets each host, which has z0 ready where a term asks for it (`zero_shot_reference.ZeroShotReference`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustft.calibration import losses as calibration_losses
-from robustft.functional import classification_loss, misalignment_penalty
+from robustft.functional import misalignment_penalty
+from robustft.losses import ClassificationLoss, weighted_sum
 from robustft.ops import arguments
 from robustft.ops.precision import at_least_float32
 
@@ -105,6 +106,11 @@ class Objective:
         """Whether the zero-shot model's logits are asked for."""
         return self.rescale is not None or any(w and name in ZERO_SHOT_TERMS for name, w in self.terms.items())
 
+    @property
+    def of_samples(self) -> bool:
+        """Whether it is a loss of single samples, rather than of a batch as a whole."""
+        return not (self.focal or self.rescale or any(self.terms.values()))
+
     def __call__(
         self,
         features: Tensor,
@@ -114,30 +120,28 @@ class Objective:
         *,
         bias: Tensor | None = None,
         zero_shot_logits: Tensor | None = None,
+        reduction: str = "mean",
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of features (N, D) under a head (K, D), and its terms, un-weighted and detached.
 
         Logits exist as a matrix (N, K) only if the focal loss, `rescale` or one of `terms` needs them.
-        `zero_shot_logits` (N, K) as for `of_logits`.
+        `zero_shot_logits` (N, K) as for `of_logits`. reduction: "none" gives losses (N,) of single samples, which only
+        cross-entropy and the penalty have (`of_samples`).
         """
-        if self.focal or self.rescale or any(self.terms.values()):
+        if not self.of_samples:
+            if reduction != "mean":
+                raise ValueError(f"reduction is {reduction!r}: {self} has terms without losses of single samples")
             with torch.autocast(features.device.type, enabled=False):
                 logits = logit_scale * (features @ class_embeddings.to(features.dtype).T)
             return self.of_logits(logits if bias is None else logits + bias, labels, zero_shot_logits)
-        terms = classification_loss(
-            features,
-            class_embeddings,
-            labels,
-            logit_scale,
-            bias=bias,
+        streamed = ClassificationLoss(
+            misalignment_weight=self.misalignment,
             variant=self.variant,
             top1=self.top1,
             label_smoothing=self.label_smoothing,
         )
-        if not self.misalignment:
-            return terms.cross_entropy, {"cross_entropy": terms.cross_entropy.detach()}
-        loss = terms.cross_entropy + self.misalignment * terms.misalignment
-        return loss, {name: value.detach() for name, value in terms._asdict().items()}
+        head = (features, class_embeddings, logit_scale)
+        return self._added(streamed.terms(*head, labels=labels, bias=bias, reduction=reduction))
 
     def of_logits(
         self, logits: Tensor, labels: Tensor, zero_shot_logits: Tensor | None = None
@@ -148,26 +152,25 @@ class Objective:
             only if `needs_zero_shot`, when ValueError says that they are missing or of another shape.
         """
         logits = at_least_float32(logits)
-        if self.needs_zero_shot:
-            zero_shot_logits = self._checked_zero_shot(zero_shot_logits, logits)
+        z0 = self._checked_zero_shot(zero_shot_logits, logits) if self.needs_zero_shot else logits
         if self.rescale:
-            logits = calibration_losses.rescale_to_range(logits, zero_shot_logits)
+            logits = calibration_losses.rescale_to_range(logits, z0)
         if self.focal:
             values = {"focal": calibration_losses.focal_loss(logits, labels, self.focal)}
         else:
             values = {"cross_entropy": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
-        (loss,) = values.values()
         if self.misalignment:
             values["misalignment"] = misalignment_penalty(logits, labels, variant=self.variant, top1=self.top1)
-            loss = loss + self.misalignment * values["misalignment"]
         for name, weight in self.terms.items():
-            if weight:
-                if name in ZERO_SHOT_TERMS:
-                    values[name] = ZERO_SHOT_TERMS[name](logits, labels, zero_shot_logits)
-                else:
-                    values[name] = TERMS[name](logits, labels)
-                loss = loss + weight * values[name]
-        return loss, {name: value.detach() for name, value in values.items()}
+            if weight and name in ZERO_SHOT_TERMS:
+                values[name] = ZERO_SHOT_TERMS[name](logits, labels, z0)
+            elif weight:
+                values[name] = TERMS[name](logits, labels)
+        return self._added(values)
+
+    def _added(self, values: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        weights = {"cross_entropy": 1.0, "focal": 1.0, "misalignment": self.misalignment, **self.terms}
+        return weighted_sum(values, weights), {name: value.detach() for name, value in values.items()}
 
     def _checked_zero_shot(self, zero_shot_logits: Tensor | None, logits: Tensor) -> Tensor:
         if zero_shot_logits is None or zero_shot_logits.shape != logits.shape:

@@ -11,20 +11,22 @@ the features (of V the true class's own column is 0). The second keeps the promp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from robustft import clip
-from robustft.data.seeds import stateless_generator, stateless_seed
+from robustft.data.seeds import stateless_generator
 from robustft.methods.base import Step
-from robustft.methods.frozen import FrozenModel
-from robustft.methods.objective import Objective
+from robustft.methods.frozen import FrozenModel, FrozenOptions
+from robustft.methods.options import check_weights
 from robustft.methods.prompt_learning import (
     ContextTexts,
+    Position,
     check_chunk_size,
     encode_contexts,
     initial_context,
@@ -32,7 +34,7 @@ from robustft.methods.prompt_learning import (
 )
 from robustft.predictors.base import Classifier
 
-POSITIONS = ("front", "middle", "end")  # of the name
+POSITIONS: tuple[Position, ...] = ("front", "middle", "end")  # of the name
 
 
 class ProDA(FrozenModel):
@@ -44,7 +46,6 @@ class ProDA(FrozenModel):
     (N, D) by (D, K), and memory N D + N K. Every objective's terms see the logits with the variance in them.
 
     Args:
-        model, tokenizer, class_names, total_steps, objective: as for `FrozenModel`.
         templates: what follows the name in the first follows it here too.
         seed: of the initial prompts and of which ones a step takes; every prompt has its turn once in
             prompts / prompt_batch steps.
@@ -53,27 +54,27 @@ class ProDA(FrozenModel):
             second, which is at least 2.
         weight: of the term that keeps prompts apart.
         chunk_size: captions, of all prompts, encoded at a time, which are encoded a second time in the backward.
+        others: as for `FrozenModel`.
 
     Source: Lu et al., ProDA (CVPR 2022, arXiv 2205.03340), and its released code.
     """
 
     takes_features = True
+    uncompared = ("chunk_size",)
+    tokens: Tensor
+    positions: Tensor
+    order: Tensor
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        tokenizer: Any,
-        class_names: Sequence[str],
-        templates: Sequence[Any],
-        total_steps: int | None = None,
-        seed: int = 0,
         context: int = 16,
         prompts: int = 32,
         prompt_batch: int = 4,
         weight: float = 0.1,
         chunk_size: int | None = None,
-        objective: Objective = Objective(),
+        **options: Unpack[FrozenOptions],
     ) -> None:
         if not (isinstance(context, int) and context >= 1):
             raise ValueError(f"context must be a number of tokens, at least 1, got {context!r}")
@@ -81,36 +82,21 @@ class ProDA(FrozenModel):
             raise ValueError(
                 f"prompts must be a multiple of prompt_batch, which is at least 2, got {prompts} and {prompt_batch}"
             )
-        if not 0.0 <= weight < float("inf"):
-            raise ValueError(f"weight must be finite and not negative, got {weight}")
+        check_weights(weight=weight)
         check_chunk_size(chunk_size)
-        super().__init__(
-            model,
-            tokenizer=tokenizer,
-            class_names=class_names,
-            templates=templates,
-            total_steps=total_steps,
-            seed=seed,
-            objective=objective,
-        )
-        one = initial_context(self.model, tokenizer, 1, seed)
+        super().__init__(model, **options)
+        one = initial_context(self.model, self.tokenizer, 1, self.seed)
         shape = (prompts, context, one.shape[1])
-        self.contexts = nn.Parameter(random_context(shape, seed, one.dtype, one.device))
-        layouts = [ContextTexts(tokenizer, class_names, templates[0], context, place) for place in POSITIONS]
+        self.contexts = nn.Parameter(random_context(shape, self.seed, one.dtype, one.device))
+        texts = functools.partial(ContextTexts, self.tokenizer, self.class_names, self.templates[0], context)
+        layouts = [texts(place) for place in POSITIONS]
         self.register_buffer("tokens", torch.stack([layout.tokens for layout in layouts]).to(one.device), False)
         self.register_buffer("positions", torch.stack([layout.positions for layout in layouts]).to(one.device), False)
-        self.nameless = ContextTexts(tokenizer, class_names, templates[0], context, nameless=True).to(one.device)
+        self.nameless = texts(nameless=True).to(one.device)
         quarter = prompts // 4
         order = torch.tensor([0] * quarter + [1] * quarter + [2] * (prompts - 2 * quarter), device=one.device)
         self.register_buffer("order", order, persistent=False)  # of each prompt, its place in POSITIONS
         self.prompt_batch, self.weight, self.chunk_size = prompt_batch, weight, chunk_size
-        self.config |= {
-            "context": context,
-            "prompt_count": prompts,
-            "prompt_batch": prompt_batch,
-            "weight": weight,
-            "captions": stateless_seed(0, self.tokens.tolist()),
-        }
 
     def chosen(self) -> Tensor:
         """The prompts (P,) of the current step: the next ones of a permutation, and of a new one after its end."""

@@ -33,6 +33,9 @@ class ContextTexts(nn.Module):
     tokens.
     """
 
+    tokens: Tensor
+    positions: Tensor
+
     def __init__(
         self,
         tokenizer: Tokenizer,

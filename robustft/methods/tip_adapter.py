@@ -10,24 +10,23 @@ validation set by accuracy; the released code does so, and picks the epoch, on t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from robustft import clip
 from robustft.clip.features import Features
 from robustft.clip.outputs import Outputs
 from robustft.data.sources import check_labels
 from robustft.methods.base import Step
-from robustft.methods.frozen import FrozenModel
-from robustft.methods.objective import Objective
+from robustft.methods.frozen import FrozenModel, FrozenOptions
+from robustft.methods.options import check_weights
 from robustft.predictors.base import Classifier, FeaturePredictor
 from robustft.predictors.logits import accuracy_and_nll
-from robustft.predictors.zero_shot import zero_shot_classifier
 
 ALPHA, BETA = 1.17, 1.0  # the released configuration of most data sets
 ALPHAS = BETAS = tuple(i / 5 for i in range(1, 51))  # the widest of the released ranges, up to 10
@@ -47,10 +46,14 @@ class TipAdapter:
     Source: Zhang et al., Tip-Adapter (ECCV 2022, arXiv 2207.09519), and its released code.
     """
 
+    zero_shot: Classifier
+    alpha: float
+    beta: float
+
     def __init__(self, zero_shot: Classifier, *, alpha: float = ALPHA, beta: float = BETA) -> None:
         if zero_shot.bias is not None:
             raise ValueError("zero_shot has a bias; a cache goes with a head of class embeddings alone")
-        _check_shape(alpha, beta)
+        check_weights(alpha=alpha, beta=beta)
         self.zero_shot = zero_shot
         self.alpha, self.beta = alpha, beta
 
@@ -97,41 +100,32 @@ class TipAdapterF(FrozenModel):
     The released recipe is AdamW at 1e-3 with cosine decay, batches of 256, 20 epochs.
 
     Args:
-        model, tokenizer, class_names, templates, total_steps, objective: as for `FrozenModel`.
-        seed: nothing here is random.
-        train: what fills the cache, `Features` of the model or data as for `robustft.data.sources`.
+        train: what fills the cache, `Features` of the model or data as for `robustft.clip.batches`.
         alpha, beta: during training; `select` chooses them anew afterwards.
+        others: as for `FrozenModel`; nothing here is random.
 
     Source: Zhang et al., Tip-Adapter (ECCV 2022, arXiv 2207.09519), and its released code.
     """
 
     takes_features = True
+    uncompared = ("train",)  # the state has the cache
+    class_embeddings: Tensor
+    labels: Tensor
+    alpha: Tensor
+    beta: Tensor
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        tokenizer: Any,
-        class_names: Sequence[str],
-        templates: Sequence[Any],
         train: Features | Any,
-        total_steps: int | None = None,
-        seed: int = 0,
         alpha: float = ALPHA,
         beta: float = BETA,
-        objective: Objective = Objective(),
+        **options: Unpack[FrozenOptions],
     ) -> None:
-        _check_shape(alpha, beta)
-        super().__init__(
-            model,
-            tokenizer=tokenizer,
-            class_names=class_names,
-            templates=templates,
-            total_steps=total_steps,
-            seed=seed,
-            objective=objective,
-        )
-        head = zero_shot_classifier(self.model, tokenizer=tokenizer, class_names=class_names, templates=templates)
+        check_weights(alpha=alpha, beta=beta)
+        super().__init__(model, **options)
+        head = self.zero_shot_classifier()
         keys, labels = _features(head, train)
         self.register_buffer("class_embeddings", head.class_embeddings, persistent=False)
         self.register_buffer("labels", labels.to(head.class_embeddings.device))
@@ -139,7 +133,6 @@ class TipAdapterF(FrozenModel):
         # Buffers, so that a checkpoint holds what `select` chose.
         self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64))
         self.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
-        self.config |= {"alpha": alpha, "beta": beta}
 
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)
@@ -189,7 +182,7 @@ class CacheClassifier(FeaturePredictor):
         self, model: nn.Module, classes: Sequence[str], *, alpha: float, beta: float, **tensors: Tensor
     ) -> None:
         super().__init__(model, classes, **tensors)
-        _check_shape(alpha, beta)
+        check_weights(alpha=alpha, beta=beta)
         if len(self.labels):
             check_labels(self.labels, len(self.classes))
         self.alpha, self.beta = alpha, beta
@@ -245,7 +238,7 @@ def search_shape(
     if not alphas or not betas:
         raise ValueError(f"alphas and betas must not be empty, got {len(alphas)} and {len(betas)}")
     for alpha, beta in [*((alpha, BETA) for alpha in alphas), *((ALPHA, beta) for beta in betas)]:
-        _check_shape(alpha, beta)
+        check_weights(alpha=alpha, beta=beta)
     u, labels = _features(classifier, validation)
     u, labels = u.to(classifier.keys.device), labels.to(classifier.keys.device)
     text = classifier.text_logits(u)
@@ -272,9 +265,3 @@ def _features(classifier: Classifier | CacheClassifier, data: Features | Any) ->
         raise ValueError(f"features must be (M, {width}), as the model's, got {tuple(data.image_features.shape)}")
     check_labels(data.labels, len(classifier.classes))
     return data.image_features, data.labels.long()
-
-
-def _check_shape(alpha: float, beta: float) -> None:
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {value}")

@@ -14,28 +14,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from robustft import clip
 from robustft.data.sources import column
-from robustft.functional import classification_loss, cvar, group_dro, group_risk
+from robustft.functional import cvar, group_dro, group_risk
 from robustft.methods.base import Step
-from robustft.methods.fine_tune import FineTune
+from robustft.methods.fine_tune import FineTune, FineTuneOptions
+from robustft.methods.options import Configured, check_weights
 
 
-class Risk(nn.Module):
+class Risk(Configured, nn.Module):
     """What per-sample losses (N,) become, a 0-d tensor; its state, if any, moves in `after_step`.
 
-    `settings` are what a resumed run must find the same; `grouped` says whether `forward` needs groups (N,).
+    `forward` gets groups (N,) where the batch has them. A resumed run must find the same options.
     """
-
-    grouped = True
-    settings: dict[str, Any]
 
     def forward(self, losses: Tensor, groups: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def after_step(self) -> None:
         """Called after every optimiser step."""
+
+    def _given(self, groups: Tensor | None) -> Tensor:
+        if groups is None:
+            raise ValueError(f'{type(self).__name__} needs batches with "group", (N,) integers')
+        return groups
 
 
 class WorstGroup(Risk):
@@ -47,10 +51,9 @@ class WorstGroup(Risk):
     def __init__(self, num_groups: int) -> None:
         super().__init__()
         self.num_groups = _at_least_one(num_groups)
-        self.settings = {"risk": "WorstGroup", "num_groups": num_groups}
 
     def forward(self, losses: Tensor, groups: Tensor | None) -> Tensor:
-        return group_risk(losses, groups, self.num_groups).worst
+        return group_risk(losses, self._given(groups), self.num_groups).worst
 
 
 class GroupDRO(Risk):
@@ -65,17 +68,17 @@ class GroupDRO(Risk):
         num_groups: G. step_size: eta; 0.01 in the paper.
     """
 
+    weights: Tensor
+
     def __init__(self, num_groups: int, step_size: float = 0.01) -> None:
         super().__init__()
-        if not 0.0 <= step_size < float("inf"):
-            raise ValueError(f"step_size must be finite and not negative, got {step_size}")
+        check_weights(step_size=step_size)
         self.step_size = step_size
-        self.settings = {"risk": "GroupDRO", "num_groups": _at_least_one(num_groups), "step_size": step_size}
-        self.register_buffer("weights", torch.full((num_groups,), 1 / num_groups))
+        self.register_buffer("weights", torch.full((_at_least_one(num_groups),), 1 / num_groups))
         self.updated: Tensor | None = None
 
     def forward(self, losses: Tensor, groups: Tensor | None) -> Tensor:
-        out = group_dro(losses, groups, self.weights, self.step_size)
+        out = group_dro(losses, self._given(groups), self.weights, self.step_size)
         self.updated = out.weights
         return out.loss
 
@@ -93,14 +96,11 @@ class CVaR(Risk):
     a batch it is biased towards the mean, less for larger batches.
     """
 
-    grouped = False
-
     def __init__(self, alpha: float) -> None:
         super().__init__()
         if not 0.0 < alpha <= 1.0:
             raise ValueError(f"alpha must lie in (0, 1], got {alpha}")
         self.alpha = alpha
-        self.settings = {"risk": "CVaR", "alpha": alpha}
 
     def forward(self, losses: Tensor, groups: Tensor | None) -> Tensor:
         return cvar(losses, self.alpha)
@@ -120,41 +120,25 @@ class WorstCaseFineTune(FineTune):
     Sources: those of the risks; the tower, head and start are `FineTune`'s, arXiv 2109.01903.
     """
 
-    def __init__(self, model: nn.Module, *, risk: Risk, **options: Any) -> None:
+    def __init__(self, model: nn.Module, *, risk: Risk, **options: Unpack[FineTuneOptions]) -> None:
         if not isinstance(risk, Risk):
             raise TypeError(f"risk must be a Risk, such as GroupDRO(num_groups), got {type(risk).__name__}")
         super().__init__(model, **options)
-        if any(self.objective.terms.values()) or self.objective.focal or self.objective.rescale:
+        if not self.objective.of_samples:
             raise ValueError(
                 f"objective has terms without losses of single samples, {sorted(self.objective.terms)}, focal, "
                 f"{self.objective.focal}, or rescale, {self.objective.rescale}; expected cross-entropy, with the "
                 "misalignment penalty if wanted"
             )
         self.risk = copy.deepcopy(risk).to(self.head.device)
-        self.config |= {"risk": risk.settings}
 
     def step(self, batch: Any) -> Step:
-        images, labels, _ = self.checked(batch)
-        if labels is None:
-            raise ValueError("WorstCaseFineTune needs labels in the batch, which has texts only")
+        images, labels = self.labelled(batch)
         groups = column(batch, "group", images)
-        if self.risk.grouped and groups is None:
-            raise ValueError(f'{type(self.risk).__name__} needs batches with "group", (N,) integers')
-        terms = classification_loss(
-            clip.encode_images(self.model, images),
-            self.head,
-            labels,
-            1.0,
-            bias=self.bias,
-            variant=self.objective.variant,
-            top1=self.objective.top1,
-            label_smoothing=self.objective.label_smoothing,
-            reduction="none",
-        )
-        weight = self.objective.misalignment
-        losses = terms.cross_entropy + weight * terms.misalignment if weight else terms.cross_entropy
+        u = clip.encode_images(self.model, images)
+        losses, terms = self.objective(u, self.head, labels, 1.0, bias=self.bias, reduction="none")
         risk = self.risk(losses, groups)
-        out = Step(risk, {"risk": risk.detach(), "cross_entropy": terms.cross_entropy.detach().mean()})
+        out = Step(risk, {"risk": risk.detach(), "cross_entropy": terms["cross_entropy"].mean()})
         return out if self.l2_sp is None else self.l2_sp.added(out, self)
 
     def after_step(self) -> None:

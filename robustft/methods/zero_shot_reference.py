@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from robustft import clip
-from robustft.clip.prompts import captions
-from robustft.data.seeds import stateless_seed
 from robustft.methods.base import Method
+from robustft.methods.objective import Objective
 from robustft.predictors.base import Classifier
-from robustft.predictors.zero_shot import zero_shot_classifier
 
 
 class ZeroShotReference(nn.Module):
@@ -25,23 +23,19 @@ class ZeroShotReference(nn.Module):
     prompts: a run is resumed with the same ones.
 
     Args:
-        method: whose objective, model, as it is now, class names and templates are taken.
+        method: whose model, as it is now, class names and templates are taken.
+        objective: says whether the logits are asked for.
         trained: the method trains its model: the reference keeps a copy of it.
     """
 
-    def __init__(self, method: Method, *, trained: bool) -> None:
+    def __init__(self, method: Method, objective: Objective, *, trained: bool) -> None:
         super().__init__()
         self._classifier: tuple[Classifier, ...] = ()  # in a tuple, where nn.Module looks for no submodule
         self.config: dict[str, Any] = {}
-        if method.objective.needs_zero_shot:
+        if objective.needs_zero_shot:
             model = copy.deepcopy(method.model).requires_grad_(False) if trained else method.model
-            self._classifier = (
-                zero_shot_classifier(
-                    model, tokenizer=method.tokenizer, class_names=method.class_names, templates=method.templates
-                ),
-            )
-            prompts = stateless_seed(0, captions(method.class_names, method.templates))
-            self.config = {"zero_shot": {"model": clip.fingerprint(model), "prompts": prompts}}
+            self._classifier = (method.zero_shot_classifier(model),)
+            self.config = {"zero_shot": {"model": clip.fingerprint(model), "prompts": method.config["captions"]}}
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor | None:

@@ -121,8 +121,8 @@ def _contrastive_loss(x, t, scale, labels, label_smoothing, keep):
 
 def _contrastive_gradient(grad, x, t, scale, labels, label_smoothing, by_scale, row, col, *kept):
     index, counts = label_counts(labels, len(x), x.device, row.dtype)
-    sides = (coefficients(Softmaxes(*side), grad, counts, len(t), label_smoothing) for side in (row, col))
-    dx, dt = similarity.gradient(Matrices(x, t, scale), index, index, *sides, kept, label_smoothing > 0)
+    of_rows, of_cols = (coefficients(Softmaxes(*side), grad, counts, len(t), label_smoothing) for side in (row, col))
+    dx, dt = similarity.gradient(Matrices(x, t, scale), index, index, of_rows, of_cols, kept, label_smoothing > 0)
     return dx, dt, _scale_gradient(scale, grad * by_scale)
 
 
@@ -138,8 +138,8 @@ def _contrastive_distillation_loss(x, t, scale, xt, tt, st, labels, keep):
 
 def _contrastive_distillation_gradient(g, h, x, t, scale, xt, tt, st, labels, by_scale, row, col, *kept):
     index, counts = label_counts(labels, len(x), x.device, row.dtype)
-    sides = (coefficients(Softmaxes(*side), g, counts, len(t), 0.0, h) for side in (row, col))
-    dx, dt = similarity.gradient(Matrices(x, t, scale, xt, tt, st), index, index, *sides, kept, False)
+    of_rows, of_cols = (coefficients(Softmaxes(*side), g, counts, len(t), 0.0, h) for side in (row, col))
+    dx, dt = similarity.gradient(Matrices(x, t, scale, xt, tt, st), index, index, of_rows, of_cols, kept, False)
     return dx, dt, _scale_gradient(scale, g * by_scale[0], h * by_scale[1])
 
 

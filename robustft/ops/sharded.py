@@ -79,13 +79,14 @@ class _ShardedTerms(torch.autograd.Function):
         index, counts = label_counts(labels, world * n, x.device, accumulation_dtype(x.dtype))
         matrices, targets = Matrices(x, texts, scale, xt, teacher_texts, st), (index[mine], index)
         if body == "reference":
-            (row, col), kept = reference.similarity_statistics(*matrices[:3], *targets, *matrices[3:]), []
+            row, col = reference.similarity_statistics(*matrices[:3], *targets, *matrices[3:])
+            kept: list[Tensor] = []
         else:
             row, col, *kept = similarity.statistics(matrices, *targets, label_smoothing > 0, keep)
         s = scale.to(row.dtype)
         of_rows = Statistics(*row)
         of_cols = _merge_columns(_gather(col[None], group), s, None if st is None else st.to(row.dtype))
-        of_mine = Statistics(*(None if field is None else field[mine] for field in of_cols))
+        of_mine = Statistics._make(None if field is None else field[mine] for field in of_cols)
         terms = [contrastive_terms(of_rows, of_mine, s, counts[mine], world * n, label_smoothing)]
         if xt is not None:
             terms.append(distillation_terms(of_rows, of_mine, s))
@@ -99,19 +100,17 @@ class _ShardedTerms(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         saved = ctx.saved_tensors
-        matrices, targets, (counts, row, col) = Matrices(*saved[:6]), saved[6:8], saved[8:11]
+        matrices, (mine, others), (counts, row, col) = Matrices(*saved[:6]), saved[6:8], saved[8:11]
         by_scale, kept = saved[11 : 11 + len(grads)], saved[11 + len(grads) :]
         scale, smoothing, entries = matrices.scale, ctx.label_smoothing, len(counts)
         gathered = [_gather(g, ctx.group) for g in grads]
         local = [g[ctx.mine] for g in gathered]
-        sides = (
-            coefficients(Softmaxes(*row), local[0], counts[ctx.mine], entries, smoothing, *local[1:]),
-            coefficients(Softmaxes(*col), gathered[0], counts, entries, smoothing, *gathered[1:]),
-        )
+        of_rows = coefficients(Softmaxes(*row), local[0], counts[ctx.mine], entries, smoothing, *local[1:])
+        of_cols = coefficients(Softmaxes(*col), gathered[0], counts, entries, smoothing, *gathered[1:])
         if ctx.body == "reference":
-            dx, dt = reference.similarity_gradient(*matrices[:3], *targets, *matrices[3:], *sides)
+            dx, dt = reference.similarity_gradient(*matrices[:3], mine, others, *matrices[3:], of_rows, of_cols)
         else:
-            dx, dt = similarity.gradient(matrices, *targets, *sides, kept, smoothing > 0)
+            dx, dt = similarity.gradient(matrices, mine, others, of_rows, of_cols, kept, smoothing > 0)
         dt_local = dt.new_empty(len(matrices.x), dt.shape[1], dtype=row.dtype)
         dist.reduce_scatter_tensor(dt_local, dt.to(row.dtype), group=ctx.group)
         ds = sum((g * d).sum() for g, d in zip(grads, by_scale, strict=True))

@@ -36,7 +36,7 @@ from robustft.pipeline.recipes import QUICK_EPOCHS, RECIPES, Recipe
 from robustft.training.loop import History, fit
 from robustft.training.progress import SECONDS_BETWEEN_LINES
 from robustft.training.run import configured, holds_run
-from robustft.training.schedule import check_arguments, steps_per_epoch
+from robustft.training.schedule import check_arguments
 
 Tensors = tuple[Tensor, Tensor]
 
@@ -88,17 +88,13 @@ class Data:
         return replace(self, train=move(self.train), validation=move(self.validation), test=test)
 
 
-def make_method(
-    recipe: Recipe, bundle: clip.Bundle, data: Data, seed: int, limit_batches: int | None = None
-) -> methods.Method:
+def make_method(recipe: Recipe, bundle: clip.Bundle, seed: int) -> methods.Method:
     """The recipe's method on a copy of the bundle's model."""
-    steps = recipe.epochs * steps_per_epoch(len(data.train[0]), recipe.batch_size, limit_batches)
     return getattr(methods, recipe.method)(
         bundle.model,
         tokenizer=bundle.tokenizer,
         class_names=glyphworld.CLASS_NAMES,
         templates=glyphworld.TEMPLATES,
-        total_steps=steps,
         seed=seed,
         **recipe.options,
     )
@@ -247,7 +243,7 @@ def _main_job(
     classifiers: dict[str, Any] = {"zero-shot": zero_shot}
     records = []
     for name, recipe in recipes.items():
-        method = make_method(recipe, bundle, data, seed, limit_batches)
+        method = make_method(recipe, bundle, seed)
         loop: dict[str, Any] = {
             "limit_batches": limit_batches,
             "precision": precision,

@@ -234,3 +234,29 @@ def test_what_is_no_data_set_is_refused(data):
 def test_features_carry_optional_logits(data):
     f = Features(torch.ones(2, 3), torch.zeros(2, dtype=torch.long), torch.zeros(2, 4))
     assert f.logits.shape == (2, 4) and encode(Tower(), data).logits is None
+
+
+NORMALIZED = (torch.linspace(0, 1, 192).view(1, 3, 8, 8) * 255).round() / 255
+
+
+@pytest.mark.parametrize(
+    "images, what",
+    [(NORMALIZED, "255ths from 0 to 1"), (NORMALIZED.double() * 255, "whole numbers from 0 to 255")],
+)
+def test_images_that_are_still_pixels_get_one_warning(data, images, what):
+    dataset = images.repeat(5, 1, 1, 1), torch.zeros(5, dtype=torch.int64)
+    with pytest.warns(UserWarning, match=f"images hold {what}.*normalised by mean .*pass its transform") as caught:
+        list(batches(dataset, Tower(), batch_size=2))
+    assert len(caught) == 1
+    items = [(image, 0) for image in dataset[0]]
+    with pytest.warns(UserWarning, match=what):
+        list(batches(items, batch_size=2))
+
+
+def test_images_that_may_be_normalised_get_no_warning(recwarn):
+    identity = Tower(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    plain = (NORMALIZED - 0.45) / 0.27, torch.rand(2, 3, 8, 8), torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)
+    for images in (*plain, NORMALIZED / 20, NORMALIZED.half(), torch.zeros(2, 3, 0, 0)):
+        list(batches((images, torch.zeros(len(images))), Tower()))
+    list(batches((NORMALIZED, torch.zeros(1)), identity))
+    assert not recwarn.list

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from robustft import fit
 from robustft.methods import FLYP, CaRot
 
 
@@ -122,11 +123,67 @@ def test_student_and_teacher_each_have_their_classifier(clip_model, prompts, bat
 
 
 def test_interval_longer_than_the_run_is_warned_of(clip_model, prompts):
-    with pytest.warns(UserWarning, match="follow step 0 only. Set ema_interval, say to 6"):
-        CaRot(clip_model, total_steps=300, **prompts)
+    for method in (
+        lambda: CaRot(clip_model, total_steps=300, ema_interval=500, **prompts),
+        lambda: CaRot(clip_model, ema_interval=500, **prompts).begin_run(300),
+    ):
+        with pytest.warns(UserWarning, match="follow step 0 only. Set ema_interval, say to 6"):
+            method()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         CaRot(clip_model, total_steps=300, ema_interval_fraction=0.02, **prompts)
+
+
+def test_the_interval_is_the_published_one_and_in_shorter_runs_the_same_part_of_them(clip_model, prompts):
+    method = CaRot(clip_model, **prompts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for steps, interval in ((25_030, 500), (100_000, 500), (300, 6), (70, 2), (2, 2)):
+            method.begin_run(steps)
+            assert method.ema_interval == CaRot(clip_model, total_steps=steps, **prompts).ema_interval == interval
+
+
+def test_a_run_whose_length_nobody_told_is_an_error_at_its_first_step(clip_model, prompts, batches):
+    method = CaRot(clip_model, **prompts)
+    with pytest.raises(ValueError, match=r"total_steps is needed: CaRot has a schedule.*begin_run\(total_steps\)"):
+        method.step(batches[0])
+    with pytest.raises(ValueError, match="total_steps must be at least 1, got 0"):
+        method.begin_run(0)
+    method.begin_run(9)
+    method.step(batches[0])
+    again = CaRot(clip_model, **prompts)
+    again.load_state_dict(method.state_dict())
+    assert again.run_length() == 9
+    given = CaRot(clip_model, total_steps=20, **prompts)
+    given.begin_run(9)
+    assert given.run_length() == 20 and given.momentum(2) < method.momentum(2) == 0.9
+
+
+def test_fit_tells_the_length_of_the_run(clip_model, prompts, batches, tmp_path):
+    """A run of which nobody counted the steps ends like one whose steps are given; so does one that was stopped."""
+    data = tuple(torch.cat(parts) for parts in zip(*batches[:6], strict=True))
+    recipe = {"epochs": 2, "batch_size": 6, "lr": 0.01, "progress": False}
+    counted, told, stopped, resumed = (CaRot(clip_model, total_steps=n, **prompts) for n in (12, None, None, None))
+    fit(told, data, dry_run=True, **recipe)
+    with pytest.raises(ValueError, match="total_steps is needed"):
+        told.run_length()
+    for method in (counted, told):
+        fit(method, data, **recipe)
+    original = stopped.step
+
+    def step(batch):
+        if int(stopped.steps) == 8:
+            raise InterruptedError
+        return original(batch)
+
+    stopped.step = step
+    with pytest.raises(InterruptedError):
+        fit(stopped, data, output=tmp_path, **recipe)
+    fit(resumed, data, output=tmp_path, resume=True, **recipe)
+    assert told.run_length() == 12 and not torch.equal(told.teacher.visual.proj, told.model.visual.proj)
+    for name, value in told.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+        assert torch.equal(counted.state_dict()[name], value), name
 
 
 def test_teacher_that_moves_at_every_step_is_warned_of_unless_the_run_is_very_short(clip_model, prompts):
@@ -145,7 +202,6 @@ def test_teacher_that_moves_at_every_step_is_warned_of_unless_the_run_is_very_sh
         ({"distillation_weight": -1.0}, "distillation_weight must be finite and not negative, got -1.0"),
         ({"ema_start": 1.5}, r"ema_start must lie in \[0, 1\], got 1.5"),
         ({"ema_interval": 0}, "ema_interval must be at least 1, got 0"),
-        ({"total_steps": None}, "total_steps is needed"),
         ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
         ({"targets": "row"}, "targets must be"),
     ],

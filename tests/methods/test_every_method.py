@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 import warnings
 
@@ -12,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_options import PROMPTED
+from targets import exhaustive
 from tiny_clip import letters
 
 from robustft import methods
 from robustft.ensembles.composite import ENSEMBLE_FILE
-from robustft.methods import Method, VRFFeatures, load_predictor
+from robustft.methods import VRFFeatures, load_predictor
 from robustft.training.loop import fit
 
 TEXT = {"context_length": 15, "vocab_size": 30, "width": 8, "heads": 2, "layers": 2}
@@ -25,13 +25,11 @@ VISION = {
     "resnet": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "head_width": 16},
 }
 PROMPTS = {"tokenizer": letters, "class_names": ("ant", "bee", "cow"), "templates": ("a {}", "the {}")}
-NAMES = sorted(
-    name
-    for name, kind in vars(methods).items()
-    if inspect.isclass(kind) and issubclass(kind, Method) and kind is not Method
-)
+NAMES = list(methods.every_method())
 TOWERS = ("FLYP", "CaRot", "DRM", "FineTune", "LPFT", "WorstCaseFineTune")  # are trained, at a smaller rate
-CASES = [(name, tower) for name in NAMES for tower in VISION if (name, tower) != ("MaPLe", "resnet")]
+RESNETS = "CaRot", "CoOp", "LinearProbe"  # with whom every method is tried by the exhaustive tests
+CASES = [(name, "vit") for name in NAMES] + [(name, "resnet") for name in RESNETS]
+CASES += exhaustive(*((name, "resnet") for name in NAMES if name not in (*RESNETS, "MaPLe")))
 
 
 def config(tower):
@@ -81,7 +79,7 @@ def made(name, model, data, prompts=PROMPTS):
     return method.prepare((data["image"], data["label"])) if name == "DRM" else method
 
 
-@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in CASES))
+@pytest.mark.parametrize("name", NAMES)
 def test_other_prompts_are_another_configuration_so_that_no_run_is_resumed_with_them(models, name):
     data = data_of("vit")
     same, other = made(name, models["vit"], data), made(name, models["vit"], data, PROMPTS | {"templates": ["one {}"]})

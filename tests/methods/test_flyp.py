@@ -53,7 +53,7 @@ def test_captions_are_of_the_labels_and_use_every_template(clip_model, prompts):
         {tuple(row) for row in prompts["tokenizer"]([t.format(name) for t in prompts["templates"]]).tolist()}
         for name in prompts["class_names"]
     ]
-    drawn = [tuple(row) for row in pairs.tokens[pairs.index].tolist()]
+    drawn = [tuple(row) for row in pairs.tokens[pairs.rows].tolist()]
     assert len(pairs.tokens) == 9
     assert all(row in of_class[label] for row, label in zip(drawn, labels.tolist(), strict=True))
     assert all(100 > drawn.count(row) > 10 for row in set(drawn))
@@ -64,7 +64,7 @@ def test_captions_are_a_function_of_seed_and_step(clip_model, prompts, batches):
         method = FLYP(clip_model, seed=seed, **prompts)
         method.steps.fill_(step)
         pairs = method.pairs((batches[0][0].repeat(10, 1, 1, 1), batches[0][1].repeat(10)))
-        return pairs.tokens[pairs.index]
+        return pairs.tokens[pairs.rows]
 
     torch.manual_seed(0)
     first = captions(0, 5)

@@ -5,12 +5,15 @@ Threads run in another order with every seed: a result that needs a barrier that
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from targets import case, exhaustive
 from torch.nn.functional import normalize
 
 import robustft
@@ -28,7 +31,19 @@ pytestmark = [
 
 @pytest.fixture(scope="session")
 def operators(tmp_path_factory):
-    library = tmp_path_factory.mktemp("cuda_emulation") / "operators.so"
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the run's, in which every worker has a folder
+    library = folder / "operators_of_cuda_emulation.so"
+    with open(library.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker compiles, the others wait for it
+        if not library.exists():
+            compile_to(library)
+    torch.ops.load_library(str(library))
+    return torch.ops.robustft_emulation
+
+
+def compile_to(library: Path) -> None:
     torch_dir = Path(torch.__file__).parent
     command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
     command += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -37,11 +52,9 @@ def operators(tmp_path_factory):
     command += ["-L", str(torch_dir / "lib"), "-Wl,--no-as-needed", "-ltorch_cpu"]
     build = subprocess.run(command, capture_output=True, text=True)
     assert build.returncode == 0, build.stderr[-4000:]
-    torch.ops.load_library(str(library))
-    return torch.ops.robustft_emulation
 
 
-@pytest.fixture(params=[1, 2], autouse=True)
+@pytest.fixture(params=[1, *exhaustive(2)], autouse=True)
 def order(request, operators):
     operators.set_order(request.param)
 
@@ -98,33 +111,40 @@ def test_losses_outside_all_groups_are_counted_nowhere(operators):
 
 
 def cases():
-    """Queries, points and how many are sampled; shapes about the tile's 128 x 256 x 32."""
+    """By name, queries, points and how many are sampled; shapes about the tile's 128 x 256 x 32."""
     unit = normalize(torch.randn(1301, 33), dim=1)
-    yield "unit vectors", normalize(torch.randn(131, 33), dim=1), unit, 300
-    yield "no sample", normalize(torch.randn(3, 33), dim=1), unit, 0
-    yield "points themselves", unit[::13], unit, 256
-    yield "far from the origin", 100 + torch.randn(20, 64), 100 + torch.randn(1024, 64), 256
     copies = unit[:200].repeat_interleave(5, 0)
-    yield "equal points", copies[:40] + 1e-3 * torch.randn(40, 33), copies, 128
     scale = torch.logspace(-3, 3, 1000)[torch.randperm(1000), None]
-    yield "uneven norms", 5 * torch.randn(17, 24), scale * torch.randn(1000, 24), 256
-    yield "one dimension", torch.randn(33, 1), torch.randn(900, 1), 256
-    yield "beyond float's squares", 1e-25 * torch.randn(5, 24), 1e-25 * torch.randn(300, 24), 64
-    yield "one point", torch.randn(2, 7), torch.randn(1, 7), 1
+    return {
+        "unit vectors": (normalize(torch.randn(131, 33), dim=1), unit, 300),
+        "no sample": (normalize(torch.randn(3, 33), dim=1), unit, 0),
+        "points themselves": (unit[::13], unit, 256),
+        "far from the origin": (100 + torch.randn(20, 64), 100 + torch.randn(1024, 64), 256),
+        "equal points": (copies[:40] + 1e-3 * torch.randn(40, 33), copies, 128),
+        "uneven norms": (5 * torch.randn(17, 24), scale * torch.randn(1000, 24), 256),
+        "one dimension": (torch.randn(33, 1), torch.randn(900, 1), 256),
+        "beyond float's squares": (1e-25 * torch.randn(5, 24), 1e-25 * torch.randn(300, 24), 64),
+        "one point": (torch.randn(2, 7), torch.randn(1, 7), 1),
+    }
 
 
-def test_neighbors_are_exactly_those_of_the_reference(operators):
-    for name, queries, points, samples in cases():
-        packed = points, *operators.neighbor_pack(points, samples)
-        for k in sorted({1, min(17, len(points)), len(points)}):
+QUICK = "no sample", "one dimension", "beyond float's squares", "one point"
+
+
+@pytest.mark.parametrize("name", [*QUICK, *exhaustive(*(name for name in cases() if name not in QUICK))])
+def test_neighbors_are_exactly_those_of_the_reference(name, operators):
+    queries, points, samples = cases()[name]
+    packed = points, *operators.neighbor_pack(points, samples)
+    for k in sorted({1, min(17, len(points)), len(points)}):
+        with case(k):
             with robustft.backend("reference"):
                 distances, indices = rf.nearest_neighbors(queries, points, k, squared=False)
             kth = operators.kth_neighbor_distance(queries, *packed, k, False)
-            torch.testing.assert_close(kth, distances[:, -1], rtol=1e-6, atol=0, msg=f"{name}, k = {k}")
+            torch.testing.assert_close(kth, distances[:, -1], rtol=1e-6, atol=0)
             if k < len(points):
                 nearest = operators.nearest_neighbors(queries, *packed, k, False)
                 torch.testing.assert_close(nearest[0], distances, rtol=1e-6, atol=0)
-                assert torch.equal(nearest[1], indices), f"{name}, k = {k}"
+                assert torch.equal(nearest[1], indices)
                 assert torch.equal(nearest[0][:, -1], kth)
 
 
@@ -155,7 +175,7 @@ def test_results_come_from_the_filter(operators):
     assert torch.equal(found, rf.kth_neighbor_distance(queries, points[rest], 1))
 
 
-@pytest.mark.parametrize("misled", [-3.0, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize("misled", [0.3, *exhaustive(-3.0, 1.0, 3.0)])
 def test_a_misleading_sample_never_changes_a_result(operators, misled):
     # Thresholds too low give more hits than there is room for, thresholds too high give too few: both end in distances.
     points, queries = torch.randn(8400, 3), torch.randn(8, 3)
@@ -168,6 +188,7 @@ def test_a_misleading_sample_never_changes_a_result(operators, misled):
         torch.testing.assert_close(found[0], expected.distances, rtol=1e-6, atol=0)
 
 
+@pytest.mark.exhaustive  # test_neighbors.py has it of the CPU; 4,100 emulated queries take long
 def test_queries_in_two_pieces_and_alone_give_the_same_bits(operators):
     points, queries = torch.randn(40, 3), torch.randn(4100, 3)
     packed = points, *operators.neighbor_pack(points, 0)

@@ -13,6 +13,7 @@ ROOT = cuda_resources.ROOT
 SOURCES = [pytest.param(source, id=source.stem) for source in cuda_resources.SOURCES]
 
 
+@pytest.mark.exhaustive  # minutes; the plain run has what nvcc said before, in the committed table
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("source", SOURCES)
 def test_kernels_compile_without_warnings_spills_or_too_much_shared_memory(source):

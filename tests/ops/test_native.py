@@ -6,12 +6,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import planted
 import pytest
 import torch
+from targets import exhaustive
 
 import robustft
 from robustft import functional as rf
@@ -96,7 +96,7 @@ def test_second_derivative_is_refused_not_wrong():
             torch.autograd.grad(first.sum(), leaf, allow_unused=True)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, *exhaustive(True)])
 def test_losses_compile_without_a_graph_break(dynamic):
     def objective(x, t, s, xt, tt):
         terms = rf.contrastive_distillation_loss(x, t, s.exp(), xt, tt, 5.0)
@@ -219,12 +219,10 @@ print(json.dumps(status("VmHWM") - before))
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])
-def test_no_matrix_of_n_squared_is_ever_held(kind, tmp_path):
+def test_no_matrix_of_n_squared_is_ever_held(kind, python):
     peaks = []
     for n in (2048, 8192):
-        command = [sys.executable, "-c", PEAK, str(n), kind]
-        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-        peaks.append(json.loads(run.stdout))
+        peaks.append(json.loads(python.run("-c", PEAK, str(n), kind, check=True).stdout))
     # 4 times the samples: gradients and vectors grow by 4 n (2 d + ~40) bytes, an n x n matrix of floats by 250 MB.
     assert peaks[1] - peaks[0] < 3 * 2048 * 4 * (4 * 64 + 80) + 4e6, peaks
     assert peaks[1] < 30e6, peaks
@@ -258,33 +256,26 @@ torch.save([o.detach() for o in out], sys.argv[4])
 """
 
 
-def run_variant(tmp_path: Path, isa: str, threads: int) -> list[torch.Tensor]:
-    path = tmp_path / f"{isa}-{threads}.pt"
-    environment = {**os.environ, "ROBUSTFT_CPU_ISA": isa}
-    arguments = [str(Path(__file__).parent.parent), isa, str(threads), str(path)]
-    subprocess.run([sys.executable, "-c", VARIANT, *arguments], check=True, env=environment, cwd=tmp_path)
-    return torch.load(path, weights_only=True)
+def test_every_instruction_set_and_thread_count_agrees(tmp_path, python):
+    def run_variant(isa: str, threads: int) -> list[torch.Tensor]:
+        path = tmp_path / f"{isa}-{threads}.pt"
+        arguments = [str(Path(__file__).parent.parent), isa, str(threads), str(path)]
+        python.run("-c", VARIANT, *arguments, environment={**os.environ, "ROBUSTFT_CPU_ISA": isa}, check=True)
+        return torch.load(path, weights_only=True)
 
-
-def test_every_instruction_set_and_thread_count_agrees(tmp_path):
     best = robustft.build_info()["detected_isa"]
     names = libraries.ISA_NAMES[: libraries.ISA_NAMES.index(best) + 1]
-    expected = run_variant(tmp_path, best, 1)
+    expected = run_variant(best, 1)
     for isa in names:
         for threads in (1, 2):
-            for a, b in zip(run_variant(tmp_path, isa, threads), expected, strict=True):
+            for a, b in zip(run_variant(isa, threads), expected, strict=True):
                 tolerance = 1e-12 if b.dtype == torch.float64 else 3e-6
                 torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_unknown_instruction_set_is_refused(tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-c", "import robustft; robustft.build_info()"],
-        env={**os.environ, "ROBUSTFT_CPU_ISA": "avx3"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+def test_unknown_instruction_set_is_refused(python):
+    environment = {**os.environ, "ROBUSTFT_CPU_ISA": "avx3"}
+    run = python.run("-c", "import robustft; robustft.build_info()", environment=environment)
     assert run.returncode != 0 and "ROBUSTFT_CPU_ISA is 'avx3'" in run.stderr
 
 
@@ -299,7 +290,7 @@ def test_libraries_import_no_cplusplus_symbol_of_torch():
         assert not [line for line in symbols.splitlines() if "at::" in line or "c10::" in line]
 
 
-def test_without_compiled_code_the_reference_runs_and_says_so_once(tmp_path):
+def test_without_compiled_code_the_reference_runs_and_says_so_once(tmp_path, python):
     shutil.copytree(PACKAGE, tmp_path / "robustft", ignore=shutil.ignore_patterns("*.so", "assets"))
     code = (
         "import warnings, torch\n"
@@ -311,23 +302,14 @@ def test_without_compiled_code_the_reference_runs_and_says_so_once(tmp_path):
         "    robustft.functional.group_risk(torch.ones(3), torch.zeros(3, dtype=torch.int64), 1)\n"
         "print(len(caught), caught[0].message, values[0])\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-        cwd=tmp_path,
-    )
+    run = python.run("-c", code, environment={**os.environ, "PYTHONPATH": str(tmp_path)}, check=True)
     count, *message, value = run.stdout.split()
     assert int(count) == 1 and "not built; using the eager reference" in " ".join(message)
     x = torch.eye(3)
     assert float(value) == pytest.approx(rf.contrastive_loss(x, x, 5.0).item(), rel=1e-6)
 
 
-def test_importing_robustft_loads_no_heavy_library(tmp_path):
+def test_importing_robustft_loads_no_heavy_library(bare_python):
     heavy = ("open_clip", "torchvision", "matplotlib", "sklearn", "PIL")
     code = f"import sys, robustft; print([m for m in {heavy} if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert run.stdout.strip() == "[]"
+    assert bare_python.run("-c", code, check=True).stdout.strip() == "[]"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import planted
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import robustft
 from robustft import functional as rf
@@ -31,31 +33,48 @@ def objective(x, t, s, teacher, weight, labels, reduction, group=None):
     return plain + 2 * terms.contrastive + 3 * terms.distillation
 
 
-def worker(rank: int, port: int, backend: str, reduction: str, queue) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+def part(rank: int, backend: str, reduction: str) -> list[torch.Tensor]:
+    """One rank's value and gradients."""
     with robustft.backend(backend):
         x, t, s, *rest = inputs(rank)
         value = objective(x, t, s, *rest, reduction, dist.group.WORLD)
-        grads = torch.autograd.grad(value.sum(), (x, t, s))
-    queue.put((rank, *(v.detach().numpy() for v in (value, *grads))))
+        return [value.detach(), *torch.autograd.grad(value.sum(), (x, t, s))]
+
+
+def uneven(rank: int) -> str:
+    x, t = (f.float() for f in planted.pairs(6 + 2 * rank, 4))
+    with pytest.raises(ValueError) as error:
+        rf.contrastive_loss(x, t, 10.0, group=dist.group.WORLD)
+    return str(error.value)
+
+
+@pytest.fixture
+def by_rank(python, tmp_path):
+    """What a function of this file returns on each rank of a process group."""
+
+    def results(function, *arguments: str) -> list:
+        code = f"import sys; sys.path[:0] = {sys.path!r}; import test_sharded; test_sharded.run(*sys.argv[1:])"
+        paths = [tmp_path / str(rank) for rank in range(WORLD)]
+        ranks = [python.start("-c", code, str(path), function.__name__, *arguments) for path in paths]
+        for done in [rank.wait() for rank in ranks]:
+            assert done.returncode == 0, done.stderr
+        return [torch.load(path, weights_only=True) for path in paths]
+
+    return results
+
+
+def run(path: str, function: str, *arguments: str) -> None:
+    """A rank: its number is the file's name, and the ranks meet at a file beside it."""
+    rank = int(Path(path).name)
+    meeting = Path(path).with_name("meeting").as_uri()
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD)
+    torch.save(globals()[function](rank, *arguments), path)
     dist.destroy_process_group()
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.parametrize(("backend", "reduction"), [("auto", "mean"), ("auto", "none"), ("reference", "sum")])
-def test_two_processes_equal_one(backend, reduction):
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    mp.start_processes(worker, (free_port(), backend, reduction, queue), WORLD, start_method="spawn")
-    ranks = sorted((queue.get() for _ in range(WORLD)), key=lambda r: r[0])
-    values, dx, dt, ds = ([torch.from_numpy(r[k]) for r in ranks] for k in range(1, 5))
+def test_two_processes_equal_one(backend, reduction, by_rank):
+    values, dx, dt, ds = zip(*by_rank(part, backend, reduction), strict=True)
 
     x, t, s, *rest = inputs()
     value = objective(x, t, s, *rest, reduction)
@@ -70,18 +89,6 @@ def test_two_processes_equal_one(backend, reduction):
     torch.testing.assert_close(sum(ds), expected[2])
 
 
-def uneven_worker(rank: int, port: int, queue) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
-    x, t = (f.float() for f in planted.pairs(6 + 2 * rank, 4))
-    try:
-        rf.contrastive_loss(x, t, 10.0, group=dist.group.WORLD)
-    except ValueError as error:
-        queue.put(str(error))
-    dist.destroy_process_group()
-
-
-def test_uneven_batches_are_refused_on_every_rank():
-    queue = mp.get_context("spawn").Queue()
-    mp.start_processes(uneven_worker, (free_port(), queue), WORLD, start_method="spawn")
-    for _ in range(WORLD):
-        assert "rank 0: 6 samples of 4 dimensions" in queue.get(timeout=30)
+def test_uneven_batches_are_refused_on_every_rank(by_rank):
+    for message in by_rank(uneven):
+        assert "rank 0: 6 samples of 4 dimensions" in message

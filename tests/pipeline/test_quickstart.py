@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from functools import partial
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from targets import exhaustive
 
 from robustft import cli, clip, doctor, methods
 from robustft.data import glyphworld
@@ -26,14 +25,17 @@ from robustft.training.run import in_use
 README = Path(__file__).parents[2] / "README.md"
 
 
-def robustft(*arguments: str, cwd: Path, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "robustft", *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, **options)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+@pytest.fixture(scope="session")
+def robustft(python):
+    """The command, in a process of its own."""
+    return lambda *arguments, cwd: python.run("-m", "robustft", *arguments, folder=cwd, environment=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, robustft):
     """A short but whole run."""
     folder = tmp_path_factory.mktemp("quickstart")
     done = robustft("quickstart", "--quick", "--limit-batches", "1", "--output", "out", cwd=folder)
@@ -73,11 +75,12 @@ def test_no_temporary_file_is_left(run):
     assert [str(p) for p in folder.rglob("*") if "tmp" in p.name or p.name.startswith(".")] == []
 
 
-def test_exports_load_back_bit_for_bit(run):
+@pytest.mark.parametrize("step", [5, *exhaustive(1)])
+def test_exports_load_back_bit_for_bit(run, step):
     folder, _ = run
     open_clip = clip.import_open_clip()
     images, _ = glyphworld.digits("test").tensors((0.5,) * 3, (0.25,) * 3)
-    for path in sorted(p for p in (folder / "export").iterdir() if p.is_dir()):
+    for path in sorted(p for p in (folder / "export").iterdir() if p.is_dir())[::step]:
         theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{path}")
         ours = clip.load(f"local-dir:{path}").model
         assert all(
@@ -100,7 +103,7 @@ def test_exported_flyp_predicts_what_the_table_says(run):
     assert accuracy == evaluation.models["FLYP"].id_accuracy
 
 
-def test_a_folder_that_holds_a_run_is_refused_and_untouched(run):
+def test_a_folder_that_holds_a_run_is_refused_and_untouched(run, robustft):
     folder, _ = run
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     again = robustft("quickstart", "--quick", "--output", str(folder), cwd=folder.parent)
@@ -110,15 +113,15 @@ def test_a_folder_that_holds_a_run_is_refused_and_untouched(run):
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(run, tmp_path):
+@pytest.mark.exhaustive  # the plain run kills one that is pre-training, below, and test_fit.py kills processes
+def test_a_killed_run_resumes_to_the_same_numbers(run, tmp_path, python, robustft):
     folder, _ = run
     arguments = ["quickstart", "--quick", "--limit-batches", "1", "--output", "out"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([sys.executable, "-m", "robustft", *arguments], cwd=tmp_path, env=environment)
+    process = python.start("-m", "robustft", *arguments, folder=tmp_path, environment=ENVIRONMENT)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").glob("FLYP/checkpoints/step_*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not (tmp_path / "out" / "metrics.json").exists()
     resumed = robustft(*arguments, "--resume", cwd=tmp_path)
@@ -185,19 +188,19 @@ def test_half_pre_trained_model_is_finished_before_it_is_fine_tuned(tmp_path, mo
     assert not list((tmp_path / "out").glob("pretraining*"))
 
 
-def test_dry_run_writes_nothing(tmp_path):
+def test_dry_run_writes_nothing(tmp_path, robustft):
     done = robustft("quickstart", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0 and "nothing was written" in done.stdout, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_method_is_named(tmp_path):
+def test_unknown_method_is_named(tmp_path, robustft):
     done = robustft("quickstart", "--methods", "FLYP", "SAM", cwd=tmp_path)
     assert done.returncode == 1 and "expected some of FT, FLYP, CaRot" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_output_that_is_a_file_is_refused(tmp_path):
+def test_output_that_is_a_file_is_refused(tmp_path, robustft):
     (tmp_path / "out").write_text("mine")
     done = robustft("quickstart", "--output", "out", cwd=tmp_path)
     assert done.returncode == 1 and "is a file" in done.stderr
@@ -244,9 +247,8 @@ def test_doctor_fails_with_a_cure(monkeypatch):
     assert any(line.startswith("contrastive_loss (cpu): pip install") for line in lines)
 
 
-def test_readme_code_runs_as_printed(tmp_path):
+def test_readme_code_runs_as_printed(tmp_path, python):
     code = re.search(r"<!-- runnable -->\n```python\n(.*?)```", README.read_text(), re.DOTALL).group(1)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = python.run("-c", code, folder=tmp_path, environment=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert re.search(r"accuracy 0\.\d+, ECE 0\.\d+ \(noise floor 0\.\d+\)", done.stdout)

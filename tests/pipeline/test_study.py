@@ -128,6 +128,7 @@ def test_a_run_is_trained_once_and_its_weights_survive_a_kill(tmp_path):
     assert other is not method and len(list((tmp_path / "runs").iterdir())) == 2
 
 
+@pytest.mark.exhaustive  # whole trainings in two processes
 def test_processes_measure_what_is_missing(tmp_path, capfd):
     output = tmp_path / "study"
     answers = study.study(output, sections=["calibration"], seeds=(0,), quick=True, workers=2)

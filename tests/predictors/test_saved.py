@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -113,7 +111,7 @@ def test_an_ensemble_of_impossible_values_is_refused_with_the_files_name(bundle,
         robustft.load_predictor(saved)
 
 
-def test_every_kind_is_known_whatever_was_imported_before(bundle, tmp_path):
+def test_every_kind_is_known_whatever_was_imported_before(bundle, tmp_path, python):
     torch.manual_seed(0)
     prompts = {"tokenizer": bundle.tokenizer, "class_names": ("a", "b"), "templates": ("{}",)}
     zero_shot = methods.zero_shot_classifier(bundle.model, **prompts)
@@ -121,8 +119,7 @@ def test_every_kind_is_known_whatever_was_imported_before(bundle, tmp_path):
     train.classifier().save(tmp_path / "cache", bundle.config)
     methods.OutputEnsemble(zero_shot, zero_shot).at(0.5).save(tmp_path / "mixture", bundle.config)
     program = "from robustft.predictors import load_predictor as load; print(*(type(load(d)).__name__ for d in {}))"
-    command = [sys.executable, "-c", program.format([str(tmp_path / "mixture"), str(tmp_path / "cache")])]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = python.run("-c", program.format([str(tmp_path / "mixture"), str(tmp_path / "cache")]))
     assert run.stdout.split() == ["Mixture", "CacheClassifier"], run.stderr[-2000:]
 
 
@@ -131,6 +128,7 @@ def test_a_predictor_of_ones_own_may_not_take_the_name_of_robustfts(bundle):
         type("Classifier", (methods.Predictor,), {})
 
 
+@pytest.mark.exhaustive  # test_quickstart.py has it of FLYP
 def test_exports_of_the_quickstart_predict_what_its_table_says(tmp_path):
     out = tmp_path / "out"
     options = {"method_names": ("FT", "FLYP"), "quick": True, "limit_batches": 2, "progress": False}

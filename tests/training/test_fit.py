@@ -19,6 +19,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from targets import exhaustive
 
 from robustft.methods import FLYP, CaRot, FineTune, Method, Step
 from robustft.training.checkpoint import _checksums, load_checkpoint, save_checkpoint
@@ -120,18 +121,26 @@ def test_run_that_fails_at_any_step_resumes_bit_for_bit(tmp_path, whole, kind, s
     assert_same(method, tmp_path / "broken", reference, reference_output)
 
 
-def test_killed_process_resumes_bit_for_bit(tmp_path, whole):
+def test_killed_process_resumes_bit_for_bit(tmp_path, whole, python):
     code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}; import test_fit; "
     code += f"test_fit.killed_run({str(tmp_path / 'killed')!r})"
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120)
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    child = python.run("-c", code)
+    assert child.returncode == -signal.SIGKILL, child.stderr
     reference, reference_output, _ = whole(CaRot)
     method = make()
     run(method, tmp_path / "killed", resume=True)
     assert_same(method, tmp_path / "killed", reference, reference_output)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Interrupts, as in a terminal, also where the tests run with it ignored, as a script's background jobs do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("step", [0, 4, TOTAL - 1])
 def test_ctrl_c_finishes_the_step_saves_and_resumes_bit_for_bit(tmp_path, whole, step):
     reference, reference_output, _ = whole(CaRot)
@@ -146,6 +155,7 @@ def test_ctrl_c_finishes_the_step_saves_and_resumes_bit_for_bit(tmp_path, whole,
     assert_same(method, tmp_path / "stopped", reference, reference_output)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_second_ctrl_c_interrupts_at_once():
     def twice():
         signal.raise_signal(signal.SIGINT)
@@ -155,6 +165,16 @@ def test_second_ctrl_c_interrupts_at_once():
     with pytest.raises(KeyboardInterrupt):
         run(method)
     assert int(method.steps) == 4
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        method = before_update(make(), 4, lambda: signal.raise_signal(signal.SIGINT))
+        run(method)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert int(method.steps) == TOTAL
 
 
 def test_fp16_resumes_with_its_loss_scale(tmp_path):
@@ -492,7 +512,7 @@ def test_a_step_beyond_the_run_or_other_than_its_folders_is_refused(tmp_path, wh
         run(make(), tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("dies", [False, True], ids=["full disk", "kill"])
+@pytest.mark.parametrize("dies", [False, *exhaustive(True)], ids=["full disk", "kill"])
 def test_a_fault_at_any_sync_or_rename_of_a_save_leaves_a_run_that_resumes_bit_for_bit(
     tmp_path, whole, monkeypatch, dies
 ):
@@ -595,18 +615,18 @@ def working_run(output):
     run(before_update(make(), 4, work), output)
 
 
-def test_a_second_process_in_the_folder_is_refused_at_once_and_a_killed_one_frees_it(tmp_path, whole):
+def test_a_second_process_in_the_folder_is_refused_at_once_and_a_killed_one_frees_it(tmp_path, whole, python):
     code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}; import test_fit; "
     code += f"test_fit.working_run({str(tmp_path)!r})"
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, text=True) as first:
-        assert first.stdout is not None and first.stdout.readline() == "working\n"
-        try:
-            for resume in (False, True):
-                with pytest.raises(BlockingIOError, match=rf"{tmp_path} is in use by .* \(process {first.pid}\)"):
-                    run(before_update(make(), 0, stop), tmp_path, resume=resume)
-        finally:
-            first.kill()
+    first = python.start("-c", code)
+    try:
+        assert first.line() == "working"
+        for resume in (False, True):
+            with pytest.raises(BlockingIOError, match=rf"{tmp_path} is in use by .* \(process {first.pid}\)"):
+                run(before_update(make(), 0, stop), tmp_path, resume=resume)
+    finally:
+        first.kill()
+        first.wait()
     method, (reference, reference_output, _) = make(), whole(CaRot)
     run(method, tmp_path, resume=True)
     assert_same(method, tmp_path, reference, reference_output)

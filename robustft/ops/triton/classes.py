@@ -228,7 +228,7 @@ def classification_loss(x, w, scale, bias, labels, variant, top1, label_smoothin
         )  # fmt: skip
 
     g = cross_entropy
-    row, kept = _tuned(of, forward, lambda *kept: _backward(of, g, g, by_gap, by_scale, *kept, label_smoothing))
+    row, kept = _tuned(of, forward, lambda row, kept: _backward(of, g, g, by_gap, by_scale, row, kept, label_smoothing))
     return cross_entropy, misalignment, by_gap, by_scale, row, kept
 
 
@@ -256,7 +256,7 @@ def dual_risk(x, w, scale, labels, core, keep):
         )  # fmt: skip
 
     g = empirical
-    row, kept = _tuned(of, forward, lambda *kept: _backward(of, g, g, None, by_scale, *kept, 0.0))
+    row, kept = _tuned(of, forward, lambda row, kept: _backward(of, g, g, None, by_scale, row, kept, 0.0))
     return empirical, worst_case, by_scale, row, kept
 
 

@@ -81,6 +81,7 @@ class Spurious:
         self.world = world
         train = glyphworld.spurious("train")
         self.train = world.tensors(train)
+        assert train.groups is not None  # the ground of each image
         self.against = (train.groups != train.labels // 2).long()  # is the ground another class's?
         self.validation = world.tensors(glyphworld.spurious("validation"))
         self.aligned = world.tensors(glyphworld.spurious("test"), world.limit)

@@ -29,7 +29,6 @@ from robustft.pipeline.quickstart import QUICK_EPOCHS, RECIPES, Data, Recipe, pr
 from robustft.pipeline.study.recipes import DRM, HOSTS, LP_FT, PROBE
 from robustft.training.loop import fit
 from robustft.training.run import holds_run
-from robustft.training.schedule import steps_per_epoch
 
 Tensors = tuple[Tensor, Tensor]
 P = TypeVar("P", bound=methods.Predictor)
@@ -82,19 +81,18 @@ class World:
         text = json.dumps([asdict(recipe), what, self.seed, self.quick], sort_keys=True, default=str)
         key = f"{recipe.method}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         if key not in self._methods:
-            steps = recipe.epochs * steps_per_epoch(_count(data), recipe.batch_size)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # ablations ask for teachers that the method warns about
                 method = getattr(methods, recipe.method)(
                     self.bundle.model,
                     **self.prompts,
-                    total_steps=steps,
                     seed=self.seed,
                     **_built(recipe.options),
                     **arguments,
                 )
             output = self.folder / "runs" / key
-            with locked(self.folder / "locks" / key, wait=True):
+            with warnings.catch_warnings(), locked(self.folder / "locks" / key, wait=True):
+                warnings.filterwarnings("ignore", "CaRot's teacher")  # it is told the run's length here
                 history = fit(
                     method,
                     data,
@@ -189,15 +187,6 @@ def of_kind(kind: type[P], method: methods.Method) -> P:
     if not isinstance(predictor, kind):
         raise TypeError(f"{type(method).__name__} gives a {type(predictor).__name__}, not a {kind.__name__}")
     return predictor
-
-
-def _count(data: Any) -> int:
-    match data:
-        case tuple():
-            return len(data[0])
-        case dict():
-            return len(data["image"])
-    return len(data)
 
 
 def _built(options: Mapping[str, Any]) -> dict[str, Any]:

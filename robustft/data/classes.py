@@ -1,0 +1,126 @@
+"""The class names that a data set tells, beside those of a predictor or a method: which label means which class.
+
+    names    of the data set; its label y means names[y]
+    classes  of the predictor or method; its column c means classes[c]
+
+    names equal classes               labels stay
+    the same names, another order     y -> classes.index(names[y])
+    some of the classes               the same; a predictor is restricted to them, before its softmax
+    anything else                     ValueError that names the classes
+
+Labels alone cannot tell two orders apart: under the wrong one every number is plausible and wrong.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SHOWN = 5  # class names in a message
+
+
+class Matching(NamedTuple):
+    """Where the names of a data set stand among the classes: `classes_of_labels[y]` is the class of label y.
+
+    `changes` says whether any label changes; `partial` whether some classes are missing from the data set.
+    """
+
+    classes_of_labels: tuple[int, ...]
+    classes: int
+
+    @property
+    def partial(self) -> bool:
+        return len(self.classes_of_labels) < self.classes
+
+    @property
+    def changes(self) -> bool:
+        return self.classes_of_labels != tuple(range(len(self.classes_of_labels)))
+
+    def of(self, labels: Tensor) -> Tensor:
+        """Labels (N,) of the data set as classes (N,), int64, on their device.
+
+        ValueError for a label that the data set has no name for.
+        """
+        if not len(labels):
+            return labels.long()
+        low, high = (int(end) for end in labels.aminmax())
+        if low < 0 or high >= len(self.classes_of_labels):
+            raise ValueError(
+                f"labels hold {low}..{high}, but the data set names {len(self.classes_of_labels)} classes: expected "
+                f"values in [0, {len(self.classes_of_labels)})"
+            )
+        return torch.tensor(self.classes_of_labels, device=labels.device)[labels.long()]
+
+
+def class_names(dataset: Any) -> tuple[str, ...] | None:
+    """The class names that a data set tells, in the order of its labels; None where it tells none.
+
+    Read are `.classes` (torchvision's, robustft's), the names of a `ClassLabel` column (Hugging Face), the data set
+    inside a `Subset`, and those of a `ConcatDataset`, whose parts must agree.
+    """
+    names = getattr(dataset, "classes", None)
+    if names is None and (features := getattr(dataset, "features", None)) is not None:
+        column = features.get("label") if isinstance(features, Mapping) else None
+        names = getattr(column, "names", None)
+    if isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names):
+        return tuple(names)
+    if isinstance(dataset, torch.utils.data.Subset):
+        return class_names(dataset.dataset)
+    if isinstance(dataset, torch.utils.data.ConcatDataset):
+        parts = [class_names(part) for part in dataset.datasets]
+        if len(set(parts)) > 1:
+            told = " and ".join(few(part) if part else "no names" for part in dict.fromkeys(parts))
+            raise ValueError(f"the parts of a ConcatDataset number their classes differently: {told}")
+        return parts[0] if parts else None
+    return None
+
+
+def match_classes(names: Sequence[str], classes: Sequence[str], *, of: str = "the model") -> Matching:
+    """How the labels of a data set with `names` read as `classes`, of a predictor or a method (`of`).
+
+    ValueError, naming classes, for names that are not among the classes, and where a repeated name leaves open which
+    class is meant. A change is said once, as a warning.
+    """
+    names, classes = tuple(names), tuple(classes)
+    if names == classes:
+        return Matching(tuple(range(len(classes))), len(classes))
+    if unknown := [name for name in names if name not in set(classes)]:
+        known = set(names)
+        missing = [name for name in classes if name not in known]
+        raise ValueError(
+            f"the data set's classes are not those of {of}: {few(unknown)} of the data set's {len(names)} "
+            f"{'is' if len(unknown) == 1 else 'are'} unknown to {of}, which has {len(classes)}"
+            + (f", among them {few(missing)}" if missing else "")
+            + ". Give the names that the data set has, or class_names={name in the data set: name in captions}"
+        )
+    for what, row in (("data set", names), (of, classes)):
+        if repeated := sorted({name for name in row if row.count(name) > 1}):
+            raise ValueError(
+                f"{few(repeated)} names several classes of {what}, and the orders of the data set and of {of} differ: "
+                "which of them a label means cannot be told. Give each class a name of its own, or the same order"
+            )
+    place = {name: i for i, name in enumerate(classes)}
+    matching = Matching(tuple(place[name] for name in names), len(classes))
+    _say(names, classes, of)
+    return matching
+
+
+@cache  # once for each pair
+def _say(names: tuple[str, ...], classes: tuple[str, ...], of: str) -> None:
+    if len(names) < len(classes):
+        missing = [name for name in classes if name not in set(names)]
+        what = f"has {len(names)} of the {len(classes)} classes of {of} (not {few(missing)}): only these take part"
+    else:
+        what = f"has the classes of {of} in another order ({few(names)} for {few(classes)}): labels are matched by name"
+    warnings.warn(f"the data set {what}", UserWarning, stacklevel=4)
+
+
+def few(names: Sequence[str]) -> str:
+    """Some names for a message, and how many more there are."""
+    shown = ", ".join(map(repr, names[:SHOWN]))
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
