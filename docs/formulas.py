@@ -3,10 +3,12 @@
 formulas          paragraphs in columns, which two or more blanks part, stay as they stand
 a class's file    its opening text, with the mathematics, stands under the class that the file is named after
 named tuples      their fields, which have no docstrings of their own
+packages          what they import `as` its own name, where they have no __all__
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from typing import Any
 
@@ -31,6 +33,11 @@ class Formulas(griffe.Extension):
         if cls.docstring and any(str(base) == "NamedTuple" for base in cls.bases):
             fields = (f"\n    {name}: {field.annotation}" for name, field in cls.attributes.items() if field.annotation)
             cls.docstring.value += "\n" + "".join(fields)
+
+    def on_module_members(self, *, node: ast.AST | griffe.ObjectNode, mod: griffe.Module, **options: Any) -> None:
+        if mod.exports is None and isinstance(node, ast.Module):
+            imports = [name for line in node.body if isinstance(line, ast.ImportFrom) for name in line.names]
+            mod.exports = [name.name for name in imports if name.name == name.asname] or None
 
 
 def preformatted(paragraph: str) -> str:
