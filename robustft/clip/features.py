@@ -67,7 +67,7 @@ def encode(
     runs in evaluation mode and gets its modes back. `dtype` float32 runs it as it is, bfloat16 or float16 under
     autocast. `cache` is a folder; a file found there is used instead of the model. It needs a data set that can be
     told from others: tensors, `.fingerprint`, `.samples` (files, told by path, size and time of change) or `.data`
-    and `.targets`.
+    and `.targets`; or a `Subset` or `ConcatDataset` of such.
 
     `transform_key` names what the transforms do, and has to change with them. It is needed with `cache` when
     `transform`, or the data set's own `transform`, `target_transform` or `transforms`, is anything but None or
@@ -113,8 +113,7 @@ def encode(
 
 def _transforms(dataset: Any, transform: Any, transform_key: str | None) -> str:
     """All transforms between a data set's files and the model, in words."""
-    own = ("transform", "target_transform", "transforms")
-    found = {"transform": transform, **{f"dataset.{name}": getattr(dataset, name, None) for name in own}}
+    found = {"transform": transform, **_own_transforms(dataset)}
     words = {name: _describe(value) for name, value in found.items()}
     unclear = [f"{name} ({type(found[name]).__name__})" for name, told in words.items() if told is None]
     if unclear and transform_key is None:
@@ -123,6 +122,19 @@ def _transforms(dataset: Any, transform: Any, transform_key: str | None) -> str:
             "with what it does, or encode without cache"
         )
     return repr((words, transform_key))
+
+
+def _own_transforms(dataset: Any, place: str = "dataset") -> dict[str, Any]:
+    """Those of a data set, by where they stand, and of those inside a `Subset` or a `ConcatDataset`."""
+    found = {
+        f"{place}.{name}": getattr(dataset, name, None) for name in ("transform", "target_transform", "transforms")
+    }
+    if isinstance(dataset, torch.utils.data.Subset):
+        found |= _own_transforms(dataset.dataset, f"{place}.dataset")
+    elif isinstance(dataset, torch.utils.data.ConcatDataset):
+        for i, part in enumerate(dataset.datasets):
+            found |= _own_transforms(part, f"{place}.datasets[{i}]")
+    return found
 
 
 def _describe(transform: Any) -> str | None:

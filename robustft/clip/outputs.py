@@ -24,6 +24,7 @@ class Outputs:
 
     Args:
         features: (N, D), unit rows. cosines, logits: (N, K). patch_cosines: (N, P, K), of P patches. labels: (N,).
+        classes: the K columns' names, where they are known.
     """
 
     PARTS = ("features", "cosines", "logits", "patch_cosines", "labels")
@@ -35,7 +36,10 @@ class Outputs:
         logits: Tensor | None = None,
         patch_cosines: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        classes: Sequence[str] | None = None,
     ) -> None:
+        self.classes = None if classes is None else tuple(classes)
         given = (features, cosines, logits, patch_cosines, labels)
         self._parts = {name: part for name, part in zip(self.PARTS, given, strict=True) if part is not None}
 
@@ -79,22 +83,24 @@ class Outputs:
     def __repr__(self) -> str:
         return f"Outputs({', '.join(f'{name}={tuple(part.shape)}' for name, part in self._parts.items())})"
 
-    def replace(self, **parts: Tensor | None) -> Outputs:
-        """The same with other parts; None takes one away."""
-        return Outputs(**{**self._parts, **parts})
+    def replace(self, *, classes: Sequence[str] | None = None, **parts: Tensor | None) -> Outputs:
+        """The same with other parts, of which None takes one away, and other names of the columns, if any are given."""
+        return Outputs(**{**self._parts, **parts}, classes=self.classes if classes is None else classes)
 
     def only(self, *names: str) -> Outputs:
         """Those of these parts that are there."""
-        return Outputs(**{name: part for name, part in self._parts.items() if name in names})
+        return Outputs(**{name: part for name, part in self._parts.items() if name in names}, classes=self.classes)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Outputs:
         """A function of every part."""
-        return Outputs(**{name: function(part) for name, part in self._parts.items()})
+        return Outputs(**{name: function(part) for name, part in self._parts.items()}, classes=self.classes)
 
     @staticmethod
     def cat(batches: Sequence[Outputs]) -> Outputs:
         """One after the other, on the parts of the first."""
-        return Outputs(**{name: torch.cat([batch._part(name) for batch in batches]) for name in batches[0]._parts})
+        first = batches[0]
+        parts = {name: torch.cat([batch._part(name) for batch in batches]) for name in first._parts}
+        return Outputs(**parts, classes=first.classes)
 
     def _part(self, name: str) -> Tensor:
         if name not in self._parts:

@@ -6,6 +6,7 @@
     names equal classes               labels stay
     the same names, another order     y -> classes.index(names[y])
     some of the classes               the same; a predictor is restricted to them, before its softmax
+    the numbers 0, 1, ... in order    no names at all: labels stay, where there are as many classes
     anything else                     ValueError that names the classes
 
 Labels alone cannot tell two orders apart: under the wrong one every number is plausible and wrong.
@@ -41,6 +42,15 @@ class Matching(NamedTuple):
     def changes(self) -> bool:
         return self.classes_of_labels != tuple(range(len(self.classes_of_labels)))
 
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The classes that the data set names, in their own order."""
+        return tuple(sorted(self.classes_of_labels))
+
+    def among_kept(self, labels: Tensor) -> Tensor:
+        """Labels (N,) of the data set as places (N,) in `kept`; errors as of `of`."""
+        return torch.searchsorted(torch.tensor(self.kept, device=labels.device), self.of(labels))
+
     def of(self, labels: Tensor) -> Tensor:
         """Labels (N,) of the data set as classes (N,), int64, on their device.
 
@@ -68,7 +78,7 @@ def class_names(dataset: Any) -> tuple[str, ...] | None:
         column = features.get("label") if isinstance(features, Mapping) else None
         names = getattr(column, "names", None)
     if isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names):
-        return tuple(names)
+        return tuple(names) or None
     if isinstance(dataset, torch.utils.data.Subset):
         return class_names(dataset.dataset)
     if isinstance(dataset, torch.utils.data.ConcatDataset):
@@ -80,6 +90,12 @@ def class_names(dataset: Any) -> tuple[str, ...] | None:
     return None
 
 
+def matching_of(dataset: Any, classes: Sequence[str], *, of: str = "the model") -> Matching | None:
+    """`match_classes` of the names that a data set tells; None where it tells none."""
+    names = class_names(dataset)
+    return None if names is None else match_classes(names, classes, of=of)
+
+
 def match_classes(names: Sequence[str], classes: Sequence[str], *, of: str = "the model") -> Matching:
     """How the labels of a data set with `names` read as `classes`, of a predictor or a method (`of`).
 
@@ -87,7 +103,8 @@ def match_classes(names: Sequence[str], classes: Sequence[str], *, of: str = "th
     class is meant. A change is said once, as a warning.
     """
     names, classes = tuple(names), tuple(classes)
-    if names == classes:
+    numbers = len(names) == len(classes) and names == tuple(map(str, range(len(names))))
+    if names == classes or numbers and not set(names) & set(classes):
         return Matching(tuple(range(len(classes))), len(classes))
     if unknown := [name for name in names if name not in set(classes)]:
         known = set(names)

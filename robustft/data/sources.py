@@ -7,7 +7,8 @@ A data set is any of
     map-style data set                   items (image, label), torchvision's convention, (image, text), or {"image":
                                          ..., "label" / "text": ...}; a transform makes an image a tensor
 
-and may tell more: `.groups` (N,) go along as the column "group"; `.fingerprint`, a string or a function that gives one,
+and may tell more: `.classes`, what its labels mean (`robustft.data.classes`), by which labels become those of a method
+or a predictor; `.groups` (N,) go along as the column "group"; `.fingerprint`, a string or a function that gives one,
 tells it from others. Where a method's image tower is frozen, unit features (N, D) may stand for the images.
 
 A batch is (images, labels), (images, texts) or {"image": ..., "label" and / or "text": ...}. A dictionary may carry
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustft.data.classes import Matching, matching_of
 from robustft.data.pixels import Statistics, warning_of_raw_pixels
 from robustft.data.seeds import stateless_seed
 
@@ -42,13 +44,23 @@ class Source:
         model: whose image statistics a data set with `.tensors(mean, std)` is given.
         transform: makes an item's image a tensor; where given, it is preferred to `.tensors`.
         name: what errors call the data.
+        classes: those that labels are to mean; matched by name where the data set tells the names of its own. Whose
+            they are, messages call `of`.
 
     TypeError for what is no data set, ValueError for an empty one.
     """
 
     def __init__(
-        self, data: Any, model: Any = None, transform: Transform | None = None, *, name: str = "dataset"
+        self,
+        data: Any,
+        model: Any = None,
+        transform: Transform | None = None,
+        *,
+        name: str = "dataset",
+        classes: Sequence[str] | None = None,
+        of: str = "the model",
     ) -> None:
+        self.matching = None if classes is None else matching_of(data, classes, of=of)
         self.name, self.transform, self.statistics = name, transform, _stated(model)
         self.groups = getattr(data, "groups", None)
         if takes_statistics(data, transform):
@@ -56,6 +68,8 @@ class Source:
         self.columns = _columns(data, name)
         if self.columns is not None and self.groups is not None:
             data = self.columns = {"group": self.groups, **self.columns}
+        if self.columns is not None and self.matching is not None and isinstance(self.columns.get("label"), Tensor):
+            self.columns = self.columns | {"label": self.matching.of(self.columns["label"])}
         self.data = data
         if self.columns is None and not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
             raise TypeError(
@@ -91,7 +105,8 @@ class Source:
         if not isinstance(images[0], Tensor) or not images[0].is_floating_point():
             got = images[0].dtype if isinstance(images[0], Tensor) else type(images[0]).__name__
             raise TypeError(f"images must be floating point tensors, got {got}: pass the model's transform")
-        return torch.stack(images), torch.tensor([int(label) for _, label in pairs])
+        labels = torch.tensor([int(label) for _, label in pairs])
+        return torch.stack(images), labels if self.matching is None else self.matching.of(labels)
 
     def batches(self, chunks: Sequence[Tensor], *, seed: int, epoch: int, workers: int = 0) -> Iterator[Any]:
         """The batch of each chunk of indices, in the form in which the data set has its samples.
@@ -105,7 +120,7 @@ class Source:
             return chosen if isinstance(self.data, Mapping) else (tuple(batch.values()) for batch in chosen)
         return iter(
             torch.utils.data.DataLoader(
-                _Seeded(self.data, self.groups, seed, epoch),
+                _Seeded(self.data, self.groups, self.matching, seed, epoch),
                 batch_sampler=[chunk.tolist() for chunk in chunks],
                 num_workers=workers,
                 worker_init_fn=_ignore_interrupt,
@@ -200,6 +215,10 @@ def fingerprint(dataset: Any) -> str:
     elif columns is not None:
         for tensor in _image_tensors(columns, "dataset"):
             _hash_array(digest, tensor)
+    elif isinstance(dataset, torch.utils.data.Subset):
+        digest.update(f"{fingerprint(dataset.dataset)}{[int(index) for index in dataset.indices]}".encode())
+    elif isinstance(dataset, torch.utils.data.ConcatDataset):
+        digest.update(" ".join(fingerprint(part) for part in dataset.datasets).encode())
     elif hasattr(dataset, "samples"):
         for file, label in dataset.samples:
             status = os.stat(file)
@@ -295,8 +314,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 class _Seeded(torch.utils.data.Dataset[Any]):
     """A data set whose augmentation is a function of (seed, epoch, index), in whichever process it runs."""
 
-    def __init__(self, data: Any, groups: Any, seed: int, epoch: int) -> None:
-        self.data, self.groups, self.seed, self.epoch = data, groups, seed, epoch
+    def __init__(self, data: Any, groups: Any, matching: Matching | None, seed: int, epoch: int) -> None:
+        self.data, self.groups, self.matching, self.seed, self.epoch = data, groups, matching, seed, epoch
 
     def __len__(self) -> int:
         return len(self.data)
@@ -307,11 +326,17 @@ class _Seeded(torch.utils.data.Dataset[Any]):
         np.random.seed(number)
         torch.manual_seed(number)
         item = self.data[index]
-        if self.groups is None or isinstance(item, Mapping):
-            return item
+        if isinstance(item, Mapping):
+            return {**item, "label": self._class_of(item["label"])} if "label" in item else item
         image, target = item
         is_label = isinstance(target, (int, np.integer)) or isinstance(target, Tensor) and target.ndim == 0
+        target = self._class_of(target) if is_label else target
+        if self.groups is None:
+            return image, target
         return {"image": image, "label" if is_label else "text": target, "group": self.groups[index]}
+
+    def _class_of(self, label: Any) -> Any:
+        return label if self.matching is None else int(self.matching.of(torch.tensor([int(label)])))
 
 
 def _ignore_interrupt(worker: int) -> None:

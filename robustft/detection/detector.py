@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from robustft import clip
 from robustft.clip import patches
 from robustft.clip.outputs import Outputs, evaluating, outputs_of
+from robustft.data.classes import matching_of
 from robustft.data.sources import image_batches
 from robustft.detection.by_name import SCORES
 from robustft.detection.metrics import threshold
@@ -59,8 +60,10 @@ class Detector:
         """Learns what the score learns from ID data, then the threshold from held-out ID data. Returns self.
 
         source, data: a predictor and images, or what was computed already. validation: the same kind, for the
-        threshold; it may be left out for scores that learn nothing, while those that learn find the images they have
-        learnt from too familiar. Memory: all features for scores that learn, else the scores.
+        threshold, whose labels are not looked at; it may be left out for scores that learn nothing, while those that
+        learn find the images they have learnt from too familiar. Labels that a score learns from are matched to the
+        predictor's classes by name, where `data` tells names. Memory: all features for scores that learn, else the
+        scores.
         """
         if self._score.learns and validation is None:
             raise ValueError(
@@ -70,7 +73,7 @@ class Detector:
         self._widths = {}
         self.__dict__.pop("threshold_", None)  # of an earlier fit, should this one fail
         if self._score.learns:
-            self._score.fit(Outputs.cat(list(self._read_all(source, data, batch_size, fitting=True))))
+            self._score.fit(Outputs.cat(list(self._read_all(source, data, batch_size, fitting=True, labelled=True))))
         if validation is not None:
             source, data = (validation, None) if data is None else (source, validation)
         scores = self._scores(source, data, batch_size, fitting=True)
@@ -143,8 +146,12 @@ class Detector:
             raise ValueError(f"{bad} of {len(scores)} scores are NaN: check the features and logits given")
         return scores
 
-    def _read_all(self, source: Any, data: Any, batch_size: int, fitting: bool = False) -> Iterator[Outputs]:
-        """What the score reads, and labels, on the CPU: batch by batch, or all at once where it is ready."""
+    def _read_all(
+        self, source: Any, data: Any, batch_size: int, fitting: bool = False, labelled: bool = False
+    ) -> Iterator[Outputs]:
+        """What the score reads, and labels, on the CPU: batch by batch, or all at once where it is ready.
+
+        `labelled`: labels are looked at, so that they are matched to the predictor's classes."""
         widths = self._widths if fitting else dict(self._widths)
         if not callable(getattr(source, "outputs", None)):
             if data is not None:
@@ -154,7 +161,11 @@ class Detector:
         if data is None:
             raise ValueError(f"data is missing: a {type(source).__name__} scores images, so pass it and them")
         device = next((p.device for p in source.parameters()), None) if isinstance(source, nn.Module) else None
+        classes = getattr(source, "classes", None) if labelled else None
+        matching = None if classes is None else matching_of(data, classes, of="the predictor")
         for images, labels in image_batches(data, source, batch_size):
+            if matching is not None and labels is not None:
+                labels = matching.of(labels)
             with torch.no_grad():
                 observed = self._observe(source, images.to(device=device)).replace(labels=labels)
             yield self._read(observed, source, widths)

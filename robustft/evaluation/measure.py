@@ -22,6 +22,7 @@ from robustft.detection.metrics import ood_metrics
 from robustft.ensembles.output_ensemble import PairPredictor
 from robustft.ensembles.wise_ft import ALPHAS
 from robustft.evaluation.results import TPR, Evaluation, Frontier, ModelResult, ScoreHistogram, SetResult, Suite
+from robustft.evaluation.tables import listed
 from robustft.predictors.base import Predictor, predict_each
 
 SCORE_BINS = 48
@@ -47,10 +48,12 @@ def evaluate(
     """Measures each classifier on the ID test set, on shifts of it (same classes) and against semantic-OOD
     sets.
 
-    Data sets are (images, labels) tensors or anything that `robustft.data.sources` takes; labels of OOD
-    sets are not looked at. `score` tells ID from OOD: one of `robustft.detection.SCORES`, at its defaults, that learns
-    nothing and reads no patches. `progress(done, total, what)` is called after each (classifier, set). Memory: one
-    classifier's outputs.
+    Data sets are (images, labels) tensors or anything that `robustft.data.sources` takes. Where they tell names of
+    classes, labels are matched by name, and on a set with some of a classifier's classes it is restricted to these, as
+    `Predictor.predict` does; on the OOD sets as on the ID set, whose scores theirs are compared with. Labels and names
+    of OOD sets are not looked at. `score` tells ID from OOD: one of `robustft.detection.SCORES`, at its defaults, that
+    learns nothing and reads no patches. `progress(done, total, what)` is called after each (classifier, set). Memory:
+    one classifier's outputs.
     """
     _check_score(score)
     suite = Suite(id, shifts or {}, ood or {})
@@ -58,23 +61,20 @@ def evaluate(
     models = {}
     for name, classifier in classifiers.items():
 
-        def run(dataset: Any, what: str, name: str = name, classifier: Predictor = classifier) -> Outputs:
+        def run(dataset: Any, what: str, predictor: Predictor, labelled: bool = True, name: str = name) -> Outputs:
             nonlocal done
-            (outputs,) = predict_each((classifier,), dataset, batch_size)
+            (outputs,) = predict_each((predictor,), dataset, batch_size, labelled=labelled)
             done += 1
             if progress is not None:
                 progress(done, total, f"{name} on {what}")
             return outputs
 
-        models[name] = _measure(
-            Suite(
-                run(suite.id, "id"),
-                {k: run(d, k) for k, d in suite.shifts.items()},
-                {k: run(d, k) for k, d in suite.ood.items()},
-            ),
-            bins,
-            score,
-        )
+        known = run(suite.id, "id", classifier)
+        shifts_of = {k: run(d, k, classifier) for k, d in suite.shifts.items()}
+        if suite.ood:
+            classifier, _ = classifier.matched(suite.id)
+        ood_of = {k: run(d, k, classifier, labelled=False) for k, d in suite.ood.items()}
+        models[name] = _measure(Suite(known, shifts_of, ood_of), bins, score)
     return _evaluation(models, bins, score)
 
 
@@ -113,7 +113,9 @@ def frontier(
 def evaluate_predictions(predictions: Mapping[str, Suite[Outputs]], bins: int = 15, score: str = "mcm") -> Evaluation:
     """`evaluate` from ready outputs with labels, one `Suite` of them per model.
 
-    They need the logits, and with OOD sets the part that the score reads: the cosines, for MCM.
+    They need the logits. AUROC and FPR95 need the part that the score reads, for MCM the cosines; a model whose outputs
+    lack it, as somebody else's logits do, has none. Logits of several widths need `Outputs.classes`, their columns'
+    names; ValueError where they have none.
     """
     _check_score(score)
     return _evaluation({name: _measure(suite, bins, score) for name, suite in predictions.items()}, bins, score)
@@ -151,20 +153,38 @@ def _check_score(name: str) -> None:
 def _measure(suite: Suite[Outputs], bins: int, score: str) -> ModelResult:
     shifts = list(suite.shifts.values())
     ood_scores: dict[str, Tensor] = {}
-    if suite.ood:
+    reads = SCORES[score].reads
+    if suite.ood and all(outputs.has(part) for outputs in (suite.id, *suite.ood.values()) for part in reads):
         scores_of = SCORES[score]()
         id_scores, ood_scores = scores_of(suite.id), {k: scores_of(p) for k, p in suite.ood.items()}
     return ModelResult(
         id=_measure_set(suite.id, bins),
         shifts={k: _measure_set(p, bins) for k, p in suite.shifts.items()},
         ood={k: ood_metrics(id_scores, s, TPR) for k, s in ood_scores.items()},
-        pooled=calibration_report(
-            torch.cat([p.probabilities for p in shifts]), torch.cat([p.labels for p in shifts]), bins
-        )
-        if shifts
-        else None,
+        pooled=calibration_report(*_pooled(shifts), bins) if shifts else None,
         scores=_histogram(id_scores, ood_scores) if ood_scores else None,
     )
+
+
+def _pooled(sets: Sequence[Outputs]) -> tuple[Tensor, Tensor]:
+    """Probabilities (N, K) and labels (N,) of all sets together, over the classes of all; 0 for one that a set lacks."""
+    named = [p.classes for p in sets]
+    widths = sorted({p.logits.shape[1] for p in sets})
+    if len(widths) == 1 and len(set(named)) == 1:
+        return torch.cat([p.probabilities for p in sets]), torch.cat([p.labels for p in sets])
+    place = {name: i for i, name in enumerate(dict.fromkeys(name for names in named for name in names or ()))}
+    if None in named or any(len(set(names)) < len(names) for names in named if names):
+        raise ValueError(
+            f"the shifts' logits have {listed(map(str, widths))} columns, and which class each is cannot be told: give "
+            "outputs the names of theirs, Outputs(classes=...)"
+        )
+    probabilities, labels = [], []
+    for p in sets:
+        columns = torch.tensor([place[name] for name in p.classes or ()])
+        wide = p.probabilities.new_zeros(len(p.labels), len(place))
+        probabilities.append(wide.index_copy_(1, columns, p.probabilities))
+        labels.append(columns[p.labels])
+    return torch.cat(probabilities), torch.cat(labels)
 
 
 def _measure_set(p: Outputs, bins: int) -> SetResult:

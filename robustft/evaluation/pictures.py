@@ -66,7 +66,11 @@ def frontier(evaluation: Evaluation, frontiers: Sequence[Frontier] = ()) -> Figu
     """ID accuracy against mean accuracy over the shifts, in %; ensembles of the same fine-tuned model share a
     colour."""
     figure, (ax,) = panels(1, 1, panel=(6.6, 4.4), left=0.6, bottom=0.5)
-    labels = [_Label(100 * m.id_accuracy, 100 * m.ood_accuracy, name, INK) for name, m in evaluation.models.items()]
+    labels = [
+        _Label(100 * m.id_accuracy, 100 * m.ood_accuracy, name, INK)
+        for name, m in evaluation.models.items()
+        if m.shifts
+    ]
     curves = []
     members: dict[tuple[float, float], int] = {}
     for curve in frontiers:
@@ -165,19 +169,25 @@ def scores(models: Mapping[str, ModelResult], score: str = "MCM") -> Figure:
                 va="top",
                 fontsize=8,
                 fontweight="bold",
+                parse_math=False,
             )
-    figure.supxlabel(f"{score} score; dotted: the threshold that keeps {TPR:.0%} of ID", fontsize=9, y=0.01)
+    dotted = f"{score} score; dotted: the threshold that keeps {TPR:.0%} of ID"
+    figure.supxlabel(dotted, fontsize=9, y=0.01, parse_math=False)
     return figure
 
 
-def samples(images: Mapping[str, np.ndarray], columns: int = 12) -> Figure:
-    """The first images of each set, (n, H, W, 3) uint8, a set a row."""
-    strips = {}
+def check_samples(images: Mapping[str, np.ndarray]) -> None:
+    """ValueError, naming the set, unless each holds images (n, H, W, 3) uint8."""
     for name, array in images.items():
         array = np.asarray(array)
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or len(array) == 0:
             raise ValueError(f"samples[{name!r}] must be uint8 (n, H, W, 3), got {array.dtype} {array.shape}")
-        strips[name] = array[:columns]
+
+
+def samples(images: Mapping[str, np.ndarray], columns: int = 12) -> Figure:
+    """The first images of each set, (n, H, W, 3) uint8, a set a row."""
+    check_samples(images)
+    strips = {name: np.asarray(array)[:columns] for name, array in images.items()}
     columns = max(map(len, strips.values()))
     figure, axes = panels(len(strips), 1, panel=(0.6 * columns, 0.55), left=1.2, gap=(0, 0.06), top=0.05)
     for ax, (name, strip) in zip(axes, strips.items(), strict=True):
@@ -190,7 +200,7 @@ def samples(images: Mapping[str, np.ndarray], columns: int = 12) -> Figure:
         ax.imshow(canvas, interpolation="none")
         ax.set_anchor("W")
         ax.set_axis_off()
-        ax.text(-0.015, 0.5, name, transform=ax.transAxes, ha="right", va="center")
+        ax.text(-0.015, 0.5, name, transform=ax.transAxes, ha="right", va="center", parse_math=False)
     return figure
 
 

@@ -15,6 +15,7 @@ import io
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -111,15 +112,17 @@ def write_report(
 
     `samples` are images of each set, (n, H, W, 3) uint8; `notes` are paragraphs under the title; `highlight`
     names the models that get a reliability diagram and a score histogram (default: the first six). Takes
-    seconds, most of them in matplotlib. ValueError for a highlighted model that was not evaluated; OSError
-    where the directory cannot be written.
+    seconds, most of them in matplotlib. The numbers are written first, and a picture that cannot be drawn is left out
+    with a RuntimeWarning. Models may have seen different sets. ValueError for a highlighted model that was not
+    evaluated and for `samples` that are no images; OSError where the directory cannot be written.
     """
     models = evaluation.models
     unknown = [name for name in highlight or () if name not in models]
     if unknown:
         raise ValueError(f"highlight names models that were not evaluated: {unknown}; there are {list(models)}")
+    pictures.check_samples(samples or {})
     shown = {name: models[name] for name in (highlight or list(models)[:HIGHLIGHTS])}
-    has_shifts = any(m.shifts for m in models.values())
+    has_shifts = bool(evaluation.shifts)
     scored = {name: m for name, m in shown.items() if m.scores is not None}
 
     drawings: list[Drawing] = []
@@ -135,14 +138,6 @@ def write_report(
         drawings.append(Drawing("samples", "The sets", _SAMPLES, partial(pictures.samples, samples)))
 
     directory = Path(directory)
-    sections = []
-    for drawing in drawings:
-        png, svg = render(drawing)
-        write_file(directory / "figures" / f"{drawing.name}.png", png)
-        sections.append(
-            f"<h2>{drawing.heading}</h2>\n<figure><div class=scroll>{svg}</div>\n"
-            f"<figcaption>{drawing.caption}</figcaption></figure>"
-        )
     numbers = {
         "title": title,
         "notes": list(notes),
@@ -151,9 +146,26 @@ def write_report(
         "config": dict(config or {}),
     }
     write_json(directory / "metrics.json", _plain(numbers), allow_nan=False)
+    sections = [_section(drawing, directory / "figures" / f"{drawing.name}.png") for drawing in drawings]
     path = directory / "report.html"
     write_text(path, _page(evaluation, title, notes, sections, config or {}))
     return path
+
+
+def _section(drawing: Drawing, path: Path) -> str:
+    """A picture's part of the page; its PNG goes to `path`. One that cannot be drawn says so, and a warning does."""
+    try:
+        png, svg = render(drawing)
+    except Exception as error:  # of matplotlib or its fonts: the numbers must not be lost for it
+        told = f"{drawing.name} could not be drawn: {type(error).__name__}: {error}"
+        warnings.warn(told, RuntimeWarning, stacklevel=3)
+        path.unlink(missing_ok=True)
+        return f"<h2>{drawing.heading}</h2>\n<p>{html.escape(told)}</p>"
+    write_file(path, png)
+    return (
+        f"<h2>{drawing.heading}</h2>\n<figure><div class=scroll>{svg}</div>\n"
+        f"<figcaption>{drawing.caption}</figcaption></figure>"
+    )
 
 
 def _page(
@@ -187,19 +199,19 @@ def _page(
 
 
 def _set_tables(evaluation: Evaluation) -> list[str]:
-    """Accuracy and ECE on every labelled set, AUROC and FPR95 on every OOD set."""
-    first = next(iter(evaluation.models.values()))
+    """Accuracy and ECE on every labelled set, AUROC and FPR95 on every OOD set; a dash for what a model did not see."""
 
-    def percent(*fractions: float) -> str:
-        return " / ".join(f"{100 * f:.1f}" for f in fractions)
+    def pair(a: float, b: float) -> str:
+        return f"{100 * a:.1f} / {100 * b:.1f}"
 
-    labelled = [("accuracy / ECE", "ID", *first.shifts)]
-    unknown = [("AUROC / FPR95", *first.ood)]
+    labelled = [("accuracy / ECE", "ID", *evaluation.shifts)]
+    unknown = [("AUROC / FPR95", *evaluation.ood)]
     for name, m in evaluation.models.items():
-        reports = [s.calibration for s in (m.id, *(m.shifts[k] for k in first.shifts))]
-        labelled.append((name, *(percent(r.accuracy, r.ece) for r in reports)))
-        unknown.append((name, *(percent(m.ood[k].auroc, m.ood[k].fpr) for k in first.ood)))
-    return [html_table(labelled), *([html_table(unknown)] if first.ood else [])]
+        reports = [s and s.calibration for s in (m.id, *(m.shifts.get(k) for k in evaluation.shifts))]
+        metrics = [m.ood.get(k) for k in evaluation.ood]
+        labelled.append((name, *("–" if r is None else pair(r.accuracy, r.ece) for r in reports)))
+        unknown.append((name, *("–" if o is None else pair(o.auroc, o.fpr) for o in metrics)))
+    return [html_table(labelled), *([html_table(unknown)] if evaluation.ood else [])]
 
 
 def html_table(rows: Sequence[Sequence[str]], best: Sequence[frozenset[int]] = ()) -> str:

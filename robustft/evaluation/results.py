@@ -129,21 +129,41 @@ class Evaluation:
         """The score's name as tables and pictures have it."""
         return label(self.score)
 
+    @property
+    def shifts(self) -> tuple[str, ...]:
+        """The shifts that any model was measured on."""
+        return tuple(dict.fromkeys(name for m in self.models.values() for name in m.shifts))
+
+    @property
+    def ood(self) -> tuple[str, ...]:
+        """The OOD sets that any model was measured on."""
+        return tuple(dict.fromkeys(name for m in self.models.values() for name in m.ood))
+
+    def _seen(self, kind: str) -> str:
+        """Sets that means are over, and which models saw others of them."""
+        names = getattr(self, kind)
+        fewer = {
+            model: [name for name in names if name not in getattr(m, kind)]
+            for model, m in self.models.items()
+            if getattr(m, kind)
+        }
+        told = [f"{model} without {listed(missing)}" for model, missing in fewer.items() if missing]
+        return listed(names) + (f" ({'; '.join(told)})" if told else "")
+
     def conventions(self) -> tuple[str, ...]:
         """What the numbers mean, one sentence each: to be printed wherever the numbers are."""
-        first = next(iter(self.models.values()))
         lines = ["All numbers in %."]
-        if first.shifts:
-            lines.append(f"OOD: mean over {listed(first.shifts)}.")
+        if self.shifts:
+            lines.append(f"OOD: mean over {self._seen('shifts')}.")
         lines.append(
             f"ECE: {self.bins} equal-width bins, full set; in brackets its noise floor, "
             "the ECE of a perfectly calibrated model on as many samples."
         )
-        if first.ood:
+        if self.ood:
             convention = SCORES[self.score].convention if self.score in SCORES else ""
             lines.append(
                 f"AUROC and FPR95: {self.score_label}{f' ({convention})' if convention else ''}, mean over "
-                f"{listed(first.ood)}; FPR95: ID positive, first threshold with TPR >= {TPR:.0%}."
+                f"{self._seen('ood')}; FPR95: ID positive, first threshold with TPR >= {TPR:.0%}."
             )
         return tuple(lines)
 

@@ -28,6 +28,7 @@ from robustft import clip
 from robustft.clip import features
 from robustft.clip.outputs import evaluating
 from robustft.clip.prompts import match_descriptions
+from robustft.data.classes import matching_of
 from robustft.data.sources import check_labels
 
 
@@ -124,17 +125,27 @@ def core_labels(
     descriptions = match_descriptions(descriptions, class_names)
     with evaluating(model), torch.no_grad():
         embeddings = clip.caption_embeddings(model, tokenizer, descriptions, batch_size=batch_size, names=class_names)
-    similarities, labels = core_similarities(model, data, embeddings, cache=cache, batch_size=batch_size)
+    similarities, labels = core_similarities(model, data, embeddings, class_names, cache=cache, batch_size=batch_size)
     return proxy(similarities, labels, CoreProxy.ranges(similarities, labels))
 
 
 def core_similarities(
-    model: nn.Module, data: Any, core_embeddings: Tensor, *, cache: str | Path | None, batch_size: int
+    model: nn.Module,
+    data: Any,
+    core_embeddings: Tensor,
+    classes: Sequence[str],
+    *,
+    cache: str | Path | None,
+    batch_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines (N, K) of a data set's images to unit embeddings (K, D), in float32, and its labels (N,); on the CPU."""
+    """Cosines (N, K) of a data set's images to unit embeddings (K, D), in float32, and its labels (N,); on the CPU.
+
+    Labels are matched to the K classes by name, where the data set tells names."""
+    matching = matching_of(data, classes)
     encoded = features.encode(model, data, batch_size=batch_size, cache=cache)
-    check_labels(encoded.labels, len(core_embeddings))
-    return encoded.image_features @ core_embeddings.detach().cpu().float().T, encoded.labels
+    labels = encoded.labels if matching is None else matching.of(encoded.labels)
+    check_labels(labels, len(core_embeddings))
+    return encoded.image_features @ core_embeddings.detach().cpu().float().T, labels
 
 
 def _within(value: Tensor, low: Tensor, high: Tensor) -> Tensor:

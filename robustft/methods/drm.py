@@ -126,7 +126,7 @@ class DRM(CaptionMethod):
             raise ValueError("DRM(proxy=None) has no proxy to prepare: its batches bring it")
         frozen = self.zero_shot
         cosines, labels = core_similarities(
-            frozen.model, data, frozen.class_embeddings, cache=cache, batch_size=batch_size
+            frozen.model, data, frozen.class_embeddings, frozen.classes, cache=cache, batch_size=batch_size
         )
         self.ranges.copy_(torch.stack(CoreProxy.ranges(cosines, labels)))
         return self

@@ -21,6 +21,7 @@ from typing_extensions import Unpack
 from robustft import clip
 from robustft.clip.features import Features
 from robustft.clip.outputs import Outputs
+from robustft.data.classes import matching_of
 from robustft.data.sources import check_labels
 from robustft.methods.base import Step
 from robustft.methods.frozen import FrozenModel, FrozenOptions
@@ -67,7 +68,8 @@ class TipAdapter:
     ) -> TipAdapter:
         """Fill the cache with `train`, then choose alpha_ and beta_ by accuracy on `validation`, then by NLL.
 
-        Both are `Features` of the zero-shot model or data as for `robustft.data.sources`.
+        Both are `Features` of the zero-shot model or data as for `robustft.data.sources`, whose labels are matched to
+        the classes by name where it tells names. On a validation set with some of the classes, only these are compared.
         """
         keys, labels = _features(self.zero_shot, train)
         self.keys_, self.labels_ = F.normalize(keys, dim=-1), labels
@@ -239,6 +241,9 @@ def search_shape(
         raise ValueError(f"alphas and betas must not be empty, got {len(alphas)} and {len(betas)}")
     for alpha, beta in [*((alpha, BETA) for alpha in alphas), *((ALPHA, beta) for beta in betas)]:
         check_weights(alpha=alpha, beta=beta)
+    matching = matching_of(validation, classifier.classes, of="the predictor")
+    if matching is not None and matching.partial:
+        classifier = classifier.restrict(matching.kept)
     u, labels = _features(classifier, validation)
     u, labels = u.to(classifier.keys.device), labels.to(classifier.keys.device)
     text = classifier.text_logits(u)
@@ -256,10 +261,11 @@ def search_shape(
 
 
 def _features(classifier: Classifier | CacheClassifier, data: Features | Any) -> tuple[Tensor, Tensor]:
-    """Unit features (M, D) and labels (M,), given or encoded by the classifier's model."""
+    """Unit features (M, D) and labels (M,) among the classifier's classes, given or encoded by its model."""
     if not isinstance(data, Features):
-        outputs = classifier.predict(data)
-        data = Features(outputs.features, outputs.labels)
+        outputs, matching = classifier.predict(data), matching_of(data, classifier.classes, of="the predictor")
+        labels = outputs.labels if matching is None else torch.tensor(matching.kept)[outputs.labels]
+        data = Features(outputs.features, labels)
     width = classifier.class_embeddings.shape[1]
     if data.image_features.ndim != 2 or data.image_features.shape[1] != width:
         raise ValueError(f"features must be (M, {width}), as the model's, got {tuple(data.image_features.shape)}")

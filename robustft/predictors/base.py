@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.clip.outputs import Outputs, evaluating, similarities
+from robustft.data.classes import Matching, matching_of
 from robustft.data.sources import batches
 from robustft.files import load_fitted, refusing, save_fitted
 from robustft.ops.precision import at_least_float32
@@ -86,13 +87,27 @@ class Predictor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.logits(images)
 
-    def predict(self, data: Any, batch_size: int = 256) -> Outputs:
+    def predict(self, data: Any, batch_size: int = 256, *, labelled: bool = True) -> Outputs:
         """Outputs and labels of a whole set, in evaluation mode, on the CPU in at least float32; no gradient.
 
-        data: as for `robustft.data.sources`. ValueError for NaN or infinite logits, saying how many rows.
+        data: as for `robustft.data.sources`. Where it tells its classes' names, its labels are matched to `classes` by
+        name; of a set with some of them, the outputs are those of the predictor restricted to these, in the order of
+        `classes`, and their `classes` tell which. labelled: False for a set of other classes, such as an
+        out-of-distribution one: labels and names are not looked at. ValueError for names that are not among the
+        classes, and for NaN or infinite logits, saying how many rows.
         """
-        (outputs,) = predict_each((self,), data, batch_size)
+        (outputs,) = predict_each((self,), data, batch_size, labelled=labelled)
         return outputs
+
+    def matched(self, data: Any) -> tuple[Predictor, Matching | None]:
+        """The predictor restricted to the classes whose names a data set tells, and how its labels read.
+
+        The predictor itself where the set has all classes, and None where it tells no names.
+        """
+        matching = matching_of(data, getattr(self, "classes", ()), of="the predictor")
+        if matching is None or not matching.partial:
+            return self, matching
+        return self.restrict(matching.kept), matching
 
     def _indices(self, classes: Sequence[int] | Sequence[str]) -> list[int]:
         unclear = [c for c in classes if isinstance(c, str) and self.classes.count(c) != 1]
@@ -120,25 +135,41 @@ def outputs_of_each(predictors: Sequence[Predictor], images: Tensor) -> tuple[Ou
 
 
 @torch.no_grad()
-def each_batch(predictors: Sequence[Predictor], data: Any, batch_size: int = 256) -> Iterator[tuple[Outputs, ...]]:
-    """What each predictor makes of a labelled set, batch by batch, read once; as in `Predictor.predict`."""
+def each_batch(
+    predictors: Sequence[Predictor], data: Any, batch_size: int = 256, *, labelled: bool = True
+) -> Iterator[tuple[Outputs, ...]]:
+    """What each predictor makes of a set, batch by batch, read once; as in `Predictor.predict`."""
     for predictor in predictors:
         if not isinstance(predictor, Predictor):
             raise TypeError(
                 f"expected a robustft.predictors.Predictor, which has outputs(images), got {type(predictor).__name__}"
             )
+    pairs = [predictor.matched(data) if labelled else (predictor, None) for predictor in predictors]
+    used = tuple(predictor for predictor, _ in pairs)
     device = next((p.device for p in predictors[-1].parameters()), torch.device("cpu"))
-    with evaluating(*predictors):
+    with evaluating(*used):
         for images, labels in batches(data, predictors[-1], batch_size=batch_size):
-            found = outputs_of_each(predictors, images.to(device))
+            found = outputs_of_each(used, images.to(device))
             yield tuple(
-                out.map(lambda part: at_least_float32(part).cpu()).replace(labels=labels.cpu()) for out in found
+                _kept(out, getattr(predictor, "classes", None), _read(labels.cpu(), matching) if labelled else None)
+                for out, (predictor, matching) in zip(found, pairs, strict=True)
             )
 
 
-def predict_each(predictors: Sequence[Predictor], data: Any, batch_size: int = 256) -> tuple[Outputs, ...]:
+def _kept(outputs: Outputs, classes: Sequence[str] | None, labels: Tensor | None) -> Outputs:
+    return outputs.map(lambda part: at_least_float32(part).cpu()).replace(labels=labels, classes=classes)
+
+
+def _read(labels: Tensor, matching: Matching | None) -> Tensor:
+    return labels if matching is None else matching.among_kept(labels)
+
+
+def predict_each(
+    predictors: Sequence[Predictor], data: Any, batch_size: int = 256, *, labelled: bool = True
+) -> tuple[Outputs, ...]:
     """`Predictor.predict` of several predictors on one set, which is read once; those of one encoder share its pass."""
-    found = tuple(Outputs.cat(column) for column in zip(*each_batch(predictors, data, batch_size), strict=True))
+    parts = each_batch(predictors, data, batch_size, labelled=labelled)
+    found = tuple(Outputs.cat(column) for column in zip(*parts, strict=True))
     for outputs in found:
         bad = int((~outputs.logits.isfinite()).any(1).sum())
         if bad:

@@ -77,7 +77,8 @@ def fit(
 
     Args:
         method: the method to train; moved to `device` if one is given.
-        data: any of what `robustft.data.sources` names. Augmentation may use torch's, numpy's or Python's
+        data: any of what `robustft.data.sources` names. Where it tells its classes' names, all or some of the method's,
+            labels are matched to them by name. Augmentation may use torch's, numpy's or Python's
             global generators: each is seeded by (seed, epoch, index).
         epochs, batch_size, lr, weight_decay: as usual.
         warmup: fraction of all steps over which the rate rises.
@@ -108,7 +109,7 @@ def fit(
         raise ValueError("resume=True needs output, the folder of the run to continue")
     if device is not None:
         method.to(device)
-    source = Source(data, method.model, name="data")
+    source = Source(data, method.model, name="data", classes=method.class_names, of=f"the {type(method).__name__}")
     described = source.check_training(len(method.class_names), method.takes_features)
     with ExitStack() as held:
         if dry_run:

@@ -52,6 +52,10 @@ def suite():
     }
 
 
+def _outputs(model: Predictor, suite) -> Suite[Outputs]:
+    return Suite(suite["id"], suite["shifts"], suite["ood"]).map(model.predict)
+
+
 @pytest.fixture
 def evaluation(suite):
     return evaluate({"zero-shot": Toy(0), "FT": Toy(1, scale=30.0)}, **suite)
@@ -190,14 +194,16 @@ def test_ood_labels_are_not_looked_at(suite):
     assert evaluate({"a": Toy(0)}, **suite).models["a"].ood.keys() == {"letters", "textures"}
 
 
-def test_somebody_elses_logits_are_measured_without_cosines_and_a_score_of_cosines_asks_for_them(suite):
+def test_somebody_elses_logits_are_measured_without_cosines_and_have_no_score_of_cosines(suite):
     known, far = ({"logits": 9 * torch.randn(50, 6), "labels": torch.arange(50) % 6} for _ in range(2))
     given = {"theirs": Suite(Outputs(**known), {"shift": Outputs(**far)}, {"far": Outputs(logits=far["logits"])})}
     found = evaluate_predictions(given, score="msp").models["theirs"]
     assert found.id.calibration == calibration_report(known["logits"].double().softmax(-1), known["labels"])
     assert found.ood["far"] == ood_metrics(*(detection.msp(of["logits"]) for of in (known, far)))
-    with pytest.raises(ValueError, match="cosines are needed here, but these outputs hold logits, labels"):
-        evaluate_predictions(given)
+    beside = evaluate_predictions(given | {"ours": _outputs(Toy(1), suite)})
+    assert beside.models["theirs"].ood == {} and beside.models["theirs"].id == found.id
+    assert beside.rows()[1][-2:] == ("–", "–") and beside.ood == ("letters", "textures")
+    assert Evaluation.from_dict(json.loads(json.dumps(beside.to_dict()))) == beside
     without = {"theirs": Suite(Outputs(**known), {}, {})}
     assert evaluate_predictions(without).models["theirs"].id == found.id
 

@@ -6,6 +6,7 @@ import math
 import re
 import struct
 import sys
+import warnings
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -184,6 +185,38 @@ def test_the_global_state_of_pyplot_is_not_touched(report):
 def test_samples_that_are_no_pictures_are_refused(bad, evaluation, tmp_path):
     with pytest.raises(ValueError, match=r"samples\['x'\] must be uint8 \(n, H, W, 3\)"):
         write_report(tmp_path, evaluation=evaluation, samples={"x": bad})
+
+
+def test_models_that_saw_different_sets_share_a_report_that_says_who_saw_what(tmp_path):
+    evaluation = evaluate_predictions(
+        {"none": suite(0, (), ()), "some": suite(1, SHIFTS[:1], OOD[1:]), "all": suite(2)}
+    )
+    page = write_report(tmp_path, evaluation=evaluation).read_text()
+    assert "OOD: mean over inverted and noisy (some without noisy)." in evaluation.conventions()
+    assert "textures and letters (some without letters)" in html.unescape(page)
+    assert page.count("<td>–</td>") >= 5
+
+
+def test_dollars_in_the_names_of_sets_and_models_are_text(tmp_path):
+    names = ("a$_{", "$^$^"), ("$x", "o^{$$")
+    evaluation = evaluate_predictions({"$\\frac{": suite(0, *names)}, score="msp")
+    samples = {"$\\bad": np.zeros((2, 8, 8, 3), np.uint8)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_report(tmp_path, evaluation=evaluation, samples=samples, title="$^")
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 4
+
+
+def test_a_picture_that_cannot_be_drawn_loses_no_number(tmp_path, evaluation, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no <font>")
+
+    monkeypatch.setattr("robustft.evaluation.pictures.reliability", broken)
+    with pytest.warns(RuntimeWarning, match="reliability could not be drawn: RuntimeError: no <font>"):
+        page = write_report(tmp_path, evaluation=evaluation).read_text()
+    assert "no &lt;font&gt;" in page and "<h2>Detection</h2>" in page
+    numbers = json.loads((tmp_path / "metrics.json").read_text())
+    assert Evaluation.from_dict(numbers) == evaluation
 
 
 def test_an_unwritable_directory_says_so(evaluation, tmp_path):
