@@ -87,10 +87,10 @@ def _library(name: str, floor: tuple[int, ...]) -> Check:
     wanted = f">={'.'.join(map(str, floor))}" if floor else ""
     cure = f"pip install '{name}{wanted}'"
     try:
-        module = importlib.import_module(_MODULES.get(name, name))
+        importlib.import_module(_MODULES.get(name, name))
+        version = importlib.metadata.version(name)  # some modules do not say theirs
     except Exception as error:  # whatever an import raises is this check's finding
         return Check(name, False, f"{type(error).__name__}: {error}", cure)
-    version = getattr(module, "__version__", "unknown")
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
     return Check(name, numbers >= floor, f"{version}" + ("" if numbers >= floor else f" (needs {wanted})"), cure)
 
