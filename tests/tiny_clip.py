@@ -1,5 +1,7 @@
 """A CLIP of two thousand weights in float64, and a tokenizer of single letters for it."""
 
+import copy
+
 import pytest
 import torch
 
@@ -13,14 +15,17 @@ def letters(texts):
     return torch.tensor([row + [0] * (15 - len(row)) for row in rows])
 
 
+VISION = {"image_size": 8, "patch_size": 4, "width": 16, "head_width": 8, "layers": 1}
+TEXT = {"context_length": 15, "vocab_size": 30, "width": 8, "heads": 2, "layers": 1}
+CONFIG = {"model_cfg": {"embed_dim": 8, "vision_cfg": VISION, "text_cfg": TEXT}, "preprocess_cfg": {}}
+
+
 @pytest.fixture
 def clip_model():
     import open_clip
 
     torch.manual_seed(0)
-    vision = {"image_size": 8, "patch_size": 4, "width": 16, "head_width": 8, "layers": 1}
-    text = {"context_length": 15, "vocab_size": 30, "width": 8, "heads": 2, "layers": 1}
-    return open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text).double()
+    return open_clip.CLIP(**copy.deepcopy(CONFIG["model_cfg"])).double()
 
 
 @pytest.fixture

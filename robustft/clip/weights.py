@@ -25,9 +25,9 @@ def interpolate(zero_shot: nn.Module, fine_tuned: nn.Module, alpha: float) -> nn
     It is a copy of `fine_tuned` (device, mode, requires_grad) with the state of `interpolate_state`. ValueError,
     naming the setting, for models that compute different things with their weights (GELU and QuickGELU, say).
     """
-    check_same_computation(zero_shot, fine_tuned, "zero_shot", "fine_tuned")
     fine_tuned = unwrap(fine_tuned)
     state = interpolate_state(unwrap(zero_shot).state_dict(), fine_tuned.state_dict(), alpha)
+    check_same_computation(zero_shot, fine_tuned, "zero_shot", "fine_tuned")
     model = copy.deepcopy(fine_tuned)
     model.load_state_dict(state)
     return model

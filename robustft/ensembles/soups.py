@@ -49,7 +49,6 @@ def uniform_soup(classifiers: Sequence[Classifier]) -> Classifier:
             )
         if classifier.classes != first.classes:
             raise ValueError(f"classifiers[{i}] has other classes, or another order of them, than classifiers[0]")
-        clip.check_same_computation(first.model, classifier.model, "classifiers[0]", f"classifiers[{i}]")
     scale = _mean([c.logit_scale for c in classifiers])
     head = _mean([c.logit_scale * c.class_embeddings for c in classifiers])
     biases = [c.bias for c in classifiers]
@@ -58,6 +57,8 @@ def uniform_soup(classifiers: Sequence[Classifier]) -> Classifier:
         bias = _mean([head.new_zeros(len(head)) if b is None else b for b in biases])
     model = copy.deepcopy(clip.unwrap(first.model))
     model.load_state_dict(clip.average_states(clip.unwrap(c.model).state_dict() for c in classifiers))
+    for i, classifier in enumerate(classifiers):
+        clip.check_same_computation(model, classifier.model, "classifiers[0]", f"classifiers[{i}]")
     return Classifier(model, head / scale, first.classes, logit_scale=scale, bias=bias)
 
 

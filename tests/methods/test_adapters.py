@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_clip import CONFIG
 
 from robustft.clip import Features
 from robustft.methods import Classifier, CLIPAdapter, TipAdapter, TipAdapterF, load_predictor, zero_shot_classifier
@@ -193,7 +194,7 @@ def test_misalignment_reaches_each_adapter(clip_model, prompts, train, batches):
 
 def test_a_directory_without_a_whole_predictor_is_refused(clip_model, prompts, train, tmp_path):
     classifier = TipAdapter(zero_shot_classifier(clip_model, **prompts)).fit(train).classifier()
-    head = classifier.save(tmp_path / "saved", {"model_cfg": {}, "preprocess_cfg": {}}) / "classifier.safetensors"
+    head = classifier.save(tmp_path / "saved", CONFIG) / "classifier.safetensors"
     whole = head.read_bytes()
     for content in (b"", whole[:200], whole.replace(b"CacheClassifier", b"LatchClassifier")):
         head.write_bytes(content)
