@@ -115,7 +115,7 @@ def fit(
         raise ValueError("resume=True needs output, the folder of the run to continue")
     if device is not None:
         method.to(device)
-    source = Source(data, method.model, name="data", classes=method.class_names, of=f"the {type(method).__name__}")
+    source = Source(data, method.model, name="data", classes=method.classes, of=f"the {type(method).__name__}")
     described = source.check_training(len(method.class_names), method.takes_features)
     with ExitStack() as held:
         if dry_run:

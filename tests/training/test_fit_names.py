@@ -16,7 +16,8 @@ from torchvision.transforms.functional import to_tensor
 
 from robustft.data.classes import _say
 from robustft.functional import group_risk
-from robustft.methods import FLYP, FineTune, Step
+from robustft.methods import DRM, FLYP, CLIPAdapter, CoCoOp, CoOp, FineTune, LinearProbe, MaPLe, ProDA, Step
+from robustft.predictors import zero_shot_classifier
 from robustft.training.loop import fit
 
 
@@ -140,3 +141,40 @@ def test_equal_names_say_nothing(model, batches):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trained(model, Named(batches, NAMES), epochs=1)
+
+
+FOLDERS = {"n01": "ant", "n02": "bee", "n03": "cow"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (FLYP, {}),
+        (FineTune, {}),
+        (LinearProbe, {}),
+        (CoOp, {"context": 4}),
+        (CoCoOp, {}),
+        (MaPLe, {}),
+        (ProDA, {"context": 4}),
+        (CLIPAdapter, {}),
+    ]
+    + [(DRM, {"descriptions": {"ant": "six legs", "bee": "stripes", "cow": "horns"}})],
+)
+def test_a_mapping_names_folders_for_data_and_words_for_captions(kind, options, model, batches):
+    words = kind(model, tokenizer=letters, class_names=NAMES, templates=TEMPLATES, **options)
+    method = kind(model, tokenizer=letters, class_names=FOLDERS, templates=TEMPLATES, **options)
+    assert method.classes == ("n01", "n02", "n03") and method.class_names == NAMES
+    images, labels = batches[0]
+    named = method.classifier()
+    torch.testing.assert_close(named.logits(images), words.classifier().logits(images))
+    data = type("Folders", (list,), {"classes": ["n03", "n01"]})([(images[0], 1), (images[1], 0), (images[2], 1)])
+    with pytest.warns(UserWarning, match="2 of the 3 classes"):
+        assert named.predict(data).classes == ("n01", "n03")
+    assert named.predict(data).labels.tolist() == [0, 1, 0]
+
+
+def test_a_zero_shot_classifier_has_the_folders_for_classes_and_the_words_in_its_head(model):
+    predictor = zero_shot_classifier(model, tokenizer=letters, class_names=FOLDERS, templates=TEMPLATES)
+    assert predictor.classes == tuple(FOLDERS)
+    words = zero_shot_classifier(model, tokenizer=letters, class_names=NAMES, templates=TEMPLATES)
+    assert torch.equal(predictor.class_embeddings, words.class_embeddings)
