@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from robustft.clip.encoding import encode_texts
-from robustft.clip.prompts import Template, Tokenizer, captions, check_captions, tokenize_classes
+from robustft.clip.prompts import Template, Tokenizer, captions, check_captions, split_names, tokenize_classes
 
 
 def class_embeddings(
@@ -32,7 +32,7 @@ def class_embeddings(
     ValueError for empty lists and blank names, for captions longer than the context unless `truncate` lets them be cut,
     and for classes whose different captions become the same tokens.
     """
-    names = list(class_names.values()) if isinstance(class_names, Mapping) else class_names
+    _, names = split_names(class_names)
     groups = group_captions(tokenizer, captions(names, templates), names=names, truncate=truncate)
     return grouped_embeddings(model, groups, batch_size=batch_size)
 

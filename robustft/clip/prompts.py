@@ -77,7 +77,7 @@ def captions(
     have them); names that look like those of folders ("n01440764", "class_01") get a warning. Raises ValueError when
     either list is empty or a name is blank, TypeError when either is a bare string.
     """
-    names = list(class_names.values()) if isinstance(class_names, Mapping) else class_names
+    _, names = split_names(class_names)
     _check_strings("class_names", names)
     if isinstance(templates, str) or not isinstance(templates, Sequence):
         raise TypeError(f"templates: expected a sequence of templates, got {templates!r}")
@@ -88,7 +88,7 @@ def captions(
         warnings.warn(
             f"class_names: {_few(codes, 3)} look like names of folders, which no text tower knows, and become "
             f"captions such as {format_template(templates[0], codes[0])!r}: give names in words, or "
-            "name_classes(dataset.classes, {folder: name})",
+            "class_names={folder: name}",
             stacklevel=1,
         )
     return tuple(tuple(format_template(template, name) for template in templates) for name in names)
@@ -100,18 +100,11 @@ _CODE = re.compile(
 )
 
 
-def name_classes(classes: Sequence[str], names: Mapping[str, str]) -> tuple[str, ...]:
-    """The name in words of each class of a data set, in its order: `class_names` for methods and heads.
-
-    classes: as the data set calls them, such as its folders. names: {folder: name}; more folders than there are classes
-    do no harm. Raises ValueError naming the classes without a name.
-    """
-    _check_strings("classes", classes)
-    if nameless := [name for name in classes if name not in names]:
-        raise ValueError(f"names: no name for {_few(nameless)}, of {len(classes)} classes")
-    found = [names[name] for name in classes]
-    _check_strings("names", found)
-    return tuple(found)
+def split_names(class_names: Sequence[str] | Mapping[str, str]) -> tuple[Sequence[str], Sequence[str]]:
+    """What data sets call the classes, and what captions do: keys and values of {folder: name}, or a list for both."""
+    if isinstance(class_names, Mapping):
+        return tuple(class_names), tuple(class_names.values())
+    return class_names, class_names
 
 
 class Truncating:
@@ -309,7 +302,7 @@ class PromptTable:
         truncate: bool = False,
     ) -> None:
         """class_names, templates: as for `captions`; truncate: as for `tokenize_classes`, whose errors it raises."""
-        names = list(class_names.values()) if isinstance(class_names, Mapping) else class_names
+        _, names = split_names(class_names)
         self._fill(tokenizer, captions(names, templates), names, truncate)
 
     @classmethod

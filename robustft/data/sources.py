@@ -62,7 +62,7 @@ class Source:
     ) -> None:
         self.matching = None if classes is None else matching_of(data, classes, of=of)
         self.name, self.transform, self.statistics = name, transform, _stated(model)
-        self.groups = getattr(data, "groups", None)
+        self.groups = _groups(data)
         if takes_statistics(data, transform):
             data = data.tensors(*image_statistics(model))
         self.columns = _columns(data, name)
@@ -134,7 +134,10 @@ class Source:
         without a row for each image. Items are looked at when they are loaded.
         """
         if self.columns is None:
-            return {"samples": len(self)}
+            matched = {}
+            if self.matching is not None and self.matching.changes:
+                matched = {"classes_of_labels": list(self.matching.classes_of_labels)}
+            return {"samples": len(self)} | matched
         named = isinstance(self.data, Mapping)
         images, labels, _ = unpack(self.columns if named else tuple(self.columns.values()), features)
         if labels is None:
@@ -327,7 +330,8 @@ class _Seeded(torch.utils.data.Dataset[Any]):
         torch.manual_seed(number)
         item = self.data[index]
         if isinstance(item, Mapping):
-            return {**item, "label": self._class_of(item["label"])} if "label" in item else item
+            known = {} if self.groups is None else {"group": self.groups[index]}
+            return known | item | ({"label": self._class_of(item["label"])} if "label" in item else {})
         image, target = item
         is_label = isinstance(target, (int, np.integer)) or isinstance(target, Tensor) and target.ndim == 0
         target = self._class_of(target) if is_label else target
@@ -337,6 +341,15 @@ class _Seeded(torch.utils.data.Dataset[Any]):
 
     def _class_of(self, label: Any) -> Any:
         return label if self.matching is None else int(self.matching.of(torch.tensor([int(label)])))
+
+
+def _groups(data: Any) -> Any:
+    """`.groups` of a data set, also of one inside a `Subset`; None where there are none."""
+    groups = getattr(data, "groups", None)
+    if groups is None and isinstance(data, torch.utils.data.Subset):
+        inner = _groups(data.dataset)
+        return None if inner is None else [inner[index] for index in data.indices]
+    return groups
 
 
 def _ignore_interrupt(worker: int) -> None:

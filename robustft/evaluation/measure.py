@@ -167,7 +167,7 @@ def _measure(suite: Suite[Outputs], bins: int, score: str) -> ModelResult:
 
 
 def _pooled(sets: Sequence[Outputs]) -> tuple[Tensor, Tensor]:
-    """Probabilities (N, K) and labels (N,) of all sets together, over the classes of all; 0 where a set lacks one."""
+    """Probabilities (N, K), labels (N,) of all sets together, over the classes of all; 0 for those that a set lacks."""
     named = [p.classes for p in sets]
     widths = sorted({p.logits.shape[1] for p in sets})
     if len(widths) == 1 and len(set(named)) == 1:

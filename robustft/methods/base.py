@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from typing_extensions import Required, TypedDict
 
 from robustft.clip.encoding import unwrap
-from robustft.clip.prompts import Template, Tokenizer, captions, tokenize
+from robustft.clip.prompts import Template, Tokenizer, captions, split_names, tokenize
 from robustft.data.sources import Batch, check_labels, unpack
 from robustft.losses import weighted_sum
 from robustft.methods.options import Configured, digest
@@ -48,7 +48,7 @@ class Shared(TypedDict, total=False):
     """The options of every method, which `Method` describes: a constructor hands them on as `**shared`."""
 
     tokenizer: Required[Tokenizer]
-    class_names: Required[Sequence[str]]
+    class_names: Required[Sequence[str] | Mapping[str, str]]
     templates: Required[Sequence[Template]]
     total_steps: int | None
     seed: int
@@ -65,7 +65,9 @@ class Method(Configured, nn.Module):
     Args:
         model: an open_clip model, in whatever wrappers; parameters frozen in it stay frozen.
         tokenizer: its tokenizer.
-        class_names: K names, at least two, in the order of the labels.
+        class_names: K names, at least two, in the order of the labels; or {name in data sets, such as a folder: name in
+            captions}. The keys become `classes`, the method's and its predictors', which data sets are matched to; the
+            values stay `class_names`.
         templates: prompts with a place for the name, "a photo of a {}".
         total_steps: length of the run, for methods with a schedule; None: `begin_run` tells it, as `fit` does.
         seed: of everything random in `step`.
@@ -86,7 +88,7 @@ class Method(Configured, nn.Module):
         model: nn.Module,
         *,
         tokenizer: Tokenizer,
-        class_names: Sequence[str],
+        class_names: Sequence[str] | Mapping[str, str],
         templates: Sequence[Template],
         total_steps: int | None = None,
         seed: int = 0,
@@ -94,11 +96,6 @@ class Method(Configured, nn.Module):
         super().__init__()
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
-        if isinstance(class_names, Mapping):
-            raise TypeError(
-                "class_names must be names in the order of the labels; of a mapping {folder: name}, "
-                "robustft.clip.prompts.name_classes(dataset.classes, mapping) makes them"
-            )
         texts = captions(class_names, templates)  # refuses what is no list of names or templates
         if len(class_names) < 2:
             raise ValueError(
@@ -108,7 +105,7 @@ class Method(Configured, nn.Module):
             )
         self.model = copy.deepcopy(unwrap(model))
         self.tokenizer = tokenizer
-        self.class_names = tuple(class_names)
+        self.classes, self.class_names = (tuple(names) for names in split_names(class_names))
         self.templates = templates
         self.total_steps = total_steps
         self.seed = seed
@@ -161,9 +158,15 @@ class Method(Configured, nn.Module):
         return zero_shot_classifier(
             self.model if model is None else model,
             tokenizer=self.tokenizer,
-            class_names=self.class_names,
+            class_names=self._named(),
             templates=self.templates,
         )
+
+    def _named(self) -> Sequence[str] | Mapping[str, str]:
+        """The class names as they were given."""
+        if self.classes == self.class_names:
+            return self.classes
+        return dict(zip(self.classes, self.class_names, strict=True))
 
     def checked(self, batch: Any) -> Batch:
         """The batch's parts, or an error that says what is wrong with them."""

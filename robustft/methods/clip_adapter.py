@@ -68,7 +68,7 @@ class CLIPAdapter(FrozenModel):
         """The adapter learnt so far, on the frozen model."""
         return AdapterClassifier(
             self.model,
-            self.class_names,
+            self.classes,
             class_embeddings=self.class_embeddings,
             logit_scale=clip.logit_scale(self.model),
             down=self.down.weight,

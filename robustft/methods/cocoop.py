@@ -62,7 +62,7 @@ class CoCoOp(ContextMethod):
 
     def classifier(self) -> CoCoOpClassifier:
         """The predictor learnt so far; it shares the model."""
-        return CoCoOpClassifier(self.model, self.class_names, captions=CAPTIONS, **self._parts())
+        return CoCoOpClassifier(self.model, self.classes, captions=CAPTIONS, **self._parts())
 
     def _parts(self) -> dict[str, Tensor]:
         return {

@@ -112,7 +112,7 @@ class CoOp(ContextMethod):
     @torch.no_grad()
     def classifier(self) -> Classifier:
         """The frozen image tower and the class embeddings of the learnt context."""
-        return Classifier(self.model, self.class_embeddings(), self.class_names)
+        return Classifier(self.model, self.class_embeddings(), self.classes)
 
 
 class KgCoOp(CoOp):

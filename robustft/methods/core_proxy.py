@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from robustft import clip
 from robustft.clip import features
 from robustft.clip.outputs import evaluating
-from robustft.clip.prompts import match_descriptions
+from robustft.clip.prompts import match_descriptions, split_names
 from robustft.data.classes import matching_of
 from robustft.data.sources import check_labels
 
@@ -104,7 +104,7 @@ def core_labels(
     data: Any,
     *,
     tokenizer: Any,
-    class_names: Sequence[str],
+    class_names: Sequence[str] | Mapping[str, str],
     descriptions: Mapping[str, str | Sequence[str]] | Sequence[str | Sequence[str]],
     proxy: CoreProxy = CoreProxy(),
     cache: str | Path | None = None,
@@ -122,10 +122,11 @@ def core_labels(
         cache, batch_size: of the image features, as for `robustft.clip.encode`; a second call with another
             proxy or other descriptions encodes no image.
     """
+    classes, class_names = split_names(class_names)
     descriptions = match_descriptions(descriptions, class_names)
     with evaluating(model), torch.no_grad():
         embeddings = clip.caption_embeddings(model, tokenizer, descriptions, batch_size=batch_size, names=class_names)
-    similarities, labels = core_similarities(model, data, embeddings, class_names, cache=cache, batch_size=batch_size)
+    similarities, labels = core_similarities(model, data, embeddings, classes, cache=cache, batch_size=batch_size)
     return proxy(similarities, labels, CoreProxy.ranges(similarities, labels))
 
 

@@ -52,8 +52,8 @@ class DRM(CaptionMethod):
     ingredients are known (`CoreProxy`).
 
     Args:
-        descriptions: {class name: description or [descriptions]}, or K of them in label order. A mapping whose names
-            are not the classes is refused (`prompts.match_descriptions`).
+        descriptions: {class name, as captions have it: description or [descriptions]}, or K of them in label order. A
+            mapping whose names are not the classes is refused (`prompts.match_descriptions`).
         worst_case_weight: lambda, to be chosen on held-out ID data; 0 trains as `FLYP` does.
         empirical_weight: of R_df; 0 trains on the descriptions alone, with `CoreProxy(one_hot=1)` by cross-entropy.
         proxy: `CoreProxy()` by default. None: every batch has "core", and no frozen model is kept.
@@ -104,7 +104,7 @@ class DRM(CaptionMethod):
             frozen = copy.deepcopy(self.model).requires_grad_(False).eval()
             with torch.no_grad():
                 core = clip.grouped_embeddings(frozen, self.concepts, batch_size=text_chunk)
-            self.zero_shot = Classifier(frozen, core, self.class_names)
+            self.zero_shot = Classifier(frozen, core, self.classes)
             self.register_buffer("ranges", core.new_full((2, 2, len(core)), torch.nan))
 
     def train(self, mode: bool = True) -> DRM:
@@ -150,7 +150,7 @@ class DRM(CaptionMethod):
         with evaluating(self.model), torch.no_grad():
             core = clip.grouped_embeddings(self.model, self.concepts, batch_size=self.text_chunk)
         default = self.zero_shot_classifier().class_embeddings
-        return DualClassifier(self.model, default, core, self.class_names, beta=self.beta if beta is None else beta)
+        return DualClassifier(self.model, default, core, self.classes, beta=self.beta if beta is None else beta)
 
     def _core(self, batch: Any, images: Tensor, labels: Tensor) -> Tensor:
         """q of a batch: (N,), or (N, K)."""

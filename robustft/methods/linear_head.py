@@ -64,10 +64,10 @@ class LinearHead(Method):
 
     def start_head(self, start: Classifier, trained: Iterable[nn.Parameter] = ()) -> None:
         """Makes the head, a copy of a classifier's; it is trained, and of the model those parameters in `trained`."""
-        if start.classes != self.class_names:
+        if start.classes != self.classes:
             raise ValueError(
                 f"start must be a classifier over the same classes in the same order, got {start.classes[:5]}... for "
-                f"{self.class_names[:5]}..."
+                f"{self.classes[:5]}..."
             )
         chosen = {id(p) for p in trained}
         for p in self.model.parameters():
@@ -88,4 +88,4 @@ class LinearHead(Method):
     def classifier(self) -> Classifier:
         """The tower and head learnt so far, with the model's scale taken back out of the head."""
         s = clip.logit_scale(self.model).detach()
-        return Classifier(self.model, self.head / s, self.class_names, logit_scale=s, bias=self.bias)
+        return Classifier(self.model, self.head / s, self.classes, logit_scale=s, bias=self.bias)

@@ -53,7 +53,7 @@ class LinearProbe(LinearHead):
         start = self.zero_shot_classifier()
         w = start.class_embeddings if init == "zero_shot" else torch.zeros_like(start.class_embeddings)
         b = w.new_zeros(len(w)) if bias else None
-        self.start_head(Classifier(self.model, w, self.class_names, bias=b))
+        self.start_head(Classifier(self.model, w, self.classes, bias=b))
 
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)

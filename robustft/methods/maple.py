@@ -86,7 +86,7 @@ class MaPLe(ContextMethod):
         """The model with the image prompts learnt so far, and the class embeddings."""
         return MaPLeClassifier(
             self.model,
-            self.class_names,
+            self.classes,
             class_embeddings=self.class_embeddings(),
             logit_scale=clip.logit_scale(self.model),
             prompts=self.visual_prompts(),

@@ -132,7 +132,7 @@ class ProDA(FrozenModel):
         """The frozen image tower and the mean over all prompts, which is not normalised again, as in training."""
         prompts = torch.arange(len(self.contexts), device=self.contexts.device)
         sums = [self.prompt_embeddings(part).sum(0) for part in prompts.split(self.prompt_batch)]
-        return Classifier(self.model, torch.stack(sums).sum(0) / len(prompts), self.class_names)
+        return Classifier(self.model, torch.stack(sums).sum(0) / len(prompts), self.classes)
 
 
 def difference_variance(u: Tensor, deviations: Tensor, labels: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ class TipAdapterF(FrozenModel):
         """The cache learnt so far, on the frozen model."""
         return CacheClassifier(
             self.model,
-            self.class_names,
+            self.classes,
             class_embeddings=self.class_embeddings,
             logit_scale=clip.logit_scale(self.model),
             keys=self.keys,

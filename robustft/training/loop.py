@@ -8,6 +8,7 @@ number of threads).
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -57,6 +58,7 @@ def fit(
     weight_decay: float = 0.1,
     warmup: float = 0.1,
     clip: float | None = 1.0,
+    max_logit_scale: float | None = 100.0,
     precision: Precision = "fp32",
     seed: int = 0,
     output: str | os.PathLike[str] | None = None,
@@ -78,11 +80,13 @@ def fit(
     Args:
         method: the method to train; moved to `device` if one is given.
         data: any of what `robustft.data.sources` names. Where it tells its classes' names, all or some of the method's,
-            labels are matched to them by name. Augmentation may use torch's, numpy's or Python's
-            global generators: each is seeded by (seed, epoch, index).
+            labels are matched to them by name. Augmentation may use torch's, numpy's or Python's global generators:
+            each is seeded by (seed, epoch, index).
         epochs, batch_size, lr, weight_decay: as usual.
         warmup: fraction of all steps over which the rate rises.
         clip: largest norm of the whole gradient, after the fp16 loss scale is taken out; None for no limit.
+        max_logit_scale: where the model's logit scale is trained, it is held at or below this after each update, as
+            open_clip holds it, or at its first value where that is higher; None for no bound. Records have the scale.
         precision: autocast to bf16 or fp16 (with loss scaling); weights stay as they are.
         seed: of order, augmentation and dropout. A method's captions have their own.
         output: folder for metrics.jsonl and checkpoints/, written at the start, after each epoch and on
@@ -103,13 +107,15 @@ def fit(
             resume, is in use by another process, or cannot be written.
     """
     started = time.monotonic()
-    settings = Settings(epochs, batch_size, lr, weight_decay, warmup, clip, precision, seed, limit_batches)
+    settings = Settings(
+        epochs, batch_size, lr, weight_decay, warmup, clip, precision, seed, limit_batches, max_logit_scale
+    )
     check_arguments(log_every=log_every)
     if resume and output is None:
         raise ValueError("resume=True needs output, the folder of the run to continue")
     if device is not None:
         method.to(device)
-    source = Source(data, method.model, name="data", classes=method.class_names, of=f"the {type(method).__name__}")
+    source = Source(data, method.model, name="data", classes=method.classes, of=f"the {type(method).__name__}")
     described = source.check_training(len(method.class_names), method.takes_features)
     with ExitStack() as held:
         if dry_run:
@@ -191,6 +197,8 @@ class _Training:
             terms = {name: value.item() for name, value in out.terms.items()}
             # None where fp16 skipped the update: JSON has no word for infinity.
             shown = {"gradient_norm": None if optimization.skipped else size}
+            if optimization.logit_scale is not None:
+                shown["logit_scale"] = math.exp(optimization.logit_scale.item())
             self.record({"step": self.step, "epoch": epoch + 1, "lr": rate, "loss": loss, **terms, **shown})
 
     def record(self, record: Record) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from robustft.clip.encoding import unwrap
 from robustft.methods.base import Method, Step
 from robustft.training.schedule import DTYPES, Settings
 
@@ -21,6 +22,8 @@ SKIPS_BEFORE_ERROR = 20  # fp16 halves its loss scale at each: 65536 has come do
 class Optimization:
     """The optimiser of a method's trainable parameters. Matrices and embeddings decay, all else does not.
 
+    `logit_scale` is the model's parameter ln s where it is trained, held at or below `settings.max_logit_scale`, or at
+    its first value where that is higher: otherwise it grows as long as that lowers the loss, and confidence with it.
     `skipped` counts the last steps, one after another, that fp16 has not taken because their gradient overflowed.
     """
 
@@ -40,6 +43,11 @@ class Optimization:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.skipped = 0
+        scale = getattr(unwrap(method.model), "logit_scale", None)
+        self.logit_scale = scale if isinstance(scale, nn.Parameter) and scale.requires_grad else None
+        self._highest = math.inf
+        if self.logit_scale is not None and settings.max_logit_scale is not None:
+            self._highest = max(math.log(settings.max_logit_scale), self.logit_scale.item())
 
     def start(self) -> None:
         """No gradient yet."""
@@ -75,6 +83,9 @@ class Optimization:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, norm)
         self.scaler.step(self.adamw)
         self.scaler.update()
+        if self.logit_scale is not None and self._highest < math.inf:
+            with torch.no_grad():
+                self.logit_scale.clamp_(max=self._highest)
         self.method.after_step()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

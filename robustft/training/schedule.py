@@ -35,6 +35,7 @@ class Settings:
     precision: Precision
     seed: int
     limit_batches: int | None
+    max_logit_scale: float | None
 
     def __post_init__(self) -> None:
         check_arguments(**asdict(self))
@@ -84,7 +85,7 @@ def check_arguments(**arguments: Any) -> None:
         value = arguments.get(name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    for name in ("lr", "clip"):
+    for name in ("lr", "clip", "max_logit_scale"):
         value = arguments.get(name)
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")

@@ -779,11 +779,6 @@ def test_methods_train_the_model_inside(wrap, clip_model, prompts, batches):
     assert method.model is not clip_model
 
 
-def test_methods_refuse_a_mapping_of_names_and_say_what_makes_names_of_it(clip_model, prompts):
-    with pytest.raises(TypeError, match="class_names.*name_classes"):
-        FLYP(clip_model, **prompts | {"class_names": {"n01": "ant", "n02": "bee"}})
-
-
 def test_trained_weights_in_half_precision_are_named_and_refused():
     model = build().bfloat16().requires_grad_(False)
     clip.check_trainable_precision(model)

@@ -1,0 +1,115 @@
+"""What learns from labels learns them by name: the caches of few-shot methods, DRM's proxy, soups, detectors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_clip import NAMES
+
+from robustft import Detector
+from robustft.clip.features import encode
+from robustft.data.classes import _say
+from robustft.ensembles import Tempering, greedy_soup
+from robustft.methods import DRM, TipAdapter, core_labels
+from robustft.predictors import Classifier, zero_shot_classifier
+
+pytestmark = pytest.mark.filterwarnings("ignore:the data set has")
+DESCRIPTIONS = {"ant": "six legs", "bee": "stripes", "cow": "horns"}
+
+
+@pytest.fixture(autouse=True)
+def _unsaid():
+    _say.cache_clear()
+
+
+class Named(torch.utils.data.Dataset):
+    """Images of the classes of NAMES that `classes` has, numbered in their order."""
+
+    def __init__(self, pair, classes=NAMES):
+        images, labels = pair
+        keep = [i for i, label in enumerate(labels.tolist()) if NAMES[label] in classes]
+        self.pair = images[keep], labels[keep]
+        self.images, self.classes = images[keep], list(classes)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index], self.classes.index(NAMES[int(self.pair[1][index])])
+
+
+@pytest.fixture
+def model(clip_model):
+    return clip_model
+
+
+@pytest.fixture
+def zero_shot(model, prompts):
+    return zero_shot_classifier(model, **prompts)
+
+
+PERMUTED, SOME = ("cow", "ant", "bee"), ("cow", "ant")
+
+
+@pytest.mark.parametrize("classes", [PERMUTED, SOME])
+def test_tip_adapters_cache_holds_classes_whatever_their_order_in_the_data(classes, zero_shot, batches, validation):
+    train = Named(batches[0], classes)
+    plain = TipAdapter(zero_shot).fit(train.pair, validation, alphas=(0.5, 1.0), betas=(1.0, 2.0))
+    named = TipAdapter(zero_shot).fit(train, Named(validation, PERMUTED), alphas=(0.5, 1.0), betas=(1.0, 2.0))
+    assert torch.equal(plain.labels_, named.labels_) and plain.accuracies_ == named.accuracies_
+    torch.testing.assert_close(plain.keys_, named.keys_)
+
+
+def test_tip_adapter_is_chosen_among_the_classes_of_the_validation_set(zero_shot, batches, validation):
+    some = Named(validation, SOME)
+    fitted = TipAdapter(zero_shot).fit(batches[0], some, alphas=(1.0,), betas=(1.0,))
+    outputs = fitted.classifier().restrict([0, 2]).predict(some)
+    assert fitted.accuracies_[0][0] == (outputs.logits.argmax(1) == outputs.labels).double().mean()
+
+
+def test_core_labels_and_ranges_are_of_the_classes_that_names_say(model, prompts, batches):
+    data = Named(batches[0], PERMUTED)
+    given = prompts | {"descriptions": DESCRIPTIONS}
+    known = {name: given[name] for name in ("tokenizer", "class_names", "descriptions")}
+    torch.testing.assert_close(core_labels(model, data, **known), core_labels(model, data.pair, **known))
+    one, two = (DRM(model, **given).prepare(pair) for pair in (data.pair, data))
+    torch.testing.assert_close(one.ranges, two.ranges)
+
+
+def test_a_detector_learns_the_classes_that_names_say(zero_shot, batches, validation):
+    train = tuple(torch.cat(column) for column in zip(*batches, strict=True))
+    held_out = [(image, -7) for image in validation[0]]  # labels of the validation set are not looked at
+    one, two = (
+        Detector("mahalanobis").fit(zero_shot, data, validation=held_out) for data in (train, Named(train, PERMUTED))
+    )
+    assert one.threshold_ == pytest.approx(two.threshold_)
+    other = type("Other", (list,), {"classes": ["ant", "wasp", "cow"]})(zip(*train, strict=True))
+    with pytest.raises(ValueError, match="'wasp'"):
+        Detector("mahalanobis").fit(zero_shot, other, validation=held_out)
+    Detector("mcm").fit(zero_shot, other)
+
+
+def test_soups_and_temperatures_are_fitted_by_name(zero_shot, validation):
+    other = Classifier(zero_shot.model, zero_shot.class_embeddings.flip(0), NAMES)
+    one, two = (greedy_soup([zero_shot, other], data) for data in (validation, Named(validation, PERMUTED)))
+    assert (one.accuracies, one.ingredients) == (two.accuracies, two.ingredients)
+    some = Named(validation, SOME)
+    restricted = Tempering(zero_shot.restrict([0, 2]), "confidence").fit(some)
+    assert Tempering(zero_shot, "confidence").fit(some).temperature_ == restricted.temperature_
+
+
+def test_features_of_a_subset_are_kept_under_its_data_set_and_indices(model, validation, tmp_path):
+    class Told(Named):
+        fingerprint = "told"
+
+    data = Told(validation)
+    first, again, other = (torch.utils.data.Subset(data, rows) for rows in ([3, 1], torch.tensor([3, 1]), [1, 3]))
+    assert encode(model, first, cache=tmp_path).labels.tolist() == [data[3][1], data[1][1]]
+    encode(model, again, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    encode(model, other, cache=tmp_path)
+    encode(model, torch.utils.data.ConcatDataset([first, other]), cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    data.transform = lambda image: image
+    with pytest.raises(ValueError, match=r"dataset\.dataset\.transform \(function\) cannot be told"):
+        encode(model, first, cache=tmp_path)
