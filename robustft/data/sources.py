@@ -117,15 +117,15 @@ class Source:
         if self.columns is not None:
             parts = self.columns
             chosen = ({key: part[chunk.to(part.device)] for key, part in parts.items()} for chunk in chunks)
-            return chosen if isinstance(self.data, Mapping) else (tuple(batch.values()) for batch in chosen)
-        return iter(
-            torch.utils.data.DataLoader(
-                _Seeded(self.data, self.groups, self.matching, seed, epoch),
-                batch_sampler=[chunk.tolist() for chunk in chunks],
-                num_workers=workers,
-                worker_init_fn=_ignore_interrupt,
-            )
+            named = isinstance(self.data, Mapping)
+            return warning_of_raw_pixels((b if named else tuple(b.values()) for b in chosen), self.statistics)
+        loader = torch.utils.data.DataLoader(
+            _Seeded(self.data, self.groups, self.matching, seed, epoch),
+            batch_sampler=[chunk.tolist() for chunk in chunks],
+            num_workers=workers,
+            worker_init_fn=_ignore_interrupt,
         )
+        return warning_of_raw_pixels(iter(loader), self.statistics)
 
     def check_training(self, classes: int, features: bool = False) -> dict[str, Any]:
         """Checks tensors as `unpack` checks a batch of them; gives what a resumed run must find the same.

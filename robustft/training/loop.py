@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from robustft.clip import check_trainable_precision
 from robustft.data.seeds import stateless_seed
 from robustft.data.sources import Source, to_device
 from robustft.methods.base import Method, Step
@@ -102,7 +103,8 @@ def fit(
         NonFiniteError: before the update that would spoil the weights. The last checkpoint stays.
         KeyboardInterrupt: on Ctrl-C, after the current step and its checkpoint. A second Ctrl-C does not
             wait.
-        ValueError, TypeError: bad arguments or data, or a configuration other than the checkpoint's.
+        ValueError, TypeError: bad arguments or data, a configuration other than the checkpoint's, or trained weights
+            in half precision, in which most updates are lost.
         FileExistsError, FileNotFoundError, BlockingIOError, OSError: `output` holds a run, has none to
             resume, is in use by another process, or cannot be written.
     """
@@ -113,6 +115,7 @@ def fit(
     check_arguments(log_every=log_every)
     if resume and output is None:
         raise ValueError("resume=True needs output, the folder of the run to continue")
+    check_trainable_precision(method)
     if device is not None:
         method.to(device)
     source = Source(data, method.model, name="data", classes=method.classes, of=f"the {type(method).__name__}")

@@ -786,3 +786,17 @@ def test_progress_is_lines_elsewhere_than_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr("robustft.training.progress.SECONDS_BETWEEN_LINES", 0.0)
     run(make(), progress=True, log=lines.append)
     assert len(lines) == 1 + TOTAL
+
+
+def test_weights_in_half_precision_are_refused_before_anything_is_written(tmp_path):
+    method = make().to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"trained parameters.*bfloat16.*rounded away"):
+        run(method, tmp_path / "half")
+    assert not (tmp_path / "half").exists()
+
+
+def test_images_that_are_still_pixels_get_a_warning_in_training():
+    images, labels = data()
+    pixels = torch.randint(0, 256, images.shape).float()
+    with pytest.warns(UserWarning, match="whole numbers from 0 to 255"):
+        run(make(), data=(pixels, labels), epochs=1, lr=1e-5)
