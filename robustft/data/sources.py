@@ -331,7 +331,7 @@ class _Seeded(torch.utils.data.Dataset[Any]):
         item = self.data[index]
         if isinstance(item, Mapping):
             known = {} if self.groups is None else {"group": self.groups[index]}
-            return known | item | ({"label": self._class_of(item["label"])} if "label" in item else {})
+            return known | dict(item) | ({"label": self._class_of(item["label"])} if "label" in item else {})
         image, target = item
         is_label = isinstance(target, (int, np.integer)) or isinstance(target, Tensor) and target.ndim == 0
         target = self._class_of(target) if is_label else target

@@ -305,7 +305,7 @@ def test_records_hold_every_term_and_are_the_lines_of_the_metrics_file(tmp_path)
     assert lines == history.records
     assert [record["step"] for record in lines] == [1, 2, 4, 6, 8, 9]
     terms = {"contrastive", "distillation", "orthogonality", "cross"}
-    assert lines[1].keys() == terms | {"step", "epoch", "lr", "loss", "gradient_norm"}
+    assert lines[1].keys() == terms | {"step", "epoch", "lr", "loss", "gradient_norm", "logit_scale"}
     weighted = lines[1]["contrastive"] + 1.5 * lines[1]["distillation"]
     weighted += 0.2 * lines[1]["orthogonality"] + 0.05 * lines[1]["cross"]
     assert lines[1]["loss"] == pytest.approx(weighted, rel=1e-5)
