@@ -8,8 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -43,7 +41,7 @@ SOME = [
 ]
 
 
-def test_some_interpreted_kernels_of_each_suite_pass(tmp_path):
+def test_some_interpreted_kernels_of_each_suite_pass(bare_python):
     if version("triton") < "3.7" and tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4):
         pytest.skip("Triton 3.6's interpreter needs NumPy before 2.4")
     # Whether a kernel is interpreted is decided when it is defined: hence a process of its own.
@@ -51,10 +49,9 @@ def test_some_interpreted_kernels_of_each_suite_pass(tmp_path):
     path = os.pathsep.join(paths).rstrip(os.pathsep)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     # Of what is computed beside the matrix and thrown away, numpy says that it divides by zero.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider"]
-    command += ["-W", "ignore::RuntimeWarning", *(str(TESTS / name) for name in SOME)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert run.returncode == 0, run.stdout[-4000:]
+    command = ["-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
+    run = bare_python.run(*command, *(TESTS / name for name in SOME), environment=environment)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     assert f"{len(SOME)} passed" in run.stdout and " skipped" not in run.stdout
 
 
