@@ -22,7 +22,7 @@ import torch
 
 from robustft.data.seeds import stateless_seed
 from robustft.data.sources import Source, to_device
-from robustft.methods.base import Method, Step
+from robustft.methods.base import Method, Step, check_single_process
 from robustft.training.guards import deferred_interrupt, own_generators, restored
 from robustft.training.optimization import Optimization
 from robustft.training.progress import Progress
@@ -103,10 +103,12 @@ def fit(
         KeyboardInterrupt: on Ctrl-C, after the current step and its checkpoint. A second Ctrl-C does not
             wait.
         ValueError, TypeError: bad arguments or data, or a configuration other than the checkpoint's.
+        RuntimeError: under more than one process of torch.distributed.
         FileExistsError, FileNotFoundError, BlockingIOError, OSError: `output` holds a run, has none to
             resume, is in use by another process, or cannot be written.
     """
     started = time.monotonic()
+    check_single_process("robustft.fit")
     settings = Settings(
         epochs, batch_size, lr, weight_decay, warmup, clip, precision, seed, limit_batches, max_logit_scale
     )
