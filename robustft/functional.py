@@ -80,6 +80,52 @@ class Neighbors(NamedTuple):
     indices: Tensor
 
 
+def _contrastive_arguments(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    labels: Tensor | None,
+    label_smoothing: float,
+    weight: Tensor | None,
+    reduction: str,
+    memory: str | int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The features and the scale, after the checks of all arguments."""
+    x, t, s = arguments.feature_pair(image_features, text_features, logit_scale)
+    n = len(x)
+    arguments.check_sample_labels(labels, n, x.device)
+    arguments.check_smoothing(label_smoothing)
+    arguments.check_reduction(reduction)
+    arguments.check_weight(weight, n, x.device)
+    arguments.memory_budget(memory, x.device)
+    return x, t, s
+
+
+def _distillation_arguments(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    teacher_image_features: Tensor,
+    teacher_text_features: Tensor,
+    teacher_logit_scale: Tensor | float,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    memory: str | int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Both pairs of features and their scales, in one dtype, after the checks of all arguments."""
+    options = labels, 0.0, weight, reduction, memory
+    x, t, s = _contrastive_arguments(image_features, text_features, logit_scale, *options)
+    xt, tt, st = arguments.feature_pair(teacher_image_features, teacher_text_features, teacher_logit_scale, "teacher_")
+    if len(xt) != len(x):
+        raise ValueError(f"teacher_image_features has {len(xt)} rows; expected {len(x)}, as image_features")
+    if xt.device != x.device:
+        raise ValueError(f"teacher_image_features is on {xt.device}; expected {x.device}, as image_features")
+    # Everything in the widest dtype: narrowing a float32 teacher to the student's bfloat16 would lose what it knows.
+    wider = torch.promote_types(x.dtype, xt.dtype)
+    return x.to(wider), t.to(wider), s, xt.detach().to(wider), tt.detach().to(wider), st.detach()
+
+
 @arguments.own_precision
 def contrastive_loss(
     image_features: Tensor,
@@ -108,7 +154,10 @@ def contrastive_loss(
             and must be equally many on every rank; "mean" is the mean over all samples and the same on every rank,
             "sum" likewise, "none" the local losses. Gradients are those of that global value with respect to the
             local features, so summing parameter gradients over ranks (not averaging: multiply the loss by the
-            world size under DistributedDataParallel) gives exactly the single-process gradient.
+            world size under DistributedDataParallel) gives exactly the single-process gradient. Ranks first compare
+            dtypes, shapes and options, in the backward that all are in it: where they disagree, or one has an error
+            in its arguments, all raise the same error. A rank that calls nothing more over the group, yet lives, is
+            waited for until the group's time-out. On a GPU the comparison waits for the device.
         memory: bytes that may be kept from the forward to the backward, or "auto", 512 MiB, on a GPU 4 GiB. If N^2
             exponentials (4 bytes each, 8 for float64, on a GPU 2 for bfloat16) fit, they are kept, and forward and
             backward take 6 N^2 D flops. If not, as with 0, the similarities are computed again: 8 N^2 D flops, and
@@ -120,16 +169,14 @@ def contrastive_loss(
     Source: Radford et al. 2021 (CLIP), figure 3; per-label targets as in UniCL (Yang et al. 2022), equation 3.
     Raises: ValueError or TypeError naming the argument.
     """
-    x, t, s = arguments.feature_pair(image_features, text_features, logit_scale)
-    n = len(x)
-    arguments.check_sample_labels(labels, n, x.device)
-    arguments.check_smoothing(label_smoothing)
-    arguments.check_reduction(reduction)
-    arguments.check_weight(weight, n, x.device)
+    given = image_features, text_features, logit_scale, labels, label_smoothing, weight, reduction, memory
     if group is not None:
-        from robustft.ops.sharded import sharded_contrastive_loss
+        from robustft.ops import ranks, sharded
 
-        return sharded_contrastive_loss(x, t, s, labels, label_smoothing, weight, reduction, group, memory)
+        ranks.check_group(group)
+        x, t, s = ranks.checked(group, lambda: _contrastive_arguments(*given))
+        return sharded.sharded_contrastive_loss(x, t, s, labels, label_smoothing, weight, reduction, group, memory)
+    x, t, s = _contrastive_arguments(*given)
     losses = contrastive.contrastive_loss(x, t, s, labels, label_smoothing, memory)
     return _reduce(losses, weight, reduction)
 
@@ -166,26 +213,21 @@ def contrastive_distillation_loss(
     Source: CaRot, Oh et al. 2024 (arXiv 2311.01723), self-distillation term as in the released objective.
     Raises: ValueError or TypeError naming the argument.
     """
-    x, t, s = arguments.feature_pair(image_features, text_features, logit_scale)
-    xt, tt, st = arguments.feature_pair(teacher_image_features, teacher_text_features, teacher_logit_scale, "teacher_")
-    # Everything in the widest dtype: narrowing a float32 teacher to the student's bfloat16 would lose what it knows.
-    wider = torch.promote_types(x.dtype, xt.dtype)
-    x, t, xt, tt, st = x.to(wider), t.to(wider), xt.detach().to(wider), tt.detach().to(wider), st.detach()
-    n = len(x)
-    if len(xt) != n:
-        raise ValueError(f"teacher_image_features has {len(xt)} rows; expected {n}, as image_features")
-    if xt.device != x.device:
-        raise ValueError(f"teacher_image_features is on {xt.device}; expected {x.device}, as image_features")
-    arguments.check_sample_labels(labels, n, x.device)
-    arguments.check_reduction(reduction)
-    arguments.check_weight(weight, n, x.device)
+    student, teacher = (
+        (image_features, text_features, logit_scale),
+        (teacher_image_features, teacher_text_features, teacher_logit_scale),
+    )
     if group is not None:
-        from robustft.ops.sharded import sharded_contrastive_distillation_loss
+        from robustft.ops import ranks, sharded
 
-        matrices = x, t, s, xt, tt, st
-        return ContrastiveTerms(
-            *sharded_contrastive_distillation_loss(*matrices, labels, weight, reduction, group, memory)
+        ranks.check_group(group)
+        matrices = ranks.checked(
+            group, lambda: _distillation_arguments(*student, *teacher, labels, weight, reduction, memory)
         )
+        return ContrastiveTerms(
+            *sharded.sharded_contrastive_distillation_loss(*matrices, labels, weight, reduction, group, memory)
+        )
+    x, t, s, xt, tt, st = _distillation_arguments(*student, *teacher, labels, weight, reduction, memory)
     terms = contrastive.contrastive_distillation_loss(x, t, s, xt, tt, st, labels, memory)
     return ContrastiveTerms(*(_reduce(term, weight, reduction) for term in terms))
 

@@ -129,8 +129,18 @@ class CaRotLoss(nn.Module):
         """What `forward` adds up, un-weighted, by name."""
         student = (image_features, text_features, logit_scale)
         teacher = u, t, s = (teacher_image_features, teacher_text_features, teacher_logit_scale)
-        if any(part is None for part in teacher) != all(part is None for part in teacher):
-            raise ValueError("teacher_image_features, teacher_text_features and teacher_logit_scale go together")
+
+        def check_teacher() -> None:
+            if any(part is None for part in teacher) != all(part is None for part in teacher):
+                raise ValueError("teacher_image_features, teacher_text_features and teacher_logit_scale go together")
+
+        if self.group is None:
+            check_teacher()
+        else:
+            from robustft.ops import ranks
+
+            ranks.check_group(self.group)
+            ranks.checked(self.group, check_teacher)
         if self.distillation_weight and u is not None and t is not None and s is not None:
             both = contrastive_distillation_loss(*student, u, t, s, labels=labels, weight=weight, group=self.group)
             terms = {"contrastive": both.contrastive, "distillation": both.distillation}

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Required, TypedDict
 
@@ -52,6 +53,20 @@ class Shared(TypedDict, total=False):
     templates: Required[Sequence[Template]]
     total_steps: int | None
     seed: int
+
+
+def check_single_process(what: str) -> None:
+    """RuntimeError under more than one process of torch.distributed: every rank would train on its own part alone.
+
+    A contrastive loss over a rank's part has other negatives than the whole batch's, and nothing would add up the
+    gradients, or keep schedules, frozen copies and checkpoints of the ranks the same.
+    """
+    if dist.is_available() and dist.is_initialized() and (world := dist.get_world_size()) > 1:
+        raise RuntimeError(
+            f"{what} works in a single process, and torch.distributed runs {world}: each would train alone, on its "
+            "own part of the batch. Start one process; or write the loop over the towers yourself, with a loss that "
+            "takes group= (robustft.functional.contrastive_loss, robustft.losses.CaRotLoss)"
+        )
 
 
 class Method(Configured, nn.Module):
@@ -142,7 +157,10 @@ class Method(Configured, nn.Module):
         return length
 
     def step(self, batch: Any) -> Step:
-        """The loss of one batch: (images, labels), (images, texts) or {"image", "label" and / or "text"}."""
+        """The loss of one batch: (images, labels), (images, texts) or {"image", "label" and / or "text"}.
+
+        RuntimeError under more than one process of torch.distributed.
+        """
         raise NotImplementedError
 
     def after_step(self) -> None:
@@ -169,7 +187,8 @@ class Method(Configured, nn.Module):
         return dict(zip(self.classes, self.class_names, strict=True))
 
     def checked(self, batch: Any) -> Batch:
-        """The batch's parts, or an error that says what is wrong with them."""
+        """The batch's parts, or an error that says what is wrong with them, or with taking a step here."""
+        check_single_process(f"{type(self).__name__}.step")
         images, labels, texts = unpack(batch, self.takes_features)
         weight = next(self.model.parameters())
         if images.device != weight.device:

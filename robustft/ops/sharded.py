@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from robustft.ops import layouts, reference, similarity
+from robustft.ops import layouts, ranks, reference, similarity
 from robustft.ops.contrastive import (
     coefficients,
     contrastive_terms,
@@ -32,19 +32,25 @@ def _gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.cat(parts)
 
 
-def _check_ranks(x: Tensor, labels: Tensor | None, group: dist.ProcessGroup) -> None:
-    """Every rank must bring the same shapes, or the exchange itself fails, and ends the process. On a GPU the check
-    would have to wait for the device, and is left out."""
-    if x.device.type != "cpu":
-        return
-    mine = torch.tensor([*x.shape, x.element_size(), labels is not None])
-    ranks = _gather(mine[None], group)
-    if not (ranks == ranks[0]).all():
-        described = "; ".join(
-            f"rank {r}: {n} samples of {d} dimensions, {size} bytes each, {'with' if y else 'without'} labels"
-            for r, (n, d, size, y) in enumerate(ranks.tolist())
-        )
-        raise ValueError(f"group: every rank must bring as many samples of one kind, got {described}")
+def _description(
+    function: str,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    options: dict[str, object],
+) -> dict[str, object]:
+    """What must be the same on every rank for the collectives to fit, and for the losses to be of one batch."""
+    return {
+        "function": function,
+        "image_features": f"{tuple(x.shape)} {x.dtype} on {x.device.type}",
+        "logit_scale": float(s),
+        "labels": None if labels is None else labels.dtype,
+        "weight": None if weight is None else weight.dtype,
+        **options,
+        "gradient": torch.is_grad_enabled() and (x.requires_grad or t.requires_grad or s.requires_grad),
+    }
 
 
 def _merge_columns(parts: Tensor, s: Tensor, st: Tensor | None) -> Statistics:
@@ -69,7 +75,7 @@ class _ShardedTerms(torch.autograd.Function):
     """Local per-sample losses (n,) of the global matrix: contrastive and, with a teacher, distillation."""
 
     @staticmethod
-    def forward(ctx, x, t, scale, labels, label_smoothing, xt, tt, st, group, memory):
+    def forward(ctx, x, t, scale, labels, label_smoothing, xt, tt, st, group, memory, function, call):
         n, rank, world = len(x), dist.get_rank(group), dist.get_world_size(group)
         body = body_of("similarity_statistics", x)
         keep = layouts.fits(memory, body, n, world * n, x, 1 if xt is None else 2)
@@ -93,12 +99,14 @@ class _ShardedTerms(torch.autograd.Function):
         vectors = counts, kept_softmaxes(of_rows), kept_softmaxes(of_cols)
         ctx.save_for_backward(*matrices, *targets, *vectors, *(d for _, d in terms), *kept)
         ctx.label_smoothing, ctx.group, ctx.body, ctx.mine = label_smoothing, group, body, mine
+        ctx.description = {"function": f"backward of {function}", "the loss to differentiate": call}
         losses = tuple(loss for loss, _ in terms)
         return losses if xt is not None else losses[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
+        ranks.agree(ctx.description, ctx.group)
         saved = ctx.saved_tensors
         matrices, (mine, others), (counts, row, col) = Matrices(*saved[:6]), saved[6:8], saved[8:11]
         by_scale, kept = saved[11 : 11 + len(grads)], saved[11 + len(grads) :]
@@ -114,7 +122,7 @@ class _ShardedTerms(torch.autograd.Function):
         dt_local = dt.new_empty(len(matrices.x), dt.shape[1], dtype=row.dtype)
         dist.reduce_scatter_tensor(dt_local, dt.to(row.dtype), group=ctx.group)
         ds = sum((g * d).sum() for g, d in zip(grads, by_scale, strict=True))
-        return dx, dt_local.to(dt.dtype), ds.to(scale.dtype).reshape(scale.shape), *[None] * 7
+        return dx, dt_local.to(dt.dtype), ds.to(scale.dtype).reshape(scale.shape), *[None] * 9
 
 
 def _reduce(losses: Tensor, weight: Tensor | None, reduction: str, group: dist.ProcessGroup) -> Tensor:
@@ -131,14 +139,19 @@ def _reduce(losses: Tensor, weight: Tensor | None, reduction: str, group: dist.P
 
 
 def sharded_contrastive_loss(x, t, s, labels, label_smoothing, weight, reduction, group, memory) -> Tensor:
-    _check_ranks(x, labels, group)
-    losses = _ShardedTerms.apply(x, t, s, labels, label_smoothing, None, None, None, group, memory)
+    name = "contrastive_loss"
+    options = {"label_smoothing": label_smoothing, "reduction": reduction, "memory": memory}
+    call = ranks.agree(_description(name, x, t, s, labels, weight, options), group)
+    losses = _ShardedTerms.apply(x, t, s, labels, label_smoothing, None, None, None, group, memory, name, call)
     return _reduce(losses, weight, reduction, group)
 
 
 def sharded_contrastive_distillation_loss(
     x, t, s, xt, tt, st, labels, weight, reduction, group, memory
 ) -> tuple[Tensor, ...]:
-    _check_ranks(x, labels, group)
-    terms = _ShardedTerms.apply(x, t, s, labels, 0.0, xt, tt, st, group, memory)
+    name = "contrastive_distillation_loss"
+    teacher = {"teacher_image_features": tuple(xt.shape), "teacher_logit_scale": float(st)}
+    options = {**teacher, "reduction": reduction, "memory": memory}
+    call = ranks.agree(_description(name, x, t, s, labels, weight, options), group)
+    terms = _ShardedTerms.apply(x, t, s, labels, 0.0, xt, tt, st, group, memory, name, call)
     return tuple(_reduce(term, weight, reduction, group) for term in terms)

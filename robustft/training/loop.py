@@ -23,7 +23,7 @@ import torch
 from robustft.clip import check_trainable_precision
 from robustft.data.seeds import stateless_seed
 from robustft.data.sources import Source, to_device
-from robustft.methods.base import Method, Step
+from robustft.methods.base import Method, Step, check_single_process
 from robustft.training.guards import deferred_interrupt, own_generators, restored
 from robustft.training.optimization import Optimization
 from robustft.training.progress import Progress
@@ -105,10 +105,12 @@ def fit(
             wait.
         ValueError, TypeError: bad arguments or data, a configuration other than the checkpoint's, or trained weights
             in half precision, in which most updates are lost.
+        RuntimeError: under more than one process of torch.distributed.
         FileExistsError, FileNotFoundError, BlockingIOError, OSError: `output` holds a run, has none to
             resume, is in use by another process, or cannot be written.
     """
     started = time.monotonic()
+    check_single_process("robustft.fit")
     settings = Settings(
         epochs, batch_size, lr, weight_decay, warmup, clip, precision, seed, limit_batches, max_logit_scale
     )

@@ -91,4 +91,4 @@ def test_two_processes_equal_one(backend, reduction, by_rank):
 
 def test_uneven_batches_are_refused_on_every_rank(by_rank):
     for message in by_rank(uneven):
-        assert "rank 0: 6 samples of 4 dimensions" in message
+        assert "rank 0: (6, 4) torch.float32 on cpu; rank 1: (8, 4)" in message
