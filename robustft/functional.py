@@ -122,7 +122,7 @@ def contrastive_loss(
     """
     x, t, s = arguments.feature_pair(image_features, text_features, logit_scale)
     n = len(x)
-    arguments.check_sample_labels(labels, n, x.device)
+    labels = arguments.sample_labels(labels, n, x.device)
     arguments.check_smoothing(label_smoothing)
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
@@ -176,7 +176,7 @@ def contrastive_distillation_loss(
         raise ValueError(f"teacher_image_features has {len(xt)} rows; expected {n}, as image_features")
     if xt.device != x.device:
         raise ValueError(f"teacher_image_features is on {xt.device}; expected {x.device}, as image_features")
-    arguments.check_sample_labels(labels, n, x.device)
+    labels = arguments.sample_labels(labels, n, x.device)
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
     if group is not None:
@@ -441,7 +441,8 @@ def cross_penalty(visual_projection: Tensor, text_projection: Tensor) -> Tensor:
             raise ValueError(
                 f"{name} is {tuple(w.shape)} {w.dtype}; expected a floating matrix with the columns of the visual one"
             )
-    product = at_least_float32(visual_projection) @ at_least_float32(text_projection).T
+    wider = torch.promote_types(visual_projection.dtype, text_projection.dtype)
+    product = at_least_float32(visual_projection.to(wider)) @ at_least_float32(text_projection.to(wider)).T
     return torch.linalg.vector_norm(product)
 
 
