@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,6 +36,12 @@ class Calibrator:
     """What all calibrators share: what `fit` learns, the names in `_learnt` with an underscore, and `classes_`."""
 
     _learnt: ClassVar[tuple[str, ...]]
+    kinds: ClassVar[dict[str, type[Calibrator]]] = {}  # by name, as files call them: every subclass, one's own too
+    classes_: int
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        Calibrator.kinds[cls.__name__] = cls
 
     def fit(self, logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> Calibrator:
         """Learns from held-out logits (N, K), finite, and labels (N,), integers; float64, no gradient. Returns self."""
@@ -217,16 +223,17 @@ class HistogramBinning(Calibrator):
         return ((1.0 - calibrated) * shares).scatter(1, top, calibrated)
 
 
-_TYPES = {c.__name__: c for c in (TemperatureScaling, VectorScaling, IsotonicCalibration, HistogramBinning)}
-
-
 def load(path: str | Path) -> Calibrator:
     """The calibrator that `save` wrote, bit for bit, from a file or a directory.
 
     ValueError for a damaged file or one of another kind, FileNotFoundError for none.
     """
     settings, learnt = load_fitted(place(path, CALIBRATOR_FILE), "Calibrator")
-    calibrator = _TYPES[settings["type"]](**settings["options"])
+    if settings["type"] not in Calibrator.kinds:
+        raise ValueError(
+            f"{path} holds a {settings['type']}; known are {sorted(Calibrator.kinds)}: import its class first"
+        )
+    calibrator = Calibrator.kinds[settings["type"]](**settings["options"])
     for name, value in learnt.items():
         setattr(calibrator, f"{name}_", value)
     calibrator.classes_ = settings["classes"]

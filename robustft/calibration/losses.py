@@ -41,7 +41,7 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float = 3.0) -> Tensor:
     classes' logits, so samples that are certain to the last bit keep finite gradients. K of at least 2. Source: Lin et
     al. 2017 (arXiv 1708.02002); for calibration Mukhoti et al. 2020 (arXiv 2002.09437).
     """
-    z, labels = _checked(logits, labels)
+    z = _checked(logits, labels)
     if not gamma >= 0.0:
         raise ValueError(f"gamma is {gamma}; expected at least 0")
     if z.shape[1] < 2:
@@ -56,8 +56,7 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float = 3.0) -> Tensor:
 @arguments.own_precision
 def brier_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Brier score of the softmax, 0 to 2: a proper score that is bounded. Source: Brier 1950."""
-    z, labels = _checked(logits, labels)
-    p = z.softmax(1)
+    p = _checked(logits, labels).softmax(1)
     return (p - F.one_hot(labels, p.shape[1])).square().sum(1).mean()
 
 
@@ -67,7 +66,7 @@ def dca_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Source: Liang et al. 2020 (arXiv 2009.04057).
     """
-    confidence, correct = _confidence(*_checked(logits, labels))
+    confidence, correct = _confidence(_checked(logits, labels), labels)
     return (confidence.mean() - correct.mean()).abs()
 
 
@@ -77,8 +76,7 @@ def mdca_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Source: Hebbalaguppe et al. 2022 (arXiv 2203.13834), equation 5, as released.
     """
-    z, labels = _checked(logits, labels)
-    p = z.softmax(1)
+    p = _checked(logits, labels).softmax(1)
     frequency = torch.bincount(labels, minlength=p.shape[1]).to(p.dtype) / len(p)
     return (p.mean(0) - frequency).abs().mean()
 
@@ -93,7 +91,7 @@ def mmce_loss(logits: Tensor, labels: Tensor, width: float = 0.4, squared: bool 
     """
     if not width > 0.0:
         raise ValueError(f"width is {width}; expected a positive number")
-    confidence, correct = _confidence(*_checked(logits, labels))
+    confidence, correct = _confidence(_checked(logits, labels), labels)
     gap = correct - confidence
     kernel = torch.exp(-(confidence[:, None] - confidence).abs() / width)
     discrepancy = (gap[:, None] * gap * kernel).mean()
@@ -113,7 +111,7 @@ def margin_penalty(logits: Tensor, labels: Tensor, margin: float = 10.0) -> Tens
     """
     if not margin >= 0.0:
         raise ValueError(f"margin is {margin}; expected at least 0")
-    z, _ = _checked(logits, labels)
+    z = _checked(logits, labels)
     return torch.relu(z.amax(1, keepdim=True) - z - margin).mean()
 
 
@@ -123,7 +121,7 @@ def confidence_penalty(logits: Tensor, labels: Tensor) -> Tensor:
 
     Source: Pereyra et al. 2017 (arXiv 1701.06548). Labels are only checked.
     """
-    log_p = _checked(logits, labels)[0].log_softmax(1)
+    log_p = _checked(logits, labels).log_softmax(1)
     return (log_p.exp() * log_p).sum(1).mean()
 
 
@@ -141,7 +139,7 @@ def logit_range_penalty(logits: Tensor, labels: Tensor, low: Tensor | float, hig
     No gradient to the range. Source: Murugesan et al. 2024 (arXiv 2407.13588), the penalty; `rescale_to_range` is its
     other form.
     """
-    z, _ = _checked(logits, labels)
+    z = _checked(logits, labels)
     low, high = (torch.as_tensor(end, dtype=z.dtype, device=z.device).detach() for end in (low, high))
     _check_range(z, low, high)
     return (torch.relu(z - high) + torch.relu(low - z)).mean()
@@ -183,8 +181,12 @@ def _check_range(z: Tensor, low: Tensor, high: Tensor) -> None:
             raise ValueError(f"{name} has shape {tuple(end.shape)}; expected a number or ({len(z)}, 1), one a sample")
 
 
-def _checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits in float32 at least, and labels as int64."""
+def _checked(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.ndim != 2 or 0 in logits.shape or not logits.is_floating_point():
         raise ValueError(f"logits is {tuple(logits.shape)} {logits.dtype}; expected floating (N, K), not empty")
-    return at_least_float32(logits), arguments.class_labels(labels, *logits.shape, logits.device)
+    if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels is {tuple(labels.shape)} {labels.dtype}; expected ({len(logits)},) torch.int64")
+    if labels.device != logits.device:
+        raise ValueError(f"labels is on {labels.device}; expected {logits.device}, as logits")
+    arguments.check_range("labels", labels, logits.shape[1])
+    return at_least_float32(logits)

@@ -26,7 +26,7 @@ on a GPU two matrices of 32,768 x 32,768 in bfloat16."""
 
 
 def has_numbers(values: Tensor) -> bool:
-    """Whether numbers can be read from it: meta and fake tensors have none, those in a torch.func transform hide them."""
+    """Whether numbers can be read from it: meta and fake tensors have none, torch.func's transforms hide them."""
     return not (values.is_meta or isinstance(values, FakeTensor) or torch._C._are_functorch_transforms_active())
 
 
