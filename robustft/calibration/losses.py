@@ -156,7 +156,7 @@ def rescale_to_range(logits: Tensor, zero_shot_logits: Tensor) -> Tensor:
     for name, x in (("logits", logits), ("zero_shot_logits", zero_shot_logits)):
         if not x.is_floating_point() or 0 in x.shape or x.device != logits.device:
             raise ValueError(
-                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}; expected floating (N, K), not empty, on one device"
+                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}; expected floating (N, K), on one device"
             )
     z, z0 = (at_least_float32(x) for x in (logits, zero_shot_logits.detach()))
     if z.ndim != 2 or z0.ndim != 2 or len(z) != len(z0):

@@ -164,7 +164,7 @@ def select_negatives(
     for name, value in (("candidate_embeddings", candidate_embeddings), ("class_embeddings", class_embeddings)):
         if value.ndim != 2 or 0 in value.shape or not value.is_floating_point() or value.is_meta:
             raise ValueError(
-                f"{name} must be floating (rows, D), not empty, got {tuple(value.shape)} {value.dtype} on {value.device}"
+                f"{name} must be floating (rows, D), got {tuple(value.shape)} {value.dtype} on {value.device}"
             )
     if candidate_embeddings.shape[1] != class_embeddings.shape[1]:
         raise ValueError(

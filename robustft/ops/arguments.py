@@ -63,7 +63,7 @@ def described(value: Any) -> str:
         return f"a tensor {tuple(value.shape)} {value.dtype}"
     if value is None or isinstance(value, (bool, int, float, complex, str)):
         return repr(value) if len(repr(value)) <= 40 else type(value).__name__
-    return f"a {type(value).__name__}"
+    return type(value).__name__
 
 
 def _one_number(value: Any) -> Any:
@@ -96,6 +96,8 @@ def _taken(name: str, kinds: tuple[str, ...], value: Any) -> Any:
                 raise ValueError(f"{name} is {number}; expected a number that fits a float64") from error
     elif "bool" in kinds:
         return bool(number)
+    if "str" in kinds and "int" in kinds:
+        return value  # `memory`, whose check knows which words there are
     raise TypeError(f"{name} is {described(value)}; expected {' or '.join(_WORDS[kind] for kind in kinds)}")
 
 
