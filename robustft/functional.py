@@ -89,16 +89,16 @@ def _contrastive_arguments(
     weight: Tensor | None,
     reduction: str,
     memory: str | int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The features and the scale, after the checks of all arguments."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The features, the scale and the labels, after the checks of all arguments."""
     x, t, s = arguments.feature_pair(image_features, text_features, logit_scale)
     n = len(x)
-    arguments.check_sample_labels(labels, n, x.device)
+    labels = arguments.sample_labels(labels, n, x.device)
     arguments.check_smoothing(label_smoothing)
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
     arguments.memory_budget(memory, x.device)
-    return x, t, s
+    return x, t, s, labels
 
 
 def _distillation_arguments(
@@ -112,10 +112,10 @@ def _distillation_arguments(
     weight: Tensor | None,
     reduction: str,
     memory: str | int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Both pairs of features and their scales, in one dtype, after the checks of all arguments."""
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor | None]:
+    """Both pairs of features and their scales, in one dtype, and the labels, after the checks of all arguments."""
     options = labels, 0.0, weight, reduction, memory
-    x, t, s = _contrastive_arguments(image_features, text_features, logit_scale, *options)
+    x, t, s, labels = _contrastive_arguments(image_features, text_features, logit_scale, *options)
     xt, tt, st = arguments.feature_pair(teacher_image_features, teacher_text_features, teacher_logit_scale, "teacher_")
     if len(xt) != len(x):
         raise ValueError(f"teacher_image_features has {len(xt)} rows; expected {len(x)}, as image_features")
@@ -123,7 +123,7 @@ def _distillation_arguments(
         raise ValueError(f"teacher_image_features is on {xt.device}; expected {x.device}, as image_features")
     # Everything in the widest dtype: narrowing a float32 teacher to the student's bfloat16 would lose what it knows.
     wider = torch.promote_types(x.dtype, xt.dtype)
-    return x.to(wider), t.to(wider), s, xt.detach().to(wider), tt.detach().to(wider), st.detach()
+    return (x.to(wider), t.to(wider), s, xt.detach().to(wider), tt.detach().to(wider), st.detach()), labels
 
 
 @arguments.own_precision
@@ -174,9 +174,9 @@ def contrastive_loss(
         from robustft.ops import ranks, sharded
 
         ranks.check_group(group)
-        x, t, s = ranks.checked(group, lambda: _contrastive_arguments(*given))
+        x, t, s, labels = ranks.checked(group, lambda: _contrastive_arguments(*given))
         return sharded.sharded_contrastive_loss(x, t, s, labels, label_smoothing, weight, reduction, group, memory)
-    x, t, s = _contrastive_arguments(*given)
+    x, t, s, labels = _contrastive_arguments(*given)
     losses = contrastive.contrastive_loss(x, t, s, labels, label_smoothing, memory)
     return _reduce(losses, weight, reduction)
 
@@ -221,14 +221,14 @@ def contrastive_distillation_loss(
         from robustft.ops import ranks, sharded
 
         ranks.check_group(group)
-        matrices = ranks.checked(
+        matrices, labels = ranks.checked(
             group, lambda: _distillation_arguments(*student, *teacher, labels, weight, reduction, memory)
         )
         return ContrastiveTerms(
             *sharded.sharded_contrastive_distillation_loss(*matrices, labels, weight, reduction, group, memory)
         )
-    x, t, s, xt, tt, st = _distillation_arguments(*student, *teacher, labels, weight, reduction, memory)
-    terms = contrastive.contrastive_distillation_loss(x, t, s, xt, tt, st, labels, memory)
+    matrices, labels = _distillation_arguments(*student, *teacher, labels, weight, reduction, memory)
+    terms = contrastive.contrastive_distillation_loss(*matrices, labels, memory)
     return ContrastiveTerms(*(_reduce(term, weight, reduction) for term in terms))
 
 
@@ -483,7 +483,8 @@ def cross_penalty(visual_projection: Tensor, text_projection: Tensor) -> Tensor:
             raise ValueError(
                 f"{name} is {tuple(w.shape)} {w.dtype}; expected a floating matrix with the columns of the visual one"
             )
-    product = at_least_float32(visual_projection) @ at_least_float32(text_projection).T
+    wider = torch.promote_types(visual_projection.dtype, text_projection.dtype)
+    product = at_least_float32(visual_projection.to(wider)) @ at_least_float32(text_projection.to(wider)).T
     return torch.linalg.vector_norm(product)
 
 

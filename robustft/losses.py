@@ -47,22 +47,47 @@ def _returned(
 
 
 class ContrastiveLoss(nn.Module):
-    """CLIP's symmetric loss, streamed: drop-in for open_clip's `ClipLoss`. See `functional.contrastive_loss`."""
+    """CLIP's symmetric loss, streamed: drop-in for open_clip's `ClipLoss`. See `functional.contrastive_loss`.
 
-    def __init__(self, *, label_smoothing: float = 0.0, group: torch.distributed.ProcessGroup | None = None):
+    Takes ClipLoss's arguments too. With `world_size` above 1 the batch is the one of all ranks of the default process
+    group, and gradients are those that DistributedDataParallel, which averages, turns into the exact ones of the
+    global loss: what ClipLoss has with `gather_with_grad`. That is so whatever `local_loss` and `gather_with_grad`
+    say, except that the loss returned is always the global one. `rank` and `cache_labels` change nothing. With `group`
+    instead, gradients are as in `functional.contrastive_loss`, to be summed. A `logit_bias` shifts every logit alike,
+    which a softmax does not see: it gets a gradient of 0. ValueError for `use_horovod`, and for both kinds of groups.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        label_smoothing: float = 0.0,
+        group: torch.distributed.ProcessGroup | None = None,
+    ):
         super().__init__()
+        if use_horovod:
+            raise ValueError("use_horovod is True; expected False: processes are those of torch.distributed")
+        if world_size < 1 or (world_size > 1 and group is not None):
+            raise ValueError(f"world_size is {world_size}; expected at least 1, and 1 where a group is given")
         self.label_smoothing = label_smoothing
         self.group = group
+        self.world_size = world_size
 
     def forward(
         self,
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
         *,
         labels: Tensor | None = None,
         weight: Tensor | None = None,
-        output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         loss = contrastive_loss(
             image_features,
@@ -71,8 +96,12 @@ class ContrastiveLoss(nn.Module):
             labels=labels,
             label_smoothing=self.label_smoothing,
             weight=weight,
-            group=self.group,
+            group=self.group if self.world_size == 1 else torch.distributed.group.WORLD,
         )
+        if self.world_size > 1:  # the value as it is, the gradient as often as it will be divided
+            loss = loss + (self.world_size - 1) * (loss - loss.detach())
+        if isinstance(logit_bias, Tensor):
+            loss = loss + 0.0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
 
 

@@ -254,7 +254,7 @@ X, T = (f.float() for f in planted.pairs(4, 8))
         ({"text_features": T.to("meta")}, ValueError, "text_features is on meta; expected cpu"),
         ({"logit_scale": torch.ones(2)}, ValueError, r"logit_scale has shape \(2,\)"),
         ({"logit_scale": -1.0}, ValueError, "logit_scale is -1"),
-        ({"logit_scale": torch.tensor(-1.0)}, RuntimeError, "logit_scale is -1"),
+        ({"logit_scale": torch.tensor(-1.0)}, ValueError, "logit_scale is -1"),
         ({"labels": [0, 1, 2, 3]}, TypeError, "labels is list"),
         ({"weight": [1.0]}, TypeError, "weight is list"),
         ({"labels": torch.arange(3)}, ValueError, r"labels has shape \(3,\); expected \(4,\)"),

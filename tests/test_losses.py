@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from robustft import functional as rf
+from robustft import losses
 from robustft.losses import CaRotLoss, ClassificationLoss, ContrastiveLoss, DualRiskLoss
 
 X, T = planted.pairs(12, 8)
@@ -20,6 +21,30 @@ def test_contrastive_loss_is_open_clips_clip_loss():
         ours = ContrastiveLoss()(X, T, torch.tensor(20.0), output_dict=output_dict)
         theirs = open_clip_loss.ClipLoss()(X, T, torch.tensor(20.0), output_dict=output_dict)
         torch.testing.assert_close(ours, theirs)
+
+
+def test_contrastive_loss_takes_what_clip_loss_takes():
+    open_clip_loss = pytest.importorskip("open_clip.loss")
+    options = {"local_loss": True, "gather_with_grad": True, "cache_labels": True, "rank": 0, "world_size": 1}
+    bias = torch.tensor(-3.0, requires_grad=True)
+    ours, theirs = (kind(**options, use_horovod=False) for kind in (ContrastiveLoss, open_clip_loss.ClipLoss))
+    found = ours(X, T, torch.tensor(20.0), logit_bias=bias)
+    torch.testing.assert_close(found, theirs(X, T, torch.tensor(20.0)))
+    (gradient,) = torch.autograd.grad(found, bias)
+    assert gradient == 0
+    for wrong in ({"use_horovod": True}, {"world_size": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ContrastiveLoss(**wrong)
+
+
+def test_gradients_over_all_ranks_are_what_an_average_over_ranks_makes_exact(monkeypatch):
+    """The value stays, and the gradient is as many times larger as it will be divided."""
+    monkeypatch.setattr(losses, "contrastive_loss", lambda x, t, s, group, **options: (x * t).mean() * s)
+    monkeypatch.setattr(torch.distributed.group, "WORLD", None, raising=False)
+    x = X.clone().requires_grad_()
+    one, four = ContrastiveLoss()(x, T, 20.0), ContrastiveLoss(world_size=4)(x, T, 20.0)
+    torch.testing.assert_close(four, one)
+    torch.testing.assert_close(torch.autograd.grad(four, x)[0], 4 * torch.autograd.grad(one, x)[0])
 
 
 def test_distillation_is_twice_open_clips():

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,18 +29,25 @@ from torch import Tensor
 
 from robustft.calibration.measures import calibration_report, check_labelled, fit_temperature
 from robustft.files import CALIBRATOR_FILE, load_fitted, place, save_fitted
+from robustft.ops import arguments
 
 
 class Calibrator:
     """What all calibrators share: what `fit` learns, the names in `_learnt` with an underscore, and `classes_`."""
 
     _learnt: ClassVar[tuple[str, ...]]
+    kinds: ClassVar[dict[str, type[Calibrator]]] = {}  # by name, as files call them: every subclass, one's own too
+    classes_: int
 
-    def fit(self, logits: Tensor, labels: Tensor) -> Calibrator:
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        Calibrator.kinds[cls.__name__] = cls
+
+    def fit(self, logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> Calibrator:
         """Learns from held-out logits (N, K), finite, and labels (N,), integers; float64, no gradient. Returns self."""
         raise NotImplementedError
 
-    def probabilities(self, logits: Tensor) -> Tensor:
+    def probabilities(self, logits: Tensor | np.ndarray) -> Tensor:
         """Calibrated probabilities (N, K), float64 on the logits' device, of the classes it was fitted on."""
         raise NotImplementedError
 
@@ -57,13 +64,14 @@ class Calibrator:
         save_fitted(path, "Calibrator", settings, learnt)
         return path
 
-    def _training(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _training(self, logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
         z, y = check_labelled(logits, labels, "logits")
         self.classes_ = z.shape[1]
         return z.double().cpu(), y.cpu()
 
-    def _logits(self, logits: Tensor) -> Tensor:
+    def _logits(self, logits: Tensor | np.ndarray) -> Tensor:
         self._check_fitted()
+        logits = arguments.array("logits", logits)
         if logits.ndim != 2 or logits.shape[1] != self.classes_ or not logits.is_floating_point():
             raise ValueError(
                 f"logits must be floating (N, {self.classes_}), the classes of the fit, got "
@@ -85,11 +93,11 @@ class TemperatureScaling(Calibrator):
 
     _learnt = ("temperature",)
 
-    def fit(self, logits: Tensor, labels: Tensor) -> TemperatureScaling:
+    def fit(self, logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> TemperatureScaling:
         self.temperature_ = fit_temperature(*self._training(logits, labels))
         return self
 
-    def probabilities(self, logits: Tensor) -> Tensor:
+    def probabilities(self, logits: Tensor | np.ndarray) -> Tensor:
         return (self._logits(logits) / float(self.temperature_)).softmax(1)
 
 
@@ -112,7 +120,7 @@ class VectorScaling(Calibrator):
             raise ValueError(f"l2 must be at least 0, got {l2}")
         self.l2 = l2
 
-    def fit(self, logits: Tensor, labels: Tensor) -> VectorScaling:
+    def fit(self, logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> VectorScaling:
         z, y = self._training(logits, labels)
         temperature = fit_temperature(z, y)
         z = z / temperature  # the solution is near a = 1, b = 0
@@ -141,7 +149,7 @@ class VectorScaling(Calibrator):
         self.scale_, self.bias_ = a.detach() / temperature, b.detach()
         return self
 
-    def probabilities(self, logits: Tensor) -> Tensor:
+    def probabilities(self, logits: Tensor | np.ndarray) -> Tensor:
         z = self._logits(logits)
         return (self.scale_.to(z.device) * z + self.bias_.to(z.device)).softmax(1)
 
@@ -157,7 +165,7 @@ class IsotonicCalibration(Calibrator):
 
     _learnt = ("inputs", "outputs")
 
-    def fit(self, logits: Tensor, labels: Tensor) -> IsotonicCalibration:
+    def fit(self, logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> IsotonicCalibration:
         from sklearn.isotonic import IsotonicRegression
 
         z, y = self._training(logits, labels)
@@ -167,7 +175,7 @@ class IsotonicCalibration(Calibrator):
         self.inputs_, self.outputs_ = (torch.from_numpy(steps) for steps in (f.X_thresholds_, f.y_thresholds_))
         return self
 
-    def probabilities(self, logits: Tensor) -> Tensor:
+    def probabilities(self, logits: Tensor | np.ndarray) -> Tensor:
         p = self._logits(logits).softmax(1)
         f = torch.from_numpy(np.interp(p.cpu().numpy(), self.inputs_.numpy(), self.outputs_.numpy())).to(p.device)
         f = f + 1e-6 * p
@@ -194,7 +202,7 @@ class HistogramBinning(Calibrator):
             raise ValueError(f"bins must be at least 1, got {bins}")
         self.bins = bins
 
-    def fit(self, logits: Tensor, labels: Tensor) -> HistogramBinning:
+    def fit(self, logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> HistogramBinning:
         z, y = self._training(logits, labels)
         table = calibration_report(z.softmax(1), y, self.bins, "mass").bins
         self.upper_, self.accuracy_ = (
@@ -202,7 +210,7 @@ class HistogramBinning(Calibrator):
         )
         return self
 
-    def probabilities(self, logits: Tensor) -> Tensor:
+    def probabilities(self, logits: Tensor | np.ndarray) -> Tensor:
         p = self._logits(logits).softmax(1)
         if self.classes_ == 1:
             return p
@@ -215,16 +223,17 @@ class HistogramBinning(Calibrator):
         return ((1.0 - calibrated) * shares).scatter(1, top, calibrated)
 
 
-_TYPES = {c.__name__: c for c in (TemperatureScaling, VectorScaling, IsotonicCalibration, HistogramBinning)}
-
-
 def load(path: str | Path) -> Calibrator:
     """The calibrator that `save` wrote, bit for bit, from a file or a directory.
 
     ValueError for a damaged file or one of another kind, FileNotFoundError for none.
     """
     settings, learnt = load_fitted(place(path, CALIBRATOR_FILE), "Calibrator")
-    calibrator = _TYPES[settings["type"]](**settings["options"])
+    if settings["type"] not in Calibrator.kinds:
+        raise ValueError(
+            f"{path} holds a {settings['type']}; known are {sorted(Calibrator.kinds)}: import its class first"
+        )
+    calibrator = Calibrator.kinds[settings["type"]](**settings["options"])
     for name, value in learnt.items():
         setattr(calibrator, f"{name}_", value)
     calibrator.classes_ = settings["classes"]

@@ -153,6 +153,11 @@ def rescale_to_range(logits: Tensor, zero_shot_logits: Tensor) -> Tensor:
     constant row becomes the middle of the range. Gradients to the logits. Source: Murugesan et al. 2024 (arXiv
     2407.13588).
     """
+    for name, x in (("logits", logits), ("zero_shot_logits", zero_shot_logits)):
+        if not x.is_floating_point() or 0 in x.shape or x.device != logits.device:
+            raise ValueError(
+                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}; expected floating (N, K), on one device"
+            )
     z, z0 = (at_least_float32(x) for x in (logits, zero_shot_logits.detach()))
     if z.ndim != 2 or z0.ndim != 2 or len(z) != len(z0):
         raise ValueError(
@@ -181,4 +186,7 @@ def _checked(logits: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(f"logits is {tuple(logits.shape)} {logits.dtype}; expected floating (N, K), not empty")
     if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"labels is {tuple(labels.shape)} {labels.dtype}; expected ({len(logits)},) torch.int64")
+    if labels.device != logits.device:
+        raise ValueError(f"labels is on {labels.device}; expected {logits.device}, as logits")
+    arguments.check_range("labels", labels, logits.shape[1])
     return at_least_float32(logits)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from robustft.calibration.conventions import CONVENTIONS
+from robustft.ops import arguments
 
 TEMPERATURES = (1e-3, 1e3)
 """Every fitted temperature lies in this range; a fit whose optimum is outside returns the nearer end and
@@ -80,6 +81,7 @@ class CalibrationReport:
     protocol: str = "full"
 
 
+@arguments.checked
 def calibration_report(
     probabilities: Tensor | np.ndarray,
     labels: Tensor | np.ndarray,
@@ -173,6 +175,7 @@ def calibration_report(
     )
 
 
+@arguments.checked
 def fit_temperature(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> float:
     """The T in `TEMPERATURES` whose `softmax(logits / T)` has the least NLL on `labels`; use held-out data.
 
@@ -199,6 +202,7 @@ def fit_temperature(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) ->
     return temperature
 
 
+@arguments.checked
 def temperature_matching_confidence(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> float:
     """The T in `TEMPERATURES` at which mean confidence equals accuracy (|gap| <= 1e-3); VRF's rule.
 
@@ -258,7 +262,7 @@ def _increasing_root(function: Callable[[float], float], target: float, failure:
         if f_low >= 0.0:
             end, remedy = TEMPERATURES[1], "no better than chance: check that labels and classes are in one order"
         message = f"{failure} for temperatures in {TEMPERATURES}; returning {end:g}, {remedy}"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
         return 1.0 / end
     guess = math.inf
     while high - low > 1e-10:
@@ -281,7 +285,7 @@ def _increasing_root(function: Callable[[float], float], target: float, failure:
 
 
 def check_labelled(values: Tensor | np.ndarray, labels: Tensor | np.ndarray, name: str) -> tuple[Tensor, Tensor]:
-    values, labels = torch.as_tensor(values).detach(), torch.as_tensor(labels).detach()
+    values, labels = arguments.array(name, values).detach(), arguments.array("labels", labels).detach()
     if values.ndim != 2 or 0 in values.shape:
         raise ValueError(f"{name} must be a non-empty (N, K) array, got shape {tuple(values.shape)}")
     if not values.is_floating_point():

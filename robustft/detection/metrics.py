@@ -18,8 +18,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from robustft.ops import arguments
 
 
 class OODMetrics(NamedTuple):
@@ -39,6 +40,7 @@ class OODMetrics(NamedTuple):
     positive: str
 
 
+@arguments.checked
 def ood_metrics(
     id_scores: Tensor | np.ndarray, ood_scores: Tensor | np.ndarray, tpr: float = 0.95, positive: str = "id"
 ) -> OODMetrics:
@@ -69,6 +71,7 @@ def ood_metrics(
     )
 
 
+@arguments.checked
 def threshold(id_scores: Tensor | np.ndarray, tpr: float = 0.95) -> float:
     """The highest score t with mean(id_scores >= t) >= `tpr`: accept a new sample as in-distribution at
     scores >= t."""
@@ -91,7 +94,10 @@ def _average_precision(positives: np.ndarray, negatives: np.ndarray) -> float:
 
 
 def _population(scores: Tensor | np.ndarray, name: str) -> np.ndarray:
-    scores = torch.as_tensor(scores).detach().double().cpu().numpy()
+    scores = arguments.array(name, scores)
+    if scores.is_complex():
+        raise TypeError(f"{name} must be real, got {scores.dtype}")
+    scores = scores.detach().double().cpu().numpy()
     if scores.ndim != 1 or scores.size == 0:
         raise ValueError(f"{name} must be a non-empty one-dimensional array of scores, got shape {scores.shape}")
     if np.isnan(scores).any():

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from robustft.ops import arguments
+
 if TYPE_CHECKING:
     from robustft.neighbors import NeighborIndex
 
@@ -26,6 +28,7 @@ _COSINE_TOLERANCE = 0.02  # half-precision unit vectors reach 1.01; scaled logit
 _ELEMENTS = 1 << 23  # of a block of similarities; torch.quantile takes no more than 2^24 at a time
 
 
+@arguments.checked
 def mcm(cosines: Tensor, temperature: float = 1.0) -> Tensor:
     """Maximum concept matching, max_k softmax(c / tau): cosines (..., K) to scores (...,), float32 at least.
 
@@ -35,11 +38,13 @@ def mcm(cosines: Tensor, temperature: float = 1.0) -> Tensor:
     return msp(_cosines(cosines) / _positive(temperature))
 
 
+@arguments.checked
 def max_cosine(cosines: Tensor) -> Tensor:
     """The largest cosine, max_k c_k: cosines (..., K) to scores (...,), float32 at least."""
     return _cosines(cosines).amax(-1)
 
 
+@arguments.checked
 def msp(logits: Tensor) -> Tensor:
     """Maximum softmax probability, max_k softmax(z)_k: logits (..., K) to scores (...,), float32 at least.
 
@@ -48,6 +53,7 @@ def msp(logits: Tensor) -> Tensor:
     return _logits(logits).softmax(-1).amax(-1)  # exp(max - logsumexp) would lose a digit of large logits
 
 
+@arguments.checked
 def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Negative free energy, T logsumexp(z / T): logits (..., K) to scores (...,), float32 at least.
 
@@ -57,12 +63,14 @@ def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return _positive(temperature) * (_logits(logits) / temperature).logsumexp(-1)
 
 
+@arguments.checked
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Negative entropy of softmax(z / T) in nats: logits (..., K) to scores (...,), float32 at least."""
     p = (_logits(logits) / _positive(temperature)).softmax(-1)
     return -torch.special.entr(p).sum(-1)
 
 
+@arguments.checked
 def variance(cosines: Tensor, temperature: float = 1.0) -> Tensor:
     """Variance over the K classes (divided by K) of softmax(c / tau): cosines (..., K) to scores (...,); float64.
 
@@ -72,6 +80,7 @@ def variance(cosines: Tensor, temperature: float = 1.0) -> Tensor:
     return p.var(-1, unbiased=False)
 
 
+@arguments.checked
 def local_mcm(patch_cosines: Tensor, temperature: float = 1.0) -> Tensor:
     """L-MCM, max_{p,k} softmax(c'_p / tau)_k, the MCM of the best patch: cosines (..., P, K) to scores (...,).
 
@@ -80,9 +89,10 @@ def local_mcm(patch_cosines: Tensor, temperature: float = 1.0) -> Tensor:
     """
     if patch_cosines.ndim < 2 or patch_cosines.shape[-2] == 0:
         raise ValueError(f"patch_cosines must have shape (..., P, K) with P >= 1, got {tuple(patch_cosines.shape)}")
-    return mcm(patch_cosines, temperature).amax(-1)
+    return msp(_cosines(patch_cosines, "patch_cosines") / _positive(temperature)).amax(-1)
 
 
+@arguments.checked
 def gl_mcm(cosines: Tensor, patch_cosines: Tensor, temperature: float = 1.0, local_weight: float = 1.0) -> Tensor:
     """GL-MCM, MCM + lambda L-MCM: cosines (..., K) and patch cosines (..., P, K) to scores (...,).
 
@@ -94,9 +104,11 @@ def gl_mcm(cosines: Tensor, patch_cosines: Tensor, temperature: float = 1.0, loc
             f"cosines {tuple(cosines.shape)} and patch_cosines {tuple(patch_cosines.shape)} must be (..., K) and "
             "(..., P, K) of the same samples and classes"
         )
+    _on_one_device(cosines=cosines, patch_cosines=patch_cosines)
     return mcm(cosines, temperature) + local_weight * local_mcm(patch_cosines, temperature)
 
 
+@arguments.checked
 def neg_label(
     cosines: Tensor,
     negative_cosines: Tensor,
@@ -122,6 +134,12 @@ def neg_label(
     Raises ValueError when there are no negatives, or more groups than negatives.
     """
     positive, negative = _cosines(cosines).double(), _cosines(negative_cosines, "negative_cosines").double()
+    if positive.shape[:-1] != negative.shape[:-1]:
+        raise ValueError(
+            f"cosines {tuple(cosines.shape)} and negative_cosines {tuple(negative_cosines.shape)} must be (..., K) and "
+            "(..., M) of the same samples"
+        )
+    _on_one_device(cosines=cosines, negative_cosines=negative_cosines)
     count = negative.shape[-1]
     groups = max(1, count // 100) if groups is None else groups
     if not 1 <= groups <= count:
@@ -133,6 +151,7 @@ def neg_label(
     return torch.sigmoid(lead).mean(-1)
 
 
+@arguments.checked
 def select_negatives(
     candidate_embeddings: Tensor, class_embeddings: Tensor, count: int, percentile: float = 0.95
 ) -> Tensor:
@@ -142,13 +161,26 @@ def select_negatives(
     norm. The paper takes 15 % of WordNet's nouns, and of its adjectives. Memory: C floats and 32 MB. No gradient.
     Source: NegLabel (arXiv 2403.20078), algorithm 1, where distance is negative cosine and the percentile 5 %.
     """
+    for name, value in (("candidate_embeddings", candidate_embeddings), ("class_embeddings", class_embeddings)):
+        if value.ndim != 2 or 0 in value.shape or not value.is_floating_point() or value.is_meta:
+            raise ValueError(
+                f"{name} must be floating (rows, D), got {tuple(value.shape)} {value.dtype} on {value.device}"
+            )
+    if candidate_embeddings.shape[1] != class_embeddings.shape[1]:
+        raise ValueError(
+            f"candidate_embeddings have {candidate_embeddings.shape[1]} dimensions, class_embeddings "
+            f"{class_embeddings.shape[1]}: use the same model"
+        )
+    _on_one_device(candidate_embeddings=candidate_embeddings, class_embeddings=class_embeddings)
     if not 1 <= count <= len(candidate_embeddings):
         raise ValueError(f"count must lie between 1 and the {len(candidate_embeddings)} candidates, got {count}")
     if not 0.0 <= percentile <= 1.0:
         raise ValueError(f"percentile must lie in [0, 1], got {percentile}")
     with torch.no_grad():
-        blocks = candidate_embeddings.split(max(1, _ELEMENTS // len(class_embeddings)))
-        likeness = torch.cat([_cosines(block @ class_embeddings.T).quantile(percentile, dim=1) for block in blocks])
+        wider = torch.promote_types(candidate_embeddings.dtype, class_embeddings.dtype)
+        blocks = candidate_embeddings.to(wider).split(max(1, _ELEMENTS // len(class_embeddings)))
+        name, classes = "products of candidate_embeddings and class_embeddings", class_embeddings.to(wider).T
+        likeness = torch.cat([_cosines(block @ classes, name).quantile(percentile, dim=1) for block in blocks])
         return likeness.argsort(stable=True)[:count]
 
 
@@ -163,6 +195,7 @@ class ClassGaussians(NamedTuple):
     shrinkage: float
 
 
+@arguments.checked
 def fit_class_gaussians(features: Tensor, labels: Tensor, shrinkage: float | None = None) -> ClassGaussians:
     """The Gaussians of ID training features (N, D) with labels (N,), in float64 on the CPU; no gradient.
 
@@ -171,8 +204,8 @@ def fit_class_gaussians(features: Tensor, labels: Tensor, shrinkage: float | Non
     no Gaussian. Memory: N D float64. Source: Lee et al. 2018 (arXiv 1807.03888), section 2.1; Ledoit and Wolf 2004.
     ValueError where Sigma is singular, or features are not finite.
     """
-    u, y = _features(features), labels.detach().cpu()
-    if y.shape != u.shape[:1] or y.is_floating_point():
+    u, y = _features(features), arguments.array("labels", labels).detach().cpu()
+    if y.shape != u.shape[:1] or y.is_floating_point() or y.is_complex():
         raise ValueError(f"labels must be ({len(u)},) integers, one a feature, got {tuple(y.shape)} {y.dtype}")
     _, index, counts = y.unique(return_inverse=True, return_counts=True)
     means = torch.zeros(len(counts), u.shape[1], dtype=u.dtype).index_add_(0, index, u) / counts[:, None]
@@ -198,6 +231,7 @@ def fit_class_gaussians(features: Tensor, labels: Tensor, shrinkage: float | Non
     return ClassGaussians(means, whitening.contiguous(), shrinkage)
 
 
+@arguments.checked
 def mahalanobis(features: Tensor, gaussians: ClassGaussians) -> Tensor:
     """-min_k (u - mu_k)^T Sigma^-1 (u - mu_k): features (N, D) to scores (N,), float64 on the CPU.
 
@@ -205,6 +239,8 @@ def mahalanobis(features: Tensor, gaussians: ClassGaussians) -> Tensor:
     has half of this. Memory: N (D + K) float64.
     """
     u = _features(features)
+    if not isinstance(gaussians, ClassGaussians):
+        raise TypeError(f"gaussians is {arguments.described(gaussians)}; expected what fit_class_gaussians gives")
     if u.shape[1] != gaussians.means.shape[1]:
         raise ValueError(
             f"features have {u.shape[1]} dimensions, the Gaussians {gaussians.means.shape[1]}: use the same model"
@@ -215,16 +251,29 @@ def mahalanobis(features: Tensor, gaussians: ClassGaussians) -> Tensor:
     return -torch.cdist(whitened, means, compute_mode="use_mm_for_euclid_dist").amin(1).square()
 
 
+@arguments.checked
 def knn_distance(features: Tensor, index: NeighborIndex, k: int) -> Tensor:
     """-|u - u_(k)|, the distance to the k-th nearest of the ID training features in `index`: (N, D) to (N,).
 
     Exact; float32, float64 for a float64 index. Features of unit norm, in both. Source: Sun et al. 2022 (arXiv
     2204.06507), where k = 1000 for ImageNet's 1.28 million training images and 50 for CIFAR-10's 50,000.
     """
-    return -index.kth_distance(features.detach(), k, squared=False)
+    if not callable(getattr(index, "kth_distance", None)):
+        raise TypeError(f"index is {arguments.described(index)}; expected a NeighborIndex of training features")
+    try:
+        return -index.kth_distance(features.detach(), k, squared=False)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"features or k: {error}") from error
+
+
+def _on_one_device(**values: Tensor) -> None:
+    devices = {str(value.device) for value in values.values()}
+    if len(devices) > 1:
+        raise ValueError(f"{' and '.join(values)} are on {' and '.join(sorted(devices))}; expected one device")
 
 
 def _features(features: Tensor) -> Tensor:
+    features = arguments.array("features", features)
     if features.ndim != 2 or not features.is_floating_point() or 0 in features.shape:
         raise ValueError(f"features must be (N, D) floating point, got {tuple(features.shape)} {features.dtype}")
     bad = int((~features.isfinite()).any(1).sum())
@@ -243,7 +292,8 @@ def _logits(logits: Tensor, name: str = "logits and cosines") -> Tensor:
 
 def _cosines(cosines: Tensor, name: str = "cosines") -> Tensor:
     cosines = _logits(cosines, name)
-    largest = float(cosines.detach().abs().max()) if cosines.numel() else 0.0
+    looked_at = cosines.numel() and arguments.has_numbers(cosines)
+    largest = float(cosines.detach().abs().max()) if looked_at else 0.0
     if not largest <= 1.0 + _COSINE_TOLERANCE:
         raise ValueError(
             f"{name} must lie in [-1, 1], got |cos| up to {largest:.4g}; these look like scaled logits: "

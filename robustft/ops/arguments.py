@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import numbers
+import operator
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,16 +25,138 @@ AUTO_MEMORY, AUTO_GPU_MEMORY = 2**29, 2**32
 on a GPU two matrices of 32,768 x 32,768 in bfloat16."""
 
 
+def has_numbers(values: Tensor) -> bool:
+    """Whether numbers can be read from it: meta and fake tensors have none, torch.func's transforms hide them."""
+    return not (values.is_meta or isinstance(values, FakeTensor) or torch._C._are_functorch_transforms_active())
+
+
+def readable(values: Tensor) -> bool:
+    """Whether looking at its numbers is possible, and means neither waiting for a GPU nor breaking a graph."""
+    return not torch.compiler.is_compiling() and values.device.type == "cpu" and has_numbers(values)
+
+
+def dense(name: str, value: Any) -> Tensor:
+    """The tensor, or an error: kernels read strided memory."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {described(value)}; expected a tensor")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise ValueError(f"{name} is a {kind} tensor; expected a dense one, as to_dense() or to_padded_tensor() gives")
+    return value
+
+
+def array(name: str, value: Any) -> Tensor:
+    """A dense tensor of what is one, a numpy array or nested lists, holding numbers."""
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TypeError(f"{name} is {described(value)}; expected a tensor or an array of numbers") from error
+    if dense(name, value).is_meta:
+        raise ValueError(f"{name} is a meta tensor, which holds no numbers; expected numbers")
+    return value
+
+
+def described(value: Any) -> str:
+    """What an argument was, in a few words: its type, and its value where that is short."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} {value.dtype}"
+    if value is None or isinstance(value, (bool, int, float, complex, str)):
+        return repr(value) if len(repr(value)) <= 40 else type(value).__name__
+    return type(value).__name__
+
+
+def _one_number(value: Any) -> Any:
+    """The number in a tensor or array of one element, anything else as it is."""
+    if isinstance(value, Tensor) and value.layout is torch.strided and value.numel() == 1 and has_numbers(value):
+        return value.item()
+    return value.item() if isinstance(value, np.ndarray) and value.shape == () else value
+
+
+def _taken(name: str, kinds: tuple[str, ...], value: Any) -> Any:
+    """An argument annotated "kind | kind", as the function takes it; TypeError or ValueError that names it."""
+    if value is None and "None" in kinds:
+        return None
+    if "np.ndarray" in kinds:
+        return array(name, value)
+    if "Tensor" in kinds and (isinstance(value, Tensor) or "float" not in kinds):
+        return dense(name, value)
+    if type(value) is int and "int" in kinds:
+        return _int64(name, value)
+    if type(value).__name__ in kinds or isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value
+    number = _one_number(value)
+    if not isinstance(number, (bool, np.bool_)):
+        if "int" in kinds and isinstance(number, numbers.Integral):
+            return _int64(name, operator.index(number))
+        if "float" in kinds and isinstance(number, numbers.Real):
+            try:
+                return float(number)
+            except OverflowError as error:
+                raise ValueError(f"{name} is {number}; expected a number that fits a float64") from error
+    elif "bool" in kinds:
+        return bool(number)
+    if "str" in kinds and "int" in kinds:
+        return value  # `memory`, whose check knows which words there are
+    raise TypeError(f"{name} is {described(value)}; expected {' or '.join(_WORDS[kind] for kind in kinds)}")
+
+
+def _int64(name: str, value: int) -> int:
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} is {value}; expected an integer of 64 bits")
+    return value
+
+
+_WORDS = {
+    "Tensor": "a tensor",
+    "np.ndarray": "an array",
+    "float": "a number",
+    "int": "an integer",
+    "str": "a string",
+    "bool": "True or False",
+    "None": "None",
+}
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, whose arguments are first held against its annotations, so that none of another kind gets in.
+
+    Tensors have to be dense. numpy's scalars, and tensors of one number, become numbers where numbers are asked for;
+    arrays become tensors where arrays are taken. Annotations of other kinds than `_WORDS` has are left alone.
+    """
+    annotated = {
+        name: tuple(str(p.annotation).split(" | ")) for name, p in inspect.signature(function).parameters.items()
+    }
+    names = tuple(annotated)
+    known = {name: kinds for name, kinds in annotated.items() if set(kinds) <= set(_WORDS)}
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        given: list[Any] = [
+            _taken(name, known[name], value) if name in known else value
+            for name, value in zip(names, args, strict=False)
+        ]
+        options: dict[str, Any] = {
+            name: _taken(name, known[name], value) if name in known else value for name, value in kwargs.items()
+        }
+        return function(*given, *args[len(names) :], **options)
+
+    return wrapper
+
+
 def own_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """The function outside autocast: it takes features in the dtype they come in and widens them where it must.
+    """`checked`, and outside autocast: it takes features in the dtype they come in and widens them where it must.
 
     This is the operators' autocast rule. Under autocast the eager forms would be rounded to half precision.
     """
+    function = checked(function)
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if first is None or not torch.is_autocast_enabled(first.device.type):
+        if first is None or first.is_meta or not torch.is_autocast_enabled(first.device.type):
             return function(*args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)
@@ -87,16 +214,17 @@ def class_inputs(
 def class_labels(labels: Tensor, n: int, k: int, device: torch.device) -> Tensor:
     if labels is None:
         raise TypeError(f"labels is None; expected a tensor of integers ({n},)")
-    check_sample_labels(labels, n, device)
+    labels = sample_labels(labels, n, device)
+    assert labels is not None
     check_range("labels", labels, k, f", K = {k} classes")
-    return labels.long()
+    return labels
 
 
 def check_range(name: str, values: Tensor, limit: int, meaning: str = "") -> None:
     """Integers in [0, limit), where looking does not mean waiting for a GPU or breaking a graph."""
-    if values.device.type != "cpu" or torch.compiler.is_compiling():
+    if not readable(values):
         return
-    lowest, highest = (int(end) for end in values.aminmax())
+    lowest, highest = (int(end) for end in values.long().aminmax())  # unsigned ones have no minimum
     if lowest < 0 or highest >= limit:
         raise ValueError(f"{name} holds {lowest}..{highest}; expected values in [0, {limit}){meaning}")
 
@@ -117,7 +245,7 @@ def group_weights(weights: Tensor, step_size: float) -> None:
         )
     if not 0 <= step_size < float("inf"):
         raise ValueError(f"step_size is {step_size}; expected a finite number, not negative")
-    if weights.device.type != "cpu" or torch.compiler.is_compiling():
+    if not readable(weights):
         return
     lowest, highest = (float(end) for end in weights.detach().aminmax())
     if lowest < 0 or highest == 0:
@@ -142,7 +270,7 @@ def group_indices(groups: Tensor, losses: Tensor, num_groups: int) -> Tensor:
 
 def check_unit_norm(name: str, features: Tensor) -> None:
     """On the CPU only: on a GPU the check would wait for it."""
-    if features.device.type != "cpu" or torch.compiler.is_compiling():
+    if not readable(features):
         return
     tolerance = 1e-3 if features.dtype in (torch.float64, torch.float32) else 1e-2  # of unit vectors as rounded
     wide = None if features.dtype == torch.float64 else torch.float32
@@ -170,12 +298,19 @@ def scale_tensor(logit_scale: Tensor | float, device: torch.device, name: str = 
         raise ValueError(f"{name} has shape {tuple(logit_scale.shape)}; expected one element")
     if logit_scale.device != device:
         raise ValueError(f"{name} is on {logit_scale.device}; expected {device}, as the features")
+    if logit_scale.dtype == torch.bool or logit_scale.dtype.is_complex:
+        raise TypeError(f"{name} is {logit_scale.dtype}; expected a floating number")
+    if not logit_scale.dtype.is_floating_point:
+        logit_scale = logit_scale.double()
+    if readable(logit_scale) and logit_scale.item() < 0:
+        raise ValueError(f"{name} is {logit_scale.item()}; expected the multiplied-out scale exp(...), not negative")
     return logit_scale.reshape(())
 
 
-def check_sample_labels(labels: Tensor | None, n: int, device: torch.device) -> None:
+def sample_labels(labels: Tensor | None, n: int, device: torch.device) -> Tensor | None:
+    """Checked, as int64, if there are any."""
     if labels is None:
-        return
+        return None
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels is {type(labels).__name__}; expected a tensor of integers ({n},)")
     if labels.shape != (n,):
@@ -184,6 +319,7 @@ def check_sample_labels(labels: Tensor | None, n: int, device: torch.device) -> 
         raise TypeError(f"labels is {labels.dtype}; expected integers")
     if labels.device != device:
         raise ValueError(f"labels is on {labels.device}; expected {device}, as image_features")
+    return labels.long()
 
 
 def check_smoothing(label_smoothing: float) -> None:
@@ -201,6 +337,8 @@ def check_weight(weight: Tensor | None, n: int, device: torch.device) -> None:
         raise TypeError(f"weight is {type(weight).__name__}; expected a tensor ({n},)")
     if weight is not None and (weight.shape != (n,) or weight.device != device):
         raise ValueError(f"weight is {tuple(weight.shape)} on {weight.device}; expected ({n},) on {device}")
+    if weight is not None and (weight.dtype == torch.bool or weight.dtype.is_complex):
+        raise TypeError(f"weight is {weight.dtype}; expected numbers ({n},)")
 
 
 def memory_budget(memory: str | int, device: torch.device) -> int:
@@ -238,8 +376,8 @@ def neighbor_queries(queries: Tensor, points: Tensor) -> Tensor:
 
 def check_neighbors(k: int, n: int) -> int:
     """k as an int in [1, n]."""
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"k is {k!r}; expected an integer")
+    if isinstance(k, bool) or not isinstance(k, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"k is {described(k)}; expected an integer")
     if not 1 <= k <= n:
         raise ValueError(f"k is {k}; expected an integer in [1, {n}], the number of points")
-    return k
+    return k if isinstance(k, torch.SymInt) else operator.index(k)

@@ -79,7 +79,16 @@ def body_of(op: str, tensor: Tensor) -> Body:
     choice = chosen()
     if choice == "reference":
         return "reference"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if choice != "auto":
+            raise RuntimeError(
+                f"backend is {choice!r}, whose kernels torch.func cannot transform; robustft.backend('reference') can"
+            )
+        _warn_once("torch.func cannot transform robustft's kernels; using the eager reference, which is slower")
+        return "reference"
     device, dtype = tensor.device, tensor.dtype
+    if device.type == "meta":  # shapes, by the operators' fakes where these are declared
+        return "compiled" if LIBRARIES["cpu"] == "loaded" else "reference"
     found = registry.body(op, device, dtype)
     if found != "reference" and _suits(choice, found, device):
         return found

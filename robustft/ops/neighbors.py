@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robustft.ops import reference
+from robustft.ops import arguments, reference
 from robustft.ops.dispatch import body_of
 from robustft.ops.registry import Call, Op, Source, accumulation_dtype, register
 
@@ -49,17 +49,19 @@ def prepares(points: Tensor) -> bool:
     """Whether a compiled search is used. On a GPU tensor cores filter float32; float64 is left to the reference."""
     if points.is_cuda and points.dtype == torch.float64:
         return False
+    if not (torch.compiler.is_compiling() or arguments.has_numbers(points)):
+        return False  # how much is prepared depends on the processor
     return body_of("neighbor_pack", points) != "reference"
 
 
 def prepare(points: Tensor) -> PackedPoints | None:
     """The points prepared for the compiled search, or None where the reference searches."""
     if not prepares(points):
-        if not torch.compiler.is_compiling():
+        if _looked_at(points):
             _refuse("points", not bool(points.isfinite().all()))
         return None
     packed = pack(points)
-    if not torch.compiler.is_compiling():
+    if _looked_at(points):
         _refuse("points", not packed.finite)
     return packed
 
@@ -86,9 +88,13 @@ def nearest(
 
 def _checked(distances: Tensor) -> Tensor:
     # Of finite points only a query that is not finite is NaN away.
-    if not torch.compiler.is_compiling():
+    if _looked_at(distances):
         _refuse("queries", bool(distances.isnan().any()))
     return distances
+
+
+def _looked_at(values: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and arguments.has_numbers(values)
 
 
 def _refuse(name: str, condition: bool) -> None:

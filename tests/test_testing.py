@@ -1,0 +1,266 @@
+"""What is shipped to check plug-ins: all of ours pass, and each rule refuses a plug-in that breaks it."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from small_options import PROMPTED
+from targets import exhaustive
+
+from robustft import methods
+from robustft.calibration import calibrators
+from robustft.detection import SCORES
+from robustft.detection.scores import max_cosine
+from robustft.methods import FineTune, LinearProbe
+from robustft.predictors.base import Classifier
+from robustft.testing import check_calibrator, check_detector, check_method, check_predictor, tiny_world
+
+WORLD = tiny_world()
+TOWERS = ("FLYP", "CaRot", "DRM", "FineTune", "LPFT", "WorstCaseFineTune")  # are trained, at a smaller rate
+DESCRIPTIONS = {"ant": "six legs", "bee": ["striped", "it flies"], "cow": "horns"}
+
+
+def maker(name):
+    kind = getattr(methods, name)
+    match name:
+        case "CaRot":
+            return functools.partial(kind, ema_interval=2)
+        case "DRM":
+            data = WORLD.data["image"], WORLD.data["label"]
+            return lambda *args, **options: kind(*args, descriptions=DESCRIPTIONS, **options).prepare(data)
+        case "WorstCaseFineTune":
+            return lambda *args, **options: kind(*args, risk=methods.GroupDRO(2, 0.1), **options)
+        case "LPFT":
+            return lambda *args, **options: kind(
+                *args, probe=LinearProbe(WORLD.model, **WORLD.prompts).classifier(), **options
+            )
+        case "TipAdapterF":
+            return functools.partial(kind, train=(WORLD.data["image"], WORLD.data["label"]))
+        case _:
+            return functools.partial(kind, **PROMPTED.get(kind, {}))
+
+
+NAMES = list(methods.every_method())
+FEW = ("FLYP", "CoOp", "LinearProbe")
+
+
+@pytest.mark.parametrize("name", [*FEW, *exhaustive(*(name for name in NAMES if name not in FEW))])
+def test_every_method_fulfils_what_plug_ins_must(name):
+    lr = 2e-4 if name in TOWERS else 1e-2
+    check_method(maker(name), WORLD, lr=lr, term="contrastive" if name == "CaRot" else None)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_every_score_fulfils_what_plug_ins_must(name):
+    options = {"neg_label": {"negative_embeddings": torch.nn.functional.normalize(torch.randn(5, 8), dim=1)}}
+    check_detector(name, **options.get(name, {}))
+
+
+@pytest.mark.parametrize("kind", calibrators.Calibrator.kinds.values())
+def test_every_calibrator_fulfils_what_plug_ins_must(kind):
+    if kind.__module__ == calibrators.__name__:
+        check_calibrator(kind)
+
+
+def test_a_score_of_ones_own_passes_as_a_function():
+    check_detector(lambda cosines: max_cosine(cosines) ** 3)
+    assert "robustft.testing" not in SCORES
+
+
+SCORES_THAT_FAIL = {
+    "one finite number": lambda cosines: cosines,
+    "by itself": lambda cosines: cosines.amax(1) - cosines.amax(1).mean(),
+    "is deterministic": lambda cosines: cosines.amax(1) + torch.rand(len(cosines)),
+    "refuses what cannot be": lambda cosines: cosines.nan_to_num().amax(1),
+}
+
+
+@pytest.mark.parametrize("rule", SCORES_THAT_FAIL)
+def test_a_broken_score_is_told_its_rule(rule):
+    with pytest.raises(AssertionError, match=rule):
+        check_detector(SCORES_THAT_FAIL[rule])
+
+
+class Half(calibrators.TemperatureScaling):
+    def probabilities(self, logits):
+        return super().probabilities(logits) / 2
+
+
+class Single(calibrators.TemperatureScaling):
+    def probabilities(self, logits):
+        return super().probabilities(logits).float()
+
+
+class Forgetful(calibrators.TemperatureScaling):
+    def fit(self, logits, labels):
+        super().fit(logits, labels)
+        self.temperature_ = self.temperature_ + float(torch.rand(()))
+        return self
+
+
+class NoSelf(calibrators.TemperatureScaling):
+    def fit(self, logits, labels):
+        super().fit(logits, labels)
+
+
+class OfTheBatch(calibrators.TemperatureScaling):
+    def probabilities(self, logits):
+        p = super().probabilities(logits)
+        return (p * p.mean(0)).softmax(1)
+
+
+class Unchecked(calibrators.TemperatureScaling):
+    def probabilities(self, logits):
+        return (torch.as_tensor(logits).double() / self.temperature_).softmax(1)
+
+
+class InPlace(calibrators.TemperatureScaling):
+    def probabilities(self, logits):
+        p = super().probabilities(logits)
+        if isinstance(logits, torch.Tensor):
+            logits += 1
+        return p
+
+
+class LosesItsOption(calibrators.TemperatureScaling):
+    extra = 0.0
+
+    def fit(self, logits, labels):
+        super().fit(logits, labels)
+        self.extra = 1.0
+        return self
+
+    def probabilities(self, logits):
+        return super().probabilities(logits) if not self.extra else super().probabilities(logits).square().softmax(1)
+
+    def save(self, path):
+        del self.extra
+        return super().save(path)
+
+
+CALIBRATORS_THAT_FAIL = {
+    "gives probabilities": Half,
+    "float64": Single,
+    "deterministic": Forgetful,
+    "returns itself": NoSelf,
+    "by itself": OfTheBatch,
+    "refuses by ValueError": Unchecked,
+    "arguments as they are": InPlace,
+    "comes back": LosesItsOption,
+}
+
+
+@pytest.mark.parametrize("rule", CALIBRATORS_THAT_FAIL)
+def test_a_broken_calibrator_is_told_its_rule(rule):
+    with pytest.raises(AssertionError, match=rule):
+        check_calibrator(CALIBRATORS_THAT_FAIL[rule])
+
+
+class Deaf(LinearProbe):
+    """Options that the configuration does not tell apart."""
+
+    def __init__(self, model, **shared):
+        super().__init__(model, **shared)
+        self.config["captions"] = ""
+
+
+class Careless(LinearProbe):
+    def step(self, batch):
+        batch = {**batch, "label": batch["label"] % 3} if isinstance(batch, dict) else (batch[0], batch[1] % 3)
+        return super().step(batch)
+
+
+class Constant(LinearProbe):
+    def step(self, batch):
+        step = super().step(batch)
+        return step._replace(loss=step.loss.detach())
+
+
+class Worse(LinearProbe):
+    def step(self, batch):
+        step = super().step(batch)
+        return step._replace(loss=-step.loss) if torch.is_grad_enabled() else step
+
+
+class Uncounted(LinearProbe):
+    def after_step(self):
+        pass
+
+
+class Memory(LinearProbe):
+    """What a resume needs is not in its state."""
+
+    past = 0
+
+    def after_step(self):
+        super().after_step()
+        self.past += 1
+
+    def step(self, batch):
+        step = super().step(batch)
+        return step._replace(loss=step.loss + 0.1 * self.past * self.head[0, 0]) if torch.is_grad_enabled() else step
+
+
+class Spoiler(LinearProbe):
+    def __init__(self, model, **shared):
+        super().__init__(model, **shared)
+        object.__setattr__(self, "given", model)
+
+    def after_step(self):
+        super().after_step()
+        self.given.logit_scale.data += 1e-3
+
+
+METHODS_THAT_FAIL = {
+    "tells options apart": Deaf,
+    "refuses what cannot be": Careless,
+    "differentiates its loss": Constant,
+    "learns": Worse,
+    "counts its steps": Uncounted,
+    "resumes bit for bit": Memory,
+    "leaves the model": Spoiler,
+}
+
+
+@pytest.mark.parametrize("rule", METHODS_THAT_FAIL)
+def test_a_broken_method_is_told_its_rule(rule):
+    with pytest.raises(AssertionError, match=rule):
+        check_method(METHODS_THAT_FAIL[rule], tiny_world())
+
+
+class LateSoftmax(Classifier):
+    def restrict(self, classes):
+        part = super().restrict(classes)
+        part.__class__ = Shrunk
+        return part
+
+
+class Shrunk(Classifier):
+    def probabilities(self, images):
+        return 0.5 * super().probabilities(images)
+
+
+class Modal(Classifier):
+    def outputs(self, images):
+        found = super().outputs(images)
+        return found.replace(logits=found.logits * (2 if self.training else 1))
+
+
+class OfBatch(Classifier):
+    def outputs(self, images):
+        found = super().outputs(images)
+        return found.replace(logits=found.logits - found.logits.mean(0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [(LateSoftmax, "restrict"), (Modal, "evaluation mode"), (OfBatch, "by itself"), (Shrunk, "sum to 1")],
+)
+def test_a_broken_predictor_is_told_its_rule(kind, rule):
+    predictor = FineTune(WORLD.model, **WORLD.prompts).classifier()
+    check_predictor(predictor, WORLD.data["image"])
+    predictor.__class__ = kind
+    with pytest.raises(AssertionError, match=rule):
+        check_predictor(predictor, WORLD.data["image"])
