@@ -23,7 +23,7 @@ from robustft.neighbors import NeighborIndex
 
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files_load_or_are_refused_by_name():
-    counts, failures = fuzz_loaders.fuzz(files := 250)
+    counts, failures = fuzz_loaders.fuzz(files := 200)
     assert failures == []
     assert sum(count.total() for count in counts.values()) == files
 
