@@ -218,6 +218,18 @@ def read_json(path: str | Path, expected: str) -> Any:
         raise ValueError(f"{path}: {error}; expected {expected}") from error
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file's tensors, in memory of their own; SafetensorError for another file.
+
+    What safetensors gives are the file's own pages: whoever rewrites the file changes them, whoever cuts it short kills
+    the process that reads them. They are also aligned to 8 bytes, and products of them can differ in their last bits.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}
+
+
 def save_fitted(path: Path, kind: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Writes a fitted object; `kind` is what `load_fitted` will ask for. ValueError for a setting that is NaN."""
     try:
@@ -283,8 +295,7 @@ def _read_fitted(path: Path, kind: str) -> tuple[str, dict[str, Any], dict[str, 
     try:
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})[_KEY], parse_constant=_refuse)
-            # Copies: the file's own memory is aligned to 8 bytes, and products of it can differ in their last bits.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        tensors = read_tensors(path)
         found = settings.pop("kind")
         if not isinstance(found, str):
             raise TypeError(f"kind is {found!r:.80}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robustft.files import load_fitted, save_fitted
+from robustft.files import load_fitted, refusing, save_fitted
 from robustft.functional import Neighbors
 from robustft.ops import arguments, neighbors
 from robustft.ops.neighbors import PackedPoints
@@ -90,9 +90,13 @@ class NeighborIndex:
 
     @classmethod
     def load(cls, path: str | Path) -> NeighborIndex:
-        """The index that `save` wrote, on the CPU. ValueError for another file, OSError where there is none."""
-        _, tensors = load_fitted(Path(path), "NeighborIndex")
-        return cls(tensors["points"])
+        """The index that `save` wrote, on the CPU, in memory of its own, whatever becomes of the file.
+
+        ValueError for another file, OSError where there is none."""
+        path = Path(path)
+        _, tensors = load_fitted(path, "NeighborIndex")
+        with refusing(path, "NeighborIndex"):
+            return cls(tensors["points"])
 
     def _prepare(self) -> PackedPoints | None:
         if self._packed is None or not neighbors.prepares(self.points):

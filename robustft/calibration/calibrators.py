@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustft.calibration.measures import calibration_report, check_labelled, fit_temperature
-from robustft.files import CALIBRATOR_FILE, load_fitted, place, save_fitted
+from robustft.files import CALIBRATOR_FILE, load_fitted, place, refusing, save_fitted
 from robustft.ops import arguments
 
 
@@ -49,6 +49,10 @@ class Calibrator:
 
     def probabilities(self, logits: Tensor | np.ndarray) -> Tensor:
         """Calibrated probabilities (N, K), float64 on the logits' device, of the classes it was fitted on."""
+        raise NotImplementedError
+
+    def _check_learnt(self) -> None:
+        """ValueError for what no `fit` learns: it comes from a file."""
         raise NotImplementedError
 
     def save(self, path: str | Path) -> Path:
@@ -96,6 +100,11 @@ class TemperatureScaling(Calibrator):
     def fit(self, logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> TemperatureScaling:
         self.temperature_ = fit_temperature(*self._training(logits, labels))
         return self
+
+    def _check_learnt(self) -> None:
+        temperature = torch.as_tensor(self.temperature_)
+        if temperature.ndim or not float(temperature) > 0.0:
+            raise ValueError(f"temperature must be a positive number, got {temperature!r:.80}")
 
     def probabilities(self, logits: Tensor | np.ndarray) -> Tensor:
         return (self._logits(logits) / float(self.temperature_)).softmax(1)
@@ -149,6 +158,10 @@ class VectorScaling(Calibrator):
         self.scale_, self.bias_ = a.detach() / temperature, b.detach()
         return self
 
+    def _check_learnt(self) -> None:
+        if not self.scale_.shape == self.bias_.shape == (self.classes_,):
+            raise ValueError(f"scale and bias must be ({self.classes_},), one number for each class")
+
     def probabilities(self, logits: Tensor | np.ndarray) -> Tensor:
         z = self._logits(logits)
         return (self.scale_.to(z.device) * z + self.bias_.to(z.device)).softmax(1)
@@ -174,6 +187,11 @@ class IsotonicCalibration(Calibrator):
         f.fit(z.softmax(1).numpy().ravel(), hits.numpy().ravel())
         self.inputs_, self.outputs_ = (torch.from_numpy(steps) for steps in (f.X_thresholds_, f.y_thresholds_))
         return self
+
+    def _check_learnt(self) -> None:
+        _check_steps(inputs=self.inputs_, outputs=self.outputs_)
+        if bool((self.outputs_.diff() < 0.0).any()):
+            raise ValueError("outputs must not decrease")
 
     def probabilities(self, logits: Tensor | np.ndarray) -> Tensor:
         p = self._logits(logits).softmax(1)
@@ -210,6 +228,9 @@ class HistogramBinning(Calibrator):
         )
         return self
 
+    def _check_learnt(self) -> None:
+        _check_steps(upper=self.upper_, accuracy=self.accuracy_)
+
     def probabilities(self, logits: Tensor | np.ndarray) -> Tensor:
         p = self._logits(logits).softmax(1)
         if self.classes_ == 1:
@@ -223,18 +244,38 @@ class HistogramBinning(Calibrator):
         return ((1.0 - calibrated) * shares).scatter(1, top, calibrated)
 
 
+def _check_steps(**steps: Tensor) -> None:
+    """ValueError unless these are two rows of one length in [0, 1], the first of which increases."""
+    (first, x), (second, y) = steps.items()
+    if x.ndim != 1 or x.shape != y.shape or not len(x):
+        raise ValueError(f"{first} and {second} must be of one length, are {tuple(x.shape)} and {tuple(y.shape)}")
+    for name, values in steps.items():
+        if not bool(((values >= 0.0) & (values <= 1.0)).all()):
+            raise ValueError(f"{name} must be between 0 and 1")
+    if bool((x.diff() < 0.0).any()):
+        raise ValueError(f"{first} must not decrease")
+
+
 def load(path: str | Path) -> Calibrator:
     """The calibrator that `save` wrote, bit for bit, from a file or a directory.
 
     ValueError for a damaged file or one of another kind, FileNotFoundError for none.
     """
-    settings, learnt = load_fitted(place(path, CALIBRATOR_FILE), "Calibrator")
-    if settings["type"] not in Calibrator.kinds:
-        raise ValueError(
-            f"{path} holds a {settings['type']}; known are {sorted(Calibrator.kinds)}: import its class first"
-        )
-    calibrator = Calibrator.kinds[settings["type"]](**settings["options"])
-    for name, value in learnt.items():
-        setattr(calibrator, f"{name}_", value)
-    calibrator.classes_ = settings["classes"]
+    path = place(path, CALIBRATOR_FILE)
+    settings, learnt = load_fitted(path, "Calibrator")
+    with refusing(path, "Calibrator"):
+        if settings["type"] not in Calibrator.kinds:
+            known = sorted(Calibrator.kinds)
+            raise ValueError(f"it holds a {settings['type']!r:.80}; known are {known}: import its class first")
+        calibrator = Calibrator.kinds[settings["type"]](**settings["options"])
+        if learnt.keys() != set(calibrator._learnt):
+            raise ValueError(f"it holds {sorted(learnt)}, expected {sorted(calibrator._learnt)}")
+        for name, value in learnt.items():
+            if value.dtype != torch.float64 or not bool(value.isfinite().all()):
+                raise ValueError(f"{name} must be finite numbers in float64")
+            setattr(calibrator, f"{name}_", value)
+        calibrator.classes_ = settings["classes"]
+        if type(calibrator.classes_) is not int or calibrator.classes_ < 1:
+            raise ValueError(f"classes must be a number of classes, got {calibrator.classes_!r:.80}")
+        calibrator._check_learnt()
     return calibrator

@@ -25,7 +25,7 @@ from robustft.clip.encoding import encode_images
 from robustft.clip.outputs import evaluating
 from robustft.clip.weights import fingerprint as model_fingerprint
 from robustft.data.sources import Source, fingerprint, image_statistics, takes_statistics
-from robustft.files import write_tensors
+from robustft.files import read_tensors, write_tensors
 
 # The parts of open_clip's evaluation transforms: deterministic, and told wholly by their attributes.
 STANDARD_TRANSFORMS = frozenset(
@@ -107,7 +107,8 @@ def encode(
             f"and, if the images are fine, encode with another dtype than {dtype}"
         )
     if path is not None:
-        write_tensors(path, {"image_features": result.image_features, "labels": result.labels}, {"format": "pt"})
+        tensors = {"image_features": result.image_features, "labels": result.labels}
+        write_tensors(path, tensors, {"sha256": _checksum(result)})
     return result
 
 
@@ -174,13 +175,28 @@ def _device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
+def _checksum(features: Features) -> str:
+    digest = hashlib.sha256(repr(tuple(features.image_features.shape)).encode())
+    for part in (features.image_features, features.labels):
+        digest.update(part.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def _read(path: Path) -> Features | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        stored = load_file(path)
-        return Features(stored["image_features"], stored["labels"])
-    except (SafetensorError, KeyError) as error:
+        stored = read_tensors(path)
+        features, labels = stored["image_features"], stored["labels"]
+        if (features.ndim, features.dtype) != (2, torch.float32) or not bool(features.isfinite().all()):
+            raise ValueError(f"features are {tuple(features.shape)} {features.dtype}; expected finite float32 (N, D)")
+        if (labels.shape, labels.dtype) != (features.shape[:1], torch.int64):
+            raise ValueError(f"labels are {tuple(labels.shape)} {labels.dtype}; expected int64 ({len(features)},)")
+        found = Features(features, labels)
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("sha256") != _checksum(found):
+                raise ValueError("its content has another checksum than it holds")
+        return found
+    except (SafetensorError, KeyError, ValueError) as error:
         warnings.warn(f"{path} is damaged ({error}); encoding again", RuntimeWarning, stacklevel=3)
         return None

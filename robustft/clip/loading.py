@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import functools
 import json
 import logging
@@ -70,17 +71,55 @@ def load(
     """
     open_clip = import_open_clip()
     config, checkpoint = _resolve(open_clip, name, pretrained, None if cache_dir is None else str(cache_dir))
-    model, train_transform, eval_transform = _built(open_clip, config)
+    directory = name.startswith("local-dir:")
+    with _naming_config(name) if directory else contextlib.nullcontext():
+        if directory and checkpoint is not None:
+            _check_size(config, checkpoint)
+        model, train_transform, eval_transform = _built(open_clip, config)
     config["preprocess_cfg"] = json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model)))
     if checkpoint is not None:
         _load_weights(open_clip, model, checkpoint)
     tokenizer_name = name if ":" in name else name.replace("/", "-")
     try:
-        tokenizer = open_clip.get_tokenizer(tokenizer_name, cache_dir=cache_dir)
+        with _naming_config(name) if directory else contextlib.nullcontext():
+            tokenizer = open_clip.get_tokenizer(tokenizer_name, cache_dir=cache_dir)
     except ModuleNotFoundError as error:
         raise ImportError(f"{name}: its tokenizer needs {error.name}: pip install {error.name}") from error
     model = model.to(device=device, dtype=dtype).eval()
     return Bundle(model, tokenizer, train_transform, eval_transform, config)
+
+
+@contextlib.contextmanager
+def _naming_config(name: str) -> Iterator[None]:
+    """Around a model that is built from a directory's configuration: what that does not allow is told of its file."""
+    try:
+        yield
+    except (ImportError, OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever open_clip and torch raise for values of the wrong type, range or name
+        path = Path(name.partition(":")[2]) / CONFIG_FILE
+        raise ValueError(f"{path}: damaged, or open_clip builds no model from it: {error!r:.200}") from error
+
+
+_MOST = {"layers": 1000}  # of blocks: each is built
+_MOST_OTHERWISE = 1 << 22
+
+
+def _check_size(config: Mapping[str, Any], weights: Path) -> None:
+    """ValueError where the configured model has more parameters than a file of weights has bytes: before it is built,
+    for one wrong digit makes it too large for any memory."""
+
+    def check(name: str, value: Any) -> None:
+        if isinstance(value, (dict, list)):
+            for key, inner in value.items() if isinstance(value, dict) else ((name, inner) for inner in value):
+                check(key, inner)
+        elif isinstance(value, (int, float)) and not abs(value) <= _MOST.get(name, _MOST_OTHERWISE):
+            raise ValueError(f"{name} is {value!r:.80}")
+
+    check("model_cfg", config["model_cfg"])
+    parameters = sum(p.numel() for p in build_on_meta(config).parameters())
+    if weights.suffix not in (".npz", ".npy") and parameters > weights.stat().st_size:
+        raise ValueError(f"its model has {parameters:,} parameters, {weights} {weights.stat().st_size:,} bytes")
 
 
 def build_on_meta(config: Mapping[str, Any]) -> nn.Module:
@@ -195,9 +234,11 @@ def _load_weights(open_clip: ModuleType, model: nn.Module, path: Path) -> None:
         with _plain_state(path) as plain:
             # strict=False returns the keys that do not match, which make a shorter message than its own.
             incompatible = open_clip.load_checkpoint(model, str(plain), strict=False, weights_only=True)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a place in a damaged file that it cannot have
+            raise
         text = str(error)
         if "TorchScript" in text:
             raise ValueError(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from robustft.data.folder import class_tree, image_files, subfolders
 from robustft.data.paths import PathDataset
 from robustft.data.table import Columns
-from robustft.files import read_json
+from robustft.files import read_json, read_text
 
 
 class Wilds(NamedTuple):
@@ -121,7 +121,7 @@ def _descriptions(root: Path) -> list[str]:
     lines = root / "mappings" / "imagenet_to_label_2012_v2"
     if not path.is_file() or not lines.is_file():
         raise ValueError(f"{root}: mappings/ lacks {path.name} or {lines.name}")
-    by_id = [line.strip() for line in lines.read_text(encoding="utf-8").splitlines()]
+    by_id = [line.strip() for line in read_text(lines, "a class name a line").splitlines()]
     order = _json(path)
     return [by_id[int(order[str(number)])] for number in range(len(by_id))]
 

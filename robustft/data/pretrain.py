@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import math
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -209,7 +210,10 @@ def pretrain(
         nn.init.normal_(model.token_embedding.weight, std=EMBEDDING_STD)
     optimizer, first, seconds = _optimizer(model), 0, 0.0
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
+        try:
+            state = torch.load(state_path, weights_only=True)
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{state_path}: truncated, or no state of a pre-training: {error!r:.200}") from error
         if (state["seed"], state["pairs"]) != (seed, pairs):
             raise ValueError(
                 f"{state_path} is of a run with seed {state['seed']} and {state['pairs']} pairs, "

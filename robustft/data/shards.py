@@ -15,8 +15,10 @@ from typing import Any
 from robustft.data.classes import few
 from robustft.data.folder import SUFFIXES
 from robustft.data.paths import UNLABELLED, Member, PathDataset
+from robustft.files import read_text
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+MOST_CLASSES = 1 << 20  # where only labels tell how many there are, each gets a name
 LABELS, TEXTS = (".cls", ".index"), (".txt", ".text")
 
 
@@ -76,7 +78,9 @@ def read_shards(pattern: str) -> PathDataset:
 def _classes(folder: Path, count: int) -> tuple[str, ...]:
     for names in (folder / "classnames.txt", folder.parent / "classnames.txt"):
         if names.is_file():
-            classes = tuple(line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip())
+            classes = tuple(
+                line.strip() for line in read_text(names, "a class name a line").splitlines() if line.strip()
+            )
             if len(classes) < count:
                 raise ValueError(f"{names}: names {len(classes)} classes, the shards hold label {count - 1}")
             return classes
@@ -99,6 +103,13 @@ def _samples(shard: Path) -> dict[str, dict[str, Member]]:
     return samples
 
 
+def _decoded(shard: Path, key: str, part: Member) -> str:
+    try:
+        return part.read().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{shard}: the caption of {key!r} is not UTF-8: {error}") from error
+
+
 def _target(shard: Path, key: str, parts: dict[str, Member]) -> tuple[int, str]:
     told: dict[str, Any] = {}
     if ".json" in parts:
@@ -111,13 +122,15 @@ def _target(shard: Path, key: str, parts: dict[str, Member]) -> tuple[int, str]:
     label_part = next((parts[suffix] for suffix in LABELS if suffix in parts), None)
     text_part = next((parts[suffix] for suffix in TEXTS if suffix in parts), None)
     label: Any = told.get("label", UNLABELLED) if label_part is None else label_part.read().strip()
-    text = (
-        told.get("caption", told.get("text", "")) if text_part is None else text_part.read().decode("utf-8", "strict")
-    )
+    text = told.get("caption", told.get("text", "")) if text_part is None else _decoded(shard, key, text_part)
     try:
         number = int(label)
-    except (TypeError, ValueError) as error:
+        if isinstance(label, float) and number != label:
+            raise ValueError
+    except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{shard}: the label of {key!r} is {label!r:.60}; expected a whole number") from error
+    if number >= MOST_CLASSES:
+        raise ValueError(f"{shard}: the label of {key!r} is {number}; expected less than {MOST_CLASSES}")
     if number < UNLABELLED or (number == UNLABELLED and not text):
         raise ValueError(f"{shard}: sample {key!r} has neither a label (.cls) nor a caption (.txt)")
     return number, str(text).strip()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from robustft.detection.by_name import SCORES, label
 from robustft.detection.metrics import OODMetrics
 from robustft.evaluation import tables
 from robustft.evaluation.tables import listed, percent
+from robustft.files import read_json, refusing
 
 TPR = 0.95
 
@@ -225,7 +227,14 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
-        """The Evaluation that `to_dict` wrote, also after a round trip through JSON."""
+        """The Evaluation that `to_dict` wrote, also after a round trip through JSON; ValueError for other data."""
+        try:
+            return cls._from(data)
+        except (AttributeError, LookupError, TypeError, ValueError, StopIteration) as error:
+            raise ValueError(f"data: not what Evaluation.to_dict gives: {error!r:.200}") from error
+
+    @classmethod
+    def _from(cls, data: Mapping[str, Any]) -> Evaluation:
         models = {}
         for header in data["models"]:
             name = header["model"]
@@ -236,7 +245,7 @@ class Evaluation:
             models[name] = ModelResult(
                 id=_set_result(next(s for s in sets if s["split"] == "id")),
                 shifts={s["dataset"]: _set_result(s) for s in sets if s["split"] == "shift"},
-                ood={k: OODMetrics(**{f: o[f] for f in OODMetrics._fields}) for k, o in ood.items()},
+                ood={k: OODMetrics(**_numbers({f: o[f] for f in OODMetrics._fields})) for k, o in ood.items()},
                 pooled=pooled and _calibration({k: v for k, v in pooled.items() if k != "model"}),
                 scores=scores
                 and ScoreHistogram(
@@ -245,7 +254,18 @@ class Evaluation:
                     {k: tuple(v) for k, v in scores["ood"].items()},
                 ),
             )
-        return cls(models, data["bins"], data.get("score", "mcm"))
+        bins, score = data["bins"], data.get("score", "mcm")
+        if type(bins) is not int or bins < 1 or score not in SCORES:
+            raise ValueError(f"bins is {bins!r:.80}, score is {score!r:.80}")
+        return cls(models, bins, score)
+
+
+def read_evaluation(path: str | Path) -> Evaluation:
+    """The Evaluation in a report's metrics.json; ValueError, naming the file, for a damaged one."""
+    path = Path(path)
+    data = read_json(path, "the numbers of an evaluation")
+    with refusing(path, "evaluation"):
+        return Evaluation.from_dict(data)
 
 
 def _summary(m: ModelResult, score: str) -> dict[str, float | None]:
@@ -283,6 +303,7 @@ def _entry(model: str, dataset: str, split: str, s: SetResult) -> dict[str, Any]
 def _set_result(entry: Mapping[str, Any]) -> SetResult:
     metrics = dict(entry["metrics"])
     acc5, recall = metrics.pop("acc5"), metrics.pop("mean_per_class_recall")
+    _numbers({"acc5": acc5, "mean_per_class_recall": recall})
     return SetResult(acc5, recall, _calibration({"accuracy": metrics.pop("acc1"), **metrics}))
 
 
@@ -291,7 +312,18 @@ def _fields(report: CalibrationReport) -> dict[str, Any]:
 
 
 def _calibration(fields: Mapping[str, Any]) -> CalibrationReport:
-    return CalibrationReport(**{**fields, "bins": tuple(Bin(**b) for b in fields["bins"])})
+    _numbers({name: value for name, value in fields.items() if name not in ("bins", "scheme", "protocol")})
+    return CalibrationReport(**{**fields, "bins": tuple(Bin(**_numbers(b)) for b in fields["bins"])})
+
+
+def _numbers(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name, value in values.items():
+        if name == "positive":
+            if value not in ("id", "ood"):
+                raise ValueError(f"positive is {value!r:.80}, expected 'id' or 'ood'")
+        elif value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise TypeError(f"{name} is {value!r:.80}, expected a number")
+    return values
 
 
 def _mean(values: Iterable[float]) -> float:

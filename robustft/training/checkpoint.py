@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from robustft.files import new_folder, write_json, write_tensors, write_text
+from robustft.files import new_folder, read_tensors, write_json, write_tensors, write_text
 
 KEEP = 2
 STATE, META, CHECKSUMS = "state.safetensors", "state.json", "SHA256"
@@ -75,7 +74,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     meta = _read_meta(path / META)
     if path.name != f"step_{meta['step']:08d}":
         raise OSError(f"{path} is damaged: it holds step {meta['step']}")
-    return Checkpoint(path, meta["step"], load_file(state), meta)
+    return Checkpoint(path, meta["step"], read_tensors(state), meta)
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint:

@@ -90,7 +90,7 @@ def configured(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterato
         if path.exists() and resume:
             try:
                 before = yaml.safe_load(path.read_bytes())
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that is none
                 raise ValueError(f"{path} cannot be read: {error}; choose another output folder") from error
             if before != config:
                 raise ValueError(
