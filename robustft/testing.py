@@ -19,6 +19,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def check_detector(score: str | Callable[..., Any], **options: Any) -> None:
         kept = 1.0 - float(detector.detect(held_out).double().mean())
         _rule("keeps the share of in-distribution images", kept >= 0.9, f"{kept:.3f} for 0.9: are the scores constant?")
         for part in SCORES[name].reads:
-            _refuses(part, lambda part=part: detector.scores(others.replace(**{part: None})))
+            _refuses(part, partial(detector.scores, others.replace(**{part: None})))
         _refuses("NaN", lambda: detector.scores(others.map(lambda part: part * float("nan"))), "NaN|nan")
         with tempfile.TemporaryDirectory() as folder:
             loaded = Detector.load(detector.save(folder))

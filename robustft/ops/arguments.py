@@ -134,14 +134,14 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        given: list[Any] = [
-            _taken(name, known[name], value) if name in known else value
-            for name, value in zip(names, args, strict=False)
-        ]
+        given: list[Any] = list(args)
+        for place, (name, value) in enumerate(zip(names, args, strict=False)):
+            if name in known:
+                given[place] = _taken(name, known[name], value)
         options: dict[str, Any] = {
             name: _taken(name, known[name], value) if name in known else value for name, value in kwargs.items()
         }
-        return function(*given, *args[len(names) :], **options)
+        return function(*given, **options)
 
     return wrapper
 
@@ -214,10 +214,10 @@ def class_inputs(
 def class_labels(labels: Tensor, n: int, k: int, device: torch.device) -> Tensor:
     if labels is None:
         raise TypeError(f"labels is None; expected a tensor of integers ({n},)")
-    labels = sample_labels(labels, n, device)
-    assert labels is not None
-    check_range("labels", labels, k, f", K = {k} classes")
-    return labels
+    indices = sample_labels(labels, n, device)
+    assert indices is not None
+    check_range("labels", indices, k, f", K = {k} classes")
+    return indices
 
 
 def check_range(name: str, values: Tensor, limit: int, meaning: str = "") -> None:
@@ -374,10 +374,12 @@ def neighbor_queries(queries: Tensor, points: Tensor) -> Tensor:
     return queries
 
 
-def check_neighbors(k: int, n: int) -> int:
-    """k as an int in [1, n]."""
-    if isinstance(k, bool) or not isinstance(k, (numbers.Integral, torch.SymInt)):
+def check_neighbors(k: Any, n: int) -> int:
+    """k as an int in [1, n]; a symbolic one, of a traced call, as it is."""
+    symbolic = isinstance(k, torch.SymInt)
+    if isinstance(k, bool) or not (symbolic or isinstance(k, numbers.Integral)):
         raise TypeError(f"k is {described(k)}; expected an integer")
     if not 1 <= k <= n:
         raise ValueError(f"k is {k}; expected an integer in [1, {n}], the number of points")
-    return k if isinstance(k, torch.SymInt) else operator.index(k)
+    number: int = k if symbolic else operator.index(k)
+    return number
