@@ -154,8 +154,10 @@ def _lock(path: Path, wait: bool) -> int:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             # Whoever held it may have removed the file, which somebody else has made anew.
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            if os.path.samestat(os.fstat(handle), path.stat()):
                 return handle
+        except FileNotFoundError:
+            pass
         except BlockingIOError as error:
             owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip()
             os.close(handle)

@@ -46,6 +46,15 @@ def _returned(
     return {f"{name}_loss": value for name, value in _weighted(terms, weights).items()}
 
 
+def _all_ranks(world_size: int) -> torch.distributed.ProcessGroup:
+    group = torch.distributed.group.WORLD
+    if group is None:
+        raise RuntimeError(
+            f"world_size is {world_size}, but torch.distributed runs no processes: init_process_group first"
+        )
+    return group
+
+
 class ContrastiveLoss(nn.Module):
     """CLIP's symmetric loss, streamed: drop-in for open_clip's `ClipLoss`. See `functional.contrastive_loss`.
 
@@ -96,7 +105,7 @@ class ContrastiveLoss(nn.Module):
             labels=labels,
             label_smoothing=self.label_smoothing,
             weight=weight,
-            group=self.group if self.world_size == 1 else torch.distributed.group.WORLD,
+            group=self.group if self.world_size == 1 else _all_ranks(self.world_size),
         )
         if self.world_size > 1:  # the value as it is, the gradient as often as it will be divided
             loss = loss + (self.world_size - 1) * (loss - loss.detach())

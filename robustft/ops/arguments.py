@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from robustft.ops import ranks
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -134,13 +136,19 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        given: list[Any] = list(args)
-        for place, (name, value) in enumerate(zip(names, args, strict=False)):
-            if name in known:
-                given[place] = _taken(name, known[name], value)
-        options: dict[str, Any] = {
-            name: _taken(name, known[name], value) if name in known else value for name, value in kwargs.items()
-        }
+
+        def taken() -> tuple[list[Any], dict[str, Any]]:
+            given: list[Any] = list(args)
+            for place, (name, value) in enumerate(zip(names, args, strict=False)):
+                if name in known:
+                    given[place] = _taken(name, known[name], value)
+            return given, {
+                name: _taken(name, known[name], value) if name in known else value for name, value in kwargs.items()
+            }
+
+        group = kwargs.get("group")
+        # Under a group an error of one rank's arguments is raised by all: the others wait for this rank.
+        given, options = ranks.checked(group, taken) if isinstance(group, ranks.ProcessGroup) else taken()
         return function(*given, **options)
 
     return wrapper
@@ -343,7 +351,7 @@ def check_weight(weight: Tensor | None, n: int, device: torch.device) -> None:
 
 def memory_budget(memory: str | int, device: torch.device) -> int:
     """`memory` in bytes."""
-    if memory == "auto":
+    if isinstance(memory, str) and memory == "auto":
         return AUTO_MEMORY if device.type == "cpu" else AUTO_GPU_MEMORY
     if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
         raise ValueError(f"memory is {memory!r}; expected 'auto' or a number of bytes, 0 to keep nothing")

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 R = TypeVar("R")
 
@@ -29,11 +30,11 @@ def check_group(group: object) -> None:
     """TypeError unless it is a process group, ValueError unless this rank is a member."""
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group does not have this process as a member; expected a group it belongs to")
-    if not isinstance(group, dist.ProcessGroup):
+    if not isinstance(group, ProcessGroup):
         raise TypeError(f"group is {type(group).__name__}; expected a torch.distributed.ProcessGroup")
 
 
-def checked(group: dist.ProcessGroup, check: Callable[[], R]) -> R:
+def checked(group: ProcessGroup, check: Callable[[], R]) -> R:
     """What the check of a rank's own arguments returns; its error is raised on every rank, which all wait here or in
     `agree`."""
     try:
@@ -48,7 +49,7 @@ def checked(group: dist.ProcessGroup, check: Callable[[], R]) -> R:
         raise  # every rank has this very error
 
 
-def agree(description: Mapping[str, object], group: dist.ProcessGroup) -> str:
+def agree(description: Mapping[str, object], group: ProcessGroup) -> str:
     """Raises the same error on every rank unless all of them describe the same; returns a name of this call, random and
     the same on every rank, for `agree` of its backward.
 
@@ -61,7 +62,7 @@ def agree(description: Mapping[str, object], group: dist.ProcessGroup) -> str:
     return calls[0]
 
 
-def _exchange(description: Mapping[str, object], group: dist.ProcessGroup, where: str) -> list[dict[str, str]]:
+def _exchange(description: Mapping[str, object], group: ProcessGroup, where: str) -> list[dict[str, str]]:
     """Every rank's description, in the order of ranks."""
     text = "\n".join(f"{name}={value}" for name, value in description.items()).encode()[:BYTES]
     has_cpu = "cpu:" in str(dist.get_backend_config(group))

@@ -139,7 +139,7 @@ def test_processes_measure_what_is_missing(tmp_path, capfd):
 
 def test_recipes_say_in_json_which_risk_they_want():
     risk = _built(json.loads(json.dumps(SPURIOUS["CVaR"].options)))["risk"]
-    assert isinstance(risk, CVaR) and risk.settings == SPURIOUS["CVaR"].options["risk"]
+    assert isinstance(risk, CVaR) and {"risk": "CVaR", **risk.config} == SPURIOUS["CVaR"].options["risk"]
 
 
 @pytest.mark.parametrize("errors", [0, 40])
