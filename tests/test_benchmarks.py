@@ -234,6 +234,7 @@ def test_our_own_failure_is_an_error():
         timing.measure(work_of(Candidate("robustft", broken)), Row("cvar", 3, 0), 1, timing.QUICK, Stopwatch())
 
 
+@pytest.mark.exhaustive
 def test_memory_counts_what_a_run_holds_and_takes_its_results_off():
     taken = memory.measure(Row("contrastive", 2048), "eager", 1)
     assert taken["bytes"] - taken["extra_bytes"] == 4 * (2 * 2048 * 512 + 2)
@@ -313,6 +314,7 @@ def bench(python):
     )
 
 
+@pytest.mark.exhaustive
 def test_a_run_goes_on_where_it_was_killed(tmp_path, bench):
     first = bench("--quick", "--only", "cvar", "--threads", "1", "--output", "out", cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr

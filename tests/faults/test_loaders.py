@@ -61,6 +61,7 @@ print("same")
 """
 
 
+@pytest.mark.exhaustive
 def test_an_index_outlives_its_file(tmp_path, python):
     """Mapped, it would kill its process with SIGBUS."""
     NeighborIndex(torch.randn(5000, 8)).save(tmp_path / "index")

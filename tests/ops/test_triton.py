@@ -371,6 +371,7 @@ def test_a_candidate_that_fails_takes_forever(monkeypatch):
     assert autotune._milliseconds(too_large) == float("inf")
 
 
+@pytest.mark.exhaustive
 def test_autotuning_prints_its_table_when_the_process_ends(python):
     code = "from robustft.ops.triton import autotune; autotune._print_at_exit(); autotune._print_at_exit()"
     environment = {**os.environ, "PYTHONPATH": str(Path(robustft.__file__).parent.parent), "ROBUSTFT_AUTOTUNE": "1"}

@@ -162,6 +162,7 @@ def test_a_second_process_in_the_folder_is_refused_before_it_changes_anything(tm
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.exhaustive
 def test_half_pre_trained_model_is_finished_before_it_is_fine_tuned(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "pretrain", partial(pretrain, save_every=64))
     monkeypatch.setattr(quickstart, "SECONDS_BETWEEN_LINES", 0.0)

@@ -116,6 +116,7 @@ def test_study_writes_its_pages_and_goes_on_where_it_was(toy, monkeypatch, tmp_p
     assert not (folder / "seed-0").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_run_is_trained_once_and_its_weights_survive_a_kill(tmp_path):
     recipe = replace(RECIPES["FT"], epochs=1, batch_size=500)
     lines = []
