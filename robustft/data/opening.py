@@ -94,7 +94,7 @@ class Data:
         )
 
 
-def open(  # noqa: A001  (the name that users call it by, as robustft.data.open)
+def open(
     source: str | os.PathLike[str] | Data,
     *,
     validation: str | os.PathLike[str] | None = None,
