@@ -23,6 +23,7 @@ class HuggingFaceDataset:
     where: str
     transform: Callable[[Any], Any] | None = None
     names: tuple[str, ...] | None = None
+    workers: int | None = None  # as in `PathDataset`
 
     def __post_init__(self) -> None:
         if self._column(IMAGE) is None:

@@ -60,6 +60,7 @@ class PathDataset:
         classes: their names.
         transform: of the image, such as a model's.
         texts: N captions. groups: (N,) int64, of `group_names`.
+        workers: processes that read it in order, None for one a core (`robustft.data.sources.reading_workers`).
     """
 
     samples: tuple[tuple[Path | Member, int], ...]
@@ -68,6 +69,7 @@ class PathDataset:
     texts: tuple[str, ...] | None = None
     groups: Tensor | None = None
     group_names: tuple[str, ...] = ()
+    workers: int | None = None
 
     @property
     def labels(self) -> Tensor:

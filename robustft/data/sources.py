@@ -18,6 +18,7 @@ more, which the methods that know it take and the others leave: "group" (N,), "c
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import random
 import signal
@@ -82,25 +83,55 @@ class Source:
     def __len__(self) -> int:
         return len(self.data if self.columns is None else self.columns["image"])
 
-    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def in_order(self, batch_size: int, workers: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (n, C, H, W), floating point, and labels (n,) int64, from the first to the last; a warning where the
-        images are plainly pixels, not normalised ones."""
+        images are plainly pixels, not normalised ones. Items are made by `workers` processes, None: as
+        `reading_workers` says; the same whatever their number."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         pair = None if self.columns is None else _image_tensors(self.columns, self.name)
         if pair is not None and self.transform is not None:
             raise ValueError("transform must be None for images that are tensors already: they are taken as they are")
         starts = range(0, len(self), batch_size)
+        found: Iterator[tuple[Tensor, Tensor]]
         if pair is not None:
             images, labels = pair
             found = ((images[i : i + batch_size], labels[i : i + batch_size].long()) for i in starts)
         else:
-            found = (self._items(range(i, min(i + batch_size, len(self)))) for i in starts)
+            found = self._read(batch_size, reading_workers(self.data, len(self), workers))
         return warning_of_raw_pixels(found, self.statistics)
+
+    def _read(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+        part = batch_size if workers == 0 else min(batch_size, READ_TOGETHER)
+        spans = [
+            range(start, min(start + part, first + batch_size, len(self)))
+            for first in range(0, len(self), batch_size)
+            for start in range(first, min(first + batch_size, len(self)), part)
+        ]
+        if workers == 0:
+            yield from (self._items(span) for span in spans)
+            return
+        loader = torch.utils.data.DataLoader(
+            _Spans(self, spans),
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=_ignore_interrupt,
+            generator=torch.Generator(),  # else it draws from the caller's
+        )
+        images: list[Tensor] = []
+        labels: list[Tensor] = []
+        for span, found in zip(spans, loader, strict=True):
+            if isinstance(found, Exception):
+                raise found
+            images.append(found[0])
+            labels.append(found[1])
+            if span.stop % batch_size == 0 or span.stop == len(self):
+                yield torch.cat(images), torch.cat(labels)
+                images, labels = [], []
 
     def _items(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         items = [self.data[row] for row in rows]
-        pairs = [(item["image"], item["label"]) if isinstance(item, Mapping) else (item[0], item[1]) for item in items]
+        pairs = [(item["image"], item.get("label", -1)) if isinstance(item, Mapping) else item[:2] for item in items]
         images = [image if self.transform is None else self.transform(image) for image, _ in pairs]
         if not isinstance(images[0], Tensor) or not images[0].is_floating_point():
             got = images[0].dtype if isinstance(images[0], Tensor) else type(images[0]).__name__
@@ -152,16 +183,49 @@ class Source:
         return described | ({"columns": digests} if digests else {})
 
 
+READ_TOGETHER = 32
+"""Images that a worker hands over at a time: larger parts fill the shared memory of a container."""
+FILES_FOR_WORKERS = 256
+"""Fewer are read before workers would have started."""
+
+
+def reading_workers(data: Any, count: int, workers: int | None = None) -> int:
+    """How many processes read `count` items of a data set in order.
+
+    `workers` itself; where it is None, what the data set's own `workers` says; where that is None too, one a core, at
+    most 8, for `FILES_FOR_WORKERS` items or more. A data set that has no attribute `workers` is read in this process:
+    an open archive or a connection in it would be torn between several.
+    """
+    while workers is None and isinstance(data, torch.utils.data.Subset):
+        data = data.dataset
+    if workers is None and not hasattr(data, "workers"):
+        return 0
+    workers = data.workers if workers is None else workers
+    if workers is not None:
+        if workers < 0:
+            raise ValueError(f"workers must not be negative, got {workers}")
+        return int(workers)
+    if count < FILES_FOR_WORKERS or multiprocessing.current_process().daemon:
+        return 0
+    cores = len(os.sched_getaffinity(0))
+    return min(cores, 8) if cores > 1 else 0
+
+
 def batches(
-    dataset: Any, model: Any = None, transform: Transform | None = None, batch_size: int = 256
+    dataset: Any,
+    model: Any = None,
+    transform: Transform | None = None,
+    batch_size: int = 256,
+    workers: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A whole data set in order as batches of images (n, C, H, W), floating point, and labels (n,) int64.
 
     `dataset` as `robustft.data.sources` says. `model` gives the image statistics for data sets with `.tensors(mean,
     std)`; `transform` turns an item's image into a tensor, and is preferred to the statistics where given. TypeError
-    for what is no data set and for images that are no tensors after `transform`; ValueError when empty.
+    for what is no data set and for images that are no tensors after `transform`; ValueError when empty. `workers` as in
+    `reading_workers`.
     """
-    return Source(dataset, model, transform).in_order(batch_size)
+    return Source(dataset, model, transform).in_order(batch_size, workers)
 
 
 def image_batches(data: Any, model: Any = None, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -350,6 +414,22 @@ def _groups(data: Any) -> Any:
         inner = _groups(data.dataset)
         return None if inner is None else [inner[index] for index in data.indices]
     return groups
+
+
+class _Spans(torch.utils.data.Dataset[Any]):
+    """Parts of a source, each read at once. What goes wrong is handed over as it is: a loader would wrap it."""
+
+    def __init__(self, source: Source, spans: Sequence[range]) -> None:
+        self.source, self.spans = source, spans
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | Exception:
+        try:
+            return self.source._items(self.spans[index])
+        except Exception as error:
+            return error
 
 
 def _ignore_interrupt(worker: int) -> None:

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from robustft import clip
-from robustft.predictors.base import Classifier
+from robustft.clip.outputs import Outputs
+from robustft.predictors.base import Classifier, Predictor, predict_each
 from robustft.predictors.logits import accuracy_and_nll
 
 ALPHAS = tuple(i / 10 for i in range(11))
@@ -48,6 +50,10 @@ class WiSEFT:
     def at(self, alpha: float) -> Classifier:
         """The classifier at alpha, 0 for zero-shot and 1 for fine-tuned, with its own copy of the model."""
         check_alpha(alpha)
+        model = clip.interpolate(self.zero_shot.model, self.fine_tuned.model, alpha)
+        return Classifier(model, classes=self.zero_shot.classes, **self._head(alpha))
+
+    def _head(self, alpha: float) -> dict[str, Any]:
         zs, ft = self.zero_shot, self.fine_tuned
         mix = _mix(alpha)
         scale = mix(zs.logit_scale, ft.logit_scale)
@@ -56,15 +62,26 @@ class WiSEFT:
         if zs.bias is not None or ft.bias is not None:
             zero = head.new_zeros(len(head))
             bias = mix(zero if zs.bias is None else zs.bias, zero if ft.bias is None else ft.bias)
-        model = clip.interpolate(zs.model, ft.model, alpha)
-        return Classifier(model, head / scale, zs.classes, logit_scale=scale, bias=bias)
+        return {"class_embeddings": head / scale, "logit_scale": scale, "bias": bias}
+
+    def along(self, alphas: Sequence[float]) -> tuple[Predictor, ...]:
+        """Predictors at several alphas for reading a set once: they share one model, whose weights each makes its own
+        before it looks at a batch. Memory: one copy of the model. For `predict_each`, and not to be kept."""
+        for alpha in alphas:
+            check_alpha(alpha)
+        walk = _Walk(self.zero_shot.model, self.fine_tuned.model)
+        return tuple(
+            _Point(walk.model, classes=self.zero_shot.classes, walk=walk, alpha=alpha, **self._head(alpha))
+            for alpha in alphas
+        )
 
     def fit(self, validation: Any, alphas: Sequence[float] = ALPHAS) -> WiSEFT:
-        """Choose alpha_ by accuracy on held-out ID data, (images, labels) or a dataset; of equals by NLL."""
-        scores = []
-        for alpha in alphas:
-            outputs = self.at(alpha).predict(validation)
-            scores.append(accuracy_and_nll(outputs.logits, outputs.labels))
+        """Choose alpha_ by accuracy on held-out ID data, (images, labels) or a dataset; of equals by NLL.
+
+        The data are read once. Memory: a copy of the model, and the logits at all alphas.
+        """
+        outputs = predict_each(self.along(alphas), validation, parts=("logits", "labels"))
+        scores = [accuracy_and_nll(found.logits, found.labels) for found in outputs]
         self.alphas_ = tuple(alphas)
         self.accuracies_, self.nlls_ = (tuple(column) for column in zip(*scores, strict=True))
         self.alpha_ = best_alpha(self.alphas_, self.accuracies_, self.nlls_)
@@ -75,6 +92,39 @@ class WiSEFT:
         if not hasattr(self, "alpha_"):
             raise ValueError("WiSEFT has no alpha yet: call fit(validation), or at(alpha)")
         return self.at(self.alpha_)
+
+
+class _Walk:
+    """One model on its way between two: `to(alpha)` gives it the weights there."""
+
+    def __init__(self, zero_shot: nn.Module, fine_tuned: nn.Module) -> None:
+        self.ends = clip.unwrap(zero_shot).state_dict(), clip.unwrap(fine_tuned).state_dict()
+        self.model, self.alpha = clip.interpolate(zero_shot, fine_tuned, 1.0), 1.0
+
+    def to(self, alpha: float) -> None:
+        if alpha != self.alpha:
+            self.model.load_state_dict(clip.interpolate_state(*self.ends, alpha))
+            self.alpha = alpha
+
+
+class _Point(Classifier):
+    """The classifier at one alpha, of a model that is elsewhere in between."""
+
+    def __init__(self, model: nn.Module, *, walk: _Walk, alpha: float, **parts: Any) -> None:
+        super().__init__(model, **parts)
+        self.walk, self.alpha = walk, alpha
+
+    @property
+    def encoder(self) -> None:  # type: ignore[override]
+        """None: the features of one alpha are not another's."""
+        return None
+
+    def outputs(self, images: Tensor) -> Outputs:
+        self.walk.to(self.alpha)
+        return super().outputs(images)
+
+    def _with(self, classes: Sequence[str], **changed: Tensor) -> _Point:
+        return _Point(self.model, classes=classes, walk=self.walk, alpha=self.alpha, **self._held() | changed)
 
 
 def check_alpha(alpha: float) -> None:

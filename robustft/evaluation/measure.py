@@ -20,7 +20,7 @@ from robustft.clip.outputs import Outputs
 from robustft.detection.by_name import SCORES
 from robustft.detection.metrics import ood_metrics
 from robustft.ensembles.output_ensemble import PairPredictor
-from robustft.ensembles.wise_ft import ALPHAS
+from robustft.ensembles.wise_ft import ALPHAS, WiSEFT
 from robustft.evaluation.results import TPR, Evaluation, Frontier, ModelResult, ScoreHistogram, SetResult, Suite
 from robustft.evaluation.tables import listed
 from robustft.predictors.base import Predictor, predict_each
@@ -43,6 +43,7 @@ def evaluate(
     bins: int = 15,
     score: str = "mcm",
     batch_size: int = 256,
+    workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Evaluation:
     """Measures each classifier on the ID test set, on shifts of it (same classes) and against semantic-OOD
@@ -52,30 +53,36 @@ def evaluate(
     classes, labels are matched by name, and on a set with some of a classifier's classes it is restricted to these, as
     `Predictor.predict` does; on the OOD sets as on the ID set, whose scores theirs are compared with. Labels and names
     of OOD sets are not looked at. `score` tells ID from OOD: one of `robustft.detection.SCORES`, at its defaults, that
-    learns nothing and reads no patches. `progress(done, total, what)` is called after each (classifier, set). Memory:
-    one classifier's outputs.
+    learns nothing and reads no patches. `progress(done, total, what)` is called after each (classifier, set).
+
+    Every set is read once for all classifiers, by `workers` processes (`robustft.data.sources.reading_workers`), and
+    streams: what is kept of an image are its logits, and what the score reads of it, in each classifier.
     """
     _check_score(score)
     suite = Suite(id, shifts or {}, ood or {})
-    total, done = len(classifiers) * (1 + len(suite.shifts) + len(suite.ood)), 0
-    models = {}
-    for name, classifier in classifiers.items():
+    predictors = tuple(classifiers.values())
+    kept = tuple(dict.fromkeys(("logits", "labels", *SCORES[score].reads)))
+    total, done = len(predictors) * (1 + len(suite.shifts) + len(suite.ood)), 0
 
-        def run(dataset: Any, what: str, predictor: Predictor, labelled: bool = True, name: str = name) -> Outputs:
-            nonlocal done
-            (outputs,) = predict_each((predictor,), dataset, batch_size, labelled=labelled)
+    def run(dataset: Any, what: str, used: Sequence[Predictor], labelled: bool = True) -> tuple[Outputs, ...]:
+        nonlocal done
+        found = predict_each(used, dataset, batch_size, labelled=labelled, workers=workers, parts=kept)
+        for name in classifiers:
             done += 1
             if progress is not None:
                 progress(done, total, f"{name} on {what}")
-            return outputs
+        return found
 
-        known = run(suite.id, "id", classifier)
-        shifts_of = {k: run(d, k, classifier) for k, d in suite.shifts.items()}
-        if suite.ood:
-            classifier, _ = classifier.matched(suite.id)
-        ood_of = {k: run(d, k, classifier, labelled=False) for k, d in suite.ood.items()}
-        models[name] = _measure(Suite(known, shifts_of, ood_of), bins, score)
-    return _evaluation(models, bins, score)
+    known = run(suite.id, "id", predictors) if predictors else ()
+    shifts_of = {k: run(d, k, predictors) for k, d in suite.shifts.items()}
+    if suite.ood:
+        predictors = tuple(predictor.matched(suite.id)[0] for predictor in predictors)
+    ood_of = {k: run(d, k, predictors, labelled=False) for k, d in suite.ood.items()}
+    outputs = {
+        name: Suite(known[i], {k: p[i] for k, p in shifts_of.items()}, {k: p[i] for k, p in ood_of.items()})
+        for i, name in enumerate(classifiers)
+    }
+    return evaluate_predictions(outputs, bins, score)
 
 
 def frontier(
@@ -91,12 +98,16 @@ def frontier(
 
     The honest way to compare ensembles: each may pick another point of its curve. `chosen` is the alpha that the
     ensemble has from held-out data, if it was fitted. Data sets as for `evaluate`; `name` defaults to the ensemble's
-    type. Mixtures of outputs encode every set once; WiSE-FT once for each alpha. Memory: two models' outputs on a set.
+    type. Every set is read once. Mixtures of outputs encode it once, WiSE-FT once for each alpha. Memory: the logits of
+    all alphas on a set, of mixtures two models' outputs.
     """
     if not shifts:
         raise ValueError("shifts is empty: a frontier needs at least one shifted set")
 
     def accuracies(dataset: Any) -> list[float]:
+        if isinstance(ensemble, WiSEFT):
+            found = predict_each(ensemble.along(alphas), dataset, batch_size, parts=("logits", "labels"))
+            return [accuracy(p) for p in found]
         classifiers = (ensemble.at(alpha) for alpha in alphas)
         return [accuracy(p) for p in _predict_all(classifiers, dataset, batch_size)]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from robustft import clip
 from robustft.clip.outputs import Outputs, evaluating, similarities
 from robustft.data.classes import Matching, matching_of
-from robustft.data.sources import batches
+from robustft.data.sources import batches, image_statistics, takes_statistics
 from robustft.files import load_fitted, refusing, save_fitted
 from robustft.ops.precision import at_least_float32
 
@@ -87,16 +87,19 @@ class Predictor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.logits(images)
 
-    def predict(self, data: Any, batch_size: int = 256, *, labelled: bool = True) -> Outputs:
+    def predict(
+        self, data: Any, batch_size: int = 256, *, labelled: bool = True, workers: int | None = None
+    ) -> Outputs:
         """Outputs and labels of a whole set, in evaluation mode, on the CPU in at least float32; no gradient.
 
         data: as for `robustft.data.sources`. Where it tells its classes' names, its labels are matched to `classes` by
         name; of a set with some of them, the outputs are those of the predictor restricted to these, in the order of
         `classes`, and their `classes` tell which. labelled: False for a set of other classes, such as an
-        out-of-distribution one: labels and names are not looked at. ValueError for names that are not among the
-        classes, and for NaN or infinite logits, saying how many rows.
+        out-of-distribution one: labels and names are not looked at. workers: processes that read images, as
+        `robustft.data.sources.reading_workers` says. ValueError for names that are not among the classes, for images
+        without a label, and for NaN or infinite logits, saying how many rows.
         """
-        (outputs,) = predict_each((self,), data, batch_size, labelled=labelled)
+        (outputs,) = predict_each((self,), data, batch_size, labelled=labelled, workers=workers)
         return outputs
 
     def matched(self, data: Any) -> tuple[Predictor, Matching | None]:
@@ -136,7 +139,12 @@ def outputs_of_each(predictors: Sequence[Predictor], images: Tensor) -> tuple[Ou
 
 @torch.no_grad()
 def each_batch(
-    predictors: Sequence[Predictor], data: Any, batch_size: int = 256, *, labelled: bool = True
+    predictors: Sequence[Predictor],
+    data: Any,
+    batch_size: int = 256,
+    *,
+    labelled: bool = True,
+    workers: int | None = None,
 ) -> Iterator[tuple[Outputs, ...]]:
     """What each predictor makes of a set, batch by batch, read once; as in `Predictor.predict`."""
     for predictor in predictors:
@@ -148,7 +156,9 @@ def each_batch(
     used = tuple(predictor for predictor, _ in pairs)
     device = next((p.device for p in predictors[-1].parameters()), torch.device("cpu"))
     with evaluating(*used):
-        for images, labels in batches(data, predictors[-1], batch_size=batch_size):
+        for images, labels in batches(data, predictors[-1], batch_size=batch_size, workers=workers):
+            if labelled and (missing := int((labels < 0).sum())):
+                raise ValueError(f"{missing} of {len(labels)} images of a batch have no label: expected a labelled set")
             found = outputs_of_each(used, images.to(device))
             yield tuple(
                 _kept(out, getattr(predictor, "classes", None), _read(labels.cpu(), matching) if labelled else None)
@@ -165,16 +175,38 @@ def _read(labels: Tensor, matching: Matching | None) -> Tensor:
 
 
 def predict_each(
-    predictors: Sequence[Predictor], data: Any, batch_size: int = 256, *, labelled: bool = True
+    predictors: Sequence[Predictor],
+    data: Any,
+    batch_size: int = 256,
+    *,
+    labelled: bool = True,
+    workers: int | None = None,
+    parts: Sequence[str] = Outputs.PARTS,
 ) -> tuple[Outputs, ...]:
-    """`Predictor.predict` of several predictors on one set, which is read once; those of one encoder share its pass."""
-    parts = each_batch(predictors, data, batch_size, labelled=labelled)
-    found = tuple(Outputs.cat(column) for column in zip(*parts, strict=True))
+    """`Predictor.predict` of several predictors on one set, which is read once; those of one encoder share its pass.
+
+    parts: of the outputs, those to keep: features are most of the memory.
+    """
+    alike: dict[Any, list[int]] = {}  # predictors to which the same tensors are shown
+    for index, predictor in enumerate(predictors):
+        device = next((p.device for p in predictor.parameters()), None) if isinstance(predictor, nn.Module) else None
+        statistics = image_statistics(predictor) if takes_statistics(data) else None
+        alike.setdefault((device, statistics), []).append(index)
+    found: list[Any] = [None] * len(predictors)
+    for indices in alike.values():
+        batches_of = (
+            tuple(outputs.only(*parts) for outputs in batch)
+            for batch in each_batch(
+                [predictors[i] for i in indices], data, batch_size, labelled=labelled, workers=workers
+            )
+        )
+        for index, column in zip(indices, zip(*batches_of, strict=True), strict=True):
+            found[index] = Outputs.cat(column)
     for outputs in found:
         bad = int((~outputs.logits.isfinite()).any(1).sum())
         if bad:
             raise ValueError(f"{bad} of {len(outputs.logits)} rows of the classifier's logits hold NaN or infinity")
-    return found
+    return tuple(found)
 
 
 P = TypeVar("P", bound="ModelPredictor")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from robustft.data import sources
 from robustft.data.sources import Source, batches, image_batches
 
 N = 11
@@ -120,3 +121,61 @@ def test_what_is_no_data_set_is_refused_by_name(pair):
     for empty in ([], (pair[0][:0], pair[1][:0]), {"image": pair[0][:0], "label": pair[1][:0]}):
         with pytest.raises(ValueError, match="data is empty"):
             Source(empty, name="data")
+
+
+class Counted:
+    """Image files in spirit: items are made one by one, here or in workers, and each is counted in a file."""
+
+    classes = ("a", "b")
+    workers = None
+
+    def __init__(self, folder, count=70):
+        self.folder, self.count = folder, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        (self.folder / f"{index}.{len(list(self.folder.glob(f'{index}.*')))}").touch()
+        if index == self.count:
+            raise IndexError
+        return torch.full((3, 2, 2), index / 128), index % 2
+
+
+@pytest.mark.parametrize("batch_size", [16, 50, 100])
+def test_workers_read_the_same_batches_once_and_in_order(tmp_path, batch_size):
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    data = Counted(tmp_path)
+    for workers in (0, 2):
+        found = list(sources.batches(data, batch_size=batch_size, workers=workers))
+        assert [len(labels) for _, labels in found] == [min(batch_size, 70 - i) for i in range(0, 70, batch_size)]
+        images = torch.cat([images for images, _ in found])
+        assert torch.equal(images[:, 0, 0, 0], torch.arange(70) / 128)
+        assert torch.equal(torch.cat([labels for _, labels in found]), torch.arange(70) % 2)
+    assert len(list(tmp_path.iterdir())) == 140
+    assert torch.equal(torch.random.get_rng_state(), before)  # nothing was drawn from the caller's generator
+
+
+def test_an_error_in_a_worker_is_the_error_itself(tmp_path):
+    class Broken(Counted):
+        def __getitem__(self, index):
+            if index == 40:
+                raise ValueError("photo.jpg: damaged, or no image")
+            return super().__getitem__(index)
+
+    with pytest.raises(ValueError, match=r"^photo.jpg: damaged, or no image$"):
+        list(sources.batches(Broken(tmp_path), batch_size=8, workers=2))
+
+
+def test_only_sets_that_say_so_are_read_by_workers_unasked(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
+    declared, foreign = type("Declared", (), {"workers": None})(), object()
+    assert sources.reading_workers(declared, sources.FILES_FOR_WORKERS) == 4
+    assert sources.reading_workers(declared, sources.FILES_FOR_WORKERS - 1) == 0
+    assert sources.reading_workers(foreign, 10**6) == 0
+    assert sources.reading_workers(foreign, 10, 3) == 3
+    declared.workers = 2
+    assert sources.reading_workers(torch.utils.data.Subset(declared, [0]), 1) == 2
+    with pytest.raises(ValueError, match="workers must not be negative, got -1"):
+        sources.reading_workers(foreign, 10, -1)

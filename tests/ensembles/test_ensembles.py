@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from robustft.evaluation import frontier
 from robustft.methods import FineTune, OutputEnsemble, WiSEFT, zero_shot_classifier
+from robustft.predictors.logits import accuracy_and_nll
 
 
 @pytest.fixture
@@ -127,3 +129,31 @@ def test_misuse_is_refused_with_a_reason(pair):
         OutputEnsemble(zero_shot, fine_tuned, (1.0, 0.0))
     with pytest.raises(ValueError, match="temperatures must be None"):
         OutputEnsemble(zero_shot, fine_tuned, "auto")
+
+
+def test_a_fit_reads_every_image_once_and_finds_what_each_alpha_predicts(pair, held_out):
+    zero_shot, fine_tuned = pair
+    images, labels = held_out
+
+    class Counted(torch.utils.data.Dataset):
+        read: list[int] = []
+
+        def __len__(self):
+            return len(images)
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return images[index], int(labels[index])
+
+    data = Counted()
+    wise = WiSEFT(zero_shot, fine_tuned).fit(data)
+    assert data.read == list(range(len(images)))
+    nlls = []
+    for alpha in wise.alphas_:
+        outputs = wise.at(alpha).predict(data)
+        nlls.append(accuracy_and_nll(outputs.logits, outputs.labels)[1])
+    assert wise.nlls_ == tuple(nlls)
+
+    data.read.clear()
+    curve = frontier(wise, id=data, shifts={"same": data}, alphas=(0.0, 0.5))
+    assert data.read == 2 * list(range(len(images))) and curve.id_accuracy == curve.ood_accuracy
