@@ -107,8 +107,16 @@ class PairPredictor(Composite):
         """The pair's outputs from its members': to vary how they are mixed without encoding again."""
         raise NotImplementedError
 
+    @property
+    def joined(self) -> tuple[Predictor, ...]:
+        return self.zero_shot, self.fine_tuned
+
+    def combined(self, outputs: Sequence[Outputs]) -> Outputs:
+        return self.combine(*outputs)
+
     def outputs(self, images: Tensor) -> Outputs:
-        return self.combine(*outputs_of_each((self.zero_shot, self.fine_tuned), images))
+        (outputs,) = outputs_of_each((self,), images)
+        return outputs
 
 
 class Mixture(PairPredictor):

@@ -73,9 +73,15 @@ class Tempered(Composite):
         self.temperature = temperature
         self.classes = predictor.classes
 
+    @property
+    def joined(self) -> tuple[Predictor, ...]:
+        return (self.predictor,)
+
+    def combined(self, outputs: Sequence[Outputs]) -> Outputs:
+        return outputs[0].replace(logits=outputs[0].logits / self.temperature)
+
     def outputs(self, images: Tensor) -> Outputs:
-        outputs = self.predictor.outputs(images)
-        return outputs.replace(logits=outputs.logits / self.temperature)
+        return self.combined([self.predictor.outputs(images)])
 
     def restrict(self, classes: Sequence[int] | Sequence[str]) -> Tempered:
         return Tempered(self.predictor.restrict(classes), self.temperature)

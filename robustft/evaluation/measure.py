@@ -8,7 +8,7 @@ ID against each semantic-OOD set:  AUROC and FPR95 of a score, ID positive: MCM 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +19,6 @@ from robustft.calibration.measures import calibration_report
 from robustft.clip.outputs import Outputs
 from robustft.detection.by_name import SCORES
 from robustft.detection.metrics import ood_metrics
-from robustft.ensembles.output_ensemble import PairPredictor
 from robustft.ensembles.wise_ft import ALPHAS, WiSEFT
 from robustft.evaluation.results import TPR, Evaluation, Frontier, ModelResult, ScoreHistogram, SetResult, Suite
 from robustft.evaluation.tables import listed
@@ -93,23 +92,22 @@ def frontier(
     alphas: Sequence[float] = ALPHAS,
     name: str | None = None,
     batch_size: int = 256,
+    workers: int | None = None,
 ) -> Frontier:
     """ID against mean-OOD accuracy of a `WiSEFT`, an `OutputEnsemble` or a `VRF.classifier` at every alpha.
 
     The honest way to compare ensembles: each may pick another point of its curve. `chosen` is the alpha that the
     ensemble has from held-out data, if it was fitted. Data sets as for `evaluate`; `name` defaults to the ensemble's
     type. Every set is read once. Mixtures of outputs encode it once, WiSE-FT once for each alpha. Memory: the logits of
-    all alphas on a set, of mixtures two models' outputs.
+    all alphas on a set.
     """
     if not shifts:
         raise ValueError("shifts is empty: a frontier needs at least one shifted set")
 
     def accuracies(dataset: Any) -> list[float]:
-        if isinstance(ensemble, WiSEFT):
-            found = predict_each(ensemble.along(alphas), dataset, batch_size, parts=("logits", "labels"))
-            return [accuracy(p) for p in found]
-        classifiers = (ensemble.at(alpha) for alpha in alphas)
-        return [accuracy(p) for p in _predict_all(classifiers, dataset, batch_size)]
+        along = ensemble.along(alphas) if isinstance(ensemble, WiSEFT) else [ensemble.at(alpha) for alpha in alphas]
+        found = predict_each(along, dataset, batch_size, workers=workers, parts=("logits", "labels"))
+        return [accuracy(outputs) for outputs in found]
 
     id_accuracy, *ood = (accuracies(dataset) for dataset in (id, *shifts.values()))
     return Frontier(
@@ -130,21 +128,6 @@ def evaluate_predictions(predictions: Mapping[str, Suite[Outputs]], bins: int = 
     """
     _check_score(score)
     return _evaluation({name: _measure(suite, bins, score) for name, suite in predictions.items()}, bins, score)
-
-
-def _predict_all(classifiers: Iterable[Predictor], dataset: Any, batch_size: int) -> Iterator[Outputs]:
-    """Each classifier's outputs; pairs of the same two members, mixed in several ways, are encoded once."""
-    members: dict[tuple[int, int], tuple[Outputs, ...]] = {}
-    for classifier in classifiers:
-        if not isinstance(classifier, PairPredictor):
-            yield classifier.predict(dataset, batch_size)
-            continue
-        pair = classifier.zero_shot, classifier.fine_tuned
-        key = id(pair[0]), id(pair[1])
-        if key not in members:
-            members[key] = predict_each(pair, dataset, batch_size)
-        zero_shot, fine_tuned = members[key]
-        yield classifier.combine(zero_shot, fine_tuned)
 
 
 def accuracy(outputs: Outputs) -> float:

@@ -76,6 +76,15 @@ class Predictor(nn.Module):
         """Outputs of unit features (N, D) of `encoder` that exist already, such as `robustft.clip.encode` keeps."""
         raise NotImplementedError
 
+    @property
+    def joined(self) -> tuple[Predictor, ...]:
+        """The predictors of whose outputs, and nothing else, the outputs are a function: `combined`. () for none."""
+        return ()
+
+    def combined(self, outputs: Sequence[Outputs]) -> Outputs:
+        """Outputs from those of `joined` on the same images."""
+        raise NotImplementedError
+
     def logits(self, images: Tensor) -> Tensor:
         """Logits (N, K)."""
         return self.outputs(images).logits
@@ -123,18 +132,27 @@ class Predictor(nn.Module):
 
 
 def outputs_of_each(predictors: Sequence[Predictor], images: Tensor) -> tuple[Outputs, ...]:
-    """What each predictor makes of the same images; those of one encoder share its pass."""
+    """What each predictor makes of the same images; those of one encoder share its pass, and so do their ensembles."""
     passes: dict[nn.Module, Tensor] = {}
-    found = []
-    for predictor in predictors:
+    made: dict[int, Outputs] = {}
+
+    def of(predictor: Predictor) -> Outputs:
+        if id(predictor) not in made:
+            made[id(predictor)] = make(predictor)
+        return made[id(predictor)]
+
+    def make(predictor: Predictor) -> Outputs:
+        if joined := predictor.joined:
+            return predictor.combined([of(member) for member in joined])
         encoder = predictor.encoder
         if encoder is not None and encoder in passes:
-            found.append(predictor.head_outputs(passes[encoder]))
-            continue
-        found.append(predictor.outputs(images))
+            return predictor.head_outputs(passes[encoder])
+        outputs = predictor.outputs(images)
         if encoder is not None:
-            passes[encoder] = found[-1].features
-    return tuple(found)
+            passes[encoder] = outputs.features
+        return outputs
+
+    return tuple(map(of, predictors))
 
 
 @torch.no_grad()
