@@ -20,6 +20,7 @@ from pathlib import Path
 from robustft.data import glyphworld
 from robustft.files import write_text
 from robustft.pipeline import quickstart
+from robustft.pipeline.training import Materials, train_recipe
 from robustft.predictors.logits import accuracy_and_nll
 
 from . import machine
@@ -39,16 +40,16 @@ COLUMNS = {
 
 def select(seeds: list[int]) -> None:
     bundle = glyphworld.load_clip()
-    data = quickstart.Data.load(bundle.model, limit=1)
+    sets = glyphworld.sets(1)
     rows = []
     for name, recipe in quickstart.RECIPES.items():
         for lr in LEARNING_RATES:
             candidate = replace(recipe, lr=lr)
             scores = []
             for seed in seeds:
-                method = quickstart.make_method(candidate, bundle, seed)
-                quickstart.train(candidate, method, data, seed, progress=False)
-                predictions = method.classifier().predict(data.validation)
+                materials = Materials.of(bundle, sets, glyphworld.TEMPLATES, seed=seed)
+                method, _ = train_recipe(candidate, materials, None, progress=False)
+                predictions = method.classifier().predict(sets.validation)
                 scores.append(accuracy_and_nll(predictions.logits, predictions.labels))
             accuracy, nll = (statistics.mean(column) for column in zip(*scores, strict=True))
             rows.append({"method": name, "lr": lr, "validation_accuracy": accuracy, "validation_nll": nll})

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from robustft.methods import CoreProxy, Predictor
-from robustft.pipeline.quickstart import Recipe
+from robustft.pipeline.recipes import Recipe
 from robustft.pipeline.study.drm import Spurious
 from robustft.pipeline.study.recipes import DRM, HOST_SHOTS, HOSTS, LP_FT, PROBE, SINGLE, SPURIOUS
 from robustft.pipeline.study.world import World

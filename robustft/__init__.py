@@ -24,6 +24,8 @@ _ROOMS = {
     "methods.objective": "Objective",
     "neighbors": "NeighborIndex",
     "ops.dispatch": "backend build_info",
+    "pipeline.serving": "Pipeline Prediction load",
+    "pipeline.train": "Run train",
     "predictors": "load_predictor zero_shot_classifier",
     "training": "fit",
 }
@@ -92,6 +94,11 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors; a test holds
     from robustft.neighbors import NeighborIndex as NeighborIndex
     from robustft.ops.dispatch import backend as backend
     from robustft.ops.dispatch import build_info as build_info
+    from robustft.pipeline.serving import Pipeline as Pipeline
+    from robustft.pipeline.serving import Prediction as Prediction
+    from robustft.pipeline.serving import load as load
+    from robustft.pipeline.train import Run as Run
+    from robustft.pipeline.train import train as train
     from robustft.predictors import load_predictor as load_predictor
     from robustft.predictors import zero_shot_classifier as zero_shot_classifier
     from robustft.training import fit as fit

@@ -1,4 +1,4 @@
-"""The command line: `robustft quickstart`, `study`, `bench`, `doctor`, `info`."""
+"""The command line: each command is a function of the package, with its arguments as flags."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from typing import Any
 
 from robustft import __version__
 from robustft.machine import PRECISIONS, ROOT
+from robustft.pipeline import flags
+from robustft.pipeline.checking import check_data
+from robustft.pipeline.evaluating import evaluate_runs
 from robustft.pipeline.recipes import RECIPES, SEEDS
+from robustft.pipeline.train import methods_table
+from robustft.pipeline.train import train as train_function
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="robustft", description="Robust fine-tuning of CLIP-like models.")
     top.add_argument("--version", action="version", version=f"robustft {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
+    _add_own_data(commands)
 
     names = ", ".join(RECIPES)
     quickstart = commands.add_parser(
@@ -66,6 +72,46 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_own_data(commands: Any) -> None:
+    """The commands for one's own images."""
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a model on your images: a folder that serves, and a report",
+        description="Fine-tunes a CLIP model on your images, chooses on validation data, measures, and leaves a folder "
+        "with model, threshold and report. robustft check DATA first finds what is wrong with the images.",
+    )
+    train.add_argument("data", nargs="?", default=argparse.SUPPRESS, metavar="DATA", help="see docs/own_data.md")
+    flags.add_flags(train, train_function)
+    train.add_argument("--config", metavar="FILE", help="YAML of these options; a flag goes before it")
+    train.add_argument("--print-config", action="store_true", help="print all options as YAML, and do nothing")
+    train.add_argument("--list-methods", action="store_true", help="say what each method is for and needs")
+
+    predict = commands.add_parser(
+        "predict",
+        help="what a run's model says of images",
+        description="Labels images by the model of a run: class, calibrated probability, OOD score (higher = more "
+        "in-distribution) and whether the image is accepted. Exit code 1 when a file could not be read.",
+    )
+    predict.add_argument("run", metavar="RUN", help="folder that robustft train wrote")
+    predict.add_argument("files", nargs="+", metavar="FILE", help="images, or folders of them")
+    form = predict.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object a line")
+    form.add_argument("--csv", action="store_true", help="comma-separated, with a header")
+    predict.add_argument("--top", type=int, default=5, metavar="K", help="classes named in JSON (default: %(default)s)")
+    predict.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
+    predict.add_argument("--device", default="auto", help="cpu, cuda, ...; auto takes the GPU if there is one")
+    predict.add_argument("--workers", type=int, metavar="N", help="processes that read images; by default one a core")
+
+    evaluate = commands.add_parser("evaluate", help="measure runs, or a zero-shot model, on your data")
+    evaluate.add_argument("data", metavar="DATA", help="as for train")
+    evaluate.add_argument("runs", nargs="*", metavar="RUN", help="folders that robustft train wrote")
+    flags.add_flags(evaluate, evaluate_runs)
+
+    check = commands.add_parser("check", help="find what is wrong with your images before you train")
+    check.add_argument("data", metavar="DATA", help="as for train")
+    flags.add_flags(check, check_data)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -75,6 +121,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _bench(given[1:])
         options = vars(parser().parse_args(given))
         match options.pop("command"):
+            case "train":
+                return _train(options)
+            case "predict":
+                return _predict(**options)
+            case "evaluate":
+                evaluate_runs(**flags.given(options))
+                return 0
+            case "check":
+                return check_data(**flags.given(options))
             case "quickstart":
                 return _quickstart(**options)
             case "study":
@@ -101,6 +156,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"robustft {command}: {error}", file=sys.stderr)
         print("(ROBUSTFT_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
+
+
+def _train(options: dict[str, Any]) -> int:
+    if options.pop("list_methods"):
+        print(methods_table())
+        return 0
+    config, shown = options.pop("config"), options.pop("print_config")
+    asked = flags.given(options)
+    if config is None and asked.get("resume") and "data" not in asked and "output" in asked:
+        config = os.path.join(asked["output"], "config.yaml")  # all that the run was asked for
+    asked = (flags.read_config(config, train_function) if config else {}) | asked
+    if shown:
+        print(flags.config_text(train_function, asked), end="")
+        return 0
+    if missing := [name for name in ("data", "output") if asked.get(name) is None]:
+        raise ValueError(f"{missing[0]} is missing: robustft train DATA --output FOLDER")
+    train_function(**asked)
+    return 0
+
+
+def _predict(run: str, files: list[str], json: bool, csv: bool, top: int, **options: Any) -> int:
+    from robustft.pipeline.predicting import predict_files
+
+    form = "json" if json else "csv" if csv else "table"
+    return 1 if predict_files(run, files, form=form, top=top, **options) else 0
 
 
 def _quickstart(methods: list[str], **options: Any) -> int:

@@ -39,7 +39,7 @@ from robustft.clip.heads import (
     grouped_embeddings,
 )
 from robustft.clip.library import import_open_clip
-from robustft.clip.loading import CLASSIFIER_FILE, CONFIG_FILE, WEIGHTS_FILE, Bundle, load
+from robustft.clip.loading import CLASSIFIER_FILE, CONFIG_FILE, WEIGHTS_FILE, Bundle, eval_transform, load
 from robustft.clip.outputs import Outputs, evaluating, outputs_of, similarities
 from robustft.clip.weights import (
     average_states,
@@ -74,6 +74,7 @@ __all__ = [
     "encode_images_and_patches",
     "encode_patches",
     "encode_texts",
+    "eval_transform",
     "evaluating",
     "export",
     "fingerprint",

@@ -89,6 +89,18 @@ def load(
     return Bundle(model, tokenizer, train_transform, eval_transform, config)
 
 
+def eval_transform(directory: str | Path) -> Callable[[Any], Tensor]:
+    """The evaluation transform of an exported model, as `load` gives it, without loading the model."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    path = Path(directory) / CONFIG_FILE
+    config = _read_config(path)
+    with _naming_config(f"local-dir:{directory}"):
+        settings = PreprocessCfg(**config["preprocess_cfg"])
+        transform: Callable[[Any], Tensor] = image_transform_v2(settings, is_train=False)
+    return transform
+
+
 @contextlib.contextmanager
 def _naming_config(name: str) -> Iterator[None]:
     """Around a model that is built from a directory's configuration: what that does not allow is told of its file."""

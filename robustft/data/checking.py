@@ -38,6 +38,11 @@ SHOWN = 10  # files of a kind in the table
 _NO_WORD = re.compile(r"n\d{8}|(class|cls|label|category|c)?[ _-]*\d+", re.IGNORECASE)
 
 
+def no_word(name: str) -> bool:
+    """Whether a class's name is a code or a number, of which no caption can be made."""
+    return _NO_WORD.fullmatch(name) is not None
+
+
 class Finding(NamedTuple):
     """One thing about one file, or about two (a copy and what it copies)."""
 
@@ -209,7 +214,7 @@ def _copies(looks: Sequence[Look], places: Sequence[tuple[str, str]]) -> Iterato
 def _names(data: Data) -> Iterator[Finding]:
     folded: dict[str, str] = {}
     for name in data.classes:
-        if _NO_WORD.fullmatch(name):
+        if no_word(name):
             cure = f"{name!r}: captions need a word; give class_names={{folder: name}}"
             yield Finding("class name that is no word", "classes", cure, False)
         same = folded.setdefault(re.sub(r"[\s_-]+", " ", name).strip().casefold(), name)

@@ -24,6 +24,7 @@ from PIL import Image
 from robustft.data.base_model import load_clip
 from robustft.data.glyphs import CHARACTERS, SIZE, enlarge, font_mask, pen_mask, scan
 from robustft.data.images import ImageDataset
+from robustft.data.opening import Data
 
 __all__ = [
     "BACKGROUNDS",
@@ -38,6 +39,7 @@ __all__ = [
     "digits",
     "load_clip",
     "ood",
+    "sets",
     "shift",
     "spurious",
 ]
@@ -93,6 +95,24 @@ class Pairs(NamedTuple):
     images: np.ndarray
     captions: list[str]
     labels: np.ndarray
+
+
+def sets(limit: int | None = None) -> Data:
+    """All of the benchmark as one `Data`; `limit` keeps that many images of each test set."""
+    rows = range(limit) if limit is not None else None
+
+    def shown(dataset: ImageDataset) -> ImageDataset:
+        return dataset if rows is None else dataset.subset(rows[: len(dataset)])
+
+    return Data(
+        train=digits("train"),
+        validation=digits("validation"),
+        test=shown(digits("test")),
+        classes=CLASS_NAMES,
+        shifts={name: shown(shift(name)) for name in SHIFTS},
+        ood={name: shown(ood(name)) for name in OOD},
+        understood=("GlyphWorld, the bundled benchmark",),
+    )
 
 
 def rotate(mask: np.ndarray, degrees: float) -> np.ndarray:

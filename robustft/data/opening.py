@@ -152,6 +152,54 @@ def open(
     return data
 
 
+def open_test(
+    source: str | os.PathLike[str] | Data,
+    *,
+    split: str | None = None,
+    shifts: Mapping[str, str | os.PathLike[str]] | None = None,
+    ood: Mapping[str, str | os.PathLike[str]] | None = None,
+    class_names: Mapping[str, str] | Sequence[str] | None = None,
+    columns: Columns = Columns(),
+    images: str | os.PathLike[str] | None = None,
+) -> Data:
+    """The data at `source` to measure on: its test set, or all of it where it is one set, as `test`.
+
+    split: "test", "validation" or "train", to measure on that set. Others as for `open`. ValueError where the source
+    lacks the set, or has several and no test set.
+    """
+    path = None if isinstance(source, Data) else Path(os.fspath(source)).expanduser()
+    if path is not None and path.is_dir() and not (path / "train").is_dir() and is_class_tree(path):
+        tree, _ = _tree(path)
+        data = Data(
+            None, None, tree, tree.classes, understood=(f"{path}: class folders, all to measure on",), root=path
+        )
+    else:
+        data = source if isinstance(source, Data) else _open(source, columns, images, 0, False)
+    parts = {"test": data.test, "validation": data.validation, "train": data.train}
+    held = [name for name, part in parts.items() if part is not None]
+    wanted = split or ("test" if "test" in held else held[0] if len(held) == 1 else None)
+    if wanted is None or wanted not in held:
+        raise ValueError(
+            f"{source}: has no {wanted or 'test'} set; it holds {', '.join(held) or 'none'}: say which to measure on "
+            "by split="
+        )
+    return open(
+        replace(data, train=None, validation=None, test=parts[wanted]),
+        shifts=shifts,
+        ood=ood,
+        class_names=_of_these(class_names, data.classes),
+        columns=columns,
+        images=images,
+    )
+
+
+def _of_these(names: Any, classes: Sequence[str]) -> Any:
+    """A mapping's names where it knows any of the classes; data that have the new names already need none."""
+    if isinstance(names, Mapping) and not set(names) & set(classes):
+        return None
+    return names
+
+
 def _open(
     source: str | os.PathLike[str],
     columns: Columns,

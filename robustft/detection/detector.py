@@ -56,6 +56,11 @@ class Detector:
         self._score = SCORES[score](**options)
         self._widths: dict[str, int] = {}
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The parts of `Outputs` that the score is made of."""
+        return self._score.reads
+
     def fit(self, source: Any, data: Any = None, *, validation: Any = None, batch_size: int = 256) -> Detector:
         """Learns what the score learns from ID data, then the threshold from held-out ID data. Returns self.
 

@@ -37,9 +37,12 @@ class Tempering:
 
     def fit(self, validation: Any) -> Tempering:
         """Choose temperature_ on held-out ID data, (images, labels) or a dataset."""
-        outputs = self.predictor.predict(validation)
-        self.temperature_ = TEMPERATURE_RULES[self.rule](outputs.logits, outputs.labels)
+        self.temperature_ = self.temperature_of(self.predictor.predict(validation))
         return self
+
+    def temperature_of(self, outputs: Outputs) -> float:
+        """The temperature for what the predictor made of held-out ID data."""
+        return TEMPERATURE_RULES[self.rule](outputs.logits, outputs.labels)
 
     def at(self, temperature: float) -> Predictor:
         """The predictor with logits divided by a temperature: of a `Classifier` another one, which can be saved."""

@@ -57,31 +57,53 @@ def evaluate(
     Every set is read once for all classifiers, by `workers` processes (`robustft.data.sources.reading_workers`), and
     streams: what is kept of an image are its logits, and what the score reads of it, in each classifier.
     """
-    _check_score(score)
-    suite = Suite(id, shifts or {}, ood or {})
-    predictors = tuple(classifiers.values())
+    check_score(score)
     kept = tuple(dict.fromkeys(("logits", "labels", *SCORES[score].reads)))
-    total, done = len(predictors) * (1 + len(suite.shifts) + len(suite.ood)), 0
+    suites = predict_sets(
+        classifiers,
+        Suite(id, shifts or {}, ood or {}),
+        batch_size=batch_size,
+        workers=workers,
+        parts=kept,
+        progress=progress,
+    )
+    return evaluate_predictions(suites, bins, score)
+
+
+def predict_sets(
+    classifiers: Mapping[str, Predictor],
+    sets: Suite[Any],
+    *,
+    batch_size: int = 256,
+    workers: int | None = None,
+    parts: Sequence[str] = Outputs.PARTS,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Suite[Outputs]]:
+    """What each classifier makes of each set, which is read once for all of them; arguments as of `evaluate`.
+
+    parts: of the outputs, those to keep. Memory: these, of all classifiers on all sets.
+    """
+    predictors = tuple(classifiers.values())
+    total, done = len(predictors) * (1 + len(sets.shifts) + len(sets.ood)), 0
 
     def run(dataset: Any, what: str, used: Sequence[Predictor], labelled: bool = True) -> tuple[Outputs, ...]:
         nonlocal done
-        found = predict_each(used, dataset, batch_size, labelled=labelled, workers=workers, parts=kept)
+        found = predict_each(used, dataset, batch_size, labelled=labelled, workers=workers, parts=parts)
         for name in classifiers:
             done += 1
             if progress is not None:
                 progress(done, total, f"{name} on {what}")
         return found
 
-    known = run(suite.id, "id", predictors) if predictors else ()
-    shifts_of = {k: run(d, k, predictors) for k, d in suite.shifts.items()}
-    if suite.ood:
-        predictors = tuple(predictor.matched(suite.id)[0] for predictor in predictors)
-    ood_of = {k: run(d, k, predictors, labelled=False) for k, d in suite.ood.items()}
-    outputs = {
+    known = run(sets.id, "id", predictors) if predictors else ()
+    shifts_of = {k: run(d, k, predictors) for k, d in sets.shifts.items()}
+    if sets.ood:
+        predictors = tuple(predictor.matched(sets.id)[0] for predictor in predictors)
+    ood_of = {k: run(d, k, predictors, labelled=False) for k, d in sets.ood.items()}
+    return {
         name: Suite(known[i], {k: p[i] for k, p in shifts_of.items()}, {k: p[i] for k, p in ood_of.items()})
         for i, name in enumerate(classifiers)
     }
-    return evaluate_predictions(outputs, bins, score)
 
 
 def frontier(
@@ -126,7 +148,7 @@ def evaluate_predictions(predictions: Mapping[str, Suite[Outputs]], bins: int = 
     lack it, as somebody else's logits do, has none. Logits of several widths need `Outputs.classes`, their columns'
     names; ValueError where they have none.
     """
-    _check_score(score)
+    check_score(score)
     return _evaluation({name: _measure(suite, bins, score) for name, suite in predictions.items()}, bins, score)
 
 
@@ -135,7 +157,8 @@ def accuracy(outputs: Outputs) -> float:
     return float((outputs.logits.argmax(-1) == outputs.labels).double().mean())
 
 
-def _check_score(name: str) -> None:
+def check_score(name: str) -> None:
+    """ValueError unless this is a score that can be computed from outputs alone."""
     usable = sorted(name for name, entry in SCORES.items() if entry.of_outputs)
     if name not in usable:
         raise ValueError(

@@ -19,7 +19,9 @@ from robustft import cli, clip, doctor, methods
 from robustft.data import glyphworld
 from robustft.data.pretrain import pretrain
 from robustft.evaluation import Evaluation
+from robustft.evaluation.measure import predict_sets
 from robustft.pipeline import quickstart
+from robustft.pipeline.job import suite_of
 from robustft.training.run import in_use
 
 README = Path(__file__).parents[2] / "README.md"
@@ -96,8 +98,7 @@ def test_exported_flyp_predicts_what_the_table_says(run):
     bundle = clip.load(f"local-dir:{folder / 'export' / 'flyp'}")
     names = {"class_names": glyphworld.CLASS_NAMES, "templates": glyphworld.TEMPLATES}
     classifier = methods.zero_shot_classifier(bundle.model, tokenizer=bundle.tokenizer, **names)
-    data = quickstart.Data.load(bundle.model, limit=200)
-    predictions = classifier.predict(data.test.id)
+    predictions = classifier.predict(glyphworld.sets(200).test)
     accuracy = (predictions.logits.argmax(1) == predictions.labels).double().mean().item()
     evaluation = Evaluation.from_dict(json.loads((folder / "metrics.json").read_text()))
     assert accuracy == evaluation.models["FLYP"].id_accuracy
@@ -222,14 +223,12 @@ def test_mixed_predictions_are_the_ensembles_own():
     names = {"class_names": glyphworld.CLASS_NAMES, "templates": glyphworld.TEMPLATES}
     zero_shot = methods.zero_shot_classifier(bundle.model, tokenizer=bundle.tokenizer, **names)
     flipped = methods.Classifier(bundle.model, -zero_shot.class_embeddings, glyphworld.CLASS_NAMES, logit_scale=3.0)
-    data = quickstart.Data.load(bundle.model, limit=20)
-    a, b = (quickstart.predict_suite(c, data.test) for c in (zero_shot, flipped))
-    mixed = quickstart.mix_suites(a, b, 0.3, (1.5, 0.8))
     ensemble = methods.OutputEnsemble(zero_shot, flipped, temperatures=(1.5, 0.8)).at(0.3)
-    direct = quickstart.predict_suite(ensemble, data.test)
-    for ours, theirs in ((mixed.id, direct.id), (mixed.shifts["font"], direct.shifts["font"])):
-        torch.testing.assert_close(ours.logits, theirs.logits)
-        torch.testing.assert_close(ours.cosines, theirs.cosines)
+    tests = suite_of(glyphworld.sets(20))
+    together = predict_sets({"a": zero_shot, "b": flipped, "mixed": ensemble}, tests)["mixed"]
+    for ours, data in ((together.id, tests.id), (together.shifts["font"], tests.shifts["font"])):
+        direct = ensemble.predict(data)
+        assert torch.equal(ours.logits, direct.logits) and torch.equal(ours.cosines, direct.cosines)
 
 
 def test_doctor_passes_here():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from robustft.methods import OutputEnsemble, Predictor, WiSEFT, greedy_soup, uniform_soup
-from robustft.pipeline.quickstart import RECIPES, Recipe
+from robustft.pipeline.recipes import RECIPES, Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Section, higher, lower
 from robustft.pipeline.study.world import World, columns
 

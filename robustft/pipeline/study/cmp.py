@@ -8,7 +8,7 @@ from typing import Any
 
 from robustft.calibration.measures import calibration_report, fit_temperature
 from robustft.methods import Predictor, TipAdapter
-from robustft.pipeline.quickstart import Recipe
+from robustft.pipeline.recipes import Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Plot, Section, higher, lower
 from robustft.pipeline.study.recipes import HOST_SHOTS, HOSTS
 from robustft.pipeline.study.world import World
@@ -69,11 +69,11 @@ def trained(world: World, recipe: Recipe, count: int, objective: Mapping[str, An
 
 def columns(world: World, predictor: Predictor) -> dict[str, float]:
     """In %: on the ID test set, with the temperature of ID validation too, and on the shifts."""
-    validation, test = world.validation(predictor), predictor.predict(world.data.test.id)
+    validation, test = world.validation(predictor), predictor.predict(world.tests.id)
     temperature = fit_temperature(validation.logits, validation.labels)
     report = calibration_report(test.probabilities, test.labels)
     scaled = calibration_report((test.logits.double() / temperature).softmax(-1), test.labels)
-    shifted = [predictor.predict(pair) for pair in world.data.test.shifts.values()]
+    shifted = [predictor.predict(pair) for pair in world.tests.shifts.values()]
     reports = [calibration_report(p.probabilities, p.labels) for p in shifted]
     return {
         "acc ID": 100 * report.accuracy,

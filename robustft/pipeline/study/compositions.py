@@ -9,7 +9,7 @@ from robustft.detection.detector import Detector
 from robustft.detection.metrics import ood_metrics
 from robustft.evaluation.measure import evaluate_predictions
 from robustft.methods import VRF, Classifier, Predictor, Tempering, VRFFeatures, WiSEFT, uniform_soup
-from robustft.pipeline.quickstart import RECIPES
+from robustft.pipeline.recipes import RECIPES
 from robustft.pipeline.study.findings import Claim, Measured, Section, Table
 from robustft.pipeline.study.recipes import DRM
 from robustft.pipeline.study.world import World, of_kind

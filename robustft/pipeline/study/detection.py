@@ -39,7 +39,7 @@ def measure(world: World) -> Measured:
 
 def negative_labels(world: World, predictor: Classifier) -> dict[str, float]:
     """AUROC in % of NegLabel, given the names of half of the letters, and of MCM."""
-    letters, textures = world.data.test.ood[NEAR], world.data.test.ood[FAR]
+    letters, textures = world.tests.ood[NEAR], world.tests.ood[FAR]
     names = glyphworld.ood(NEAR).classes
     named = [name for label, name in enumerate(names) if label < len(names) // 2]
     negatives = zero_shot_classifier(predictor.model, **world.prompts | {"class_names": named}).class_embeddings
@@ -47,7 +47,7 @@ def negative_labels(world: World, predictor: Classifier) -> dict[str, float]:
     detectors = {"MCM": Detector("mcm"), "NegLabel": Detector("neg_label", negative_embeddings=negatives)}
     row = {}
     for score, detector in detectors.items():
-        known = detector.scores(predictor, world.data.test.id[0])
+        known = detector.scores(predictor, world.tests.id[0])
         for what, images in (unknowns | {FAR: textures[0]}).items():
             row[f"{what}, {score}"] = 100 * ood_metrics(known, detector.scores(predictor, images)).auroc
     return row
@@ -69,7 +69,7 @@ def separation(world: World, predictor: Predictor) -> dict[str, dict[str, float]
             if not isinstance(predictor, Classifier):
                 continue
             detector.fit(predictor, world.data.validation)
-            sets = {"id": world.data.test.id[0], **{known: pair[0] for known, pair in world.data.test.ood.items()}}
+            sets = {"id": world.tests.id[0], **{known: pair[0] for known, pair in world.tests.ood.items()}}
             scores = {key: detector.scores(predictor, images) for key, images in sets.items()}
         else:
             detector.fit(training, validation=world.validation(predictor))

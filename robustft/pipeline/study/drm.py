@@ -12,7 +12,7 @@ from robustft.calibration.measures import calibration_report
 from robustft.data import glyphworld
 from robustft.evaluation.groups import worst_group_accuracy
 from robustft.methods import Classifier, CoreProxy, DualClassifier, Method, Predictor, WiSEFT, core_labels
-from robustft.pipeline.quickstart import Recipe
+from robustft.pipeline.recipes import Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Plot, Section, Table, higher, lower
 from robustft.pipeline.study.recipes import SINGLE, SPURIOUS
 from robustft.pipeline.study.world import World, accuracy, of_kind

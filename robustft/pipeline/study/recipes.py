@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from robustft.pipeline.quickstart import RECIPES, Recipe
+from robustft.pipeline.recipes import RECIPES, Recipe
 
 PROBE = Recipe("LinearProbe", lr=1.0, epochs=20)
 LP_FT = Recipe("LPFT", lr=1e-3)

@@ -10,9 +10,8 @@ import torch
 from robustft.evaluation import Frontier, frontier
 from robustft.evaluation.measure import Ensemble
 from robustft.methods import VRF, OutputEnsemble, Predictor, VRFFeatures, WiSEFT
-from robustft.pipeline.quickstart import Tensors
 from robustft.pipeline.study.findings import Claim, Curve, Measured, Plot, Section, Table, falls, higher
-from robustft.pipeline.study.world import World, columns
+from robustft.pipeline.study.world import Tensors, World, columns
 
 FINE_TUNED = ("FT", "FLYP", "CaRot", "LP")
 ABLATED = "FLYP"
@@ -75,10 +74,10 @@ def compare(world: World, name: str) -> Comparison:
         "OSE, temperatures": calibrated,
         "VRF": vrf.classifier(zero_shot, fine_tuned),
     }
-    frontiers = {row: curve(frontier(e, id=data.test.id, shifts=data.test.shifts)) for row, e in ensembles.items()}
+    frontiers = {row: curve(frontier(e, id=world.tests.id, shifts=world.tests.shifts)) for row, e in ensembles.items()}
     for row, points in frontiers.items():
         table[row]["best OOD"] = best(points, fine_tuned=table[name]["acc ID"])
-    bins = vrf.accuracy_ratio(VRFFeatures.of(zero_shot, fine_tuned, pooled(data.test.shifts)), BINS)
+    bins = vrf.accuracy_ratio(VRFFeatures.of(zero_shot, fine_tuned, pooled(world.tests.shifts)), BINS)
     return Comparison(table, frontiers, ([0.5 * (b.lower + b.upper) for b in bins], [b.ratio for b in bins]))
 
 

@@ -20,14 +20,15 @@ from torch import Tensor
 from robustft import methods
 from robustft.clip.outputs import Outputs
 from robustft.data import few_shot, glyphworld
+from robustft.data.opening import Data
 from robustft.data.sources import image_statistics
 from robustft.evaluation import measure
 from robustft.evaluation.results import Suite
 from robustft.files import locked
-from robustft.methods.objective import Objective
-from robustft.pipeline.quickstart import QUICK_EPOCHS, RECIPES, Data, Recipe, predict_suite
+from robustft.pipeline.job import suite_of
+from robustft.pipeline.recipes import QUICK_EPOCHS, RECIPES, Recipe
 from robustft.pipeline.study.recipes import DRM, HOSTS, LP_FT, PROBE
-from robustft.training.loop import fit
+from robustft.pipeline.training import Materials, fit_recipe, make_method
 from robustft.training.run import holds_run
 
 Tensors = tuple[Tensor, Tensor]
@@ -51,20 +52,25 @@ class World:
 
     @cached_property
     def data(self) -> Data:
-        return Data.load(self.bundle.model, limit=self.limit)
+        """GlyphWorld's sets as tensors for the model, each made once."""
+        return glyphworld.sets(self.limit).map(self.tensors)
 
     @cached_property
+    def tests(self) -> Suite[Tensors]:
+        return suite_of(self.data)
+
+    @cached_property
+    def materials(self) -> Materials:
+        return Materials.of(self.bundle, glyphworld.sets(self.limit), glyphworld.TEMPLATES, seed=self.seed)
+
+    @property
     def prompts(self) -> dict[str, Any]:
         """What every method is given: the tokenizer, class names and templates."""
-        return {
-            "tokenizer": self.bundle.tokenizer,
-            "class_names": glyphworld.CLASS_NAMES,
-            "templates": glyphworld.TEMPLATES,
-        }
+        return dict(self.materials.prompts)
 
     @cached_property
     def zero_shot(self) -> methods.Classifier:
-        return methods.zero_shot_classifier(self.bundle.model, **self.prompts)
+        return self.materials.zero_shot()
 
     def tensors(self, dataset: Any, limit: int | None = None) -> Tensors:
         images, labels = dataset.tensors(*image_statistics(self.bundle.model))
@@ -83,28 +89,12 @@ class World:
         if key not in self._methods:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # ablations ask for teachers that the method warns about
-                method = getattr(methods, recipe.method)(
-                    self.bundle.model,
-                    **self.prompts,
-                    seed=self.seed,
-                    **_built(recipe.options),
-                    **arguments,
-                )
+                method = make_method(recipe, self.materials, **arguments)
             output = self.folder / "runs" / key
             with warnings.catch_warnings(), locked(self.folder / "locks" / key, wait=True):
                 warnings.filterwarnings("ignore", "CaRot's teacher")  # it is told the run's length here
-                history = fit(
-                    method,
-                    data,
-                    epochs=recipe.epochs,
-                    batch_size=recipe.batch_size,
-                    lr=recipe.lr,
-                    weight_decay=recipe.weight_decay,
-                    warmup=recipe.warmup,
-                    seed=self.seed,
-                    output=output,
-                    resume=holds_run(output),
-                    progress=False,
+                history = fit_recipe(
+                    recipe, method, data, self.seed, output=output, resume=holds_run(output), progress=False
                 )
             self.log(f"  seed {self.seed}: {recipe.method}, {what}, {history.steps} steps, {history.seconds:.1f} s")
             self._methods[key] = method
@@ -167,7 +157,7 @@ class World:
     def suite(self, predictor: methods.Predictor) -> Suite[Outputs]:
         """A predictor's outputs on all test sets."""
         if id(predictor) not in self._suites:  # kept beside its result: an id is only unique while its owner lives
-            self._suites[id(predictor)] = predictor, predict_suite(predictor, self.data.test)
+            self._suites[id(predictor)] = predictor, self.tests.map(predictor.predict)
         return self._suites[id(predictor)][1]
 
     def validation(self, predictor: methods.Predictor) -> Outputs:
@@ -187,17 +177,6 @@ def of_kind(kind: type[P], method: methods.Method) -> P:
     if not isinstance(predictor, kind):
         raise TypeError(f"{type(method).__name__} gives a {type(predictor).__name__}, not a {kind.__name__}")
     return predictor
-
-
-def _built(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's options, of which JSON holds an objective, and a risk, as a dictionary."""
-    built = dict(options)
-    if "objective" in built:
-        built["objective"] = Objective(**built["objective"])
-    if "risk" in built:
-        settings = dict(built["risk"])
-        built["risk"] = getattr(methods, settings.pop("risk"))(**settings)
-    return built
 
 
 def columns(suites: Mapping[str, Suite[Outputs]]) -> dict[str, dict[str, float]]:

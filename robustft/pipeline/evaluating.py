@@ -1,0 +1,195 @@
+"""`evaluate`: runs, and a zero-shot model beside them, on data of one's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robustft.data.opening import Data
+    from robustft.evaluation.results import Evaluation, Suite
+    from robustft.predictors.base import Predictor
+
+
+def evaluate_runs(
+    data: str | os.PathLike[str] | Data,
+    runs: Sequence[str | os.PathLike[str]] = (),
+    *,
+    model: str | None = None,
+    pretrained: str | os.PathLike[str] | None = None,
+    templates: str | Sequence[str] = "photo",
+    split: str | None = None,
+    shifts: Mapping[str, str] | None = None,
+    ood: Mapping[str, str] | None = None,
+    images: str | None = None,
+    csv_img_key: str | None = None,
+    csv_label_key: str | None = None,
+    csv_split_key: str | None = None,
+    csv_separator: str | None = None,
+    class_names: str | Mapping[str, str] | Sequence[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    score: str = "mcm",
+    batch_size: int = 64,
+    device: str = "auto",
+    workers: int | None = None,
+    progress: bool = True,
+    log: Callable[[str], None] = print,
+) -> Evaluation:
+    """Measures the models of runs on data: accuracy, calibration, and detection where there are OOD sets.
+
+    Args:
+        data: as for train. Its test set is measured, or all of it where it is one set.
+        runs: folders that robustft train wrote.
+        model: a zero-shot model beside them, as for train.
+        pretrained: its weights.
+        templates: its captions: photo, simple (7), imagenet (80), or a file with one a line.
+        split: which set of the data to measure: test, validation or train.
+        shifts: further sets of the same classes, NAME=DATA.
+        ood: sets of other classes, NAME=DATA.
+        images: folder that the paths of a table or a split are relative to.
+        csv_img_key: column of a table with the image files.
+        csv_label_key: column of a table with the classes.
+        csv_split_key: column of a table that tells train, val and test.
+        csv_separator: between the columns of a table.
+        class_names: what the folders' names mean; by default as the first run was told.
+        output: folder for a report with tables and pictures.
+        score: OOD score of the tables.
+        batch_size: images at a time.
+        device: cpu, cuda, cuda:1, ...; auto takes the GPU if there is one.
+        workers: processes that read images; by default one a core.
+        progress: say which set is being read.
+        log: receives one line of text at a time.
+
+    Images are read once for all models that see them in the same way. ValueError for sets whose classes a model does
+    not know, and without any model; FileNotFoundError for runs that have not finished.
+    """
+    from robustft.data.opening import open_test
+    from robustft.data.table import Columns
+    from robustft.evaluation.measure import evaluate_predictions
+    from robustft.evaluation.report import write_report
+    from robustft.pipeline.folder import samples_of
+    from robustft.pipeline.job import suite_of
+    from robustft.pipeline.opening import read_names
+
+    if not runs and model is None:
+        raise ValueError("there is nothing to measure: name runs, or a zero-shot model (--model, --pretrained)")
+    names = read_names(class_names) if class_names is not None else _names_of(runs)
+    found = open_test(
+        data,
+        split=split,
+        shifts=shifts,
+        ood=ood,
+        class_names=names,
+        columns=Columns(csv_img_key, "", csv_label_key, csv_split_key, (), csv_separator),
+        images=images,
+    )
+    log(found.describe())
+    if workers is not None:
+        from robustft.pipeline.opening import read_by
+
+        found = found.map(lambda part: read_by(part, workers))
+    tell = (lambda done, total, what: log(f"{done}/{total}: {what}")) if progress else None
+    suites: dict[str, Any] = {}
+    for transform, predictors in _models(runs, model, pretrained, templates, found, device, log):
+        shown = suite_of(found.map(lambda part, made=transform: _seen(part, made)))
+        suites |= _predict(predictors, shown, batch_size, score, tell)
+    evaluation = evaluate_predictions(suites, score=score)
+    log("")
+    log(evaluation.table())
+    if output is not None:
+        about = {"data": os.fspath(data) if isinstance(data, (str, os.PathLike)) else "data in memory"}
+        path = write_report(
+            Path(output),
+            evaluation=evaluation,
+            samples=samples_of(suite_of(found)),
+            config={**about, "runs": [os.fspath(run) for run in runs], "model": model, "pretrained": pretrained},
+            title=f"robustft: {Path(output).name}",
+            notes=found.understood,
+        )
+        log(f"\nreport: {path}")
+    return evaluation
+
+
+def _seen(part: Any, transform: Any) -> Any:
+    if callable(getattr(part, "tensors", None)) or not hasattr(part, "with_transform"):
+        return part
+    return part.with_transform(transform)
+
+
+def _predict(
+    predictors: Mapping[str, Predictor], sets: Suite[Any], batch_size: int, score: str, tell: Any
+) -> dict[str, Any]:
+    from robustft.detection.by_name import SCORES
+    from robustft.evaluation.measure import check_score, predict_sets
+
+    check_score(score)
+    kept = tuple(dict.fromkeys(("logits", "labels", *SCORES[score].reads)))
+    return predict_sets(predictors, sets, batch_size=batch_size, parts=kept, progress=tell)
+
+
+def _models(
+    runs: Sequence[str | os.PathLike[str]],
+    model: str | None,
+    pretrained: Any,
+    templates: str | Sequence[str],
+    data: Data,
+    device: str,
+    log: Callable[[str], None],
+) -> list[tuple[Any, dict[str, Predictor]]]:
+    """The predictors by name, together where their images are made in the same way, and how."""
+    from robustft import clip
+    from robustft.pipeline.job import to_device
+    from robustft.pipeline.opening import check_pretrained, read_templates, spoken_names
+    from robustft.pipeline.serving import load
+    from robustft.predictors.zero_shot import zero_shot_classifier
+
+    groups: dict[str, tuple[Any, dict[str, Predictor]]] = {}
+
+    def add(name: str, transform: Any, predictor: Predictor) -> None:
+        _, group = groups.setdefault(repr(transform), (transform, {}))
+        group[name] = predictor
+
+    if model is not None:
+        check_pretrained(model, pretrained)
+        bundle = clip.load(model, pretrained)
+        to_device(bundle, device)
+        zero_shot = zero_shot_classifier(
+            bundle.model,
+            tokenizer=bundle.tokenizer,
+            class_names=spoken_names(data.classes, log),
+            templates=read_templates(templates),
+        )
+        add("zero-shot", bundle.eval_transform, zero_shot)
+    for name, run in run_names(runs).items():
+        pipeline = load(run, device=device)
+        add(name, pipeline.transform, pipeline.predictor)
+    return list(groups.values())
+
+
+def run_names(runs: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
+    """Runs by the shortest ends of their paths that tell them apart."""
+    paths = [Path(run).resolve() for run in runs]
+    if len(set(paths)) < len(paths):
+        raise ValueError("a run is named twice")
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return {"/".join(path.parts[-depth:]): path for path in paths}
+
+
+def _names_of(runs: Sequence[str | os.PathLike[str]]) -> Any:
+    """The class names that the first run was told, which its data may need again."""
+    import yaml
+
+    from robustft.pipeline.opening import read_names
+    from robustft.training.run import CONFIG_FILE
+
+    for run in runs:
+        path = Path(run) / CONFIG_FILE
+        if path.is_file():
+            config = yaml.safe_load(path.read_bytes())
+            names = read_names(config.get("class_names")) if isinstance(config, dict) else None
+            return names if isinstance(names, Mapping) else None
+    return None

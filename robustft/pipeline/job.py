@@ -1,0 +1,241 @@
+"""The pipeline: methods are trained, mixed with zero-shot, calibrated, given a threshold, measured and reported.
+
+    zero-shot ─┬─ each method                    trained on the training set
+               ├─ WiSE-FT, OSE of each           mixed with zero-shot, the weight chosen on validation
+               └─ one of them all                the best on validation: model/, with temperature and threshold
+    every one on the test set, the shifts and the OOD sets, each of which is read once
+
+Whatever is chosen is chosen on validation data. The folder holds all there is of a run:
+
+    <folder>/config.yaml         what was asked for
+             <method>/           metrics.jsonl, checkpoints/
+             metrics.jsonl       the records of all methods
+             report.html, metrics.json, figures/
+             model/              what `robustft.load` reads
+             predictions.csv     what it says about each image of the test sets
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustft import methods
+from robustft.clip.outputs import Outputs
+from robustft.data.opening import Data
+from robustft.detection.detector import Detector
+from robustft.ensembles.tempering import Tempering
+from robustft.evaluation.measure import accuracy, evaluate_predictions, predict_sets
+from robustft.evaluation.report import write_report
+from robustft.evaluation.results import Evaluation, Frontier, Suite
+from robustft.files import write_text
+from robustft.pipeline.folder import Model, samples_of, save_model, write_predictions
+from robustft.pipeline.recipes import Recipe
+from robustft.pipeline.training import Materials, train_recipe
+from robustft.predictors.base import Classifier, Predictor, predict_each
+from robustft.predictors.logits import accuracy_and_nll
+
+ZERO_SHOT = "zero-shot"
+FRONTIER_ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does: which methods, how they are mixed, what is measured.
+
+    recipes: by the names of the tables. ensembles: "wise" mixes weights, "ose" probabilities, and "auto" takes the
+    first where the method leaves a `Classifier` to mix, the second where not. alphas: of the WiSE-FT curves in the
+    report, () for none. score, tpr: of the detector. loop: further arguments of `robustft.fit`. export_all: keep every
+    model, not only the chosen one. Titles and notes are the report's.
+    """
+
+    recipes: Mapping[str, Recipe]
+    ensembles: tuple[str, ...] = ("auto",)
+    alphas: tuple[float, ...] = ()
+    score: str = "mcm"
+    tpr: float = 0.95
+    loop: Mapping[str, Any] = field(default_factory=dict)
+    export_all: bool = False
+    title: str = "robustft"
+    notes: tuple[str, ...] = ()
+    highlight: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves in memory: the measurements, the WiSE curves, the report's path and the chosen model's name."""
+
+    evaluation: Evaluation
+    frontiers: tuple[Frontier, ...]
+    report: Path
+    chosen: str = ""
+
+
+def run(
+    folder: Path,
+    plan: Plan,
+    materials: Materials,
+    config: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: bool = True,
+    log: Callable[[str], None] = print,
+    started: float | None = None,
+) -> Result | None:
+    """Does what `plan` says, in a folder that is held for it; None for a dry run, which writes nothing.
+
+    config: what the report shows of how the run came about.
+    """
+    started = time.monotonic() if started is None else started
+    zero_shot = materials.zero_shot()
+    predictors: dict[str, Predictor] = {ZERO_SHOT: zero_shot}
+    records = []
+    for name, recipe in plan.recipes.items():
+        method, history = train_recipe(
+            recipe,
+            materials,
+            None if dry_run else folder / name,
+            resume=resume,
+            dry_run=dry_run,
+            progress=progress,
+            **plan.loop,
+        )
+        log(f"{name}: {history.steps} steps, {history.seconds:.0f} s")
+        records += [{"method": name, **record} for record in history.records]
+        predictors[name] = method.classifier()
+    if dry_run:
+        log("dry run: one batch went through every method; nothing was written")
+        return None
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+    log("mixing with zero-shot (weights chosen on ID validation) and measuring")
+    data = materials.data
+    settings, curves = mix_all(plan, predictors, data.validation)
+    chosen, model = choose(plan, predictors, data.validation)
+    log(f"chosen on ID validation: {chosen}")
+    settings["model"] = {"name": chosen, **model.settings()}
+
+    tests, notes = suite_of(data), list(plan.notes)
+    if data.test is None:
+        notes.append("There is no test set: ID numbers are of the validation set, on which weights were chosen.")
+    suites = predict_sets(predictors, tests)
+    frontiers = [_frontier(name, curve, suites, tests, plan.alphas) for name, curve in curves.items() if plan.alphas]
+    evaluation = evaluate_predictions(suites, score=plan.score)
+
+    save_model(folder / "model", model, materials, evaluation, chosen, config)
+    if plan.export_all:
+        for name, predictor in predictors.items():
+            target = folder / "export" / name.lower().replace(" ", "-")
+            predictor.save(target, materials.bundle.config, tokenizer=materials.bundle.tokenizer)
+    write_predictions(folder / "predictions.csv", tests, suites[chosen], model)
+    report = write_report(
+        folder,
+        evaluation=evaluation,
+        frontiers=frontiers,
+        samples=samples_of(tests),
+        config={**config, "chosen on ID validation": settings},
+        title=plan.title,
+        highlight=plan.highlight or None,
+        notes=notes,
+    )
+    log("")
+    log(evaluation.table())
+    log("")
+    log(f"report: {report}   ({time.monotonic() - started:.0f} s)")
+    return Result(evaluation, tuple(frontiers), report, chosen)
+
+
+def suite_of(data: Data) -> Suite[Any]:
+    """The sets to measure on; without a test set, the validation set stands for it."""
+    test = data.validation if data.test is None else data.test
+    if test is None:
+        raise ValueError("there is neither a test nor a validation set to measure on")
+    return Suite(test, data.shifts, data.ood)
+
+
+def mix_all(
+    plan: Plan, predictors: dict[str, Predictor], validation: Any
+) -> tuple[dict[str, Any], dict[str, methods.WiSEFT]]:
+    """Adds the ensembles of each method to `predictors`; what was chosen for them, and the WiSE-FT ones by name."""
+    zero_shot = predictors[ZERO_SHOT]
+    settings: dict[str, Any] = {}
+    curves: dict[str, methods.WiSEFT] = {}
+    for name in plan.recipes:
+        fine_tuned = predictors[name]
+        found: dict[str, Any] = {}
+        kinds = set(plan.ensembles)
+        mixes = isinstance(zero_shot, Classifier) and isinstance(fine_tuned, Classifier)
+        if "auto" in kinds:
+            kinds.add("wise" if mixes else "ose")
+        if "wise" in kinds:
+            if not (isinstance(zero_shot, Classifier) and isinstance(fine_tuned, Classifier)):
+                raise ValueError(
+                    f"{name} leaves a {type(fine_tuned).__name__}, which has no single head whose weights could be "
+                    'mixed: use the ensemble "ose", or "auto"'
+                )
+            wise = methods.WiSEFT(zero_shot, fine_tuned).fit(validation)
+            predictors[f"WiSE {name}"] = wise.classifier()
+            curves[f"WiSE {name}"] = wise
+            found["wise_alpha"] = wise.alpha_
+        if "ose" in kinds:
+            ose = methods.OutputEnsemble(zero_shot, fine_tuned, temperatures="fit").fit(validation)
+            predictors[f"OSE {name}"] = ose.classifier()
+            found |= {"ose_alpha": ose.alpha_, "ose_temperatures": ose.temperatures_}
+        settings[name] = found
+    return settings, curves
+
+
+def choose(plan: Plan, predictors: Mapping[str, Predictor], validation: Any) -> tuple[str, Model]:
+    """The predictor of highest accuracy on validation, of equals that of lower NLL, with temperature and threshold."""
+    outputs = dict(zip(predictors, predict_each(tuple(predictors.values()), validation), strict=True))
+    scores = {name: accuracy_and_nll(found.logits, found.labels) for name, found in outputs.items()}
+    name = min(scores, key=lambda key: (-scores[key][0], scores[key][1]))
+    tempering = Tempering(predictors[name])
+    found = outputs[name]
+    temperature = 1.0
+    if accuracy(found) < 1.0:  # else NLL falls until the temperature is 0
+        temperature = tempering.temperature_of(found)
+    predictor = predictors[name] if temperature == 1.0 else tempering.at(temperature)
+    cooled = found.replace(logits=found.logits / temperature)
+    return name, Model(predictor, Detector(plan.score, tpr=plan.tpr).fit(cooled), temperature)
+
+
+def _frontier(
+    name: str, wise: methods.WiSEFT, suites: Mapping[str, Suite[Outputs]], tests: Suite[Any], alphas: Sequence[float]
+) -> Frontier:
+    """The WiSE curve on the test sets; its ends and the chosen point are already predicted."""
+    known = {0.0: suites[ZERO_SHOT], 1.0: suites[name.removeprefix("WiSE ")], wise.alpha_: suites[name]}
+    points = sorted({*alphas, wise.alpha_})
+    missing = [alpha for alpha in points if alpha not in known]
+    along = dict(zip(map(str, missing), wise.along(missing), strict=True))
+    between = predict_sets(along, replace(tests, ood={})) if along else {}
+    known |= {alpha: between[str(alpha)] for alpha in missing}
+    scores = [accuracies(known[alpha]) for alpha in points]
+    return Frontier(name, tuple(points), tuple(s[0] for s in scores), tuple(s[1] for s in scores), wise.alpha_)
+
+
+def accuracies(suite: Suite[Outputs]) -> tuple[float, float]:
+    """ID accuracy and mean accuracy over the shifts; NaN without shifts."""
+    shifts = [accuracy(outputs) for outputs in suite.shifts.values()]
+    return accuracy(suite.id), sum(shifts) / len(shifts) if shifts else float("nan")
+
+
+def training_workers(workers: int | None) -> int:
+    """Processes that read training images: as many as are asked for, else one a core, at most 8."""
+    return min(len(os.sched_getaffinity(0)), 8) if workers is None else workers
+
+
+def to_device(bundle: Any, device: str) -> str:
+    """Moves a bundle's model to a device, "auto" for the GPU if there is one, and says which it is."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    bundle.model.to(device)
+    return device

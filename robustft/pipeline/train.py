@@ -1,0 +1,213 @@
+"""`train`: from data that lie somewhere to a run folder. It is what `robustft train` does, with the same options.
+
+Nothing heavy is loaded before it is called: the command line reads the signature and its description.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from robustft.machine import Precision
+from robustft.pipeline.recipes import NEEDS, OWN, Recipe, recipe_named
+
+if TYPE_CHECKING:
+    from robustft.data.opening import Data
+    from robustft.evaluation.results import Evaluation
+    from robustft.pipeline.serving import Pipeline
+
+Ensemble = Literal["auto", "wise", "ose", "both", "none"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: where it lies, what was measured, which model was chosen; `load()` gives it ready for images."""
+
+    folder: Path
+    evaluation: Evaluation
+    chosen: str
+
+    @property
+    def report(self) -> Path:
+        """The page with tables and pictures."""
+        return self.folder / "report.html"
+
+    def load(self, **options: Any) -> Pipeline:
+        """`robustft.load` of this run."""
+        from robustft.pipeline.serving import load
+
+        return load(self.folder, **options)
+
+
+def train(
+    data: str | os.PathLike[str] | Data,
+    *,
+    output: str | os.PathLike[str],
+    model: str = "ViT-B-16-quickgelu",
+    pretrained: str | os.PathLike[str] | None = None,
+    methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("CaRot",),
+    shifts: Mapping[str, str] | None = None,
+    ood: Mapping[str, str] | None = None,
+    validation: str | None = None,
+    test: str | None = None,
+    images: str | None = None,
+    csv_img_key: str | None = None,
+    csv_label_key: str | None = None,
+    csv_caption_key: str | None = None,
+    csv_split_key: str | None = None,
+    groups: Sequence[str] = (),
+    csv_separator: str | None = None,
+    class_names: str | Mapping[str, str] | Sequence[str] | None = None,
+    templates: str | Sequence[str] = "photo",
+    descriptions: str | None = None,
+    shots: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    wd: float | None = None,
+    warmup_fraction: float | None = None,
+    precision: Precision = "fp32",
+    limit_batches: int | None = None,
+    ensemble: Ensemble = "auto",
+    score: str = "mcm",
+    tpr: float = 0.95,
+    seed: int = 0,
+    device: str = "auto",
+    workers: int | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: bool = True,
+    log: Callable[[str], None] = print,
+) -> Run | None:
+    """Fine-tunes a model on your images, chooses on validation data, measures, and leaves a folder that serves.
+
+    Args:
+        data: a folder, a table (.csv, .tsv, .jsonl), a split (.json), shards (.tar): see docs/own_data.md.
+        output: folder for everything; it must not hold another run, unless it is resumed.
+        model: an architecture that open_clip knows, hf-hub:ORG/REPO or local-dir:FOLDER.
+        pretrained: a tag of the architecture, or a file of weights.
+        methods: how to fine-tune; several are compared. robustft train --list-methods names them.
+        shifts: further test sets of the same classes, NAME=DATA.
+        ood: sets of other classes, which should not be accepted, NAME=DATA.
+        validation: labelled data to choose on, if DATA has none; else a part of the training images is held out.
+        test: labelled data to measure on, if DATA has none.
+        images: folder that the paths of a table or a split are relative to.
+        csv_img_key: column of a table with the image files.
+        csv_label_key: column of a table with the classes.
+        csv_caption_key: column of a table with captions.
+        csv_split_key: column of a table that tells train, val and test.
+        groups: columns of a table that tell groups, such as the background.
+        csv_separator: between the columns of a table.
+        class_names: what the classes are called in captions: a file (lines, JSON list, JSON {folder: name}), or
+            imagenet.
+        templates: of captions: photo, simple (7), imagenet (80), or a file with one a line.
+        descriptions: JSON file {class: [descriptions]}; turns on DRM.
+        shots: train on so many images of each class.
+        epochs: over the training images.
+        batch_size: images a step; contrastive methods like it large.
+        lr: highest learning rate.
+        wd: weight decay.
+        warmup_fraction: share of all steps over which the rate rises.
+        precision: of the training.
+        limit_batches: at most so many batches an epoch.
+        ensemble: mix with zero-shot: wise (weights), ose (probabilities), both, none; auto takes what a method allows.
+        score: OOD score of the detector; robustft.detection.table() tells them.
+        tpr: share of in-distribution images that the threshold keeps.
+        seed: of everything random.
+        device: cpu, cuda, cuda:1, ...; auto takes the GPU if there is one.
+        workers: processes that read images; by default one a core.
+        resume: continue the run that the output folder holds.
+        dry_run: one batch through every method, write nothing.
+        progress: show bars or lines during training.
+        log: receives one line of text at a time.
+
+    Files of classes that are no words (n01440764) want `class_names`. The epochs, rates and so on that are not given
+    are each method's own (`robustft.pipeline.recipes.OWN`); in a configuration file `methods` may be
+    {name: {method, lr, epochs, batch_size, weight_decay, warmup, options}} instead of names.
+
+    Raises: ValueError for data, names or options that do not fit together, FileNotFoundError for missing files,
+    FileExistsError for a folder that holds a run, BlockingIOError for one that another process works in,
+    NonFiniteError from training. Nothing is written before all of it is known to fit.
+    """
+    arguments = dict(locals())
+    from robustft.pipeline import job, opening
+    from robustft.pipeline.folder import SPLIT_FILE
+    from robustft.training.run import configured
+
+    started = time.monotonic()
+    recipes = _recipes(arguments)
+    opened = opening.open_materials(arguments, log)
+    opening.check_needs(recipes, opened)
+    config = opening.config_of(arguments) | {"methods": {name: asdict(recipe) for name, recipe in recipes.items()}}
+    ensembles: dict[str, tuple[str, ...]] = {"both": ("wise", "ose"), "none": ()}
+    plan = job.Plan(
+        recipes,
+        ensembles=ensembles.get(ensemble, (ensemble,)),
+        alphas=job.FRONTIER_ALPHAS if opened.data.shifts else (),
+        score=score,
+        tpr=tpr,
+        loop={"precision": precision, "limit_batches": limit_batches, "workers": job.training_workers(workers)},
+        title=f"robustft: {Path(output).name}",
+        notes=opened.data.understood,
+    )
+    folder = Path(output)
+    work = partial(job.run, folder, plan, opened, config, progress=progress, log=log, started=started)
+    if dry_run:
+        work(dry_run=True)
+        return None
+    with configured(folder, config, resume):
+        opening.keep_split(folder / SPLIT_FILE, opened.data)
+        result = work(resume=resume)
+    if result is None:
+        raise AssertionError("only a dry run has no result")
+    return Run(folder, result.evaluation, result.chosen)
+
+
+def _recipes(arguments: Mapping[str, Any]) -> dict[str, Recipe]:
+    """The recipes that are asked for, by name, with the changes that are."""
+    asked = arguments["methods"]
+    names = {"weight_decay": "wd", "warmup": "warmup_fraction"}
+    fields = ("epochs", "batch_size", "lr", "weight_decay", "warmup")
+    changes = {f: arguments[names.get(f, f)] for f in fields if arguments[names.get(f, f)] is not None}
+    check = {**changes, "precision": arguments["precision"], "limit_batches": arguments["limit_batches"]}
+    for name in ("epochs", "batch_size", "limit_batches"):
+        if check.get(name) is not None and check[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {check[name]}")
+    if isinstance(asked, str):
+        asked = (asked,)
+    recipes: dict[str, Recipe] = {}
+    if isinstance(asked, Mapping):
+        for name, given in asked.items():
+            base = recipe_named(str(given.get("method", name)))[1] if "lr" not in given else None
+            try:
+                recipe = Recipe(**given) if base is None else replace(base, **given)
+            except TypeError as error:
+                raise ValueError(f"methods: {name}: {error}") from error
+            recipes[str(name)] = replace(recipe, **changes)
+    else:
+        recipes = {key: replace(recipe, **changes) for key, recipe in map(recipe_named, asked)}
+    if arguments["descriptions"] is not None and not any(recipe.method == "DRM" for recipe in recipes.values()):
+        key, recipe = recipe_named("DRM")
+        recipes[key] = replace(recipe, **changes)
+    if not recipes:
+        raise ValueError("methods is empty: expected at least one")
+    return recipes
+
+
+def methods_table() -> str:
+    """What each method is for, what it needs, and how it is trained unless told otherwise."""
+    from robustft import methods
+
+    lines = []
+    for name, recipe in OWN.items():
+        summary = getattr(methods, recipe.options.get("risk", {}).get("risk", recipe.method)).__doc__ or ""
+        lines.append(f"{name}: {summary.strip().partition(chr(10))[0]}")
+        if name in NEEDS:
+            lines.append(f"    needs {NEEDS[name]}")
+        lines.append(f"    lr {recipe.lr:g}, {recipe.epochs} epochs, batches of {recipe.batch_size}")
+    return "\n".join(lines)
