@@ -17,6 +17,7 @@ from robustft.machine import PRECISIONS, ROOT
 from robustft.pipeline import flags
 from robustft.pipeline.checking import check_data
 from robustft.pipeline.evaluating import evaluate_runs
+from robustft.pipeline.exporting import export_run
 from robustft.pipeline.recipes import RECIPES, SEEDS
 from robustft.pipeline.train import methods_table
 from robustft.pipeline.train import train as train_function
@@ -107,6 +108,10 @@ def _add_own_data(commands: Any) -> None:
     evaluate.add_argument("runs", nargs="*", metavar="RUN", help="folders that robustft train wrote")
     flags.add_flags(evaluate, evaluate_runs)
 
+    export = commands.add_parser("export", help="write a run's model for open_clip, torch.export or ONNX")
+    export.add_argument("run", metavar="RUN", help="folder that robustft train wrote")
+    flags.add_flags(export, export_run)
+
     check = commands.add_parser("check", help="find what is wrong with your images before you train")
     check.add_argument("data", metavar="DATA", help="as for train")
     flags.add_flags(check, check_data)
@@ -127,6 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _predict(**options)
             case "evaluate":
                 evaluate_runs(**flags.given(options))
+                return 0
+            case "export":
+                if missing := [name for name in ("to", "output") if name not in options]:
+                    raise ValueError(f"--{missing[0]} is missing: robustft export RUN --to FORM --output FOLDER")
+                export_run(**options)
                 return 0
             case "check":
                 return check_data(**flags.given(options))
@@ -179,8 +189,8 @@ def _train(options: dict[str, Any]) -> int:
 def _predict(run: str, files: list[str], json: bool, csv: bool, top: int, **options: Any) -> int:
     from robustft.pipeline.predicting import predict_files
 
-    form = "json" if json else "csv" if csv else "table"
-    return 1 if predict_files(run, files, form=form, top=top, **options) else 0
+    failed = predict_files(run, files, form="json" if json else "csv" if csv else "table", top=top, **options)
+    return 1 if failed else 0
 
 
 def _quickstart(methods: list[str], **options: Any) -> int:

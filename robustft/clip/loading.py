@@ -96,7 +96,9 @@ def eval_transform(directory: str | Path) -> Callable[[Any], Tensor]:
     path = Path(directory) / CONFIG_FILE
     config = _read_config(path)
     with _naming_config(f"local-dir:{directory}"):
-        settings = PreprocessCfg(**config["preprocess_cfg"])
+        size = config["preprocess_cfg"].get("size")
+        sized = {"size": tuple(size)} if isinstance(size, list) else {}
+        settings = PreprocessCfg(**config["preprocess_cfg"] | sized)
         transform: Callable[[Any], Tensor] = image_transform_v2(settings, is_train=False)
     return transform
 

@@ -61,6 +61,11 @@ class Detector:
         """The parts of `Outputs` that the score is made of."""
         return self._score.reads
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that the score was given."""
+        return dict(self._score.options)
+
     def fit(self, source: Any, data: Any = None, *, validation: Any = None, batch_size: int = 256) -> Detector:
         """Learns what the score learns from ID data, then the threshold from held-out ID data. Returns self.
 

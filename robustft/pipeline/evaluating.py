@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ def evaluate_runs(
     tell = (lambda done, total, what: log(f"{done}/{total}: {what}")) if progress else None
     suites: dict[str, Any] = {}
     for transform, predictors in _models(runs, model, pretrained, templates, found, device, log):
-        shown = suite_of(found.map(lambda part, made=transform: _seen(part, made)))
+        shown = suite_of(found.map(partial(_seen, transform)))
         suites |= _predict(predictors, shown, batch_size, score, tell)
     evaluation = evaluate_predictions(suites, score=score)
     log("")
@@ -112,7 +113,7 @@ def evaluate_runs(
     return evaluation
 
 
-def _seen(part: Any, transform: Any) -> Any:
+def _seen(transform: Any, part: Any) -> Any:
     if callable(getattr(part, "tensors", None)) or not hasattr(part, "with_transform"):
         return part
     return part.with_transform(transform)

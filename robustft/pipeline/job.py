@@ -39,7 +39,7 @@ from robustft.files import write_text
 from robustft.pipeline.folder import Model, samples_of, save_model, write_predictions
 from robustft.pipeline.recipes import Recipe
 from robustft.pipeline.training import Materials, train_recipe
-from robustft.predictors.base import Classifier, Predictor, predict_each
+from robustft.predictors.base import Classifier, ModelPredictor, Predictor, predict_each
 from robustft.predictors.logits import accuracy_and_nll
 
 ZERO_SHOT = "zero-shot"
@@ -133,6 +133,8 @@ def run(
     save_model(folder / "model", model, materials, evaluation, chosen, config)
     if plan.export_all:
         for name, predictor in predictors.items():
+            if not isinstance(predictor, ModelPredictor):  # an ensemble is its members, which are kept, and a number
+                continue
             target = folder / "export" / name.lower().replace(" ", "-")
             predictor.save(target, materials.bundle.config, tokenizer=materials.bundle.tokenizer)
     write_predictions(folder / "predictions.csv", tests, suites[chosen], model)

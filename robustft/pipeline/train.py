@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from robustft.machine import Precision
 from robustft.pipeline.recipes import NEEDS, OWN, Recipe, recipe_named
@@ -135,12 +135,18 @@ def train(
     NonFiniteError from training. Nothing is written before all of it is known to fit.
     """
     arguments = dict(locals())
+    from robustft.detection.detector import Detector
+    from robustft.evaluation.measure import check_score
     from robustft.pipeline import job, opening
     from robustft.pipeline.folder import SPLIT_FILE
     from robustft.training.run import configured
 
     started = time.monotonic()
     recipes = _recipes(arguments)
+    if ensemble not in get_args(Ensemble):
+        raise ValueError(f"ensemble must be one of {', '.join(get_args(Ensemble))}, got {ensemble!r}")
+    check_score(score)
+    Detector(score, tpr=tpr)
     opened = opening.open_materials(arguments, log)
     opening.check_needs(recipes, opened)
     config = opening.config_of(arguments) | {"methods": {name: asdict(recipe) for name, recipe in recipes.items()}}

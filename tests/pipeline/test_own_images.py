@@ -1,0 +1,287 @@
+"""A folder of images to a decision, as somebody with one meets it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from targets import exhaustive
+
+import robustft
+from robustft import cli, clip
+from robustft.data import glyphworld
+from robustft.evaluation import Evaluation
+from robustft.pipeline import flags
+from robustft.pipeline.evaluating import evaluate_runs, run_names
+from robustft.pipeline.exporting import export_run
+from robustft.pipeline.serving import Unreadable
+from robustft.pipeline.train import train
+
+RATE = {"lr": 3e-3, "epochs": 1, "batch_size": 20, "log": lambda _: None, "progress": False}
+
+
+def tree(root: Path, dataset, count: int, *, flat: bool = False) -> Path:
+    for index in range(count):
+        image, label = dataset[index]
+        folder = root if flat else root / dataset.classes[label].replace(" ", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory):
+    """Somebody's folder, and a model of somebody's as open_clip saves it."""
+    root = tmp_path_factory.mktemp("own")
+    tree(root / "photos" / "train", glyphworld.digits("train"), 80)
+    tree(root / "photos" / "val", glyphworld.digits("validation"), 60)
+    tree(root / "photos" / "test", glyphworld.digits("test"), 40)
+    tree(root / "photos" / "shifts" / "inverted", glyphworld.shift("inverted"), 30)
+    tree(root / "photos" / "ood" / "letters", glyphworld.ood("letters"), 20, flat=True)
+    bundle = glyphworld.load_clip()
+    clip.export(bundle.model, root / "clip", bundle.config, tokenizer=bundle.tokenizer)
+    return root
+
+
+@pytest.fixture(scope="session")
+def run(own):
+    return train(own / "photos", model=f"local-dir:{own / 'clip'}", output=own / "run", **RATE)
+
+
+def test_a_run_explains_itself(run, own):
+    names = {path.name for path in run.folder.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "split.csv",
+        "metrics.jsonl",
+        "metrics.json",
+        "predictions.csv",
+        "report.html",
+        "model",
+    }
+    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert config["methods"]["CaRot"]["lr"] == 3e-3 and config["seed"] == 0 and config["data"] == str(own / "photos")
+    split = list(csv.DictReader((run.folder / "split.csv").open()))
+    assert len(split) == 80 + 60 + 40 + 30 + 20
+    rows = list(csv.DictReader((run.folder / "predictions.csv").open()))
+    assert len(rows) == 40 + 30 + 20 and {row["label"] for row in rows if row["set"] == "ood/letters"} == {""}
+    right = [row["label"] == row["prediction"] for row in rows if row["set"] == "test"]
+    assert sum(right) / len(right) == run.evaluation.models[run.chosen].id_accuracy
+    card = (run.folder / "model" / "README.md").read_text()
+    assert f"chosen on validation data among 3 models: {run.chosen}" in card and "acc OOD" in card
+    measured = Evaluation.from_dict(json.loads((run.folder / "metrics.json").read_text()))
+    assert measured.models == run.evaluation.models
+
+
+def test_every_form_of_an_image_gets_the_same_decision(run):
+    pipeline = robustft.load(run.folder)
+    rows = [row for row in csv.DictReader((run.folder / "predictions.csv").open())][::10]
+    files = [row["file"] for row in rows]
+    found = pipeline(files)
+    for alone, among_others in zip(map(pipeline, files), found, strict=True):  # of another batch size, other last bits
+        assert alone[:1] == among_others[:1] and alone[1:3] == pytest.approx(among_others[1:3], abs=1e-5)
+    images = [Image.open(file).convert("RGB") for file in files]
+    assert pipeline(images) == found and pipeline([np.asarray(image) for image in images]) == found
+    assert pipeline(torch.stack([pipeline.transform(image) for image in images])) == found
+    assert [found for _, found in pipeline.stream(files)] == found
+    for row, prediction in zip(rows, found, strict=True):
+        assert (row["prediction"], row["accepted"]) == (prediction.label, str(prediction.accepted))
+        assert float(row["probability"]) == pytest.approx(prediction.probability, abs=1e-5)
+        assert float(row["ood_score"]) == pytest.approx(prediction.ood_score, abs=1e-5)
+        assert prediction.top[0] == (prediction.label, prediction.probability) and len(prediction.top) == 5
+
+
+def test_threads_take_turns_at_one_model(run):
+    pipeline = robustft.load(run.folder)
+    files = [row["file"] for row in csv.DictReader((run.folder / "predictions.csv").open())][:8]
+    alone, together = [pipeline(file) for file in files], [None] * len(files)
+
+    def work(place):
+        together[place] = pipeline(files[place])
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(len(files))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (3, TypeError, "expected a file, an image, an array or a tensor, got int"),
+        (np.zeros((4, 4, 3)), TypeError, "an array must be uint8"),
+        (torch.zeros(4, 4), ValueError, r"images must be a tensor \(C, H, W\)"),
+        ("nowhere.jpg", FileNotFoundError, "nowhere.jpg"),
+    ],
+)
+def test_what_is_no_image_is_said(run, wrong, error, message):
+    with pytest.raises(error, match=message):
+        robustft.load(run.folder)(wrong)
+
+
+def test_predict_streams_files_and_says_what_it_could_not_read(run, own, tmp_path, capsys):
+    (tmp_path / "broken.jpg").write_text("no image")
+    folder = str(own / "photos" / "ood" / "letters")
+    assert cli.main(["predict", str(run.folder), folder, str(tmp_path / "broken.jpg"), "--json", "--top", "2"]) == 1
+    out, err = capsys.readouterr()
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert len(lines) == 21 and "broken.jpg" in lines[-1]["error"] and "1 of 21 files could not be read" in err
+    assert (
+        set(lines[0]) == {"file", "label", "probability", "ood_score", "accepted", "top"} and len(lines[0]["top"]) == 2
+    )
+    assert cli.main(["predict", str(run.folder), folder, "--csv"]) == 0
+    table = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row["label"] for row in table] == [line["label"] for line in lines[:-1]]
+    assert cli.main(["predict", str(run.folder), folder]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 21
+
+
+def test_unreadable_files_do_not_stop_a_stream(run, own, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"")
+    good = sorted((own / "photos" / "ood" / "letters").iterdir())[0]
+    found = dict(robustft.load(run.folder).stream([good, tmp_path / "broken.jpg", good], workers=2))
+    assert isinstance(found[str(tmp_path / "broken.jpg")], Unreadable) and found[str(good)].label
+
+
+def test_runs_are_measured_again_beside_zero_shot(run, own, tmp_path):
+    told: list[str] = []
+    again = evaluate_runs(
+        own / "photos", [run.folder], model=f"local-dir:{own / 'clip'}", output=tmp_path / "report", log=told.append
+    )
+    assert set(again.models) == {"zero-shot", "run"} and (tmp_path / "report" / "report.html").is_file()
+    assert again.models["run"].id_accuracy == run.evaluation.models[run.chosen].id_accuracy
+    assert again.models["zero-shot"].shifts == run.evaluation.models["zero-shot"].shifts
+    whole = evaluate_runs(own / "photos" / "test", [run.folder], log=told.append, progress=False)
+    assert whole.models["run"].id_accuracy == again.models["run"].id_accuracy
+
+
+def test_nothing_to_measure_is_said(own):
+    with pytest.raises(ValueError, match="there is nothing to measure: name runs, or a zero-shot model"):
+        evaluate_runs(own / "photos", [])
+
+
+def test_names_of_runs_are_the_shortest_that_tell_them_apart():
+    assert list(run_names(["a/x", "b/x"])) == ["a/x", "b/x"] and list(run_names(["a/x", "b/y"])) == ["x", "y"]
+
+
+@pytest.mark.parametrize("form", ["open_clip", *exhaustive("torch-export")])
+def test_an_export_is_held_against_the_run(run, tmp_path, form):
+    told: list[str] = []
+    folder = export_run(run.folder, to=form, output=tmp_path / "out", log=told.append)
+    assert "8 images of the run" in told[0]
+    if form == "open_clip":
+        theirs, _, _ = clip.import_open_clip().create_model_and_transforms(f"local-dir:{folder}")
+        ours = robustft.load(run.folder).predictor.model
+        assert all(
+            torch.equal(a, b) for a, b in zip(theirs.state_dict().values(), ours.state_dict().values(), strict=True)
+        )
+    with pytest.raises(FileExistsError, match="is not empty"):
+        export_run(run.folder, to=form, output=tmp_path / "out", log=told.append)
+
+
+def test_an_export_that_computes_something_else_is_not_left_behind(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("robustft.pipeline.exporting._open_clip", lambda *_: 0.1)
+    with pytest.raises(ValueError, match="differs from the run by 0.1 on 8 images of the run"):
+        export_run(run.folder, to="open_clip", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_is_refused_and_resumed_from_its_folder_alone(run, own, capsys):
+    before = (run.folder / "metrics.json").read_bytes()
+    arguments = ["train", str(own / "photos"), "--model", f"local-dir:{own / 'clip'}", "--output", str(run.folder)]
+    assert cli.main([*arguments, "--lr", "3e-3"]) == 1
+    assert "already holds a run" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "--output", str(run.folder)]) == 0
+    assert (run.folder / "metrics.json").read_bytes() == before
+    assert cli.main([*arguments, "--resume", "--lr", "1e-3"]) == 1
+    assert "another configuration" in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_on_other_images(run, own, capsys):
+    added = own / "photos" / "ood" / "letters" / "new.png"
+    Image.new("RGB", (28, 28)).save(added)
+    try:
+        assert cli.main(["train", "--resume", "--output", str(run.folder)]) == 1
+    finally:
+        added.unlink()
+    assert "images were added or taken away" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["carrot"]}, "method 'carrot' is none of CaRot, FLYP"),
+        ({"methods": ["DRM"]}, "DRM needs descriptions"),
+        ({"methods": ["group-dro"]}, "this method needs groups"),
+        ({"model": "ViT-B-32"}, "pretrained is missing: without it ViT-B-32 has random weights"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"templates": "nowhere.txt"}, "templates: 'nowhere.txt' is no file and none of photo, simple, imagenet"),
+        ({"score": "mmc"}, "score must be one of"),
+        ({"ensemble": "soup"}, "ensemble must be one of"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_written(own, tmp_path, changes, message):
+    arguments = {"model": f"local-dir:{own / 'clip'}", **RATE, **changes}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(own / "photos", output=tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_writes_nothing(own, tmp_path):
+    assert (
+        train(own / "photos", model=f"local-dir:{own / 'clip'}", output=tmp_path / "out", dry_run=True, **RATE) is None
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plain_tree_is_split_and_measured_on_its_own_part(own, tmp_path):
+    run = train(own / "photos" / "train", model=f"local-dir:{own / 'clip'}", output=tmp_path / "out", **RATE)
+    splits = [row["split"] for row in csv.DictReader((tmp_path / "out" / "split.csv").open())]
+    assert sorted(set(splits)) == ["test", "train", "validation"] and len(splits) == 80
+    assert not run.evaluation.shifts and not run.evaluation.ood
+
+
+@pytest.mark.parametrize("methods", exhaustive(["LPFT", "LinearProbe"], ["CoOp", "TipAdapterF"], ["DRM", "CVaR"]))
+def test_methods_that_want_more_are_given_it(own, tmp_path, methods):
+    (tmp_path / "words.json").write_text(
+        json.dumps({name.replace(" ", "_"): list(texts) for name, texts in glyphworld.CONCEPTS.items()})
+    )
+    descriptions = str(tmp_path / "words.json") if "DRM" in methods else None
+    settings = {"model": f"local-dir:{own / 'clip'}", "methods": methods, "descriptions": descriptions, **RATE}
+    run = train(own / "photos", output=tmp_path / "out", **settings)
+    assert set(methods) <= set(run.evaluation.models)
+    assert robustft.load(run.folder)(next((own / "photos" / "ood" / "letters").iterdir())).label
+
+
+def test_options_come_from_a_file_with_flags_above_it(own, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("data: photos\nlr: 0.1\nmethods: [flyp]\nshifts: {night: night}\n")
+    assert cli.main(["train", "--config", str(tmp_path / "run.yaml"), "--lr", "0.2", "--print-config"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["data"], shown["lr"], shown["methods"]) == ("photos", 0.2, ["flyp"])
+    assert shown["shifts"] == {"night": "night"} and shown["tpr"] == 0.95
+    for text, message in (("rate: 3", "no option is called 'rate'"), ("lr: fast", "lr is 'fast', expected float")):
+        (tmp_path / "run.yaml").write_text(text)
+        assert cli.main(["train", "--config", str(tmp_path / "run.yaml")]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_every_argument_of_train_is_a_described_flag():
+    options = flags.options_of(train)
+    hidden = {"data", "log", "progress"}
+    assert set(options) == set(train.__annotations__) - hidden - {"return"}
+    assert all(option.help for option in options.values())
+
+
+def test_methods_are_listed_with_what_they_need(capsys):
+    assert cli.main(["train", "--list-methods"]) == 0
+    out = capsys.readouterr().out
+    assert "DRM: " in out and "needs descriptions of the classes (--descriptions)" in out
