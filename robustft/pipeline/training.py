@@ -67,7 +67,7 @@ def _transformed(data: Any, transform: Any) -> Any:
 
 def make_method(recipe: Recipe, materials: Materials, **arguments: Any) -> methods.Method:
     """The recipe's method on a copy of the model; `arguments` go to it beside the recipe's options."""
-    options = _built(recipe.options, materials)
+    options = built_options(recipe.options, materials.data.train)
     if recipe.method == "DRM" and "descriptions" not in arguments:
         if materials.descriptions is None:
             raise ValueError("DRM needs descriptions of the classes, and there are none")
@@ -127,8 +127,9 @@ def encoded(materials: Materials) -> clip.Features:
     return clip.encode(materials.bundle.model, materials.plain)
 
 
-def _built(options: Mapping[str, Any], materials: Materials) -> dict[str, Any]:
-    """A recipe's options, of which JSON holds an objective, a risk and a proxy as dictionaries."""
+def built_options(options: Mapping[str, Any], train: Any) -> dict[str, Any]:
+    """A recipe's options, of which JSON holds an objective, a risk and a proxy as dictionaries; groups are counted in
+    the training set."""
     built = dict(options)
     if isinstance(built.get("objective"), Mapping):
         built["objective"] = Objective(**built["objective"])
@@ -138,7 +139,7 @@ def _built(options: Mapping[str, Any], materials: Materials) -> dict[str, Any]:
         settings = dict(built["risk"])
         kind: Any = getattr(methods, settings.pop("risk"))
         if kind is not methods.CVaR and "num_groups" not in settings:
-            settings["num_groups"] = number_of_groups(materials.data.train)
+            settings["num_groups"] = number_of_groups(train)
         built["risk"] = kind(**settings)
     return built
 

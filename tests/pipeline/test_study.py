@@ -29,7 +29,8 @@ from robustft.pipeline.study.findings import (
     verdict,
 )
 from robustft.pipeline.study.recipes import SPURIOUS
-from robustft.pipeline.study.world import World, _built
+from robustft.pipeline.study.world import World
+from robustft.pipeline.training import built_options
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_processes_measure_what_is_missing(tmp_path, capfd):
 
 
 def test_recipes_say_in_json_which_risk_they_want():
-    risk = _built(json.loads(json.dumps(SPURIOUS["CVaR"].options)))["risk"]
+    risk = built_options(json.loads(json.dumps(SPURIOUS["CVaR"].options)), None)["risk"]
     assert isinstance(risk, CVaR) and {"risk": "CVaR", **risk.config} == SPURIOUS["CVaR"].options["risk"]
 
 
