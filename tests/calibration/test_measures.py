@@ -67,6 +67,7 @@ def test_report_equals_definitions():
     assert sum(b.count for b in r.bins) == 600
 
 
+@pytest.mark.exhaustive  # importing torchmetrics takes seconds; the plain run has the definitions
 def test_report_equals_torchmetrics_without_confidence_one():
     torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
     logits, labels = softmax_data(scale=1.0)
@@ -77,13 +78,21 @@ def test_report_equals_torchmetrics_without_confidence_one():
         assert value == pytest.approx(float(theirs), abs=1e-6)
 
 
-def test_confidence_one_is_in_the_last_bin_unlike_torchmetrics():
-    torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
-    # The last bin holds .98 (all right) and 1.0 (half right): together its gap is smaller than the two apart.
-    p, y = binary([0.98] * 10 + [1.0] * 10, [1] * 10 + [1, 0] * 5)
-    r = calibration_report(p, y, bins=10)
+def certain():
+    """The last bin holds .98 (all right) and 1.0 (half right): together its gap is smaller than the two apart."""
+    return binary([0.98] * 10 + [1.0] * 10, [1] * 10 + [1, 0] * 5)
+
+
+def test_confidence_one_is_in_the_last_bin():
+    r = calibration_report(*certain(), bins=10)
     assert [b.count for b in r.bins] == [20] and r.bins[0].upper == 1.0
     assert r.ece == pytest.approx(0.99 - 0.75, rel=1e-12)
+
+
+@pytest.mark.exhaustive
+def test_confidence_one_is_in_a_bin_of_its_own_in_torchmetrics():
+    torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
+    p, y = certain()
     theirs = torchmetrics.multiclass_calibration_error(
         torch.tensor(p), torch.tensor(y), num_classes=2, n_bins=10, norm="l1"
     )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from targets import exhaustive
 from torch import nn
 
 from robustft import clip
@@ -38,6 +39,7 @@ MODELS = {
         "nonscalar_logit_scale": True,
     },
 }
+activation_untold = pytest.mark.filterwarnings("ignore:.*does not tell its activation")
 PREPROCESS = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "interpolation": "bilinear"}
 
 
@@ -635,8 +637,15 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("kind", WRAPPED)
+@activation_untold
+@pytest.mark.parametrize(
+    ("kind", "legacy"),
+    [
+        ("thrice", True),
+        *((kind, False) for kind in WRAPPED),
+        *exhaustive(*((kind, True) for kind in WRAPPED if kind != "thrice")),
+    ],
+)
 def test_checkpoints_of_wrapped_models_and_of_trainings_load(kind, legacy, checkpoint, tiny_architectures):
     model, folder = checkpoint
     file = folder / "wrapped.pt"
@@ -811,6 +820,7 @@ def test_tokens_of_another_models_tokenizer_are_refused():
         clip.encode_texts(build(), open_clip.tokenize(["a cat"]))
 
 
+@activation_untold
 def test_checkpoints_of_another_model_name_keys_and_shapes(checkpoint, tiny_architectures):
     model, folder = checkpoint
     with pytest.raises(ValueError, match=r"does not fit the model.*visual\.conv1\.weight"):

@@ -233,6 +233,6 @@ def test_ensembles_that_are_not_whole_are_refused(ensembles, tmp_path):
 MIXERS = ("VRF", "WiSEFT", "OutputEnsemble", "uniform_soup", "greedy_soup", "TipAdapter", "Tempering")
 
 
-@pytest.mark.parametrize("name", [*NAMES, *MIXERS, "GroupDRO", "CVaR", "zero_shot_classifier"])
-def test_its_docstring_says_which_paper_it_is_from(name):
-    assert re.search(r"arXiv:? \d{4}\.\d{5}", " ".join(getattr(methods, name).__doc__.split())), name
+def test_its_docstring_says_which_paper_it_is_from():
+    for name in (*NAMES, *MIXERS, "GroupDRO", "CVaR", "zero_shot_classifier"):
+        assert re.search(r"arXiv:? \d{4}\.\d{5}", " ".join(getattr(methods, name).__doc__.split())), name

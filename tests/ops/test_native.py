@@ -32,10 +32,12 @@ def operator_inputs(n: int = 9, d: int = 5, requires_grad: bool = True):
 
 
 @pytest.mark.parametrize("name", registry.OPERATORS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_every_operator_passes_opcheck(name, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "count"), [(torch.float64, 1), *exhaustive((torch.float64, None), (torch.bfloat16, None))]
+)
+def test_every_operator_passes_opcheck(name, dtype, count):
     op = registry.OPERATORS[name]
-    for arguments in op.samples("cpu", dtype if dtype in op.dtypes else torch.float32):
+    for arguments in op.samples("cpu", dtype if dtype in op.dtypes else torch.float32)[:count]:
         torch.library.opcheck(getattr(torch.ops.robustft, name).default, arguments)
 
 
@@ -221,10 +223,10 @@ print(json.dumps(status("VmHWM") - before))
 @pytest.mark.parametrize("kind", ["student", "teacher"])
 def test_no_matrix_of_n_squared_is_ever_held(kind, python):
     peaks = []
-    for n in (2048, 8192):
+    for n in (1024, 4096):
         peaks.append(json.loads(python.run("-c", PEAK, str(n), kind, check=True).stdout))
-    # 4 times the samples: gradients and vectors grow by 4 n (2 d + ~40) bytes, an n x n matrix of floats by 250 MB.
-    assert peaks[1] - peaks[0] < 3 * 2048 * 4 * (4 * 64 + 80) + 4e6, peaks
+    # 4 times the samples: gradients and vectors grow by 4 n (2 d + ~40) bytes, an n x n matrix of floats by 63 MB.
+    assert peaks[1] - peaks[0] < 3 * 1024 * 4 * (4 * 64 + 80) + 4e6, peaks
     assert peaks[1] < 30e6, peaks
 
 

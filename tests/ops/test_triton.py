@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from targets import exhaustive
+from targets import case, exhaustive
 
 import robustft
 from benchmarks import triton_resources as resources
@@ -226,13 +226,12 @@ def test_importing_robustft_does_not_import_triton(bare_python):
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("dtype", accelerator.DTYPES)
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_blocks_divide_the_tiles_that_they_read(architecture, dtype, precision):
+def test_blocks_divide_the_tiles_that_they_read(architecture):
     from robustft.ops.triton import configs
 
-    for small in (False, True):
-        for work in (1, 2, 3, "classes", "heads"):
+    works, precisions = (1, 2, 3, "classes", "heads"), ("highest", "high", "medium")
+    for dtype, precision, small, work in product(accelerator.DTYPES, precisions, (False, True), works):
+        with case(dtype, precision, small, work):
             rows, key = configs.blocks(architecture, configs.gradient_arithmetic(dtype, precision), work, small)
             for kept_by in {1, work} if isinstance(work, int) else {work}:  # keep_kernel, statistics_kernel
                 tile = configs.tile(512, architecture, configs.arithmetic(dtype, precision), kept_by, small)
@@ -414,20 +413,22 @@ def test_the_table_of_resources_is_of_these_kernels_and_complete():
     assert set(measured()["cases"]) == {case.name for case in resources.cases()}
 
 
-@pytest.mark.parametrize("case", list(resources.cases()), ids=lambda case: case.name)
-def test_no_configuration_spills_or_exceeds_shared_memory(case):
-    check(case, measured()["cases"][case.name])
+def test_no_configuration_spills_or_exceeds_shared_memory():
+    kernels = measured()["cases"]
+    for one in resources.cases():
+        with case(one.name):
+            check(one, kernels[one.name])
 
 
-def check(case, kernels: dict) -> None:
-    ieee = case.dtype == "float32" and case.precision == "highest"
+def check(of_case: resources.Case, kernels: dict) -> None:
+    ieee = of_case.dtype == "float32" and of_case.precision == "highest"
     for name, of in kernels.items():
-        assert of["shared"] <= resources.SHARED[case.architecture], name
+        assert of["shared"] <= resources.SHARED[of_case.architecture], name
         assert of["stack"] == 0, name
         if not name.endswith("combine_kernel") and not name.startswith("misalignment") and not ieee:
             assert of["HMMA"] + of["HGMMA"] + of["UTCHMMA"] > 0, name
-        if name.endswith(("statistics_kernel", "scores_kernel")) and case.dtype == "bfloat16":
-            assert of[resources.TENSOR_CORES[case.architecture]] > 0
+        if name.endswith(("statistics_kernel", "scores_kernel")) and of_case.dtype == "bfloat16":
+            assert of[resources.TENSOR_CORES[of_case.architecture]] > 0
 
 
 @pytest.mark.parametrize(
@@ -437,5 +438,5 @@ def test_compiling_here_gives_what_the_table_says(architecture, heads):
     if architecture == "sm_100" and not accelerator.TENSOR_MEMORY:
         pytest.skip("this Triton does not compile for sm_100: test_an_older_triton_leaves_sm_100_to_the_reference")
     # The rows that most losses take; the whole table is minutes of compiling.
-    case = resources.Case(architecture, "bfloat16", "highest", heads, True)
-    check(case, resources.measure(case))
+    large = resources.Case(architecture, "bfloat16", "highest", heads, True)
+    check(large, resources.measure(large))

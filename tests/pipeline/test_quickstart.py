@@ -36,29 +36,47 @@ def robustft(python):
     return lambda *arguments, cwd: python.run("-m", "robustft", *arguments, folder=cwd, environment=ENVIRONMENT)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, robustft):
-    """A short but whole run."""
+# The command on a fifth of its images, in names that it does not see.
+FEW = """
+import sys
+from dataclasses import replace
+from robustft import cli
+from robustft.data import glyphworld
+
+def few(limit, sets=glyphworld.sets):
+    data = sets(40)
+    return replace(data, validation=data.validation.subset(range(60)))
+
+glyphworld.sets = few
+sys.exit(cli.main(sys.argv[1:]))
+"""
+SHORT = "quickstart", "--quick", "--limit-batches", "1", "--output", "out"
+
+
+@pytest.fixture(scope="module", params=["few", *exhaustive("all")])
+def run(request, tmp_path_factory, python):
+    """A short but whole run: its folder, what it printed, and how many images of a test set it saw."""
     folder = tmp_path_factory.mktemp("quickstart")
-    done = robustft("quickstart", "--quick", "--limit-batches", "1", "--output", "out", cwd=folder)
+    command, limit = (("-c", FEW), 40) if request.param == "few" else (("-m", "robustft"), 200)
+    done = python.run(*command, *SHORT, folder=folder, environment=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    return folder / "out", done.stdout + done.stderr
+    return folder / "out", done.stdout + done.stderr, limit
 
 
 def test_it_prints_one_table_of_all_models(run):
-    _, printed = run
+    _, printed, _ = run
     for name in ("zero-shot", "FT", "FLYP", "CaRot", "WiSE FT", "OSE FT", "WiSE FLYP", "OSE CaRot"):
         assert re.search(rf"^{name} +\d", printed, re.MULTILINE), name
     assert "ECE: 15 equal-width bins, full set" in printed and "FPR95: ID positive" in printed
 
 
 def test_its_schedules_know_of_the_limit_on_batches(run):
-    _, printed = run
+    _, printed, _ = run
     assert "was made for total_steps" not in printed
 
 
 def test_it_leaves_everything_it_promises(run):
-    folder, _ = run
+    folder, *_ = run
     expected = ["report.html", "metrics.json", "metrics.jsonl", "config.yaml"]
     expected += [f"{name}/checkpoints" for name in quickstart.RECIPES]
     assert [name for name in expected if not (folder / name).exists()] == []
@@ -73,13 +91,13 @@ def test_it_leaves_everything_it_promises(run):
 
 
 def test_no_temporary_file_is_left(run):
-    folder, _ = run
+    folder, *_ = run
     assert [str(p) for p in folder.rglob("*") if "tmp" in p.name or p.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("step", [5, *exhaustive(1)])
 def test_exports_load_back_bit_for_bit(run, step):
-    folder, _ = run
+    folder, *_ = run
     open_clip = clip.import_open_clip()
     images, _ = glyphworld.digits("test").tensors((0.5,) * 3, (0.25,) * 3)
     for path in sorted(p for p in (folder / "export").iterdir() if p.is_dir())[::step]:
@@ -94,18 +112,18 @@ def test_exports_load_back_bit_for_bit(run, step):
 
 
 def test_exported_flyp_predicts_what_the_table_says(run):
-    folder, _ = run
+    folder, _, limit = run
     bundle = clip.load(f"local-dir:{folder / 'export' / 'flyp'}")
     names = {"class_names": glyphworld.CLASS_NAMES, "templates": glyphworld.TEMPLATES}
     classifier = methods.zero_shot_classifier(bundle.model, tokenizer=bundle.tokenizer, **names)
-    predictions = classifier.predict(glyphworld.sets(200).test)
+    predictions = classifier.predict(glyphworld.sets(limit).test)
     accuracy = (predictions.logits.argmax(1) == predictions.labels).double().mean().item()
     evaluation = Evaluation.from_dict(json.loads((folder / "metrics.json").read_text()))
     assert accuracy == evaluation.models["FLYP"].id_accuracy
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_untouched(run, robustft):
-    folder, _ = run
+    folder, *_ = run
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     again = robustft("quickstart", "--quick", "--output", str(folder), cwd=folder.parent)
     assert again.returncode == 1 and "already holds a run" in again.stderr and "Traceback" not in again.stderr
@@ -115,17 +133,17 @@ def test_a_folder_that_holds_a_run_is_refused_and_untouched(run, robustft):
 
 
 @pytest.mark.exhaustive  # the plain run kills one that is pre-training, below, and test_fit.py kills processes
-def test_a_killed_run_resumes_to_the_same_numbers(run, tmp_path, python, robustft):
-    folder, _ = run
-    arguments = ["quickstart", "--quick", "--limit-batches", "1", "--output", "out"]
-    process = python.start("-m", "robustft", *arguments, folder=tmp_path, environment=ENVIRONMENT)
+def test_a_killed_run_resumes_to_the_same_numbers(run, tmp_path, python):
+    folder, _, limit = run
+    command = (*(("-c", FEW) if limit == 40 else ("-m", "robustft")), *SHORT)
+    process = python.start(*command, folder=tmp_path, environment=ENVIRONMENT)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").glob("FLYP/checkpoints/step_*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
     process.wait()
     assert not (tmp_path / "out" / "metrics.json").exists()
-    resumed = robustft(*arguments, "--resume", cwd=tmp_path)
+    resumed = python.run(*command, "--resume", folder=tmp_path, environment=ENVIRONMENT)
     assert resumed.returncode == 0, resumed.stderr
     results = [json.loads((f / "metrics.json").read_text()) for f in (folder, tmp_path / "out")]
     assert results[0] == results[1]
