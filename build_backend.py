@@ -1,7 +1,8 @@
 """The build backend: setuptools', and the tools that compiling needs, asked for where they are needed only.
 
-torch is never imported here: only its headers are needed, and those are looked for by path. As a build requirement it
-would be downloaded and unpacked a second time, so it is one only where there are no headers.
+torch is never imported here: only its headers are needed, and those are looked for by path. Where there are none they
+are taken out of torch's wheel. As a build requirement torch would be unpacked a second time, with the libraries of a
+GPU: 5 GB, of which nothing is used. So it is one only where pip cannot get the wheel.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
+import subprocess
+import sys
 import sysconfig
+import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +41,8 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parent
+HEADERS = ROOT / "build" / "torch"
+"""Where headers that were taken out of a wheel lie."""
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
@@ -50,7 +58,7 @@ def tools() -> list[str]:
     if os.environ.get("ROBUSTFT_NO_NATIVE") == "1":
         return []
     cmake = floor("CMakeLists.txt", r"cmake_minimum_required\(VERSION ([\d.]+)\)")
-    torch = [f"torch>={torch_floor()}"] if torch_dir() is None else []
+    torch = [] if torch_dir() or fetch_headers() else [f"torch>={torch_floor()}"]
     return [f"cmake>={cmake}", "ninja", "pybind11>=2.12", *torch]
 
 
@@ -75,11 +83,29 @@ def torch_dir() -> Path | None:
     if spec and spec.submodule_search_locations:
         candidates.append(Path(list(spec.submodule_search_locations)[0]))
     candidates += [Path(sysconfig.get_paths()[key]) / "torch" for key in ("purelib", "platlib")]
+    candidates.append(HEADERS)
     for candidate in candidates:
         header = candidate / "include/torch/csrc/stable/library.h"
         if header.exists() and version_of(candidate) >= tuple(map(int, torch_floor().split("."))):
             return candidate
     return None
+
+
+def fetch_headers() -> Path | None:
+    """torch's headers out of the wheel that pip would install; None where pip is not there or does not get it."""
+    with tempfile.TemporaryDirectory() as folder:
+        # -I: the pip that is installing, which is not to be seen in the environment that it builds in.
+        pip = [sys.executable, "-I", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        if subprocess.run([*pip, "--dest", folder, f"torch>={torch_floor()}"]).returncode != 0:
+            return None
+        (wheel,) = Path(folder).glob("torch-*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if re.match(r"torch/(include/|version\.py$)", name)]
+            archive.extractall(folder, names)
+        HEADERS.parent.mkdir(exist_ok=True)
+        shutil.rmtree(HEADERS, ignore_errors=True)
+        shutil.move(Path(folder) / "torch", HEADERS)
+    return torch_dir()
 
 
 def version_of(torch: Path) -> tuple[int, ...]:

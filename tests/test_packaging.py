@@ -10,6 +10,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,18 +69,45 @@ def test_a_wheel_holds_no_library_of_an_earlier_build(tree, tmp_path):
         assert not [name for name in held if "benchmarks/results" in name]
 
 
-def test_the_backend_asks_for_compiling_tools_only_and_for_torch_where_there_is_none(monkeypatch):
+@pytest.fixture
+def backend(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.delenv("ROBUSTFT_NO_NATIVE", raising=False)
+    monkeypatch.delenv("ROBUSTFT_TORCH_DIR", raising=False)
     import build_backend
 
-    tools = build_backend.tools()
+    monkeypatch.setattr(build_backend, "HEADERS", tmp_path / "build" / "torch")
+    return build_backend
+
+
+def test_the_backend_asks_for_compiling_tools_only(backend, monkeypatch):
+    tools = backend.tools()
     assert {re.split("[>=]", tool)[0] for tool in tools} == {"cmake", "ninja", "pybind11"}
     assert tools[0].removeprefix("cmake>=") in (ROOT / "CMakeLists.txt").read_text()
-    monkeypatch.setattr(build_backend, "torch_dir", lambda: None)
-    assert build_backend.tools()[3:] == [f"torch>={build_backend.torch_floor()}"]
     monkeypatch.setenv("ROBUSTFT_NO_NATIVE", "1")
-    assert build_backend.tools() == []
+    assert backend.tools() == []
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_where_there_is_no_torch_its_headers_come_out_of_a_wheel_or_torch_is_required(backend, monkeypatch, failing):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend.sysconfig, "get_paths", lambda: {"purelib": "/nowhere", "platlib": "/nowhere"})
+    version = f"{backend.torch_floor()}.0"
+
+    def pip(command):
+        assert command[-1] == f"torch>={backend.torch_floor()}" and command[4] == "download"
+        if not failing:
+            with zipfile.ZipFile(Path(command[-2]) / f"torch-{version}-cp310-cp310-linux.whl", "w") as wheel:
+                for name in ("include/torch/csrc/stable/library.h", "lib/libtorch_cpu.so", "version.py.orig"):
+                    wheel.writestr(f"torch/{name}", "")
+                wheel.writestr("torch/version.py", f"__version__ = '{version}+cu130'")
+        return SimpleNamespace(returncode=int(failing))
+
+    monkeypatch.setattr(backend.subprocess, "run", pip)
+    assert backend.tools()[3:] == ([f"torch>={backend.torch_floor()}"] if failing else [])
+    assert backend.torch_dir() == (None if failing else backend.HEADERS)
+    if not failing:
+        assert sorted(path.name for path in backend.HEADERS.iterdir()) == ["include", "version.py"]
 
 
 # In the source tree after `pip install .`: Python finds the tree's modules first, which nothing has compiled.
