@@ -807,4 +807,4 @@ def test_images_that_are_still_pixels_get_a_warning_in_training():
     images, labels = data()
     pixels = torch.randint(0, 256, images.shape).float()
     with pytest.warns(UserWarning, match="whole numbers from 0 to 255"):
-        run(make(), data=(pixels, labels), epochs=1, lr=1e-5)
+        run(make(total_steps=3), data=(pixels, labels), epochs=1, lr=1e-5)
