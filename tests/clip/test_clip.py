@@ -509,6 +509,7 @@ def checkpoint(tmp_path):
     return model, tmp_path
 
 
+@activation_untold
 @pytest.mark.parametrize("file", ["weights.safetensors", "weights.pt", "t.pt"])
 def test_architectures_load_checkpoint_files(file, checkpoint, tiny_architectures, caplog):
     model, folder = checkpoint
@@ -592,6 +593,7 @@ def test_missing_files_and_unknown_tags_are_told_apart(tmp_path, tiny_architectu
             clip.load(f"local-dir:{tmp_path}")
 
 
+@activation_untold
 @pytest.mark.parametrize("file", ["weights.safetensors", "weights.pt"])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
 def test_truncated_checkpoints_are_refused_by_name(file, share, checkpoint, tiny_architectures):

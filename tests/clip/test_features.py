@@ -88,6 +88,7 @@ def test_the_fast_path_uses_the_models_own_statistics(data):
             image_statistics(silent)
 
 
+@pytest.mark.filterwarnings("ignore:images hold 255ths")
 def test_transform_makes_the_tensors(data):
     as_arrays = Items([(255 * x).permute(1, 2, 0).byte().numpy() for x in data[0]], data[1])
     with pytest.raises(TypeError, match="got ndarray: pass the model's transform"):

@@ -71,6 +71,7 @@ def test_every_other_mode_is_what_pil_makes_of_it(tmp_path, recwarn):
         recwarn.clear()
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, beside its error
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.gif", "a.webp"])
 def test_damaged_images_name_their_file(tmp_path, name):
     path = saved(
