@@ -11,16 +11,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.append(str(Path(__file__).parent.parent))
 
 import pytest  # noqa: E402  (the environment above must come first)
-import torch  # noqa: E402
 from children import Children  # noqa: E402
-from tiny_clip import (  # noqa: E402, F401  (fixtures)
-    batches,
-    clip_model,
-    prompts,
-    resnet_batches,
-    resnet_model,
-    validation,
-)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The process of `-n` that hands out the tests runs none: it need not wait for torch."""
+    if not getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput"):
+        import tiny_clip
+        import torch_fixtures
+
+        config.pluginmanager.register(torch_fixtures)
+        config.pluginmanager.register(tiny_clip)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -29,11 +30,6 @@ def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log)
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -67,27 +63,3 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if INTERPRETED:
         items[:] = [i for i in items if "target" in i.fixturenames or i.path.name.startswith("interpreted")]
-
-
-@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
-def device(request):
-    """The test runs once a device, and its new tensors lie there."""
-    if request.param != "cpu":
-        torch.set_default_device(request.param)
-    yield torch.device(request.param)
-    torch.set_default_device(None)
-
-
-@pytest.fixture
-def placeless_products(monkeypatch):
-    """Entries of a product that do not depend on where they lie in it, as on a GPU: those of the BLAS with which the
-    interpreter multiplies do, by what rounding float64 to float32 leaves nothing of."""
-    if INTERPRETED:
-        import numpy
-        from triton.runtime import interpreter
-
-        def dot(self, a, b, d, *_):
-            product = numpy.matmul(a.data.astype(numpy.float64), b.data.astype(numpy.float64)) + d.data
-            return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
-
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
