@@ -1,5 +1,5 @@
-"""Every page of docs/ does what it shows: its runnable blocks run, in order, as one program. The site's own pages are
-made from what is committed, and every link leads somewhere."""
+"""README and every page of docs/ do what they show: their runnable blocks run, in order, as one program. The site's own
+pages are made from what is committed, and every link leads somewhere."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def site_pages() -> dict[str, Callable[[], str]]:
     return hooks.PAGES
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if program(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in (*PAGES, *FRONT) if program(page)], ids=lambda page: page.stem)
 @pytest.mark.parametrize("small", [True, *exhaustive(False)], ids=["small", "whole"])
 def test_a_page_runs_as_shown(small, page, tmp_path, python):
     code = "import warnings; warnings.filterwarnings('error', '', DeprecationWarning, 'robustft')\n"

@@ -265,6 +265,7 @@ def test_doctor_fails_with_a_cure(monkeypatch):
     assert any(line.startswith("contrastive_loss (cpu): pip install") for line in lines)
 
 
+@pytest.mark.exhaustive  # the plain run has it on fewer images, with the pages of docs/
 def test_readme_code_runs_as_printed(tmp_path, python):
     code = re.search(r"<!-- runnable -->\n```python\n(.*?)```", README.read_text(), re.DOTALL).group(1)
     done = python.run("-c", code, folder=tmp_path, environment=ENVIRONMENT)
