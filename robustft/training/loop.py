@@ -12,10 +12,11 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -133,9 +134,9 @@ def fit(
         workers: processes that load a dataset, the same ones in all epochs. Training is the same, in every bit, with
             any number of them. 0 for `validation`: as `robustft.data.sources.reading_workers` says.
         log_every: steps between records.
-        on_record: called with each record, which also has samples_per_second, and peak_memory and peak_cuda_memory in
-            bytes; metrics.jsonl has not, because they differ from run to run. If it has a `close`, that is called in
-            the end, also after an error. `robustft.training.reporting.reporter` makes some.
+        on_record: called with each record. That of a step also has samples_per_second, and peak_memory and
+            peak_cuda_memory in bytes; metrics.jsonl has not, because they differ from run to run. If it has a `close`,
+            that is called in the end, also after an error. `robustft.training.reporter` makes some.
         progress: a bar on a terminal, else a line every few seconds to `log` (standard error by default).
 
     Raises:
@@ -306,7 +307,11 @@ class _Training:
             shown = {"gradient_norm": None if optimization.skipped else size}
             if optimization.logit_scale is not None:
                 shown["logit_scale"] = math.exp(optimization.logit_scale.item())
-            self.record({"step": self.step, "epoch": epoch + 1, "lr": rate, "loss": loss, **terms, **shown})
+            speed = self.clock.rate(self.step) * min(settings.batch_size, self.schedule.samples)
+            self.record(
+                {"step": self.step, "epoch": epoch + 1, "lr": rate, "loss": loss, **terms, **shown},
+                {"samples_per_second": speed, **peak_memory(optimization.device)},
+            )
 
     def validate(self, validation: Validation) -> None:
         """Measures, and keeps the weights if they are the best so far."""
@@ -329,13 +334,13 @@ class _Training:
         if best is not None and best.step != self.step:
             self.method.load_state_dict(self.kept if self.run is None else self.run.load_best(best.step))
 
-    def record(self, record: Record) -> None:
+    def record(self, record: Record, beside: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Keeps a record, and tells it with what is `beside` it: what differs between runs that are equal."""
         self.records.append(record)
         if self.run is not None:
             self.run.append(record)
         if self.on_record is not None:
-            rate = self.clock.rate(self.step) * min(self.schedule.settings.batch_size, self.schedule.samples)
-            self.on_record({**record, "samples_per_second": rate, **peak_memory(self.optimization.device)})
+            self.on_record({**record, **beside})
 
 
 def _non_finite(method: Method, out: Step, step: int, epoch: int, checkpoint: Path | None) -> NonFiniteError:

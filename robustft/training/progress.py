@@ -56,11 +56,11 @@ class Clock:
         self.step, self.since = step, time.perf_counter()
 
     def rate(self, step: int) -> float:
-        """Of the steps until `step`; 0 where there are none."""
-        steps, now = step - self.step, time.perf_counter()
-        rate = steps / (now - self.since) if steps else 0.0
+        """Of the steps until `step`, at least one."""
+        done, now = step - self.step, time.perf_counter()
+        seconds = now - self.since
         self.step, self.since = step, now
-        return rate
+        return done / seconds
 
     @contextmanager
     def stopped(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from targets import exhaustive
 from test_fit import EPOCHS, TOTAL, Noisy, Stop, assert_same, before_update, data, make, run, stop
 
 from robustft.evaluation import evaluate, worst_group_accuracy
-from robustft.methods import FLYP, FineTune, LinearProbe
+from robustft.methods import FLYP, FineTune, LinearProbe, Step
 from robustft.training.checkpoint import load_checkpoint
 from robustft.training.loop import fit
 
@@ -64,6 +64,21 @@ def test_training_is_the_same_in_every_bit_with_validation_and_without(workers):
     assert same(state(watched), state(plain))
     assert [record for record in found.records if "loss" in record] == expected.records
     assert len(found.validations) == 6
+
+
+def test_what_a_method_draws_from_global_generators_is_the_same_with_validation_and_without():
+    class Drawn(FineTune):
+        def step(self, batch):
+            out = super().step(batch)
+            return Step(out.loss * (1 + np.random.rand() + random.random()), out.terms)
+
+    methods = []
+    for options in ({}, {"validation": Drawing(), "validate_every": 1 / 3, "restore_best": False}):
+        np.random.seed(3)
+        random.seed(3)
+        methods.append(make(Drawn))
+        run(methods[-1], **options)
+    assert same(state(methods[0]), state(methods[1]))
 
 
 @pytest.mark.parametrize(
