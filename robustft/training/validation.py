@@ -117,7 +117,7 @@ class Validation:
             np.random.seed(number)
             torch.manual_seed(number)
             outputs = self._outputs()
-            found = _measures(outputs, self.groups)
+            found = _measures(outputs, self._groups_of(outputs))
             if callable(self.metric):
                 found[self.name] = float(self.metric(outputs))
         if math.isnan(found[self.name]):
@@ -132,6 +132,16 @@ class Validation:
         if better:
             self.best = Best(step, value)
         return better
+
+    def _groups_of(self, outputs: Outputs) -> Tensor | None:
+        if self.groups is None or self.brief:
+            return None if self.groups is None else self.groups[: len(outputs.labels)]
+        if len(outputs.labels) != len(self.groups):
+            raise ValueError(
+                f"validation has groups of {len(self.groups)} images, of which {len(outputs.labels)} could be read: "
+                "whose groups these are is not known; take the others out of the set"
+            )
+        return self.groups
 
     def _outputs(self) -> Outputs:
         predictor = self.method.classifier()
@@ -203,6 +213,5 @@ def _measures(outputs: Outputs, groups: Tensor | None) -> dict[str, float]:
     report = calibration_report(outputs.probabilities, outputs.labels)
     found = {"accuracy": report.accuracy, "ece": report.ece, "nll": report.nll}
     if groups is not None:
-        part = groups[: len(outputs.labels)]
-        found["worst_group"] = worst_group_accuracy(outputs.logits, outputs.labels, part)
+        found["worst_group"] = worst_group_accuracy(outputs.logits, outputs.labels, groups)
     return found
