@@ -1,4 +1,4 @@
-"""What robustft computes with: its compiled code, the processor, the precisions of a training. Loads nothing heavy.
+"""What robustft computes with: its compiled code, the processor, what a training may choose. Loads nothing heavy.
 
 Compiled code lies beside this file. In a source tree that was not built in place it is looked for in the installed
 robustft, and used if it was built from the very sources of the tree: both sides carry a digest of them.
@@ -20,6 +20,9 @@ from typing import Literal, get_args
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+Decay = Literal["cosine", "linear", "constant"]
+DECAYS: tuple[str, ...] = get_args(Decay)
+"""What the learning rate does after its warm-up."""
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent

@@ -22,7 +22,7 @@ import multiprocessing
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,22 +139,26 @@ class Source:
         labels = torch.tensor([int(label) for _, label in pairs])
         return torch.stack(images), labels if self.matching is None else self.matching.of(labels)
 
-    def batches(self, chunks: Sequence[Tensor], *, seed: int, epoch: int, workers: int = 0) -> Iterator[Any]:
-        """The batch of each chunk of indices, in the form in which the data set has its samples.
+    def batches(
+        self, chunks: Iterable[tuple[int, Tensor]], *, seed: int, workers: int = 0, pinned: bool = False
+    ) -> Iterator[Any]:
+        """The batch of each (epoch, indices), in the form in which the data set has its samples.
 
         Whatever an item draws from torch's, numpy's or Python's global generators is a function of (seed, epoch,
-        index), in whichever of the `workers` processes it is made.
+        index), in whichever of the `workers` processes it is made. They stay from epoch to epoch, two batches ahead
+        each. pinned: in memory from which a GPU copies by itself.
         """
         if self.columns is not None:
             parts = self.columns
-            chosen = ({key: part[chunk.to(part.device)] for key, part in parts.items()} for chunk in chunks)
+            chosen = ({key: part[chunk.to(part.device)] for key, part in parts.items()} for _, chunk in chunks)
             named = isinstance(self.data, Mapping)
             return warning_of_raw_pixels((b if named else tuple(b.values()) for b in chosen), self.statistics)
         loader = torch.utils.data.DataLoader(
-            _Seeded(self.data, self.groups, self.matching, seed, epoch),
-            batch_sampler=[chunk.tolist() for chunk in chunks],
+            _Seeded(self.data, self.groups, self.matching, seed),
+            batch_sampler=([(epoch, index) for index in chunk.tolist()] for epoch, chunk in chunks),
             num_workers=workers,
             worker_init_fn=_ignore_interrupt,
+            pin_memory=pinned,
         )
         return warning_of_raw_pixels(iter(loader), self.statistics)
 
@@ -381,14 +385,15 @@ def to_device(batch: Any, device: torch.device) -> Any:
 class _Seeded(torch.utils.data.Dataset[Any]):
     """A data set whose augmentation is a function of (seed, epoch, index), in whichever process it runs."""
 
-    def __init__(self, data: Any, groups: Any, matching: Matching | None, seed: int, epoch: int) -> None:
-        self.data, self.groups, self.matching, self.seed, self.epoch = data, groups, matching, seed, epoch
+    def __init__(self, data: Any, groups: Any, matching: Matching | None, seed: int) -> None:
+        self.data, self.groups, self.matching, self.seed = data, groups, matching, seed
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> Any:
-        number = stateless_seed(self.seed, "sample", self.epoch, index)
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        epoch, index = place
+        number = stateless_seed(self.seed, "sample", epoch, index)
         random.seed(number)
         np.random.seed(number)
         torch.manual_seed(number)

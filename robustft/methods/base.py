@@ -94,6 +94,8 @@ class Method(Configured, nn.Module):
         "templates",
     )  # `config` has the captions that they make
     takes_features = False  # whether a batch may hold unit features (N, D) in the images' place: with a frozen tower
+    recomputes = True  # whether the towers may compute their activations once more in the backward, and not keep them
+    scheduled = False  # whether `run_length` was asked for: what was trained depends on the length of the run
     model: Any  # an open_clip model, of whose attributes `robustft.clip` takes care
     steps: Tensor
     run_steps: Tensor
@@ -148,6 +150,7 @@ class Method(Configured, nn.Module):
 
     def run_length(self) -> int:
         """Steps of the whole run, for schedules; ValueError where nobody told it."""
+        self.scheduled = True
         length = self.total_steps or int(self.run_steps)
         if not length:
             raise ValueError(

@@ -24,7 +24,7 @@ from robustft.methods.base import Step
 from robustft.methods.coop import ContextMethod, ContextOptions
 from robustft.methods.frozen import seeded_linear
 from robustft.methods.prompt_learning import encode_contexts
-from robustft.predictors.base import ModelPredictor
+from robustft.predictors.base import FeaturePredictor
 
 CAPTIONS = 1024  # that a predictor encodes at a time
 
@@ -76,7 +76,7 @@ class CoCoOp(ContextMethod):
         }
 
 
-class CoCoOpClassifier(ModelPredictor):
+class CoCoOpClassifier(FeaturePredictor):
     """What `CoCoOp` ends in: K text passes an image, `captions` of them at a time."""
 
     tensors = {
@@ -96,12 +96,11 @@ class CoCoOpClassifier(ModelPredictor):
         super().__init__(model, classes, **tensors)
         self.captions = captions
 
-    def _outputs(self, images: Tensor) -> Outputs:
-        u = clip.encode_images(self.model, images)
+    def head_outputs(self, features: Tensor) -> Outputs:
         parts = {name: getattr(self, name) for name in self.tensors}
-        chunks = u.split(max(1, self.captions // len(self.classes)))
+        chunks = features.split(max(1, self.captions // len(self.classes)))
         cosines = torch.cat([conditional_cosines(self.model, chunk, **parts) for chunk in chunks])
-        return Outputs(u, cosines, clip.logit_scale(self.model).detach() * cosines)
+        return Outputs(features, cosines, clip.logit_scale(self.model).detach() * cosines)
 
 
 def conditional_cosines(

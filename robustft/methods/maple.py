@@ -44,6 +44,7 @@ class MaPLe(ContextMethod):
     """
 
     takes_features = False  # the image tower has prompts of its own
+    recomputes = False  # a block that is run again in the backward would not find its prompt any more
 
     def __init__(
         self, model: nn.Module, *, context: int | str = 2, depth: int | None = None, **options: Unpack[ContextOptions]

@@ -1,5 +1,8 @@
-"""The optional training loop, its schedule, checkpoints and exact resume."""
+"""The optional training loop: its schedule, validation, reporters, checkpoints and exact resume."""
 
-from robustft.training.loop import History, NonFiniteError, fit
+from robustft.training.loop import History, fit
+from robustft.training.reporting import reporter
+from robustft.training.steps import NonFiniteError
+from robustft.training.validation import Best
 
-__all__ = ["History", "NonFiniteError", "fit"]
+__all__ = ["Best", "History", "NonFiniteError", "fit", "reporter"]

@@ -1,4 +1,5 @@
-"""What holds while a run is under way: Ctrl-C waits for the step, the caller's generators stay as they were."""
+"""What holds while a run is under way: Ctrl-C waits for the step, the caller's generators stay as they were, towers
+recompute their activations."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import nn
 
+from robustft.clip.encoding import unwrap
 from robustft.methods.base import Method
 
 
@@ -56,3 +59,33 @@ def own_generators(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextmanager
+def recomputing(method: Method) -> Iterator[None]:
+    """The model's towers keep the inputs of their blocks alone, and compute the rest once more in the backward.
+
+    ValueError, naming the model, where the method or the image tower cannot; afterwards the towers are as before.
+    """
+    model = unwrap(method.model)
+    name = f"the {type(getattr(model, 'visual', model)).__name__} image tower of the {type(model).__name__}"
+    if not method.recomputes:
+        raise ValueError(
+            f"grad_checkpointing must be False for {type(method).__name__}, whose prompts are not there any more when "
+            f"the blocks of {name} run again"
+        )
+    before = [(module, flag, getattr(module, flag)) for module in model.modules() for flag in _flags(module)]
+    try:
+        if hasattr(model, "set_grad_checkpointing"):
+            model.set_grad_checkpointing(True)
+        # open_clip leaves towers that cannot as they were, without a word.
+        if not any(getattr(module, flag) for module in model.visual.modules() for flag in _flags(module)):
+            raise ValueError(f"grad_checkpointing must be False: {name} cannot recompute its activations")
+        yield
+    finally:
+        for module, flag, value in before:
+            setattr(module, flag, value)
+
+
+def _flags(module: nn.Module) -> list[str]:
+    return [flag for flag in ("grad_checkpointing", "gradient_checkpointing") if flag in vars(module)]

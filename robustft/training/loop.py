@@ -1,52 +1,53 @@
-"""The optional loop: AdamW, warm-up and cosine, clipping, mixed precision, checkpoints, exact resume.
+"""The optional loop: AdamW, a schedule of the rate, clipping, mixed precision, validation, checkpoints, exact resume.
 
 Whatever is random, the order of the samples, their augmentation, captions and dropout, is a function of
-(seed, t), never of a generator's history. So weights, moments, loss scale and t are the whole state of a run,
-and one that is killed at any step and resumed ends bit for bit like one that never was (CPU, fp32, same
-number of threads).
+(seed, t), never of a generator's history. So weights, moments, loss scale, the best validation and t are the whole
+state of a run, and one that is killed at any step and resumed ends bit for bit like one that never was (CPU, fp32,
+same number of threads).
 """
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from robustft.clip import check_trainable_precision
-from robustft.data.seeds import stateless_seed
-from robustft.data.sources import Source, to_device
-from robustft.methods.base import Method, Step, check_single_process
-from robustft.training.guards import deferred_interrupt, own_generators, restored
+from robustft.data.sources import Source
+from robustft.machine import Decay, Precision
+from robustft.methods.base import Method, check_single_process
+from robustft.training.guards import recomputing, restored
 from robustft.training.optimization import Optimization
 from robustft.training.progress import Progress
-from robustft.training.run import Record, Run, opened
-from robustft.training.schedule import Precision, Schedule, Settings, check_arguments
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss or gradient is infinite or NaN, at `step` (from 0), in the terms or parameters `names`."""
-
-    def __init__(self, message: str, step: int, names: list[str]) -> None:
-        super().__init__(message)
-        self.step = step
-        self.names = names
+from robustft.training.reporting import OnRecord, Record, closed
+from robustft.training.run import Run, opened
+from robustft.training.schedule import Schedule, Settings, check_arguments
+from robustft.training.steps import Training
+from robustft.training.validation import Best, Metric, Validation
 
 
 @dataclass(frozen=True)
 class History:
-    """What `fit` did: records as in metrics.jsonl, steps done in all, seconds that this call took."""
+    """What `fit` did: records as in metrics.jsonl, steps done in all, seconds that this call took; with a validation
+    set, the step and the value that were best, and whether patience ended the run."""
 
     records: list[Record]
     steps: int
     seconds: float
+    best: Best | None = None
+    stopped_early: bool = False
+
+    @property
+    def validations(self) -> list[Record]:
+        """The records that are validations."""
+        return [record for record in self.records if "validation_accuracy" in record]
 
 
 def fit(
@@ -58,10 +59,18 @@ def fit(
     lr: float,
     weight_decay: float = 0.1,
     warmup: float = 0.1,
+    schedule: Decay = "cosine",
     clip: float | None = 1.0,
     max_logit_scale: float | None = 100.0,
     precision: Precision = "fp32",
+    grad_checkpointing: bool = False,
     seed: int = 0,
+    validation: Any = None,
+    metric: str | Metric = "accuracy",
+    higher_is_better: bool | None = None,
+    validate_every: float = 1,
+    patience: int | None = None,
+    restore_best: bool = True,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
     limit_batches: int | None = None,
@@ -69,6 +78,7 @@ def fit(
     device: torch.device | str | None = None,
     workers: int = 0,
     log_every: int = 10,
+    on_record: OnRecord | None = None,
     progress: bool = True,
     log: Callable[[str], None] | None = None,
 ) -> History:
@@ -85,18 +95,36 @@ def fit(
             each is seeded by (seed, epoch, index).
         epochs, batch_size, lr, weight_decay: as usual.
         warmup: fraction of all steps over which the rate rises.
+        schedule: of the rate after that: "cosine" or "linear", down to 0 over the steps that are left, or "constant".
         clip: largest norm of the whole gradient, after the fp16 loss scale is taken out; None for no limit.
         max_logit_scale: where the model's logit scale is trained, it is held at or below this after each update, as
             open_clip holds it, or at its first value where that is higher; None for no bound. Records have the scale.
         precision: autocast to bf16 or fp16 (with loss scaling); weights stay as they are.
+        grad_checkpointing: towers compute their activations once more in the backward: the same gradients, in less
+            memory and more time.
         seed: of order, augmentation and dropout. A method's captions have their own.
+        validation: a held-out set, any of what `robustft.evaluate` takes, or features where `data` are features. It is
+            measured in float32 and changes nothing in the training; `robustft.training.validation` says what records
+            have of it. The weights that were best are kept in checkpoints/best/, without `output` in memory.
+        metric: what is best: "accuracy", "ece", "nll", "worst_group" (accuracy, where the set has groups), or a
+            function from the `Outputs` on the whole set to a number.
+        higher_is_better: of a metric that is a function.
+        validate_every: epochs, or parts of one, from one validation to the next. The last step has one too.
+        patience: so many validations without a better value end the training.
+        restore_best: leave the method with the weights that were best, in the end, rather than the last ones.
         output: folder for metrics.jsonl and checkpoints/, written at the start, after each epoch and on
             Ctrl-C. It must not hold a run.
-        resume: continue the run that `output` holds, under the same configuration.
+        resume: continue the run that `output` holds, under the same configuration. Only `epochs`, and `warmup` so that
+            it takes as many steps as before, may change, where the steps that are done would have been the same: with
+            a constant rate, and a method without a schedule over the run. `patience` may change too.
         limit_batches: at most so many batches an epoch.
-        dry_run: one batch through everything, then put the method back as it was; nothing is written.
-        workers: processes that load a dataset.
+        dry_run: one batch through everything, then put the method back as it was; nothing is written or reported.
+        workers: processes that load a dataset, the same ones in all epochs. Training is the same, in every bit, with
+            any number of them. 0 for `validation`: as `robustft.data.sources.reading_workers` says.
         log_every: steps between records.
+        on_record: called with each record. That of a step also has samples_per_second, and peak_memory and
+            peak_cuda_memory in bytes; metrics.jsonl has not, because they differ from run to run. If it has a `close`,
+            that is called in the end, also after an error. `robustft.training.reporter` makes some.
         progress: a bar on a terminal, else a line every few seconds to `log` (standard error by default).
 
     Raises:
@@ -110,37 +138,77 @@ def fit(
             resume, is in use by another process, or cannot be written.
     """
     started = time.monotonic()
-    check_single_process("robustft.fit")
-    settings = Settings(
-        epochs, batch_size, lr, weight_decay, warmup, clip, precision, seed, limit_batches, max_logit_scale
-    )
-    check_arguments(log_every=log_every)
-    if resume and output is None:
-        raise ValueError("resume=True needs output, the folder of the run to continue")
-    check_trainable_precision(method)
-    if device is not None:
-        method.to(device)
-    source = Source(data, method.model, name="data", classes=method.classes, of=f"the {type(method).__name__}")
-    described = source.check_training(len(method.class_names), method.takes_features)
     with ExitStack() as held:
+        held.enter_context(closed(on_record))
+        check_single_process("robustft.fit")
+        settings = Settings(
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            schedule=schedule,
+            clip=clip,
+            precision=precision,
+            seed=seed,
+            limit_batches=limit_batches,
+            max_logit_scale=max_logit_scale,
+        )
+        check_arguments(log_every=log_every, validate_every=validate_every)
+        if resume and output is None:
+            raise ValueError("resume=True needs output, the folder of the run to continue")
+        check_trainable_precision(method)
+        if device is not None:
+            method.to(device)
+        source = Source(data, method.model, name="data", classes=method.classes, of=f"the {type(method).__name__}")
+        described = source.check_training(len(method.class_names), method.takes_features)
         if dry_run:
             settings = replace(settings, epochs=1, limit_batches=1)
             held.enter_context(restored(method))
-        schedule = Schedule(settings, len(source))
-        _begin(method, schedule.total, dry_run)
+        if grad_checkpointing:
+            held.enter_context(recomputing(method))
+        planned = Schedule(settings, len(source))
+        measured = _validation(
+            method,
+            validation,
+            patience,
+            metric=metric,
+            higher_is_better=higher_is_better,
+            every=max(1, round(validate_every * planned.per_epoch)),
+            seed=seed,
+            workers=workers or None,
+            brief=dry_run,
+        )
+        _begin(method, planned.total, dry_run)
         optimization = Optimization(method, settings)
         run, step = None, 0
         records: list[Record] = []
         if output is not None:
             held.enter_context(opened(Path(output), resume))
         if output is not None and not dry_run:
-            config = {"method": method.config, "data": described, **asdict(settings)}
-            run = Run(Path(output), method, optimization, config)
-            step, records = run.resume(schedule.total) if resume else run.start()
-        report = held.enter_context(Progress(type(method).__name__, schedule.total, step, progress, log))
-        training = _Training(method, source, schedule, optimization, run, report, log_every, step, records)
-        training.epochs(workers)
-    return History(training.records, training.step, time.monotonic() - started)
+            config = {"method": method.config, "data": described}
+            run = Run(Path(output), method, optimization, planned, measured, config)
+            step, records = run.resume() if resume else run.start()
+        shown = held.enter_context(Progress(type(method).__name__, planned.total, step, progress, log))
+        training = Training(
+            method=method,
+            source=source,
+            schedule=planned,
+            optimization=optimization,
+            validation=measured,
+            run=run,
+            shown=shown,
+            on_record=None if dry_run else on_record,
+            log_every=log_every,
+            step=step,
+            records=records,
+        )
+        training.steps(workers)
+        if restore_best and not dry_run:
+            training.restore_best()
+    stopped = measured is not None and measured.exhausted
+    best = None if measured is None else measured.best
+    return History(training.records, training.step, time.monotonic() - started, best, stopped)
 
 
 def _begin(method: Method, total: int, dry_run: bool) -> None:
@@ -154,79 +222,9 @@ def _begin(method: Method, total: int, dry_run: bool) -> None:
     method.begin_run(total)
 
 
-@dataclass
-class _Training:
-    """A run under way: `step` steps are done, `records` are what was logged of them."""
-
-    method: Method
-    source: Source
-    schedule: Schedule
-    optimization: Optimization
-    run: Run | None
-    report: Progress
-    log_every: int
-    step: int
-    records: list[Record]
-
-    def epochs(self, workers: int) -> None:
-        """All that are left, each with a checkpoint at its end; KeyboardInterrupt after the step of a Ctrl-C."""
-        schedule, settings = self.schedule, self.schedule.settings
-        self.method.train()
-        with own_generators(self.optimization.device), deferred_interrupt() as interrupted:
-            for epoch in range(self.step // schedule.per_epoch, settings.epochs):
-                chunks = schedule.chunks(epoch, self.step % schedule.per_epoch)
-                for batch in self.source.batches(chunks, seed=settings.seed, epoch=epoch, workers=workers):
-                    self.one_step(batch, epoch)
-                    if interrupted:
-                        break
-                if self.run is not None:
-                    self.run.save(self.step)
-                if interrupted:
-                    saved = "nothing was saved: no output" if self.run is None else f"resume from {self.run.checkpoint}"
-                    raise KeyboardInterrupt(f"stopped after step {self.step} of {schedule.total}; {saved}")
-
-    def one_step(self, batch: Any, epoch: int) -> None:
-        optimization, settings = self.optimization, self.schedule.settings
-        rate = self.schedule.rate(self.step)
-        torch.manual_seed(stateless_seed(settings.seed, "step", self.step))
-        optimization.start()
-        out = optimization.backward(to_device(batch, optimization.device))
-        norm = optimization.norm()
-        loss, size = out.loss.item(), norm.item()
-        if not optimization.accepts(loss, size):
-            raise _non_finite(self.method, out, self.step, epoch, None if self.run is None else self.run.checkpoint)
-        optimization.apply(norm, rate)
-        self.step += 1
-        self.report.update(self.step, f"epoch {epoch + 1}/{settings.epochs}", f"loss {loss:.4f}")
-        if self.step % self.log_every == 0 or self.step in (1, self.schedule.total):
-            terms = {name: value.item() for name, value in out.terms.items()}
-            # None where fp16 skipped the update: JSON has no word for infinity.
-            shown = {"gradient_norm": None if optimization.skipped else size}
-            if optimization.logit_scale is not None:
-                shown["logit_scale"] = math.exp(optimization.logit_scale.item())
-            self.record({"step": self.step, "epoch": epoch + 1, "lr": rate, "loss": loss, **terms, **shown})
-
-    def record(self, record: Record) -> None:
-        self.records.append(record)
-        if self.run is not None:
-            self.run.append(record)
-
-
-def _non_finite(method: Method, out: Step, step: int, epoch: int, checkpoint: Path | None) -> NonFiniteError:
-    terms = [name for name, value in out.terms.items() if not value.isfinite().all()]
-    if terms:
-        what = f"term {', '.join(repr(name) for name in terms)}"
-    elif not out.loss.isfinite():
-        terms, what = ["loss"], "the loss"
-    else:
-        named = method.named_parameters()
-        terms = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
-        what = f"the gradient of {terms[0]} and {len(terms) - 1} other parameters" if terms else "the gradient's norm"
-    values = ", ".join(f"{name} {value.item():.4g}" for name, value in out.terms.items())
-    kept = "no checkpoint was written" if checkpoint is None else f"the last good checkpoint is {checkpoint}"
-    return NonFiniteError(
-        f"step {step} (epoch {epoch + 1}): {what} is not finite ({values}). Stopped before the update; "
-        f"{kept}. A lower learning rate, gradient clipping or bf16 instead of fp16 usually helps",
-        step,
-        terms,
-    )
+def _validation(method: Method, data: Any, patience: int | None, **options: Any) -> Validation | None:
+    if data is not None:
+        return Validation(method, data, patience=patience, **options)
+    if patience is not None:
+        raise ValueError(f"patience={patience} needs validation, the set on which to see whether to stop")
+    return None

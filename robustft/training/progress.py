@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -30,6 +31,13 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
+    def say(self, what: str) -> None:
+        """Something that is no step: a line of its own."""
+        if self.bar is not None:
+            self.bar.write(f"{self.name}: {what}", file=sys.stderr)
+        elif self.lines:
+            self.log(f"{self.name}: {what}")
+
     def update(self, step: int, epoch: str, loss: str) -> None:
         if self.bar is not None:
             self.bar.set_postfix_str(f"{epoch}, {loss}", refresh=False)
@@ -39,6 +47,27 @@ class Progress:
             self.told = now
             rate = (step - self.done) / (now - self.started)
             self.log(f"{self.name}: {epoch}, step {step}/{self.total}, {loss}, {rate:.1f} steps/s")
+
+
+class Clock:
+    """Steps a second since it was asked last, without the time for which it was stopped."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.since = step, time.perf_counter()
+
+    def rate(self, step: int) -> float:
+        """Of the steps until `step`, at least one."""
+        done, now = step - self.step, time.perf_counter()
+        seconds = now - self.since
+        self.step, self.since = step, now
+        return done / seconds
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What is done inside does not count."""
+        before = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - before
 
 
 def _to_stderr(line: str) -> None:

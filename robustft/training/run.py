@@ -1,7 +1,7 @@
 """The folder of a run: whose it is, what it holds, and how a later process goes on with it.
 
     <output>/metrics.jsonl     a record a line
-             checkpoints/      `robustft.training.checkpoint`
+             checkpoints/      `robustft.training.checkpoint`, and below it best/, the best weights on a validation set
              run.lock          only while a process works there
 
 A folder that belongs to more than one training, as a quickstart's, holds its configuration in config.yaml instead.
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,20 @@ import torch
 
 from robustft.files import append_line, is_unfinished, locked, write_text
 from robustft.methods.base import Method
-from robustft.training.checkpoint import Checkpoint, discard_unfinished, latest_checkpoint, save_checkpoint
+from robustft.training.checkpoint import (
+    Checkpoint,
+    best_checkpoint,
+    discard_unfinished,
+    latest_checkpoint,
+    save_best,
+    save_checkpoint,
+)
 from robustft.training.optimization import Optimization
+from robustft.training.reporting import Record
+from robustft.training.schedule import Schedule
+from robustft.training.validation import Validation
 
-Record = dict[str, float | None]
+LENGTH = ("epochs", "warmup")  # of a configuration: what another run may have, of which this is a part
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = "run.lock"
 
@@ -117,11 +128,21 @@ def _check_empty(folder: Path, resume: bool) -> None:
 class Run:
     """The files of one run: metrics.jsonl, and checkpoints/ of everything that changes."""
 
-    def __init__(self, folder: Path, method: Method, optimization: Optimization, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        method: Method,
+        optimization: Optimization,
+        schedule: Schedule,
+        validation: Validation | None,
+        config: Mapping[str, Any],
+    ) -> None:
         self.metrics = folder / "metrics.jsonl"
         self.checkpoints = folder / "checkpoints"
         self.checkpoint: Path | None = None
-        self.method, self.optimization = method, optimization
+        self.method, self.optimization, self.schedule, self.validation = method, optimization, schedule, validation
+        about = None if validation is None else validation.config
+        config = {**config, "validation": about, **asdict(schedule.settings)}
         self.config = json.loads(json.dumps(config))  # as a checkpoint will give it back: tuples are lists
 
     def start(self) -> tuple[int, list[Record]]:
@@ -131,18 +152,44 @@ class Run:
         self.metrics.touch()
         return 0, []
 
-    def resume(self, total: int) -> tuple[int, list[Record]]:
-        """Puts everything back as at the latest checkpoint of `total` steps; its step and the records until then."""
+    def resume(self) -> tuple[int, list[Record]]:
+        """Puts everything back as at the latest checkpoint; its step and the records until then.
+
+        ValueError under another configuration, unless that only makes the run longer, or shorter, and the steps that
+        are done would have been the same; OSError where the best weights are not whole.
+        """
         found = latest_checkpoint(self.checkpoints)
-        differing = _differences(found.meta.get("config"), self.config)
-        if differing:
-            raise ValueError(f"cannot resume {found.path} under another configuration: {'; '.join(differing)}")
-        if not 0 <= found.step <= total:
-            raise ValueError(f"cannot resume {found.path}: its step is {found.step}, this run has {total}")
+        self._check(found)
         self._restore(found)
-        discard_unfinished(self.checkpoints)
+        if int(self.method.run_steps) != self.schedule.total:
+            self.method.begin_run(self.schedule.total)
+        discard_unfinished(self.checkpoints, found.step)
         self.checkpoint = found.path
         return found.step, self._truncate_metrics(found.step)
+
+    def _check(self, found: Checkpoint) -> None:
+        before, total = found.meta.get("config"), self.schedule.total
+        if differing := _differences(before, self.config):
+            error = f"cannot resume {found.path} under another configuration: {'; '.join(differing)}"
+            if not isinstance(before, dict) or not self._only_longer(before):
+                raise ValueError(error)
+            if reason := self._why_not_after(before, found.meta):
+                raise ValueError(f"{error}. {reason}")
+        if not 0 <= found.step <= total:
+            raise ValueError(f"cannot resume {found.path}: its step is {found.step}, this run has {total}")
+
+    def _only_longer(self, before: dict[str, Any]) -> bool:
+        """Whether this run has another length than the one before, and is the same otherwise."""
+        length = {name: self.config[name] for name in LENGTH}
+        return before.get("epochs") != self.config["epochs"] and not _differences(before | length, self.config)
+
+    def _why_not_after(self, before: Mapping[str, Any], meta: Mapping[str, Any]) -> str | None:
+        if meta["scheduled"] and self.method.total_steps is None:
+            return (
+                f"{type(self.method).__name__} has a schedule over the whole run, which would have been another: give "
+                "it total_steps, the length that the run is to have in the end, from the start"
+            )
+        return self.schedule.why_not_after(before)
 
     def _restore(self, found: Checkpoint) -> None:
         parts: dict[str, dict[str, torch.Tensor]] = {"method": {}, "optimizer": {}}
@@ -151,18 +198,39 @@ class Run:
                 part, _, key = name.partition(".")
                 parts[part][key] = value
             self.method.load_state_dict(parts["method"])
+            self.method.scheduled |= found.meta["scheduled"]
             self.optimization.restore(parts["optimizer"], found.meta["scaler"])
+            if self.validation is not None:
+                self.validation.restore(found.meta["validation"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             name = type(self.method).__name__
             raise ValueError(f"cannot resume {found.path}: it holds no state of this {name}: {error}") from error
+        if self.validation is not None and self.validation.best is not None:
+            best_checkpoint(self.checkpoints, self.validation.best.step)  # an error now rather than at the end
 
     def save(self, step: int) -> None:
         moments, scaler = self.optimization.state()
-        tensors = {f"method.{name}": value for name, value in self.method.state_dict().items()}
-        tensors |= {f"optimizer.{name}": value for name, value in moments.items()}
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-        meta = {"config": self.config, "scaler": scaler, "versions": versions}
-        self.checkpoint = save_checkpoint(self.checkpoints, step, tensors, meta)
+        tensors = self._weights() | {f"optimizer.{name}": value for name, value in moments.items()}
+        validation = None if self.validation is None else self.validation.state()
+        state = {"scaler": scaler, "scheduled": self.method.scheduled, "validation": validation}
+        self.checkpoint = save_checkpoint(self.checkpoints, step, tensors, self._about() | state)
+
+    def save_best(self, step: int, measures: Mapping[str, float]) -> None:
+        save_best(self.checkpoints, step, self._weights(), self._about() | {"measures": dict(measures)})
+
+    def load_best(self, step: int) -> dict[str, torch.Tensor]:
+        """The method's state of the best weights."""
+        tensors = best_checkpoint(self.checkpoints, step).tensors
+        return {name.removeprefix("method."): value for name, value in tensors.items()}
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {f"method.{name}": value for name, value in self.method.state_dict().items()}
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "config": self.config,
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        }
 
     def append(self, record: Record) -> None:
         append_line(self.metrics, json.dumps(record))

@@ -1,7 +1,9 @@
 """How long a run is, which samples each step sees and at which rate.
 
-    lr(t) = lr (t + 1) / w                              for t < w = round(warmup T)
-    lr(t) = lr (1 + cos(pi (t - w) / (T - w))) / 2      after it; T steps in all
+    lr(t) = lr (t + 1) / w                              for t < w = round(warmup T); after it, T steps in all,
+    lr(t) = lr (1 + cos(pi (t - w) / (T - w))) / 2      "cosine"
+            lr (1 - (t - w) / (T - w))                  "linear"
+            lr                                          "constant"
 
 Every epoch is a new permutation, a function of (seed, epoch), cut into whole batches.
 """
@@ -9,15 +11,15 @@ Every epoch is a new permutation, a function of (seed, epoch), cut into whole ba
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from robustft.data.seeds import stateless_generator
-from robustft.machine import Precision
+from robustft.machine import DECAYS, Decay, Precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,6 +38,7 @@ class Settings:
     seed: int
     limit_batches: int | None
     max_logit_scale: float | None
+    schedule: Decay
 
     def __post_init__(self) -> None:
         check_arguments(**asdict(self))
@@ -56,13 +59,38 @@ class Schedule:
     def total(self) -> int:
         return self.settings.epochs * self.per_epoch
 
-    def chunks(self, epoch: int, done: int) -> Sequence[Tensor]:
-        """The indices of each batch of an epoch, of which so many are done."""
-        order = torch.randperm(self.samples, generator=stateless_generator(self.settings.seed, "order", epoch))
-        return order[: self.per_epoch * self.settings.batch_size].split(self.settings.batch_size)[done:]
+    @property
+    def rising(self) -> int:
+        """Steps of the warm-up."""
+        return round(self.settings.warmup * self.total)
+
+    def batches(self, done: int) -> Iterator[tuple[int, Tensor]]:
+        """The epoch and the indices of each batch that is left when so many are done."""
+        size = self.settings.batch_size
+        for epoch in range(done // self.per_epoch, self.settings.epochs):
+            order = torch.randperm(self.samples, generator=stateless_generator(self.settings.seed, "order", epoch))
+            first = done % self.per_epoch if epoch == done // self.per_epoch else 0
+            for chunk in order[: self.per_epoch * size].split(size)[first:]:
+                yield epoch, chunk
 
     def rate(self, step: int) -> float:
-        return learning_rate(step, self.total, self.settings.lr, self.settings.warmup)
+        return learning_rate(step, self.total, self.settings.lr, self.settings.warmup, self.settings.schedule)
+
+    def why_not_after(self, before: Mapping[str, Any]) -> str | None:
+        """Why steps done under settings of another length are none of this run; None where they had the same rates."""
+        if self.settings.schedule != "constant":
+            return (
+                f"A {self.settings.schedule} schedule falls over all steps, so those that are done had other rates: "
+                "resume with the settings that were, which changes nothing in a finished run, and train the method on "
+                'in another output; or train with schedule="constant", which can be continued'
+            )
+        rose = replace(self, settings=replace(self.settings, epochs=before["epochs"], warmup=before["warmup"])).rising
+        if rose != self.rising:
+            return (
+                f"The rate rose over {rose} steps, which {self.settings.warmup} of {self.total} are not: "
+                f"pass warmup={rose / self.total:.6g}"
+            )
+        return None
 
 
 def steps_per_epoch(samples: int, batch_size: int, limit_batches: int | None = None) -> int:
@@ -71,21 +99,27 @@ def steps_per_epoch(samples: int, batch_size: int, limit_batches: int | None = N
     return steps if limit_batches is None else min(steps, limit_batches)
 
 
-def learning_rate(step: int, total: int, lr: float, warmup: float) -> float:
-    """The rate of a step in [0, total): up over round(warmup * total) steps, then a cosine down to 0."""
+def learning_rate(step: int, total: int, lr: float, warmup: float, schedule: Decay = "cosine") -> float:
+    """The rate of a step in [0, total): up over round(warmup * total) steps, then down to 0 or not, as `schedule`."""
     rising = round(warmup * total)
     if step < rising:
         return lr * (step + 1) / rising
-    return lr * (1 + math.cos(math.pi * (step - rising) / (total - rising))) / 2
+    match schedule:
+        case "cosine":
+            return lr * (1 + math.cos(math.pi * (step - rising) / (total - rising))) / 2
+        case "linear":
+            return lr * (1 - (step - rising) / (total - rising))
+        case "constant":
+            return lr
 
 
 def check_arguments(**arguments: Any) -> None:
     """ValueError if one of `fit`'s arguments, of those that are given, is out of range."""
-    for name in ("epochs", "batch_size", "log_every", "limit_batches"):
+    for name in ("epochs", "batch_size", "log_every", "limit_batches", "patience"):
         value = arguments.get(name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    for name in ("lr", "clip", "max_logit_scale"):
+    for name in ("lr", "clip", "max_logit_scale", "validate_every"):
         value = arguments.get(name)
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
@@ -93,5 +127,6 @@ def check_arguments(**arguments: Any) -> None:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
     if not 0 <= (warmup := arguments.get("warmup", 0.0)) < 1:
         raise ValueError(f"warmup is a fraction of all steps and must lie in [0, 1), got {warmup}")
-    if (precision := arguments.get("precision", "fp32")) not in DTYPES:
-        raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}")
+    for name, known in (("precision", tuple(DTYPES)), ("schedule", DECAYS)):
+        if (choice := arguments.get(name, known[0])) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {choice!r}")

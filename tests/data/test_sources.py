@@ -69,7 +69,7 @@ def test_every_kind_gives_the_same_samples_in_order_and_by_index(pair, kind):
     assert all(torch.equal(torch.cat(whole), part) for whole, part in zip(zip(*found, strict=True), pair, strict=True))
     chunks = [torch.tensor([7, 0, 3]), torch.tensor([1])]
     for workers in (0, 1):
-        for chunk, batch in zip(chunks, source.batches(chunks, seed=0, epoch=0, workers=workers), strict=True):
+        for chunk, batch in zip(chunks, source.batches(enumerate(chunks), seed=0, workers=workers), strict=True):
             assert isinstance(batch, dict) == ("dictionar" in kind)
             assert all(torch.equal(got, part[chunk]) for got, part in zip(parts(batch), pair, strict=True))
 
@@ -79,7 +79,7 @@ def test_groups_of_any_object_go_along(pair, kind):
     data = kinds(pair)[kind]
     data.groups = torch.arange(N) // 2
     chunk = torch.tensor([9, 2])
-    (batch,) = Source(data, Model()).batches([chunk], seed=0, epoch=0)
+    (batch,) = Source(data, Model()).batches([(0, chunk)], seed=0)
     assert batch.keys() == {"image", "label", "group"} and torch.equal(batch["group"], data.groups[chunk])
     assert all(torch.equal(got, part[chunk]) for got, part in zip(parts(batch), pair, strict=True))
     images, labels = next(batches(data, Model(), batch_size=N))
@@ -89,7 +89,7 @@ def test_groups_of_any_object_go_along(pair, kind):
 def test_captions_stay_texts_beside_groups(pair):
     data = [(image, f"a {i}") for i, image in enumerate(pair[0])]
     named = type("Captioned", (list,), {"groups": torch.arange(N)})(data)
-    (batch,) = Source(named).batches([torch.tensor([4, 5])], seed=0, epoch=0)
+    (batch,) = Source(named).batches([(0, torch.tensor([4, 5]))], seed=0)
     assert batch["text"] == ["a 4", "a 5"] and batch["group"].tolist() == [4, 5]
 
 

@@ -23,9 +23,10 @@ from targets import exhaustive
 
 from robustft.methods import FLYP, CaRot, FineTune, Method, Step
 from robustft.training.checkpoint import _checksums, load_checkpoint, save_checkpoint
-from robustft.training.loop import NonFiniteError, fit
+from robustft.training.loop import fit
 from robustft.training.run import holds_run
 from robustft.training.schedule import learning_rate, steps_per_epoch
+from robustft.training.steps import NonFiniteError
 
 SAMPLES, BATCH, EPOCHS = 26, 8, 3  # three whole batches an epoch, nine steps
 TOTAL = 9

@@ -1,0 +1,154 @@
+"""A run under way: its steps, validations, records and checkpoints, in the order in which they happen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustft.data.seeds import stateless_seed
+from robustft.data.sources import Source, to_device
+from robustft.methods.base import Method, Step
+from robustft.training.guards import deferred_interrupt, own_generators
+from robustft.training.optimization import Optimization
+from robustft.training.progress import Clock, Progress
+from robustft.training.reporting import OnRecord, Record, peak_memory
+from robustft.training.run import Run
+from robustft.training.schedule import Schedule
+from robustft.training.validation import Validation
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient is infinite or NaN, at `step` (from 0), in the terms or parameters `names`."""
+
+    def __init__(self, message: str, step: int, names: list[str]) -> None:
+        super().__init__(message)
+        self.step = step
+        self.names = names
+
+
+@dataclass
+class Training:
+    """A run under way: `step` steps are done, `records` are what was logged of them."""
+
+    method: Method
+    source: Source
+    schedule: Schedule
+    optimization: Optimization
+    validation: Validation | None
+    run: Run | None
+    shown: Progress
+    on_record: OnRecord | None
+    log_every: int
+    step: int
+    records: list[Record]
+
+    def __post_init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}  # the best weights of a run without output
+        self.clock = Clock(self.step)
+
+    def over(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.step >= self.schedule.total or self.validation is not None and self.validation.exhausted
+
+    def steps(self, workers: int) -> None:
+        """All that are left, with a checkpoint after each epoch; KeyboardInterrupt after the step of a Ctrl-C."""
+        if self.over():
+            return
+        schedule, device = self.schedule, self.optimization.device
+        self.method.train()
+        with own_generators(device), deferred_interrupt() as interrupted:
+            batches = self.source.batches(
+                schedule.batches(self.step), seed=schedule.settings.seed, workers=workers, pinned=device.type == "cuda"
+            )
+            for batch in batches:
+                self.one_step(batch)
+                if self.validation is not None and self.validation.due(self.step, schedule.total):
+                    self.validate(self.validation)
+                if self.run is not None and (interrupted or self.over() or self.step % schedule.per_epoch == 0):
+                    self.run.save(self.step)
+                if interrupted:
+                    saved = "nothing was saved: no output" if self.run is None else f"resume from {self.run.checkpoint}"
+                    raise KeyboardInterrupt(f"stopped after step {self.step} of {schedule.total}; {saved}")
+                if self.over():
+                    break
+
+    def one_step(self, batch: Any) -> None:
+        optimization, settings = self.optimization, self.schedule.settings
+        rate, epoch = self.schedule.rate(self.step), self.step // self.schedule.per_epoch
+        torch.manual_seed(stateless_seed(settings.seed, "step", self.step))
+        optimization.start()
+        out = optimization.backward(to_device(batch, optimization.device))
+        norm = optimization.norm()
+        loss, size = out.loss.item(), norm.item()
+        if not optimization.accepts(loss, size):
+            raise _non_finite(self.method, out, self.step, epoch, None if self.run is None else self.run.checkpoint)
+        optimization.apply(norm, rate)
+        self.step += 1
+        self.shown.update(self.step, f"epoch {epoch + 1}/{settings.epochs}", f"loss {loss:.4f}")
+        if self.step % self.log_every == 0 or self.step in (1, self.schedule.total):
+            terms = {name: value.item() for name, value in out.terms.items()}
+            # None where fp16 skipped the update: JSON has no word for infinity.
+            shown = {"gradient_norm": None if optimization.skipped else size}
+            if optimization.logit_scale is not None:
+                shown["logit_scale"] = math.exp(optimization.logit_scale.item())
+            speed = self.clock.rate(self.step) * min(settings.batch_size, self.schedule.samples)
+            self.record(
+                {"step": self.step, "epoch": epoch + 1, "lr": rate, "loss": loss, **terms, **shown},
+                {"samples_per_second": speed, **peak_memory(optimization.device)},
+            )
+
+    def validate(self, validation: Validation) -> None:
+        """Measures, and keeps the weights if they are the best so far."""
+        with self.clock.stopped():
+            measures = validation.measure(self.step)
+            better = validation.judge(self.step, measures)
+            if better and self.run is not None:
+                self.run.save_best(self.step, measures)
+            elif better:
+                self.kept = {name: value.to("cpu", copy=True) for name, value in self.method.state_dict().items()}
+        epoch = (self.step - 1) // self.schedule.per_epoch + 1
+        finite = {name: value if math.isfinite(value) else None for name, value in measures.items()}
+        self.record({"step": self.step, "epoch": epoch, **finite})
+        told = f"{validation.name} {measures[f'validation_{validation.name}']:.4f}"
+        self.shown.say(f"step {self.step}/{self.schedule.total}, validation {told}{', the best so far' * better}")
+
+    def restore_best(self) -> None:
+        """Gives the method the weights that were best on the validation set, if there is one."""
+        best = None if self.validation is None else self.validation.best
+        if best is not None and best.step != self.step:
+            self.method.load_state_dict(self.kept if self.run is None else self.run.load_best(best.step))
+
+    def record(self, record: Record, beside: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Keeps a record, and tells it with what is `beside` it: what differs between runs that are equal."""
+        self.records.append(record)
+        if self.run is not None:
+            self.run.append(record)
+        if self.on_record is not None:
+            self.on_record({**record, **beside})
+
+
+def _non_finite(method: Method, out: Step, step: int, epoch: int, checkpoint: Path | None) -> NonFiniteError:
+    terms = [name for name, value in out.terms.items() if not value.isfinite().all()]
+    if terms:
+        what = f"term {', '.join(repr(name) for name in terms)}"
+    elif not out.loss.isfinite():
+        terms, what = ["loss"], "the loss"
+    else:
+        named = method.named_parameters()
+        terms = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+        what = f"the gradient of {terms[0]} and {len(terms) - 1} other parameters" if terms else "the gradient's norm"
+    values = ", ".join(f"{name} {value.item():.4g}" for name, value in out.terms.items())
+    kept = "no checkpoint was written" if checkpoint is None else f"the last good checkpoint is {checkpoint}"
+    return NonFiniteError(
+        f"step {step} (epoch {epoch + 1}): {what} is not finite ({values}). Stopped before the update; "
+        f"{kept}. A lower learning rate, gradient clipping or bf16 instead of fp16 usually helps",
+        step,
+        terms,
+    )
