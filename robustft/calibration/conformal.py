@@ -9,9 +9,9 @@ holds the true class of a new image with probability at least c, and below c + 1
 This is over the draw of held-out and new images alike, if they are exchangeable: nothing is promised under shift, for
 a single class or for a single image. With r the rank of k in p, 1 for the most probable class:
 
-    thr     1 - p_k                                                   smallest sets on average (Sadinle et al. 2019)
-    aps     sum of p_j over the classes before k, + u p_k             larger sets for harder images (Romano et al. 2020)
-    raps    aps + lambda max(0, r - k_reg)                            the same, without long tails (Angelopoulos et al. 2021)
+    thr     1 - p_k                                          smallest sets on average (Sadinle et al. 2019)
+    aps     sum of p_j over the classes before k, + u p_k    larger sets for harder images (Romano et al. 2020)
+    raps    aps + lambda max(0, r - k_reg)                   the same without long tails (Angelopoulos et al. 2021)
 
 u = 1, or uniform in (0, 1) where sets are randomized. Classes of equal probability are ranked by their number.
 """
@@ -45,6 +45,12 @@ SIZES = (0, 2, 4, 11, 101, 1001)
 BAND = 0.95
 
 _ROWS = 8192  # rows that are sorted at a time
+
+
+class _Scored(NamedTuple):
+    rows: slice
+    p: np.ndarray  # (n, K) float64
+    scores: np.ndarray  # (n, K)
 
 
 class ConformalSets:
@@ -170,10 +176,8 @@ class ConformalSets:
         if not hasattr(self, "threshold_"):
             raise ValueError("ConformalSets has learnt nothing yet: call fit(probabilities, labels)")
 
-    def _scores(
-        self, p: Tensor, use: str, k_reg: int, penalty: float
-    ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """Some rows at a time: which, their p, and s(p, k) for all classes, (n, K) float64."""
+    def _scores(self, p: Tensor, use: str, k_reg: int, penalty: float) -> Iterator[_Scored]:
+        """s(p, k) of all classes, some rows at a time."""
         u = np.ones(len(p))
         if self.randomized:
             generator = stateless_generator(self.seed, "conformal", use)
@@ -183,14 +187,14 @@ class ConformalSets:
             rows = slice(start, start + _ROWS)
             q = distributions(p[rows], start)
             if self.rule == "thr":
-                yield rows, q, 1.0 - q
+                yield _Scored(rows, q, 1.0 - q)
                 continue
             order = np.argsort(-q, axis=1, kind="stable")
             falling = np.take_along_axis(q, order, 1)
             scores = np.empty_like(q)
             ranked = falling.cumsum(1) - (1.0 - u[rows, None]) * falling + penalty * beyond
             np.put_along_axis(scores, order, ranked, 1)
-            yield rows, q, scores
+            yield _Scored(rows, q, scores)
 
     def _true_scores(self, p: Tensor, y: np.ndarray, use: str, k_reg: int, penalty: float) -> np.ndarray:
         parts = self._scores(p, use, k_reg, penalty)
@@ -212,7 +216,7 @@ class ConformalSets:
                 f"{self.coverage:g} needs {needed}: hold out more, or pass k_reg and penalty"
             )
         if k_reg is None:
-            q = p.numpy()
+            q = p.double().numpy()
             true = np.take_along_axis(q, y[:, None], 1)
             before = (q > true) | (q == true) & (np.arange(q.shape[1]) < y[:, None])
             k_reg = int(_quantile(1.0 + before.sum(1), self.coverage))

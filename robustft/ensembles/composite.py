@@ -34,8 +34,8 @@ class Composite(Predictor):
         """Writes every member into a directory of its name, and beside them what mixes them.
 
         `robustft.load_predictor` gives the predictor back. `config` and `tokenizer` are those of the members,
-        fine-tunings of one model. An earlier ensemble is replaced, with its detector, calibrator and conformal sets; FileExistsError
-        when `directory` holds anything else. Other errors as in `clip.export`.
+        fine-tunings of one model. An earlier ensemble is replaced, with its detector, calibrator and conformal sets;
+        FileExistsError when `directory` holds anything else. Other errors as in `clip.export`.
         """
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
