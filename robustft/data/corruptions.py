@@ -27,7 +27,6 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,7 +112,7 @@ class Stressed:
         self.transform: Callable[[Any], Any] | None = None
         self.plain = dataset
         if isinstance(dataset, (PathDataset, ImageDataset)):
-            self.transform, self.plain = dataset.transform, replace(dataset, transform=None)
+            self.transform, self.plain = dataset.transform, dataset.with_transform(None)
         self.classes = class_names(dataset)
         self.labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
         self.groups, self.group_names = sources.groups_of(dataset), getattr(dataset, "group_names", ())
@@ -145,6 +144,11 @@ class Stressed:
                 "without its transform, and give that to the stressed one by with_transform"
             )
         return corrupt(image, self.name, self.severity, stateless_seed(self.seed, index), self.size)
+
+    @property
+    def workers(self) -> int | None:
+        """How many processes read it in order: as the data set says, and AttributeError where it says nothing."""
+        return self.plain.workers
 
     @property
     def fingerprint(self) -> str:

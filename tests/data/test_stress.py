@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,10 @@ def picture(seed=0, size=(64, 48)):
     shade = np.stack([x, y, (x + y + seed / 7) % 1.0], 2)
     shade[10:30, 20:44] = (0.9, 0.3, 0.1)
     return Image.fromarray((255 * shade).astype(np.uint8))
+
+
+def to_tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 128 - 1
 
 
 def distance(a, b):
@@ -61,6 +67,15 @@ def test_a_data_set_of_files_keeps_all_but_its_pixels(files):
     with pytest.raises(IndexError):
         noisy[3]
     assert isinstance(noisy.with_transform(None)[0]["image"], Image.Image)
+
+
+def test_workers_read_it_where_they_read_the_data_set_and_give_the_same(files):
+    by_two = stress(replace(files, workers=2, transform=to_tensor, groups=None))["noise 3"]
+    assert (
+        sources.reading_workers(by_two, 3) == 2 and sources.reading_workers(stress([(picture(), 0)])["noise 1"], 3) == 0
+    )
+    (images, labels), (same, _) = (next(sources.batches(by_two, workers=workers)) for workers in (0, None))
+    assert images.equal(same) and labels.tolist() == [0, 1, 0]
 
 
 def test_items_differ_by_index_and_are_the_same_in_any_order(files):
