@@ -354,6 +354,12 @@ def _table(confidence: np.ndarray, correct: np.ndarray, index: np.ndarray, schem
     return tuple(rows)
 
 
+def top_label_ece(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> tuple[float, float]:
+    """ECE in equal-width bins, and its noise floor, of confidences (N,) float64 and whether each is right (N,)."""
+    table = _table(confidence, correct, _width_bins(confidence, bins), "width", bins)
+    return _ece(table), _noise_floor(confidence, bins, "width")
+
+
 def _ece(table: tuple[Bin, ...]) -> float:
     return sum(b.count * abs(b.accuracy - b.confidence) for b in table) / sum(b.count for b in table)
 
