@@ -34,6 +34,8 @@ _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{12}(\.old)?")  # the names that `_besi
 # What may lie beside an exported model; none of it is weights.
 DETECTOR_FILE = "detector.safetensors"
 CALIBRATOR_FILE = "calibrator.safetensors"
+CONFORMAL_FILE = "conformal.safetensors"
+COMPANIONS = (DETECTOR_FILE, CALIBRATOR_FILE, CONFORMAL_FILE)
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -1,5 +1,5 @@
 """Calibration: how far confidence is from accuracy (`measures`), by whose conventions (`conventions`), what mends it
-after training (`calibrators`) and what is trained with (`losses`)."""
+after training (`calibrators`), what is trained with (`losses`), and sets of classes with a guarantee (`conformal`)."""
 
 from robustft.calibration.calibrators import (
     HistogramBinning,
@@ -7,6 +7,7 @@ from robustft.calibration.calibrators import (
     TemperatureScaling,
     VectorScaling,
 )
+from robustft.calibration.conformal import ConformalSets, Coverage, CoverageReport, coverage_report
 from robustft.calibration.measures import (
     Bin,
     CalibrationReport,
@@ -18,11 +19,15 @@ from robustft.calibration.measures import (
 __all__ = [
     "Bin",
     "CalibrationReport",
+    "ConformalSets",
+    "Coverage",
+    "CoverageReport",
     "HistogramBinning",
     "IsotonicCalibration",
     "TemperatureScaling",
     "VectorScaling",
     "calibration_report",
+    "coverage_report",
     "fit_temperature",
     "temperature_matching_confidence",
 ]

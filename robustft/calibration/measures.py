@@ -130,7 +130,7 @@ def calibration_report(
     brier = nll = 0.0
     gaps = np.zeros(classes * bins)
     for start in range(0, count, _ROWS):
-        q, t = _distributions(p[start : start + _ROWS], start), y[start : start + _ROWS].numpy()
+        q, t = distributions(p[start : start + _ROWS], start), y[start : start + _ROWS].numpy()
         rows = np.arange(len(q))
         top = q.argmax(1)
         confidence[start : start + len(q)], correct[start : start + len(q)] = q[rows, top], top == t
@@ -306,7 +306,7 @@ def check_labelled(values: Tensor | np.ndarray, labels: Tensor | np.ndarray, nam
     return values, labels.to(values.device)
 
 
-def _distributions(p: Tensor, start: int) -> np.ndarray:
+def distributions(p: Tensor, start: int) -> np.ndarray:
     """A writable float64 copy within [0, 1], or a ValueError that says why the rows are no distributions."""
     tolerance = 1e-3 if p.dtype in (torch.float32, torch.float64) else 2e-2
     q = p.double().numpy().copy()
@@ -352,6 +352,12 @@ def _table(confidence: np.ndarray, correct: np.ndarray, index: np.ndarray, schem
         n = int(counts[b])
         rows.append(Bin(lower, upper, n, float(sums[0][b] / n), float(sums[1][b] / n)))
     return tuple(rows)
+
+
+def top_label_ece(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> tuple[float, float]:
+    """ECE in equal-width bins, and its noise floor, of confidences (N,) float64 and whether each is right (N,)."""
+    table = _table(confidence, correct, _width_bins(confidence, bins), "width", bins)
+    return _ece(table), _noise_floor(confidence, bins, "width")
 
 
 def _ece(table: tuple[Bin, ...]) -> float:

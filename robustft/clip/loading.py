@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from robustft.clip.library import import_open_clip
 from robustft.clip.messages import few
 from robustft.clip.prompts import Tokenizer
-from robustft.files import CALIBRATOR_FILE, DETECTOR_FILE, read_json, write_json
+from robustft.files import COMPANIONS as FITTED
+from robustft.files import read_json, write_json
 
 CONFIG_FILE = "open_clip_config.json"
 
@@ -35,7 +36,7 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 CLASSIFIER_FILE = "classifier.safetensors"  # the head of a `methods.Classifier`; open_clip does not look at it
 
 
-COMPANIONS = {CLASSIFIER_FILE, DETECTOR_FILE, CALIBRATOR_FILE}  # beside the weights, and replaced with them
+COMPANIONS = {CLASSIFIER_FILE, *FITTED}  # beside the weights, and replaced with them
 
 
 class Bundle(NamedTuple):

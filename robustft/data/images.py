@@ -104,6 +104,10 @@ class ImageDataset:
         """All images at once, float32 (N, 3, H, W) normalised, and the labels; equals ToTensor and Normalize."""
         return normalized(self.images, mean, std), self.labels
 
+    def with_transform(self, transform: Callable[[Any], Any] | None) -> ImageDataset:
+        """The same images under another transform."""
+        return replace(self, transform=transform)
+
     def subset(self, indices: Sequence[int] | Tensor | np.ndarray) -> ImageDataset:
         """The images at `indices`, in that order."""
         rows = torch.as_tensor(indices, dtype=torch.int64)

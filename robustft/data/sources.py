@@ -63,7 +63,7 @@ class Source:
     ) -> None:
         self.matching = None if classes is None else matching_of(data, classes, of=of)
         self.name, self.transform, self.statistics = name, transform, _stated(model)
-        self.groups = _groups(data)
+        self.groups = groups_of(data)
         if takes_statistics(data, transform):
             data = data.tensors(*image_statistics(model))
         self.columns = _columns(data, name)
@@ -412,11 +412,11 @@ class _Seeded(torch.utils.data.Dataset[Any]):
         return label if self.matching is None else int(self.matching.of(torch.tensor([int(label)])))
 
 
-def _groups(data: Any) -> Any:
+def groups_of(data: Any) -> Any:
     """`.groups` of a data set, also of one inside a `Subset`; None where there are none."""
     groups = getattr(data, "groups", None)
     if groups is None and isinstance(data, torch.utils.data.Subset):
-        inner = _groups(data.dataset)
+        inner = groups_of(data.dataset)
         return None if inner is None else [inner[index] for index in data.indices]
     return groups
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from robustft import clip
-from robustft.files import CALIBRATOR_FILE, DETECTOR_FILE, load_fitted, refusing, save_fitted
+from robustft.files import COMPANIONS, load_fitted, refusing, save_fitted
 from robustft.predictors.base import FeaturePredictor, Predictor
 from robustft.predictors.saving import ENSEMBLE_FILE, load_predictor
 
@@ -34,12 +34,12 @@ class Composite(Predictor):
         """Writes every member into a directory of its name, and beside them what mixes them.
 
         `robustft.load_predictor` gives the predictor back. `config` and `tokenizer` are those of the members,
-        fine-tunings of one model. An earlier ensemble is replaced, with its detector and calibrator; FileExistsError
-        when `directory` holds anything else. Other errors as in `clip.export`.
+        fine-tunings of one model. An earlier ensemble is replaced, with its detector, calibrator and conformal sets;
+        FileExistsError when `directory` holds anything else. Other errors as in `clip.export`.
         """
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
-        own = (ENSEMBLE_FILE, DETECTOR_FILE, CALIBRATOR_FILE)
+        own = (ENSEMBLE_FILE, *COMPANIONS)
         if other := sorted({entry.name for entry in path.iterdir()} - {*own, *self.members}):
             raise FileExistsError(f"{path} holds {other[:3]}, which no ensemble does: choose another directory")
         for name in own:  # first, so that none is ever found beside other members than its own

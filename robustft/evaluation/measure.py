@@ -9,18 +9,33 @@ ID against each semantic-OOD set:  AUROC and FPR95 of a score, ID positive: MCM 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from robustft.calibration.measures import calibration_report
+from robustft.calibration.conformal import ConformalSets, coverage_report
+from robustft.calibration.measures import calibration_report, top_label_ece
 from robustft.clip.outputs import Outputs
+from robustft.data.sources import groups_of
 from robustft.detection.by_name import SCORES
 from robustft.detection.metrics import ood_metrics
 from robustft.ensembles.wise_ft import ALPHAS, WiSEFT
-from robustft.evaluation.results import TPR, Evaluation, Frontier, ModelResult, ScoreHistogram, SetResult, Suite
+from robustft.evaluation.groups import group_accuracy
+from robustft.evaluation.results import (
+    TPR,
+    ClassResult,
+    ConformalResult,
+    Evaluation,
+    Frontier,
+    GroupResult,
+    ModelResult,
+    ScoreHistogram,
+    SetResult,
+    Suite,
+)
+from robustft.evaluation.selective import selective_risk
 from robustft.evaluation.tables import listed
 from robustft.predictors.base import Predictor, predict_each
 
@@ -41,6 +56,8 @@ def evaluate(
     ood: Mapping[str, Any] | None = None,
     bins: int = 15,
     score: str = "mcm",
+    details: bool = False,
+    conformal: Mapping[str, ConformalSets] | None = None,
     batch_size: int = 256,
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -56,18 +73,24 @@ def evaluate(
 
     Every set is read once for all classifiers, by `workers` processes (`robustft.data.sources.reading_workers`), and
     streams: what is kept of an image are its logits, and what the score reads of it, in each classifier.
+
+    `details` measures selective risk, every class, and every group of data sets that tell theirs. `conformal` are the
+    fitted sets of models, by name, whose coverage is measured on every labelled set of the classes of their fit.
     """
     check_score(score)
+    _check_conformal(conformal, classifiers)
+    sets = Suite(id, shifts or {}, ood or {})
     kept = tuple(dict.fromkeys(("logits", "labels", *SCORES[score].reads)))
     suites = predict_sets(
         classifiers,
-        Suite(id, shifts or {}, ood or {}),
+        sets,
         batch_size=batch_size,
         workers=workers,
         parts=kept,
         progress=progress,
     )
-    return evaluate_predictions(suites, bins, score)
+    groups = sets.map(groups_in) if details else None
+    return evaluate_predictions(suites, bins, score, details=details, conformal=conformal, groups=groups)
 
 
 def predict_sets(
@@ -141,15 +164,55 @@ def frontier(
     )
 
 
-def evaluate_predictions(predictions: Mapping[str, Suite[Outputs]], bins: int = 15, score: str = "mcm") -> Evaluation:
+def evaluate_predictions(
+    predictions: Mapping[str, Suite[Outputs]],
+    bins: int = 15,
+    score: str = "mcm",
+    *,
+    details: bool = False,
+    conformal: Mapping[str, ConformalSets] | None = None,
+    groups: Suite[Groups | None] | None = None,
+) -> Evaluation:
     """`evaluate` from ready outputs with labels, one `Suite` of them per model.
 
     They need the logits. AUROC and FPR95 need the part that the score reads, for MCM the cosines; a model whose outputs
     lack it, as somebody else's logits do, has none. Logits of several widths need `Outputs.classes`, their columns'
-    names; ValueError where they have none.
+    names; ValueError where they have none. `details` and `conformal` as in `evaluate`; `groups` are those of the sets,
+    as `groups_in` finds them: `suite_of_data.map(groups_in)`.
     """
     check_score(score)
-    return _evaluation({name: _measure(suite, bins, score) for name, suite in predictions.items()}, bins, score)
+    _check_conformal(conformal, predictions)
+    extras = Extras(details, conformal or {}, groups)
+    models = {name: _measure(name, suite, bins, score, extras) for name, suite in predictions.items()}
+    return _evaluation(models, bins, score)
+
+
+class Groups(NamedTuple):
+    """The group of each image of a set (N,) int64, and the groups' names, where they have any."""
+
+    of: Tensor
+    names: tuple[str, ...] = ()
+
+
+class Extras(NamedTuple):
+    """What is measured beside the rest: on whom, of which images."""
+
+    details: bool
+    conformal: Mapping[str, ConformalSets]
+    groups: Suite[Groups | None] | None
+
+
+def groups_in(dataset: Any) -> Groups | None:
+    """The groups that a data set tells, by `.groups` and `.group_names`; None where it tells none."""
+    groups = groups_of(dataset)
+    if groups is None:
+        return None
+    return Groups(torch.as_tensor(groups).long(), tuple(getattr(dataset, "group_names", ())))
+
+
+def _check_conformal(conformal: Mapping[str, ConformalSets] | None, models: Mapping[str, Any]) -> None:
+    if unknown := [name for name in conformal or {} if name not in models]:
+        raise ValueError(f"conformal names models that are not evaluated: {unknown}; there are {list(models)}")
 
 
 def accuracy(outputs: Outputs) -> float:
@@ -167,16 +230,21 @@ def check_score(name: str) -> None:
         )
 
 
-def _measure(suite: Suite[Outputs], bins: int, score: str) -> ModelResult:
+def _measure(model: str, suite: Suite[Outputs], bins: int, score: str, extras: Extras) -> ModelResult:
     shifts = list(suite.shifts.values())
     ood_scores: dict[str, Tensor] = {}
     reads = SCORES[score].reads
     if suite.ood and all(outputs.has(part) for outputs in (suite.id, *suite.ood.values()) for part in reads):
         scores_of = SCORES[score]()
         id_scores, ood_scores = scores_of(suite.id), {k: scores_of(p) for k, p in suite.ood.items()}
+    groups = extras.groups or Suite(None, {}, {})
+
+    def measured(p: Outputs, groups_of_set: Groups | None) -> SetResult:
+        return _measure_set(p, bins)._replace(**_extras(p, bins, extras, model, groups_of_set))
+
     return ModelResult(
-        id=_measure_set(suite.id, bins),
-        shifts={k: _measure_set(p, bins) for k, p in suite.shifts.items()},
+        id=measured(suite.id, groups.id),
+        shifts={k: measured(p, groups.shifts.get(k)) for k, p in suite.shifts.items()},
         ood={k: ood_metrics(id_scores, s, TPR) for k, s in ood_scores.items()},
         pooled=calibration_report(*_pooled(shifts), bins) if shifts else None,
         scores=_histogram(id_scores, ood_scores) if ood_scores else None,
@@ -211,6 +279,51 @@ def _measure_set(p: Outputs, bins: int) -> SetResult:
     right = torch.bincount(p.labels[hits[:, 0]], minlength=p.logits.shape[1])
     recall = (right / counts)[counts > 0].double().mean()
     return SetResult(float(hits.any(1).double().mean()), float(recall), report)
+
+
+def _extras(p: Outputs, bins: int, extras: Extras, model: str, groups: Groups | None) -> dict[str, Any]:
+    """Further fields of the `SetResult` of a model on a set."""
+    found: dict[str, Any] = {}
+    sets = extras.conformal.get(model)
+    if sets is not None and sets.classes_ == p.logits.shape[1]:
+        report = coverage_report(sets.sets(p), p.labels, p.classes or ())
+        report = report._replace(by_class=tuple(row for row in report.by_class if row.images))
+        found["conformal"] = ConformalResult(sets.rule, sets.coverage, report)
+    if not extras.details:
+        return found
+    confidence, predicted = (part.cpu() for part in p.probabilities.max(1))
+    labels = p.labels.cpu()
+    correct, c = predicted == labels, confidence.numpy()
+    found["selective"] = selective_risk(confidence, correct).thinned()
+    size = p.logits.shape[1]
+    asked, given = torch.bincount(labels, minlength=size), torch.bincount(predicted, minlength=size)
+    right = torch.bincount(labels[correct], minlength=size)
+
+    def ece(rows: Tensor) -> tuple[float, float]:
+        return top_label_ece(c[rows.numpy()], correct[rows].numpy(), bins)
+
+    found["classes"] = tuple(
+        ClassResult(
+            p.classes[k] if p.classes else str(k),
+            int(asked[k]),
+            float(right[k] / asked[k]),
+            float(right[k] / given[k]) if given[k] else None,
+            *ece(labels == k),
+        )
+        for k in asked.nonzero()[:, 0].tolist()
+    )
+    if groups is not None:
+        table = group_accuracy(predicted, labels, groups.of)
+        found["groups"] = tuple(
+            GroupResult(
+                groups.names[g] if groups.names else str(g),
+                int(table.counts[g]),
+                float(table.accuracy[g]),
+                *ece(groups.of == g),
+            )
+            for g in table.counts.nonzero()[:, 0].tolist()
+        )
+    return found
 
 
 def _histogram(id_scores: Tensor, ood_scores: Mapping[str, Tensor]) -> ScoreHistogram:

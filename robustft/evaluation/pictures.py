@@ -12,24 +12,28 @@ occur nowhere else, so that the report can hand them over to the reader's light 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from robustft.calibration.measures import CalibrationReport
+from robustft.evaluation.labels import LONGEST, Label, labelled, short
 from robustft.evaluation.results import TPR, Evaluation, Frontier, ModelResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 INK, MUTED, GRID, PAPER = "#1f2329", "#6b7179", "#dfe2e6", "#fefefe"
 BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 COLOURS = (ORANGE, BLUE, GREEN, PURPLE, AMBER, SKY)
+OOD_COLOURS = tuple(colour for colour in COLOURS if colour != BLUE)
 LINES = ("-", (0, (5, 2)), (0, (1, 1.5)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
 
 STYLE: dict[str, Any] = {
     "font.size": 9.0,
@@ -65,42 +69,47 @@ STYLE: dict[str, Any] = {
 def frontier(evaluation: Evaluation, frontiers: Sequence[Frontier] = ()) -> Figure:
     """ID accuracy against mean accuracy over the shifts, in %; ensembles of the same fine-tuned model share a
     colour."""
-    figure, (ax,) = panels(1, 1, panel=(6.6, 4.4), left=0.6, bottom=0.5)
+    return labelled(partial(_frontier, evaluation, frontiers), INK, PAPER)
+
+
+def _frontier(
+    evaluation: Evaluation, frontiers: Sequence[Frontier], column: float, height: float
+) -> tuple[Figure, Axes, list[Label], list[np.ndarray]]:
+    figure, (ax,) = panels(1, 1, panel=(6.6, max(4.4, height)), left=0.6, bottom=0.5, right=0.15 + column)
     labels = [
-        _Label(100 * m.id_accuracy, 100 * m.ood_accuracy, name, INK)
-        for name, m in evaluation.models.items()
-        if m.shifts
+        Label(100 * m.id_accuracy, 100 * m.ood_accuracy, name, INK) for name, m in evaluation.models.items() if m.shifts
     ]
     curves = []
     members: dict[tuple[float, float], int] = {}
     for curve in frontiers:
         x, y = 100 * np.asarray(curve.id_accuracy), 100 * np.asarray(curve.ood_accuracy)
         end = (round(x[-1], 3), round(y[-1], 3))
-        colour = COLOURS[(list(members).index(end) if end in members else len(members)) % len(COLOURS)]
+        place = list(members).index(end) if end in members else len(members)
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
         members[end] = members.get(end, -1) + 1
-        ax.plot(x, y, color=colour, ls=LINES[members[end] % len(LINES)], lw=1.5, marker=".", ms=4, zorder=2)
+        ax.plot(x, y, color=colour, ls=LINES[members[end] % len(LINES)], lw=1.5, marker=marker, ms=3, zorder=2)
         curves.append(np.stack([x, y], 1))
         if curve.chosen is None:
-            labels.append(_Label(x[len(x) // 2], y[len(y) // 2], curve.name, colour))
+            labels.append(Label(x[len(x) // 2], y[len(y) // 2], curve.name, colour))
             continue
         chosen = int(np.argmin(np.abs(np.asarray(curve.alphas) - curve.chosen)))
         # The chosen ensemble usually is a model of the table too: one point, one label, in the curve's
         # colour.
         twins = [p for p in labels if math.hypot(p.x - x[chosen], p.y - y[chosen]) < 0.05 and p.colour == INK]
         labels = [p for p in labels if p not in twins[:1]]
-        name = twins[0].text if twins else curve.name
-        labels.append(_Label(x[chosen], y[chosen], f"{name} (α = {curve.chosen:.2g})", colour))
+        name = short(twins[0].text if twins else curve.name, LONGEST - 11)
+        labels.append(Label(x[chosen], y[chosen], f"{name} (α = {curve.chosen:.2g})", colour))
     for label in labels:
         ax.plot(label.x, label.y, "o", color=label.colour, ms=7, mec=PAPER, mew=1.0, zorder=3)
     ax.set(xlabel="accuracy ID (%)", ylabel="mean accuracy under shift (%)")
     ax.margins(0.12)
-    _write_labels(ax, labels, curves)
-    return figure
+    ax.autoscale_view()
+    return figure, ax, labels, curves
 
 
 def reliability(models: Mapping[str, ModelResult]) -> Figure:
     """Per model, dots at each bin's mean confidence and accuracy, their area the bin's share of the set."""
-    columns = _columns(len(models))
+    columns = columns_for(len(models))
     figure, axes = panels(
         len(models),
         columns,
@@ -119,8 +128,10 @@ def reliability(models: Mapping[str, ModelResult]) -> Figure:
         for k, (label, colour, report) in enumerate(sets):
             _reliability_curve(diagram, counts, report, colour, k, len(sets))
             text = f"{label} ECE {100 * report.ece:.1f}"
-            diagram.text(0.46 * k, 1.04, text, color=colour, transform=diagram.transAxes, fontweight="bold", fontsize=8)
-        diagram.set_title(name, pad=17, parse_math=False)
+            at = {"transform": diagram.transAxes, "clip_on": False}
+            diagram.plot(0.5 * k + 0.02, 1.07, MARKERS[k], color=colour, ms=4, scalex=False, scaley=False, **at)
+            diagram.text(0.5 * k + 0.06, 1.04, text, color=INK, fontsize=8, **at)
+        fit_title(diagram.set_title(name, pad=17, parse_math=False), diagram)
         diagram.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
         diagram.tick_params(labelbottom=False, labelleft=i % columns == 0)
         counts.set(xlim=(0, 1), xticks=(0, 0.5, 1), yticks=(), ylim=(0, None))
@@ -136,7 +147,7 @@ def reliability(models: Mapping[str, ModelResult]) -> Figure:
 
 def scores(models: Mapping[str, ModelResult], score: str = "MCM") -> Figure:
     """Histograms of the OOD scores of the ID set and the OOD sets, a panel a model; every model must have `scores`."""
-    columns = _columns(len(models))
+    columns = columns_for(len(models))
     figure, axes = panels(len(models), columns, panel=(2.2, 1.7), left=0.15, bottom=0.5, gap=(0.25, 0.4), top=0.28)
     for ax, (name, model) in zip(axes, models.items(), strict=False):
         if model.scores is None:
@@ -145,32 +156,23 @@ def scores(models: Mapping[str, ModelResult], score: str = "MCM") -> Figure:
         share = np.asarray(model.scores.id) / sum(model.scores.id)
         ax.stairs(share, edges, fill=True, color=BLUE, alpha=0.25, lw=0)
         ax.stairs(share, edges, color=BLUE, lw=1.3)
-        legend = [("ID", BLUE)]
-        colours = itertools.cycle((ORANGE, GREEN, PURPLE, AMBER))
-        for (other, counts), colour in zip(model.scores.ood.items(), colours, strict=False):
-            ax.stairs(np.asarray(counts) / sum(counts), edges, color=colour, lw=1.3)
-            legend.append((f"{other}  AUROC {100 * model.ood[other].auroc:.1f}", colour))
+        legend: list[tuple[str, str, Any]] = [("ID", BLUE, LINES[0])]
+        for k, (other, counts) in enumerate(model.scores.ood.items()):
+            colour, dashes = OOD_COLOURS[k % len(OOD_COLOURS)], LINES[(k + 1) % len(LINES)]
+            ax.stairs(np.asarray(counts) / sum(counts), edges, color=colour, lw=1.3, ls=dashes)
+            legend.append((f"{short(other, 20)}  AUROC {100 * model.ood[other].auroc:.1f}", colour, dashes))
         top = ax.get_ylim()[1]
         ax.vlines(next(iter(model.ood.values())).threshold, 0, top, color=INK, lw=0.9, ls=LINES[2])
-        ax.set_title(name, parse_math=False)
+        fit_title(ax.set_title(name, parse_math=False), ax)
         ax.set(yticks=(), ylim=(0, top * (1.05 + 0.15 * len(legend))))
         ax.spines["left"].set_visible(False)
         ax.grid(False)
         ax.locator_params(axis="x", nbins=4)
-        for k, (text, colour) in enumerate(legend):
-            y = 0.99 - 0.1 * k
-            ax.text(
-                1,
-                y,
-                text,
-                color=colour,
-                transform=ax.transAxes,
-                ha="right",
-                va="top",
-                fontsize=8,
-                fontweight="bold",
-                parse_math=False,
-            )
+        for k, (text, colour, dashes) in enumerate(legend):
+            y = 0.95 - 0.1 * k
+            right = {"transform": ax.transAxes, "zorder": 5}
+            ax.plot([0.91, 1], [y, y], color=colour, ls=dashes, lw=1.8, scalex=False, scaley=False, **right)
+            ax.text(0.89, y, text, color=INK, ha="right", va="center", fontsize=8, parse_math=False, **right)
     dotted = f"{score} score; dotted: the threshold that keeps {TPR:.0%} of ID"
     figure.supxlabel(dotted, fontsize=9, y=0.01, parse_math=False)
     return figure
@@ -213,6 +215,7 @@ def panels(
     bottom: float = 0.05,
     gap: tuple[float, float] = (0.0, 0.0),
     top: float = 0.1,
+    right: float = 0.15,
     split: tuple[float, ...] | None = None,
 ) -> tuple[Figure, list[Any]]:
     """A figure of `count` panels and their axes, row by row; all sizes in inches.
@@ -222,7 +225,7 @@ def panels(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows, right = math.ceil(count / columns), 0.15
+    rows = math.ceil(count / columns)
     width = left + columns * panel[0] + (columns - 1) * gap[0] + right
     height = rows * (panel[1] + top) + (rows - 1) * gap[1] + bottom
     figure = Figure(figsize=(width, height))
@@ -241,9 +244,18 @@ def panels(
     return figure, cells
 
 
-def _columns(count: int) -> int:
-    """At most four, and rows as even as can be."""
-    return math.ceil(count / math.ceil(count / 4))
+def columns_for(count: int, most: int = 4) -> int:
+    """At most so many, and rows as even as can be."""
+    return math.ceil(count / math.ceil(count / most))
+
+
+def fit_title(title: Text, ax: Axes) -> None:
+    """Shortens a title, in its middle, to the width of its panel and a little of the gap beside it."""
+    text, limit = title.get_text(), 1.05 * ax.bbox.width
+    longest = len(text)
+    while longest > 4 and (width := title.get_window_extent().width) > limit:
+        longest = min(longest - 1, int(longest * limit / width))
+        title.set_text(short(text, longest))
 
 
 def _reliability_curve(
@@ -251,11 +263,12 @@ def _reliability_curve(
 ) -> None:
     lower, upper, count, confidence, accuracy = np.array(report.bins).T
     share, width = count / report.count, upper - lower
-    diagram.plot(confidence, accuracy, color=colour, lw=1.1, alpha=0.7, zorder=2, clip_on=False)
+    diagram.plot(confidence, accuracy, color=colour, ls=LINES[index], lw=1.1, alpha=0.7, zorder=2, clip_on=False)
     diagram.scatter(
         confidence,
         accuracy,
         5 + 90 * share,
+        marker=MARKERS[index],
         color=colour,
         edgecolors=PAPER,
         linewidths=0.5,
@@ -264,61 +277,3 @@ def _reliability_curve(
     )
     each = 0.84 * width / total
     counts.bar(lower + 0.08 * width + index * each, share, each, align="edge", color=colour)
-
-
-class _Label(NamedTuple):
-    x: float
-    y: float
-    text: str
-    colour: str
-
-
-def _write_labels(ax: Axes, labels: Sequence[_Label], curves: Sequence[np.ndarray]) -> None:
-    """Writes each label beside its point: at the place nearby that covers the fewest labels, points and
-    pieces of curve."""
-    from matplotlib.patheffects import withStroke
-    from matplotlib.transforms import Bbox
-
-    point = ax.figure.dpi / 72
-    ax.autoscale_view()
-    origins = ax.transData.transform([(label.x, label.y) for label in labels])
-    along = np.linspace(0, 1, 6)[:, None]
-    drawn = (a + (b - a) * along for c in curves for a, b in itertools.pairwise(ax.transData.transform(c)))
-    pieces = np.concatenate([np.empty((0, 2)), *drawn])
-    boxes = [Bbox.from_bounds(x - 4 * point, y - 4 * point, 8 * point, 8 * point) for x, y in origins]
-    angles = np.deg2rad([0, 180, 35, 145, -35, -145, 90, -90])
-    places = [r * np.array([math.cos(a), math.sin(a)]) for r in (9, 17, 27, 40, 55) for a in angles]
-
-    for label, origin in zip(labels, origins, strict=True):
-        text = ax.text(0, 0, label.text, color=label.colour, fontsize=8.5, va="center", zorder=5, parse_math=False)
-        text.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
-        size = text.get_window_extent()
-
-        def box(place: np.ndarray, size: Bbox = size, origin: np.ndarray = origin) -> Bbox:
-            # Right of the point it starts there, left of it it ends there, above and below it is centred.
-            left = origin[0] + place[0] * point - size.width * (0.5 - 0.5 * np.clip(place[0] / 6, -1, 1))
-            return Bbox.from_bounds(left, origin[1] + place[1] * point - size.height / 2, size.width, size.height)
-
-        def cost(place: np.ndarray, box: Callable[..., Bbox] = box) -> float:
-            b = box(place)
-            inside = ax.bbox.x0 <= b.x0 and b.x1 <= ax.bbox.x1 and ax.bbox.y0 <= b.y0 and b.y1 <= ax.bbox.y1
-            crossed = ((pieces > b.min) & (pieces < b.max)).all(1).sum()
-            return 1000 * (not inside) + 20 * sum(map(b.overlaps, boxes)) + crossed + np.linalg.norm(place) / 4
-
-        best = min(places, key=cost)
-        b = box(best)
-        boxes.append(b)
-        to_data = ax.transData.inverted().transform
-        x, y = to_data((b.x0, (b.y0 + b.y1) / 2))
-        text.set_position((x, y))
-        if np.linalg.norm(best) > 12:
-            end = to_data(np.clip(origin, b.min, b.max))
-            ax.plot(
-                [label.x, end[0]],
-                [label.y, end[1]],
-                color=label.colour,
-                lw=0.6,
-                zorder=2,
-                scalex=False,
-                scaley=False,
-            )

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from robustft.evaluation import pictures
+from robustft.evaluation import curves, pictures, sections
+from robustft.evaluation.mistakes import WorstClass
 from robustft.evaluation.results import Evaluation, Frontier
 from robustft.files import write_file, write_json, write_text
 
@@ -42,14 +43,17 @@ _VARIABLES = {
     pictures.BLUE: "var(--blue)",
     pictures.ORANGE: "var(--orange)",
     pictures.GREEN: "var(--green)",
+    pictures.PURPLE: "var(--purple)",
+    pictures.AMBER: "var(--amber)",
+    pictures.SKY: "var(--sky)",
 }
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1f2329; --muted: #6b7179; --grid: #dfe2e6; --paper: #fefefe;
-  --blue: #0072b2; --orange: #d55e00; --green: #009e73; }
-@media (prefers-color-scheme: dark) {
+  --blue: #0072b2; --orange: #d55e00; --green: #009e73; --purple: #cc79a7; --amber: #e69f00; --sky: #56b4e9; }
+@media screen and (prefers-color-scheme: dark) {
   :root { --ink: #e6e8eb; --muted: #9aa1a9; --grid: #33383f; --paper: #16191d;
-    --blue: #56a9e8; --orange: #f07f3c; --green: #2fbf95; }
+    --blue: #3f97dc; --orange: #e8702a; --green: #1fb58a; --purple: #d79aba; --amber: #f0c04a; --sky: #a9dbf8; }
 } body { margin: 0 auto; padding: 2rem 1.2rem 4rem; max-width: 62rem; background: var(--paper); color:
 var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
@@ -69,6 +73,32 @@ tbody tr + tr td { border-top: 1px solid var(--grid); }
 figure { margin: .6rem 0; }
 svg { display: block; width: 100%; height: auto; }
 summary { cursor: pointer; font-weight: 600; margin-top: 1.6rem; }
+.scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: var(--paper); }
+.worst { font-weight: 600; font-size: .9rem; margin: .9rem 0 .2rem; overflow-wrap: anywhere; }
+.mistakes { display: flex; flex-wrap: wrap; gap: .6rem; }
+.mistakes figure { width: 7rem; margin: 0; }
+.mistakes figcaption { line-height: 1.25; font-size: .75rem; overflow-wrap: anywhere; }
+.mistakes img, .nothing { display: block; width: 6rem; height: 6rem; object-fit: contain; background: var(--grid);
+  margin-bottom: .2rem; }
+.coarse { image-rendering: pixelated; }
+.file { color: var(--ink); }
+@media (max-width: 40rem) {
+  body { padding: 1rem .8rem 3rem; }
+  .scroll th:first-child, .scroll td:first-child { white-space: normal; overflow-wrap: break-word;
+    min-width: 26vw; max-width: 38vw; }
+}
+@media print {
+  :root { color-scheme: light; }
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  .scroll { overflow: visible; }
+  svg { min-width: 0 !important; }
+  th, td { padding: .15rem .35rem; white-space: normal; }
+  table { font-size: .75rem; }
+  figure, tr, .worst { break-inside: avoid; }
+  h2, h3, summary, .worst { break-after: avoid; }
+  thead { display: table-header-group; }
+  details::details-content { content-visibility: visible; height: auto; }
+}
 """
 
 
@@ -87,6 +117,11 @@ _SCORES = (
     "accepted as in-distribution."
 )
 _SAMPLES = "The first images of each set."
+_RISK = (
+    "The share of errors among the images that a model answers, if it answers the surest only. At the right end it "
+    "answers all."
+)
+_TRAINING = "What was logged while training, over steps."
 
 
 class Drawing(NamedTuple):
@@ -106,12 +141,18 @@ def write_report(
     title: str = "robustft",
     notes: Sequence[str] = (),
     highlight: Sequence[str] | None = None,
+    training: Mapping[str, curves.Records] | None = None,
+    mistakes: Mapping[str, Sequence[WorstClass]] | None = None,
+    stress: Evaluation | None = None,
 ) -> Path:
     """Writes `report.html`, `figures/*.png` and `metrics.json` into `directory` and returns the path of the
     first.
 
     `samples` are images of each set, (n, H, W, 3) uint8; `notes` are paragraphs under the title; `highlight`
-    names the models that get a reliability diagram and a score histogram (default: the first six). Takes
+    names the models that get a reliability diagram, a score histogram, a risk curve and a column in the table of
+    classes (default: the first six). `training` are the records of metrics.jsonl, by the name of the run or method;
+    `mistakes` what `evaluation.worst_classes` found, by model; `stress` an evaluation whose shifts are those of
+    `robustft.data.stress`. What `evaluate(..., details=True, conformal=...)` measured is shown where it is there. Takes
     seconds, most of them in matplotlib. The numbers are written first, and a picture that cannot be drawn is left out
     with a RuntimeWarning. Models may have seen different sets. ValueError for a highlighted model that was not
     evaluated and for `samples` that are no images; OSError where the directory cannot be written.
@@ -122,33 +163,53 @@ def write_report(
         raise ValueError(f"highlight names models that were not evaluated: {unknown}; there are {list(models)}")
     pictures.check_samples(samples or {})
     shown = {name: models[name] for name in (highlight or list(models)[:HIGHLIGHTS])}
-    has_shifts = bool(evaluation.shifts)
     scored = {name: m for name, m in shown.items() if m.scores is not None}
-
-    drawings: list[Drawing] = []
-    if has_shifts:
-        draw = partial(pictures.frontier, evaluation, frontiers)
-        drawings.append(Drawing("frontier", "In distribution and under shift", _FRONTIER, draw))
-    drawings.append(Drawing("reliability", "Reliability", _RELIABILITY, partial(pictures.reliability, shown)))
-    if scored:
-        label = evaluation.score_label
-        caption, draw = _SCORES.format(score=label), partial(pictures.scores, scored, label)
-        drawings.append(Drawing("scores", "Detection", caption, draw))
-    if samples:
-        drawings.append(Drawing("samples", "The sets", _SAMPLES, partial(pictures.samples, samples)))
-
+    selective = {name: m for name, m in shown.items() if m.id.selective is not None}
     directory = Path(directory)
     numbers = {
         "title": title,
         "notes": list(notes),
         **evaluation.to_dict(),
         "frontiers": [asdict(f) for f in frontiers],
+        **({} if stress is None else {"stress": stress.to_dict()}),
         "config": dict(config or {}),
     }
     write_json(directory / "metrics.json", _plain(numbers), allow_nan=False)
-    sections = [_section(drawing, directory / "figures" / f"{drawing.name}.png") for drawing in drawings]
+
+    def drawn(name: str, heading: str, caption: str, draw: Callable[[], Figure], *more: str) -> str:
+        drawing = Drawing(name, heading, caption, draw)
+        return "\n".join([_section(drawing, directory / "figures" / f"{name}.png"), *more])
+
+    parts: list[str] = []
+    if evaluation.shifts:
+        draw = partial(pictures.frontier, evaluation, frontiers)
+        parts.append(drawn("frontier", "In distribution and under shift", _FRONTIER, draw))
+    parts.append(drawn("reliability", "Reliability", _RELIABILITY, partial(pictures.reliability, shown)))
+    if scored:
+        label = evaluation.score_label
+        caption, draw = _SCORES.format(score=label), partial(pictures.scores, scored, label)
+        parts.append(drawn("scores", "Detection", caption, draw))
+    if selective:
+        draw = partial(curves.risk, selective, evaluation.shifts[: curves.PANELS - 1])
+        table = sections.selective(evaluation)
+        parts.append(drawn("risk", "Answering the surest only", _RISK, draw, table))
+    if table := sections.conformal(evaluation):
+        parts.append(sections.section("Sets of classes", table, sections.conformal_strata(evaluation)))
+    if stress is not None and stress.shifts:
+        by_severity = sections.details("Each severity", sections.stress_by_severity(stress))
+        parts.append(sections.section("Under stress", sections.stress(stress), by_severity))
+    if table := sections.groups(evaluation):
+        parts.append(sections.section("Groups", table))
+    if images := sections.mistakes(mistakes or {}):
+        parts.append(sections.section("Worst classes", images))
+    if samples:
+        parts.append(drawn("samples", "The sets", _SAMPLES, partial(pictures.samples, samples)))
+    if training and curves.measured(training):
+        parts.append(drawn("training", "Training", _TRAINING, partial(curves.training, training)))
+    parts.append(sections.details("Each set", *sections.set_tables(evaluation)))
+    parts.append(sections.details("Each class", sections.classes(evaluation, shown)))
     path = directory / "report.html"
-    write_text(path, _page(evaluation, title, notes, sections, config or {}))
+    write_text(path, _page(evaluation, title, notes, parts, config or {}))
     return path
 
 
@@ -158,7 +219,7 @@ def _section(drawing: Drawing, path: Path) -> str:
         png, svg = render(drawing)
     except Exception as error:  # of matplotlib or its fonts: the numbers must not be lost for it
         told = f"{drawing.name} could not be drawn: {type(error).__name__}: {error}"
-        warnings.warn(told, RuntimeWarning, stacklevel=3)
+        warnings.warn(told, RuntimeWarning, stacklevel=4)
         path.unlink(missing_ok=True)
         return f"<h2>{drawing.heading}</h2>\n<p>{html.escape(told)}</p>"
     write_file(path, png)
@@ -172,7 +233,7 @@ def _page(
     evaluation: Evaluation,
     title: str,
     notes: Sequence[str],
-    sections: Sequence[str],
+    content: Sequence[str],
     config: Mapping[str, Any],
 ) -> str:
     conventions = " ".join(evaluation.conventions())
@@ -183,12 +244,9 @@ def _page(
         f"<title>{html.escape(title)}</title><style>{CSS}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
         *(f"<p>{html.escape(note)}</p>" for note in notes),
-        html_table(evaluation.rows(), _best(evaluation)),
+        sections.html_table(evaluation.rows(), _best(evaluation)),
         f"<p class=conventions>{html.escape(conventions)} Bold: the best of its column.</p>",
-        *sections,
-        "<details><summary>Each set</summary>",
-        *_set_tables(evaluation),
-        "</details>",
+        *filter(None, content),
     ]
     if config:
         rows = "".join(
@@ -196,33 +254,6 @@ def _page(
         )
         parts.append(f"<details><summary>Configuration</summary><table class=config>{rows}</table></details>")
     return "\n".join([*parts, "</body></html>", ""])
-
-
-def _set_tables(evaluation: Evaluation) -> list[str]:
-    """Accuracy and ECE on every labelled set, AUROC and FPR95 on every OOD set; a dash for what a model did not see."""
-
-    def pair(a: float, b: float) -> str:
-        return f"{100 * a:.1f} / {100 * b:.1f}"
-
-    labelled = [("accuracy / ECE", "ID", *evaluation.shifts)]
-    unknown = [("AUROC / FPR95", *evaluation.ood)]
-    for name, m in evaluation.models.items():
-        reports = [s and s.calibration for s in (m.id, *(m.shifts.get(k) for k in evaluation.shifts))]
-        metrics = [m.ood.get(k) for k in evaluation.ood]
-        labelled.append((name, *("–" if r is None else pair(r.accuracy, r.ece) for r in reports)))
-        unknown.append((name, *("–" if o is None else pair(o.auroc, o.fpr) for o in metrics)))
-    return [html_table(labelled), *([html_table(unknown)] if evaluation.ood else [])]
-
-
-def html_table(rows: Sequence[Sequence[str]], best: Sequence[frozenset[int]] = ()) -> str:
-    """A table, header first; `best[column]` are the body rows to stress."""
-    header, *body = rows
-    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in header)]
-    for i, row in enumerate(body):
-        marks = (" class=best" if column < len(best) and i in best[column] else "" for column in range(len(row)))
-        lines.append("".join(f"<td{m}>{html.escape(cell)}</td>" for m, cell in zip(marks, row, strict=True)))
-    content = "".join(f"<tr>{line}</tr>\n" for line in lines[1:])
-    return f"<div class=scroll><table><thead><tr>{lines[0]}</tr></thead>\n<tbody>{content}</tbody></table></div>"
 
 
 def _best(evaluation: Evaluation) -> list[frozenset[int]]:

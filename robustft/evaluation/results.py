@@ -6,17 +6,22 @@ once over a whole set and carries its convention; ECE carries the noise floor of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from robustft.calibration.conformal import Coverage, CoverageReport
 from robustft.calibration.measures import Bin, CalibrationReport
 from robustft.detection.by_name import SCORES, label
 from robustft.detection.metrics import OODMetrics
 from robustft.evaluation import tables
+from robustft.evaluation.selective import SelectiveRisk
 from robustft.evaluation.tables import listed, percent
 from robustft.files import read_json, refusing
 
@@ -44,13 +49,47 @@ class Suite(Generic[T]):
         )
 
 
+class ClassResult(NamedTuple):
+    """The images of one class: the share of them predicted right, which is the class's accuracy and its recall; the
+    share that are of it among the images predicted as it, None where there are none; and their ECE."""
+
+    name: str
+    images: int
+    recall: float
+    precision: float | None
+    ece: float
+    noise_floor: float
+
+
+class GroupResult(NamedTuple):
+    """The images of one group, such as a background or a place."""
+
+    name: str
+    images: int
+    accuracy: float
+    ece: float
+    noise_floor: float
+
+
+class ConformalResult(NamedTuple):
+    """How a model's conformal sets, of a rule and for a coverage, did on a labelled set; classes that occur alone."""
+
+    rule: str
+    target: float
+    report: CoverageReport
+
+
 class SetResult(NamedTuple):
     """A labelled set: acc1 is `calibration.accuracy`; acc5 is the share among the five (or K) likeliest
-    classes."""
+    classes. The rest is there where it was asked for; `classes` and `groups` are those that occur."""
 
     acc5: float
     mean_per_class_recall: float
     calibration: CalibrationReport
+    selective: SelectiveRisk | None = None
+    conformal: ConformalResult | None = None
+    classes: tuple[ClassResult, ...] = ()
+    groups: tuple[GroupResult, ...] = ()
 
 
 class ScoreHistogram(NamedTuple):
@@ -155,6 +194,12 @@ class Evaluation:
     def conventions(self) -> tuple[str, ...]:
         """What the numbers mean, one sentence each: to be printed wherever the numbers are."""
         lines = ["All numbers in %."]
+        sizes: dict[int, list[str]] = {}
+        for name, m in self.models.items():
+            sizes.setdefault(m.id.calibration.count, []).append(name)
+        if len(sizes) > 1:
+            told = listed(f"{count} images ({', '.join(names)})" for count, names in sizes.items())
+            lines.append(f"ID test sets differ: {told}; do not compare numbers across them.")
         if self.shifts:
             lines.append(f"OOD: mean over {self._seen('shifts')}.")
         lines.append(
@@ -226,6 +271,55 @@ class Evaluation:
         }
 
     @classmethod
+    def merge(cls, runs: Mapping[str, Evaluation]) -> Evaluation:
+        """One Evaluation of those of several runs, by the runs' names, made at different times and on different sets.
+
+        A model that several runs have, with equal numbers (to rounding) on the sets that they share, is one model with
+        all their sets. Models of one name and other numbers get the name of their run: "CaRot (tuesday)". So do shifts
+        of one name that have other numbers of images in them. Sets that a model did not see have a dash in the tables.
+        ValueError for no runs, and for different scores or numbers of bins: their numbers do not compare.
+        """
+        if not runs:
+            raise ValueError("there must be at least one run to merge")
+        for what in ("bins", "score"):
+            found = {name: getattr(run, what) for name, run in runs.items()}
+            if len(set(found.values())) > 1:
+                told = listed(f"{value!r} ({name})" for name, value in found.items())
+                raise ValueError(f"the runs differ in {what}: {told}; measure them again in one way")
+        renamed = {run: e._with_shifts_of_their_own(run, list(runs.values())) for run, e in runs.items()}
+        owners: dict[str, list[str]] = {}
+        for run, models in renamed.items():
+            for model in models:
+                owners.setdefault(model, []).append(run)
+        merged: dict[str, ModelResult] = {}
+        for model, names in owners.items():
+            results = [renamed[run][model] for run in names]
+            if all(_agree(a, b) for a, b in itertools.combinations(results, 2)):
+                merged[model] = functools.reduce(_joined, results)
+                continue
+            for run, result in zip(names, results, strict=True):
+                own = f"{model} ({run})"
+                if own in owners or own in merged:
+                    raise ValueError(f"model {own!r} is there twice: give the run {run!r} another name")
+                merged[own] = result
+        first = next(iter(runs.values()))
+        return cls(merged, first.bins, first.score)
+
+    def _with_shifts_of_their_own(self, run: str, others: Sequence[Evaluation]) -> dict[str, ModelResult]:
+        """The models, with the run in the name of every shift that has other numbers of images elsewhere."""
+        sizes: dict[str, set[int]] = {}
+        for other in others:
+            for m in other.models.values():
+                for name, result in m.shifts.items():
+                    sizes.setdefault(name, set()).add(result.calibration.count)
+        return {
+            model: replace(
+                m, shifts={f"{name} ({run})" if len(sizes[name]) > 1 else name: s for name, s in m.shifts.items()}
+            )
+            for model, m in self.models.items()
+        }
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
         """The Evaluation that `to_dict` wrote, also after a round trip through JSON; ValueError for other data."""
         try:
@@ -258,6 +352,29 @@ class Evaluation:
         if type(bins) is not int or bins < 1 or score not in SCORES:
             raise ValueError(f"bins is {bins!r:.80}, score is {score!r:.80}")
         return cls(models, bins, score)
+
+
+def _agree(a: ModelResult, b: ModelResult) -> bool:
+    """Whether nothing that both were measured on differs by more than the rounding of another machine."""
+    shared = [(a.id, b.id), *((a.shifts[name], b.shifts[name]) for name in a.shifts if name in b.shifts)]
+    return all(
+        math.isclose(getattr(x.calibration, what), getattr(y.calibration, what), rel_tol=1e-5)
+        for x, y in shared
+        for what in ("count", "accuracy", "confidence", "brier", "nll")
+    ) and all(math.isclose(a.ood[name].auroc, b.ood[name].auroc, rel_tol=1e-4) for name in a.ood if name in b.ood)
+
+
+def _joined(a: ModelResult, b: ModelResult) -> ModelResult:
+    """All sets of two measurements that agree, in more detail where one has it. What is over several sets at once, the
+    pooled calibration and the histogram, is of the one with more of them."""
+    more_shifts, more_ood = (max(a, b, key=lambda m: len(getattr(m, kind))) for kind in ("shifts", "ood"))
+
+    def fuller(*found: SetResult | None) -> SetResult:
+        return max((s for s in found if s is not None), key=lambda s: sum(map(bool, s)))
+
+    names = dict.fromkeys([*a.shifts, *b.shifts])
+    shifts = {name: fuller(a.shifts.get(name), b.shifts.get(name)) for name in names}
+    return ModelResult(fuller(a.id, b.id), shifts, {**a.ood, **b.ood}, more_shifts.pooled, more_ood.scores)
 
 
 def read_evaluation(path: str | Path) -> Evaluation:
@@ -296,6 +413,7 @@ def _entry(model: str, dataset: str, split: str, s: SetResult) -> dict[str, Any]
             "acc5": s.acc5,
             "mean_per_class_recall": s.mean_per_class_recall,
             **calibration,
+            **{name: _json(part) for name, part in zip(_PARTS, s[-len(_PARTS) :], strict=True) if part},
         },
     }
 
@@ -304,7 +422,58 @@ def _set_result(entry: Mapping[str, Any]) -> SetResult:
     metrics = dict(entry["metrics"])
     acc5, recall = metrics.pop("acc5"), metrics.pop("mean_per_class_recall")
     _numbers({"acc5": acc5, "mean_per_class_recall": recall})
-    return SetResult(acc5, recall, _calibration({"accuracy": metrics.pop("acc1"), **metrics}))
+    selective, conformal, classes, groups = (metrics.pop(name, None) for name in _PARTS)
+    return SetResult(
+        acc5,
+        recall,
+        _calibration({"accuracy": metrics.pop("acc1"), **metrics}),
+        selective and _selective(selective),
+        conformal and _conformal(conformal),
+        tuple(_row(ClassResult, row) for row in classes or ()),
+        tuple(_row(GroupResult, row) for row in groups or ()),
+    )
+
+
+_PARTS = ("selective", "conformal", "classes", "groups")
+
+
+def _json(value: Any) -> Any:
+    """Named tuples and data classes as dictionaries, whatever they are in."""
+    if isinstance(value, SelectiveRisk):
+        return dict(vars(value))
+    if hasattr(value, "_asdict"):
+        return {name: _json(part) for name, part in value._asdict().items()}
+    return [_json(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _selective(fields: Mapping[str, Any]) -> SelectiveRisk:
+    curve = {name: tuple(fields[name]) for name in ("coverage", "risk", "threshold")}
+    _numbers({name: value for name, value in fields.items() if name not in curve})
+    for name, values in curve.items():
+        _numbers({f"{name}[{i}]": value for i, value in enumerate(values)})
+    if len({len(values) for values in curve.values()}) > 1:
+        raise ValueError("coverage, risk and threshold differ in length")
+    return SelectiveRisk(**{**fields, **curve})
+
+
+def _conformal(fields: Mapping[str, Any]) -> ConformalResult:
+    report = fields["report"]
+    strata = (tuple(_row(Coverage, row) for row in report[name]) for name in ("by_size", "by_class"))
+    _numbers({"target": fields["target"]})
+    return ConformalResult(
+        str(fields["rule"]), fields["target"], CoverageReport(_row(Coverage, report["all"]), *strata)
+    )
+
+
+Row = TypeVar("Row", ClassResult, GroupResult, Coverage)
+
+
+def _row(kind: type[Row], fields: Mapping[str, Any]) -> Row:
+    """A row of a table from its numbers and its name."""
+    words = {name: value for name, value in fields.items() if name in ("name", "label")}
+    if not all(isinstance(word, str) for word in words.values()):
+        raise TypeError(f"{words!r:.80}: expected text")
+    return kind(**words, **_numbers({name: value for name, value in fields.items() if name not in words}))
 
 
 def _fields(report: CalibrationReport) -> dict[str, Any]:

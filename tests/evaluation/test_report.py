@@ -12,11 +12,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
+from robustft.calibration import ConformalSets
 from robustft.clip.outputs import Outputs
-from robustft.evaluation import Evaluation, Frontier, Suite, evaluate_predictions
+from robustft.evaluation import Evaluation, Frontier, Groups, Suite, evaluate_predictions, worst_classes
 from robustft.evaluation.report import write_report
 
 SHIFTS, OOD = ("inverted", "noisy"), ("letters", "textures")
@@ -73,6 +75,68 @@ def report(evaluation, tmp_path_factory) -> Path:
     )
 
 
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> Path:
+    """A report of everything that can be shown."""
+    sets = {"a <b>": ConformalSets("aps", 0.8).fit(predictions(7, 300))}
+    models = {"a <b>": suite(0), "other": suite(100, SHIFTS[:1])}
+    groups = Suite(Groups(torch.arange(80) % 2, ("in <door>", "out")), {}, {})
+    images = [(PIL.Image.new("RGB", (9, 9), (3 * i, 0, 0)), 0) for i in range(80)]
+    stressed = evaluate_predictions({"a <b>": suite(0, ("blur 1", "blur 5", "noise 1", "noise 5"), ())})
+    return write_report(
+        tmp_path_factory.mktemp("full"),
+        evaluation=evaluate_predictions(models, details=True, conformal=sets, groups=groups),
+        training={"a <b>": [{"step": i, "loss": 1 / i} for i in (1, 2, 3)], "$x": [{"step": 2, "loss": 0.5}]},
+        mistakes={"a <b>": worst_classes(predictions(0), images)},
+        stress=stressed,
+        highlight=["a <b>"],
+    )
+
+
+def test_the_full_report_shows_all_its_parts(full):
+    text = full.read_text()
+    headings = re.findall(r"<(?:h2|summary)>(.*?)</", text)
+    assert headings == [
+        "In distribution and under shift",
+        "Reliability",
+        "Detection",
+        "Answering the surest only",
+        "Sets of classes",
+        "Under stress",
+        "Each severity",
+        "Groups",
+        "Worst classes",
+        "Training",
+        "Each set",
+        "Each class",
+    ]
+    evaluation = evaluate_predictions({"a <b>": suite(0)}, details=True).models["a <b>"]
+    for row in evaluation.id.classes:
+        assert f"<td>{row.name} ({row.images})</td><td>{100 * row.recall:.1f} / " in text
+    assert "<td>in &lt;door&gt; (40)</td>" in text and text.count("<img ") > 5
+    first = worst_classes(predictions(0), [(None, 0)] * 80)[0].mistakes[0]
+    assert f">image {first.row}</span>" in text
+    assert "APS for 0.8" in text and "<td>noise</td>" in text and "<b>" not in text
+    stressed = json.loads((full.parent / "metrics.json").read_text())["stress"]
+    assert Evaluation.from_dict(stressed).shifts == ("blur 1", "blur 5", "noise 1", "noise 5")
+    # Of the other model, whose sets nobody fitted and which did not see the second shift, there is a dash.
+    assert re.search(r"<tr><td>other</td>(<td>[\d. /]+</td>){2}<td>–</td></tr>", text)
+
+
+def test_the_table_of_stress_is_the_mean_over_severities(full):
+    shifts = evaluate_predictions({"m": suite(0, ("blur 1", "blur 5", "noise 1", "noise 5"), ())}).models["m"].shifts
+    reports = [shifts[name].calibration for name in ("noise 1", "noise 5")]
+    cell = f"{50 * sum(r.accuracy for r in reports):.1f} / {50 * sum(r.ece for r in reports):.1f}"
+    assert f"<tr><td>noise</td><td>{cell}</td></tr>" in full.read_text()
+
+
+def test_paper_has_its_own_style(full):
+    text = full.read_text()
+    printed = text[text.index("@media print") : text.index("</style>")]
+    assert "details::details-content" in printed and "break-inside: avoid" in printed
+    assert "@media screen and (prefers-color-scheme: dark)" in text
+
+
 class Links(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +145,7 @@ class Links(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.found += [v for k, v in attrs if k in ("src", "href", "xlink:href", "data", "action")]
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "img"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -91,13 +155,15 @@ class Links(HTMLParser):
         self.found += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
 
 
-def test_the_report_is_one_well_formed_file_that_requests_nothing(report):
-    text = report.read_text()
+@pytest.mark.parametrize("which", ["report", "full"])
+def test_the_report_is_one_well_formed_file_that_requests_nothing(which, request):
+    text = request.getfixturevalue(which).read_text()
     links = Links()
     links.feed(text)
     assert links.open == []
     assert links.found and all(v.startswith(("#", "data:image/png;base64,")) for v in links.found)
     assert not re.search(r"@import|url\((?!#)|<script|<link", text)
+    assert not re.findall(r'(?<!xmlns=")(?<!xmlns:xlink=")https?://', text)
 
 
 def test_the_report_shows_table_conventions_notes_and_configuration(report, evaluation):
@@ -141,8 +207,8 @@ def test_metrics_json_gives_the_evaluation_back(report, evaluation):
 
 
 def test_a_second_report_replaces_the_first_and_is_identical(report, evaluation, tmp_path):
-    a = write_report(tmp_path, evaluation=evaluation, config={"seed": 0}).read_bytes()
-    b = write_report(tmp_path, evaluation=evaluation, config={"seed": 0}).read_bytes()
+    options = {"evaluation": evaluation, "config": {"seed": 0}, "highlight": ["zero-shot"]}
+    a, b = (write_report(tmp_path, **options).read_bytes() for _ in range(2))
     assert a == b and not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from robustft.evaluation import pictures, report
+from robustft.evaluation import pictures, report, sections
 from robustft.pipeline.study.findings import Finding, Measured, Plot, Section, find, joined, spread
 
 if TYPE_CHECKING:
@@ -73,9 +73,9 @@ def page(answers: Sequence[Answer], command: str, machine: str) -> tuple[str, di
     for answer in answers:
         section = answer.section
         parts += [f"<h2>{html.escape(section.title)}</h2>", f"<p>{html.escape(section.question)}</p>"]
-        parts.append(report.html_table(_verdicts(answer)))
+        parts.append(sections.html_table(_verdicts(answer)))
         for table in answer.seeds[0].tables:
-            parts += [f"<h3>{html.escape(table)}</h3>", report.html_table(joined(answer.seeds, table))]
+            parts += [f"<h3>{html.escape(table)}</h3>", sections.html_table(joined(answer.seeds, table))]
             if table in section.notes:
                 parts.append(f"<p class=conventions>{html.escape(section.notes[table])}</p>")
         for plot in section.plots:
