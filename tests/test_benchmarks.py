@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from targets import exhaustive
 
 from benchmarks import bar, machine, memory, show, store, timing
 from benchmarks.__main__ import works
@@ -134,9 +135,11 @@ def test_a_row_slower_than_eager_is_named():
 # What is measured
 
 
-@pytest.mark.parametrize(
-    "name, dtype", sorted({(work.name, row.dtype) for work in WORKS.values() for row in work.rows})
-)
+EACH = sorted({(work.name, row.dtype) for work in WORKS.values() for row in work.rows})
+STEPS = [case for case in EACH if case[0].endswith("_step")]  # of whole trainings, which take seconds
+
+
+@pytest.mark.parametrize("name, dtype", [*(case for case in EACH if case not in STEPS), *exhaustive(*STEPS)])
 def test_every_candidate_computes_the_reference(name, dtype):
     work = WORKS[name]
     row = replace(work.quick[0], n=70, dtype=dtype, precision="highest")
