@@ -19,6 +19,7 @@ from robustft.pipeline.checking import check_data
 from robustft.pipeline.evaluating import evaluate_runs
 from robustft.pipeline.exporting import export_run
 from robustft.pipeline.recipes import RECIPES, SEEDS
+from robustft.pipeline.reporting import report_runs
 from robustft.pipeline.train import methods_table
 from robustft.pipeline.train import train as train_function
 
@@ -108,6 +109,10 @@ def _add_own_data(commands: Any) -> None:
     evaluate.add_argument("runs", nargs="*", metavar="RUN", help="folders that robustft train wrote")
     flags.add_flags(evaluate, evaluate_runs)
 
+    report = commands.add_parser("report", help="compare runs made at different times on one page")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or of reports")
+    flags.add_flags(report, report_runs)
+
     export = commands.add_parser("export", help="write a run's model for open_clip, torch.export or ONNX")
     export.add_argument("run", metavar="RUN", help="folder that robustft train wrote")
     flags.add_flags(export, export_run)
@@ -132,6 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _predict(**options)
             case "evaluate":
                 evaluate_runs(**flags.given(options))
+                return 0
+            case "report":
+                if "output" not in options:
+                    raise ValueError("--output is missing: robustft report RUN... --output FOLDER")
+                report_runs(**options)
                 return 0
             case "export":
                 if missing := [name for name in ("to", "output") if name not in options]:

@@ -68,7 +68,7 @@ def evaluate_runs(
     """
     from robustft.data.opening import open_test
     from robustft.data.table import Columns
-    from robustft.evaluation.measure import evaluate_predictions
+    from robustft.evaluation.measure import evaluate_predictions, groups_in
     from robustft.evaluation.report import write_report
     from robustft.pipeline.folder import samples_of
     from robustft.pipeline.job import suite_of
@@ -96,7 +96,8 @@ def evaluate_runs(
     for transform, predictors in _models(runs, model, pretrained, templates, found, device, log):
         shown = suite_of(found.map(partial(_seen, transform)))
         suites |= _predict(predictors, shown, batch_size, score, tell)
-    evaluation = evaluate_predictions(suites, score=score)
+    details: dict[str, Any] = {} if output is None else {"details": True, "groups": suite_of(found).map(groups_in)}
+    evaluation = evaluate_predictions(suites, score=score, **details)
     log("")
     log(evaluation.table())
     if output is not None:

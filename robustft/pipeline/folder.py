@@ -3,6 +3,7 @@
 model/  open_clip_config.json, open_clip_model.safetensors, classifier.safetensors     open_clip loads it
         (or a folder for each member of an ensemble, and ensemble.safetensors)
         detector.safetensors     the OOD score and its threshold
+            conformal.safetensors    sets of classes at a coverage, if it was asked for
         pipeline.json            class names, temperature, what it was made from
         README.md                the model card: data, numbers, and what they mean
 """
@@ -18,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from robustft import __version__
+from robustft.calibration.conformal import ConformalSets
 from robustft.clip.outputs import Outputs
 from robustft.data.table import csv_text
 from robustft.detection.detector import Detector
@@ -36,15 +38,23 @@ SAMPLE_SIZE = 96  # pixels of their sides
 
 @dataclass(frozen=True)
 class Model:
-    """A predictor with its temperature inside, and the detector that knows its threshold."""
+    """A predictor with its temperature inside, the detector that knows its threshold, and conformal sets, if any."""
 
     predictor: Predictor
     detector: Detector
     temperature: float
+    conformal: ConformalSets | None = None
+
+    def cooled(self, outputs: Outputs) -> Outputs:
+        """Outputs of the predictor without its temperature, with it."""
+        return outputs.replace(logits=outputs.logits / self.temperature)
 
     def settings(self) -> dict[str, Any]:
         """What was fitted on validation data, as JSON holds it."""
+        sets = self.conformal
+        kept = {} if sets is None else {"sets": sets.rule, "coverage": sets.coverage}
         return {
+            **kept,
             "temperature": self.temperature,
             "score": self.detector.score,
             "tpr": self.detector.tpr,
@@ -67,6 +77,8 @@ def save_model(
     with new_folder(path) as fresh:
         model.predictor.save(fresh, bundle.config, tokenizer=bundle.tokenizer)
         model.detector.save(fresh)
+        if model.conformal is not None:
+            model.conformal.save(fresh)
         write_json(fresh / PIPELINE_FILE, about, indent=2)
         write_text(fresh / "README.md", _card(path, about, evaluation, config))
     return path
@@ -96,7 +108,7 @@ print(pipeline("image.jpg"))  # label, probability, ood_score, accepted, top
 ## Made from
 
 {made_from}
-* chosen on validation data among {len(evaluation.models)} models: {about["name"]}
+* chosen on validation data: {about["name"]}
 * temperature {about["temperature"]:.3f}, fitted on validation data
 * an image is accepted where its {evaluation.score_label} score reaches {about["threshold"]:.4f}, which keeps \
 {about["tpr"]:.0%} of the validation images
@@ -105,8 +117,7 @@ print(pipeline("image.jpg"))  # label, probability, ood_score, accepted, top
 
 {evaluation.markdown()}
 
-The numbers are of the models before the temperature; it changes confidence, not which class is first.
-Trained and measured with robustft {about["robustft"]}.
+The row "model" is what this folder holds, with its temperature. Trained and measured with robustft {about["robustft"]}.
 """
 
 
@@ -115,15 +126,14 @@ def _words(value: Any) -> str:
 
 
 def write_predictions(path: Path, sets: Suite[Any], suite: Suite[Outputs], model: Model) -> None:
-    """predictions.csv: a row for each image of each set; of OOD sets the label is empty."""
+    """predictions.csv: a row for each image of each set, of what `model` made of it; OOD sets have no label."""
     rows = []
     found = [("test", sets.id, suite.id)]
     found += [(f"shifts/{name}", sets.shifts[name], outputs) for name, outputs in suite.shifts.items()]
     found += [(f"ood/{name}", sets.ood[name], outputs) for name, outputs in suite.ood.items()]
     for name, data, outputs in found:
-        cooled = outputs.replace(logits=outputs.logits / model.temperature)
-        scores = model.detector.scores(cooled)
-        rows += [(name, *row) for row in _rows(data, cooled, scores, model, labelled=not name.startswith("ood/"))]
+        scores = model.detector.scores(outputs)
+        rows += [(name, *row) for row in _rows(data, outputs, scores, model, labelled=not name.startswith("ood/"))]
     header = ("set", "file", "label", "prediction", "probability", "ood_score", "accepted")
     write_text(path, csv_text(header, rows))
 

@@ -20,7 +20,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,21 +29,29 @@ from typing import Any
 import torch
 
 from robustft import methods
+from robustft.calibration.conformal import ConformalSets
 from robustft.clip.outputs import Outputs
+from robustft.data.corruptions import stress
+from robustft.data.images import ImageDataset
 from robustft.data.opening import Data
+from robustft.data.paths import PathDataset
 from robustft.detection.detector import Detector
 from robustft.ensembles.tempering import Tempering
-from robustft.evaluation.measure import accuracy, evaluate_predictions, predict_sets
+from robustft.evaluation.measure import accuracy, evaluate_predictions, groups_in, predict_sets
+from robustft.evaluation.mistakes import worst_classes
 from robustft.evaluation.report import write_report
 from robustft.evaluation.results import Evaluation, Frontier, Suite
 from robustft.files import write_text
-from robustft.pipeline.folder import Model, samples_of, save_model, write_predictions
+from robustft.pipeline.folder import MODEL_FOLDER, PREDICTIONS_FILE, Model, samples_of, save_model, write_predictions
 from robustft.pipeline.recipes import Recipe
 from robustft.pipeline.training import Materials, train_recipe
 from robustft.predictors.base import Classifier, ModelPredictor, Predictor, predict_each
 from robustft.predictors.logits import accuracy_and_nll
+from robustft.training.reporting import Record, Reporter, reporter
 
 ZERO_SHOT = "zero-shot"
+MODEL = "model"
+"""The chosen one with its temperature, as a row of the tables."""
 FRONTIER_ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -52,8 +61,11 @@ class Plan:
 
     recipes: by the names of the tables. ensembles: "wise" mixes weights, "ose" probabilities, and "auto" takes the
     first where the method leaves a `Classifier` to mix, the second where not. alphas: of the WiSE-FT curves in the
-    report, () for none. score, tpr: of the detector. loop: further arguments of `robustft.fit`. export_all: keep every
-    model, not only the chosen one. Titles and notes are the report's.
+    report, () for none. score, tpr: of the detector. sets, coverage: rule and coverage of the conformal sets, "none"
+    for none. details: measure classes, groups, risk and sets too, and the chosen model with its temperature as a row of
+    its own. stress: corrupt the test images too. loop: further arguments of `robustft.fit`, validation: those of them
+    that go with a validation set, None to train without. report_to: reporters of records. export_all: keep every model,
+    not only the chosen one. Titles and notes are the report's.
     """
 
     recipes: Mapping[str, Recipe]
@@ -61,7 +73,13 @@ class Plan:
     alphas: tuple[float, ...] = ()
     score: str = "mcm"
     tpr: float = 0.95
+    sets: str = "none"
+    coverage: float = 0.9
+    details: bool = False
+    stress: bool = False
     loop: Mapping[str, Any] = field(default_factory=dict)
+    validation: Mapping[str, Any] | None = None
+    report_to: tuple[str, ...] = ()
     export_all: bool = False
     title: str = "robustft"
     notes: tuple[str, ...] = ()
@@ -97,29 +115,35 @@ def run(
     started = time.monotonic() if started is None else started
     zero_shot = materials.zero_shot()
     predictors: dict[str, Predictor] = {ZERO_SHOT: zero_shot}
-    records = []
+    records: dict[str, list[Record]] = {}
     for name, recipe in plan.recipes.items():
-        method, history = train_recipe(
-            recipe,
-            materials,
-            None if dry_run else folder / name,
-            resume=resume,
-            dry_run=dry_run,
-            progress=progress,
-            **plan.loop,
-        )
-        log(f"{name}: {history.steps} steps, {history.seconds:.0f} s")
-        records += [{"method": name, **record} for record in history.records]
+        with ExitStack() as held:
+            reporters = [] if dry_run else [reporter(kind, folder / name, config) for kind in plan.report_to]
+            method, history = train_recipe(
+                recipe,
+                materials,
+                None if dry_run else folder / name,
+                resume=resume,
+                validation=plan.validation,
+                dry_run=dry_run,
+                progress=progress,
+                on_record=held.enter_context(_told(reporters)),
+                **plan.loop,
+            )
+        best = "" if history.best is None else f", best after {history.best.step}: {history.best.value:.3f}"
+        log(f"{name}: {history.steps} steps, {history.seconds:.0f} s{best}")
+        records[name] = history.records
         predictors[name] = method.classifier()
     if dry_run:
         log("dry run: one batch went through every method; nothing was written")
         return None
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    lines = [json.dumps({"method": name, **record}) for name, found in records.items() for record in found]
+    write_text(folder / "metrics.jsonl", "".join(line + "\n" for line in lines))
 
     log("mixing with zero-shot (weights chosen on ID validation) and measuring")
     data = materials.data
     settings, curves = mix_all(plan, predictors, data.validation)
-    chosen, model = choose(plan, predictors, data.validation)
+    chosen, model = choose(plan, predictors, data.validation, log)
     log(f"chosen on ID validation: {chosen}")
     settings["model"] = {"name": chosen, **model.settings()}
 
@@ -128,16 +152,24 @@ def run(
         notes.append("There is no test set: ID numbers are of the validation set, on which weights were chosen.")
     suites = predict_sets(predictors, tests)
     frontiers = [_frontier(name, curve, suites, tests, plan.alphas) for name, curve in curves.items() if plan.alphas]
-    evaluation = evaluate_predictions(suites, score=plan.score)
+    final = suites[chosen].map(model.cooled)
+    extras: dict[str, Any] = {}
+    if plan.details:
+        suites[MODEL] = final
+        notes.append(f"{MODEL} is {chosen} with its temperature, {model.temperature:.3f}: what the folder serves.")
+        extras = {"details": True, "groups": tests.map(groups_in)}
+        extras |= {} if model.conformal is None else {"conformal": {MODEL: model.conformal}}
+    evaluation = evaluate_predictions(suites, score=plan.score, **extras)
+    stressed = _stressed(plan, predictors, model, tests) if plan.stress else None
 
-    save_model(folder / "model", model, materials, evaluation, chosen, config)
+    save_model(folder / MODEL_FOLDER, model, materials, evaluation, chosen, config)
     if plan.export_all:
         for name, predictor in predictors.items():
             if not isinstance(predictor, ModelPredictor):  # an ensemble is its members, which are kept, and a number
                 continue
             target = folder / "export" / name.lower().replace(" ", "-")
             predictor.save(target, materials.bundle.config, tokenizer=materials.bundle.tokenizer)
-    write_predictions(folder / "predictions.csv", tests, suites[chosen], model)
+    write_predictions(folder / PREDICTIONS_FILE, tests, final, model)
     report = write_report(
         folder,
         evaluation=evaluation,
@@ -147,6 +179,9 @@ def run(
         title=plan.title,
         highlight=plan.highlight or None,
         notes=notes,
+        training=records if plan.details else None,
+        mistakes={MODEL: worst_classes(final.id, tests.id)} if plan.details else None,
+        stress=stressed,
     )
     log("")
     log(evaluation.table())
@@ -195,7 +230,9 @@ def mix_all(
     return settings, curves
 
 
-def choose(plan: Plan, predictors: Mapping[str, Predictor], validation: Any) -> tuple[str, Model]:
+def choose(
+    plan: Plan, predictors: Mapping[str, Predictor], validation: Any, log: Callable[[str], None]
+) -> tuple[str, Model]:
     """The predictor of highest accuracy on validation, of equals that of lower NLL, with temperature and threshold."""
     outputs = dict(zip(predictors, predict_each(tuple(predictors.values()), validation), strict=True))
     scores = {name: accuracy_and_nll(found.logits, found.labels) for name, found in outputs.items()}
@@ -207,7 +244,36 @@ def choose(plan: Plan, predictors: Mapping[str, Predictor], validation: Any) -> 
         temperature = tempering.temperature_of(found)
     predictor = predictors[name] if temperature == 1.0 else tempering.at(temperature)
     cooled = found.replace(logits=found.logits / temperature)
-    return name, Model(predictor, Detector(plan.score, tpr=plan.tpr).fit(cooled), temperature)
+    sets = None
+    if plan.sets != "none":
+        try:
+            sets = ConformalSets(plan.sets, plan.coverage).fit(cooled)
+        except ValueError as error:
+            log(f"no sets of classes: {error}")
+    return name, Model(predictor, Detector(plan.score, tpr=plan.tpr).fit(cooled), temperature, sets)
+
+
+def _stressed(plan: Plan, predictors: Mapping[str, Predictor], model: Model, tests: Suite[Any]) -> Evaluation | None:
+    """Zero-shot, and the model that is served, on corrupted test images; None where the images are no files."""
+    if not isinstance(tests.id, (PathDataset, ImageDataset)):
+        return None
+    sets = Suite(tests.id, stress(tests.id), {})
+    found = {ZERO_SHOT: predictors[ZERO_SHOT], MODEL: model.predictor}
+    return evaluate_predictions(predict_sets(found, sets, parts=("logits", "labels")), score=plan.score)
+
+
+@contextmanager
+def _told(reporters: Sequence[Reporter]) -> Iterator[Callable[[Any], None] | None]:
+    """Records go to all of these, which are closed at the end."""
+    with ExitStack() as held:
+        for one in reporters:
+            held.callback(one.close)
+
+        def tell(record: Any) -> None:
+            for one in reporters:
+                one(record)
+
+        yield tell if reporters else None
 
 
 def _frontier(

@@ -91,6 +91,7 @@ def _json(pipeline: Pipeline, names: Sequence[str], out: TextIO) -> Any:
         else:
             told |= dict(zip(COLUMNS[1:], found[:4], strict=True))
             told["top"] = [[label, share] for label, share in found.top]
+            told["classes"] = list(found.classes)
         print(json.dumps(told), file=out, flush=True)
 
     return line

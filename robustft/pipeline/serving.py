@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from robustft import clip
+from robustft.calibration.conformal import ConformalSets
 from robustft.clip.outputs import Outputs
 from robustft.data.images import read_image
 from robustft.data.sources import READ_TOGETHER, reading_workers
 from robustft.detection.detector import Detector
-from robustft.files import DETECTOR_FILE, read_json
+from robustft.files import CONFORMAL_FILE, DETECTOR_FILE, read_json
 from robustft.pipeline.folder import MODEL_FOLDER, PIPELINE_FILE
 from robustft.predictors.base import Predictor
 from robustft.predictors.saving import ENSEMBLE_FILE, load_predictor
@@ -34,7 +35,8 @@ class Prediction(NamedTuple):
 
     label, probability: the likeliest class and its calibrated probability. ood_score: the detector's score, higher =
     more in-distribution. accepted: whether it reaches the threshold; an image that is not accepted should be looked
-    at by somebody. top: (label, probability) of the likeliest classes.
+    at by somebody. top: (label, probability) of the likeliest classes. classes: the conformal set, which holds the
+    true class as often as the run was asked for; () where the run has none.
     """
 
     label: str
@@ -42,6 +44,7 @@ class Prediction(NamedTuple):
     ood_score: float
     accepted: bool
     top: tuple[tuple[str, float], ...]
+    classes: tuple[str, ...] = ()
 
 
 class Unreadable(NamedTuple):
@@ -57,13 +60,20 @@ class Pipeline:
     """
 
     def __init__(
-        self, predictor: Predictor, detector: Detector, transform: Callable[[Any], Tensor], *, batch_size: int = 64
+        self,
+        predictor: Predictor,
+        detector: Detector,
+        transform: Callable[[Any], Tensor],
+        *,
+        conformal: ConformalSets | None = None,
+        batch_size: int = 64,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.predictor = predictor.eval()
         self.detector = detector
         self.transform = transform
+        self.conformal = conformal
         self.batch_size = batch_size
         self._turn = threading.Lock()
 
@@ -136,7 +146,8 @@ class Pipeline:
             outputs = self.outputs(images)
             scores = self.detector.scores(outputs)
         probabilities, places = outputs.probabilities.topk(min(top, len(self.classes)), dim=1)
-        rows = zip(probabilities.tolist(), places.tolist(), scores.tolist(), strict=True)
+        held = [()] * len(images) if self.conformal is None else map(self._names, self.conformal.sets(outputs))
+        rows = zip(probabilities.tolist(), places.tolist(), scores.tolist(), held, strict=True)
         return [
             Prediction(
                 self.classes[where[0]],
@@ -144,9 +155,13 @@ class Pipeline:
                 score,
                 score >= self.detector.threshold_,
                 tuple((self.classes[place], share) for place, share in zip(where, shares, strict=True)),
+                classes,
             )
-            for shares, where, score in rows
+            for shares, where, score, classes in rows
         ]
+
+    def _names(self, members: Tensor) -> tuple[str, ...]:
+        return tuple(self.classes[place] for place in members.nonzero()[:, 0].tolist())
 
     def _tensor(self, image: Any) -> Tensor:
         from PIL import Image
@@ -204,7 +219,9 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     predictor = load_predictor(folder, device=device)
     detector = Detector.load(folder)
-    return Pipeline(predictor, detector, transform or clip.eval_transform(_own_model(folder)), batch_size=batch_size)
+    conformal = ConformalSets.load(folder) if (folder / CONFORMAL_FILE).is_file() else None
+    transform = transform or clip.eval_transform(_own_model(folder))
+    return Pipeline(predictor, detector, transform, conformal=conformal, batch_size=batch_size)
 
 
 def model_folder(run: Path) -> Path:

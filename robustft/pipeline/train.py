@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from robustft.pipeline.serving import Pipeline
 
 Ensemble = Literal["auto", "wise", "ose", "both", "none"]
+Decay = Literal["cosine", "linear", "constant"]
+Keep = Literal["best", "last"]
+Sets = Literal["thr", "aps", "raps", "none"]
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,21 @@ def train(
     lr: float | None = None,
     wd: float | None = None,
     warmup_fraction: float | None = None,
+    schedule: Decay = "cosine",
     precision: Precision = "fp32",
+    grad_checkpointing: bool = False,
+    validate_every: float = 1.0,
+    metric: str = "accuracy",
+    patience: int | None = None,
+    keep: Keep = "best",
+    report_to: Sequence[str] = (),
     limit_batches: int | None = None,
     ensemble: Ensemble = "auto",
     score: str = "mcm",
     tpr: float = 0.95,
+    sets: Sets = "aps",
+    coverage: float = 0.9,
+    stress: bool = False,
     seed: int = 0,
     device: str = "auto",
     workers: int | None = None,
@@ -113,11 +126,21 @@ def train(
         lr: highest learning rate.
         wd: weight decay.
         warmup_fraction: share of all steps over which the rate rises.
+        schedule: of the rate after its rise: cosine, linear, constant.
         precision: of the training.
+        grad_checkpointing: compute activations again in the backward: less memory, more time.
+        validate_every: epochs, or parts of one, between measurements on validation data; 0 for none.
+        metric: what is best on validation data: accuracy, ece, nll, worst_group.
+        patience: stop after so many validations without a better value.
+        keep: weights to go on with: best on validation data, or last.
+        report_to: where records go too: tensorboard, wandb, mlflow, trackio, jsonl.
         limit_batches: at most so many batches an epoch.
         ensemble: mix with zero-shot: wise (weights), ose (probabilities), both, none; auto takes what a method allows.
         score: OOD score of the detector; robustft.detection.table() tells them.
         tpr: share of in-distribution images that the threshold keeps.
+        sets: sets of classes that hold the true one with a guarantee (conformal): thr, aps, raps, none.
+        coverage: how often a set is to hold the true class.
+        stress: measure on corrupted test images too, for want of shifted data.
         seed: of everything random.
         device: cpu, cuda, cuda:1, ...; auto takes the GPU if there is one.
         workers: processes that read images; by default one a core.
@@ -135,21 +158,34 @@ def train(
     NonFiniteError from training. Nothing is written before all of it is known to fit.
     """
     arguments = dict(locals())
+    from robustft.calibration.conformal import ConformalSets
     from robustft.detection.detector import Detector
     from robustft.evaluation.measure import check_score
     from robustft.pipeline import job, opening
     from robustft.pipeline.folder import SPLIT_FILE
+    from robustft.training.reporting import REPORTERS
     from robustft.training.run import configured
 
     started = time.monotonic()
     recipes = _recipes(arguments)
-    if ensemble not in get_args(Ensemble):
-        raise ValueError(f"ensemble must be one of {', '.join(get_args(Ensemble))}, got {ensemble!r}")
+    for name, kind in (("ensemble", Ensemble), ("schedule", Decay), ("keep", Keep), ("sets", Sets)):
+        if arguments[name] not in get_args(kind):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {arguments[name]!r}")
+    if sets != "none":
+        ConformalSets(sets, coverage)
+    if unknown := [kind for kind in report_to if kind not in REPORTERS]:
+        raise ValueError(f"report_to holds {unknown}; expected some of {', '.join(REPORTERS)}")
     check_score(score)
     Detector(score, tpr=tpr)
     opened = opening.open_materials(arguments, log)
     opening.check_needs(recipes, opened)
     config = opening.config_of(arguments) | {"methods": {name: asdict(recipe) for name, recipe in recipes.items()}}
+    validation_loop = {
+        "metric": metric,
+        "validate_every": validate_every,
+        "patience": patience,
+        "restore_best": keep == "best",
+    }
     ensembles: dict[str, tuple[str, ...]] = {"both": ("wise", "ose"), "none": ()}
     plan = job.Plan(
         recipes,
@@ -157,7 +193,19 @@ def train(
         alphas=job.FRONTIER_ALPHAS if opened.data.shifts else (),
         score=score,
         tpr=tpr,
-        loop={"precision": precision, "limit_batches": limit_batches, "workers": job.training_workers(workers)},
+        sets=sets,
+        coverage=coverage,
+        details=True,
+        stress=stress,
+        loop={
+            "schedule": schedule,
+            "precision": precision,
+            "grad_checkpointing": grad_checkpointing,
+            "limit_batches": limit_batches,
+            "workers": job.training_workers(workers),
+        },
+        validation=validation_loop if validate_every else None,
+        report_to=tuple(report_to),
         title=f"robustft: {Path(output).name}",
         notes=opened.data.understood,
     )

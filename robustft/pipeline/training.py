@@ -94,18 +94,31 @@ def fit_recipe(recipe: Recipe, method: methods.Method, data: Any, seed: int, **o
 
 
 def train_recipe(
-    recipe: Recipe, materials: Materials, output: Path | None, *, resume: bool = False, **options: Any
+    recipe: Recipe,
+    materials: Materials,
+    output: Path | None,
+    *,
+    resume: bool = False,
+    validation: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> tuple[methods.Method, History]:
-    """Makes the recipe's method and trains it on the materials' data, in `output` if there is one."""
+    """Makes the recipe's method and trains it on the materials' data, in `output` if there is one.
+
+    validation: arguments of `fit` that go with the validation set; None for a training without it.
+    """
     arguments: dict[str, Any] = {}
     if recipe.method == "LPFT":
         probe, _ = train_recipe(
-            OWN["LinearProbe"], materials, None if output is None else output / "probe", resume=resume, **options
+            OWN["LinearProbe"],
+            materials,
+            None if output is None else output / "probe",
+            resume=resume,
+            **{name: value for name, value in options.items() if name != "on_record"},
         )
         arguments["probe"] = probe.classifier()
     features = None
     if getattr(methods, recipe.method).takes_features:
-        features = encoded(materials)
+        features = encoded(materials, materials.plain)
     if recipe.method == "TipAdapterF":
         arguments["train"] = features
     method = make_method(recipe, materials, **arguments)
@@ -114,6 +127,12 @@ def train_recipe(
     data = materials.data.train if features is None else (features.image_features, features.labels)
     if features is not None:
         options = {name: value for name, value in options.items() if name not in FOR_IMAGES}
+    held_out = materials.data.validation
+    if validation is not None and held_out is not None:
+        if features is not None:
+            known = encoded(materials, held_out)
+            held_out = known.image_features, known.labels
+        options |= {**validation, "validation": held_out}
     resume = resume and output is not None and holds_run(output)
     return method, fit_recipe(recipe, method, data, materials.seed, output=output, resume=resume, **options)
 
@@ -122,9 +141,9 @@ FOR_IMAGES = ("workers", "grad_checkpointing")
 """Options of `fit` that say how images are read and encoded: features are there already."""
 
 
-def encoded(materials: Materials) -> clip.Features:
-    """Unit features and labels of the training images, without augmentation."""
-    return clip.encode(materials.bundle.model, materials.plain)
+def encoded(materials: Materials, data: Any) -> clip.Features:
+    """Unit features and labels of a set's images, without augmentation."""
+    return clip.encode(materials.bundle.model, data)
 
 
 def built_options(options: Mapping[str, Any], train: Any) -> dict[str, Any]:

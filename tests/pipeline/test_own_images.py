@@ -75,7 +75,7 @@ def test_a_run_explains_itself(run, own):
     right = [row["label"] == row["prediction"] for row in rows if row["set"] == "test"]
     assert sum(right) / len(right) == run.evaluation.models[run.chosen].id_accuracy
     card = (run.folder / "model" / "README.md").read_text()
-    assert f"chosen on validation data among 3 models: {run.chosen}" in card and "acc OOD" in card
+    assert f"chosen on validation data: {run.chosen}" in card and "acc OOD" in card
     measured = Evaluation.from_dict(json.loads((run.folder / "metrics.json").read_text()))
     assert measured.models == run.evaluation.models
 
@@ -136,7 +136,8 @@ def test_predict_streams_files_and_says_what_it_could_not_read(run, own, tmp_pat
     lines = [json.loads(line) for line in out.splitlines()]
     assert len(lines) == 21 and "broken.jpg" in lines[-1]["error"] and "1 of 21 files could not be read" in err
     assert (
-        set(lines[0]) == {"file", "label", "probability", "ood_score", "accepted", "top"} and len(lines[0]["top"]) == 2
+        set(lines[0]) == {"file", "label", "probability", "ood_score", "accepted", "top", "classes"}
+        and len(lines[0]["top"]) == 2
     )
     assert cli.main(["predict", str(run.folder), folder, "--csv"]) == 0
     table = list(csv.DictReader(capsys.readouterr().out.splitlines()))
@@ -159,9 +160,29 @@ def test_runs_are_measured_again_beside_zero_shot(run, own, tmp_path):
     )
     assert set(again.models) == {"zero-shot", "run"} and (tmp_path / "report" / "report.html").is_file()
     assert again.models["run"].id_accuracy == run.evaluation.models[run.chosen].id_accuracy
-    assert again.models["zero-shot"].shifts == run.evaluation.models["zero-shot"].shifts
+    ours, theirs = (e.models["zero-shot"].shifts["inverted"].calibration for e in (again, run.evaluation))
+    assert ours.accuracy == theirs.accuracy and ours.ece == pytest.approx(theirs.ece, abs=1e-6)
     whole = evaluate_runs(own / "photos" / "test", [run.folder], log=told.append, progress=False)
     assert whole.models["run"].id_accuracy == again.models["run"].id_accuracy
+
+
+def test_reports_of_runs_stand_on_one_page(run, own, tmp_path, capsys):
+    other = own / "photos" / "ood" / "letters"
+    evaluate_runs(own / "photos", [run.folder], output=tmp_path / "later", log=lambda _: None, progress=False)
+    assert cli.main(["report", str(run.folder), str(tmp_path / "later"), "--output", str(tmp_path / "both")]) == 0
+    assert {"zero-shot", "model", "run"} <= set(
+        Evaluation.from_dict(json.loads((tmp_path / "both" / "metrics.json").read_text())).models
+    )
+    assert cli.main(["report", str(other), "--output", str(tmp_path / "none")]) == 1
+    assert "holds no metrics.json" in capsys.readouterr().err
+
+
+def test_sets_of_classes_hold_the_likeliest_and_are_saved(run, own):
+    pipeline = robustft.load(run.folder)
+    for found in pipeline(sorted((own / "photos" / "test").rglob("*.png"))[:10]):
+        assert found.label in found.classes
+    coverage = run.evaluation.models["model"].id
+    assert pipeline.conformal.coverage == 0.9 and coverage is not None
 
 
 def test_nothing_to_measure_is_said(own):
