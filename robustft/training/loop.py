@@ -206,9 +206,10 @@ def fit(
         training.steps(workers)
         if restore_best and not dry_run:
             training.restore_best()
-    stopped = measured is not None and measured.exhausted
+    stopped = measured is not None and measured.exhausted and training.step < planned.total
     best = None if measured is None else measured.best
-    return History(training.records, training.step, time.monotonic() - started, best, stopped)
+    seconds = time.monotonic() - started
+    return History(training.records, training.step, seconds, best=best, stopped_early=stopped)
 
 
 def _begin(method: Method, total: int, dry_run: bool) -> None:

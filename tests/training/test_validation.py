@@ -133,6 +133,9 @@ def test_patience_ends_a_run_and_equal_values_are_no_better():
     history = run(method, validation=held_out(), metric=metric, higher_is_better=True, validate_every=1 / 3, patience=2)
     assert history.stopped_early and history.steps == 4 and history.best == (2, 2.0)
     assert same(state(method), states[1])
+    options = {"metric": constant, "higher_is_better": True, "validate_every": 1 / 3, "patience": 2}
+    whole = run(make(FineTune, total_steps=None), validation=held_out(), epochs=1, **options)
+    assert whole.steps == 3 and not whole.stopped_early  # nothing was left to do
 
 
 OPTIONS = {"validation": held_out(), "metric": "nll", "validate_every": 1 / 3}
