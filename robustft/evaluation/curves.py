@@ -22,7 +22,8 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def measured(runs: Mapping[str, Records]) -> list[str]:
-    """What the records of runs hold that can be drawn over steps: the loss first, then as they come."""
+    """What the records of runs hold that can be drawn over steps: the loss first, then what was validated,
+    then as they come."""
     names = dict.fromkeys(
         name
         for records in runs.values()
@@ -30,7 +31,7 @@ def measured(runs: Mapping[str, Records]) -> list[str]:
         for name, value in _numbers(record).items()
         if name not in _NO_CURVES and math.isfinite(value)
     )
-    return sorted(names, key=lambda name: name != "loss")
+    return sorted(names, key=lambda name: (name != "loss", not name.startswith("validation")))
 
 
 def training(runs: Mapping[str, Records]) -> Figure:

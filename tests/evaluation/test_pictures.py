@@ -107,13 +107,15 @@ def test_lines_differ_in_more_than_their_colour():
 
 def test_training_curves_take_several_runs_and_what_each_has():
     runs = {
-        "one": [{"step": i, "epoch": 1, "loss": 1 / i, "gradient_norm": None, "note": "x"} for i in (1, 2, 3)],
+        "one": [
+            {"step": i, "epoch": 1, "loss": 1 / i, "gradient_norm": None, "note": "x", "lr": 0.1} for i in (1, 2, 3)
+        ],
         "two": [{"step": 2, "loss": 0.4, "validation": {"accuracy": 0.5}, "broken": float("nan")}],
     }
-    assert curves.measured(runs) == ["loss", "validation accuracy"]
+    assert curves.measured(runs) == ["loss", "validation accuracy", "lr"]
     with matplotlib.rc_context(pictures.STYLE):
         figure = curves.training(runs)
-    loss, accuracy = figure.axes
+    loss, accuracy, _ = figure.axes
     assert [line.get_xydata().tolist() for line in loss.lines] == [[[1, 1], [2, 0.5], [3, 1 / 3]], [[2, 0.4]]]
     assert [line.get_xydata().tolist() for line in accuracy.lines] == [[[2, 0.5]]]
     assert [text.get_text() for text in figure.texts] == ["one", "two"]
