@@ -93,8 +93,9 @@ def soak(kills: int, seed: int, methods: tuple[str, ...], batches: int, limit: f
             folder = Path(temporary) / f"run{finished}"
             while run(folder, methods, batches, chance.uniform(0.0, seconds) if done < kills else None)[0]:
                 done += 1
-            if content(folder) != expected:
-                raise RuntimeError(f"run {finished}, after {done} kills in all, ended in other bits")
+            found = content(folder)
+            if differing := sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name)):
+                raise RuntimeError(f"run {finished}, after {done} kills in all, ended in other bits: {differing}")
             left += litter(folder)
             shutil.rmtree(folder)
             finished += 1

@@ -53,8 +53,13 @@ class HuggingFaceDataset:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
-        row = self.rows[int(index)]
-        image = row[self._column(IMAGE)].convert("RGB")
+        try:
+            row = self.rows[int(index)]
+            image = row[self._column(IMAGE)].convert("RGB")
+        except IndexError:  # beyond the last row
+            raise
+        except Exception as error:  # of a damaged image or table, a decoder may raise anything
+            raise ValueError(f"{self.where}, row {index}: damaged, or no image: {error!r:.200}") from error
         image = image if self.transform is None else self.transform(image)
         label, text = self._column(LABEL), self._column(TEXT)
         if text is None:

@@ -328,8 +328,13 @@ def _open_hugging_face(path: Path) -> Data:
         ) from error
     from robustft.data.hugging_face import HuggingFaceDataset
 
-    loaded = datasets.load_from_disk(os.fspath(path))
+    try:
+        loaded = datasets.load_from_disk(os.fspath(path))
+    except Exception as error:  # of damaged files, it may raise anything
+        raise ValueError(f"{path}: damaged, or not saved by Hugging Face's datasets: {error!r:.200}") from error
     parts = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    if not parts:
+        raise ValueError(f"{path}: holds no split; expected train, {', '.join(VALIDATION_NAMES)}, test")
     sets: dict[str, Any] = {"train": None, "validation": None, "test": None}
     for name, part in parts.items():
         kind = SPLITS.get(name)

@@ -305,7 +305,18 @@ class ModelPredictor(Predictor):
                     raise ValueError(f"logit_scale must be positive, got {float(value)}")
         model = clip.load(f"local-dir:{directory}", device=device, dtype=dtype).model
         with refusing(path, cls.kind):
-            return cls(model=model, classes=classes, **tensors, **settings)
+            predictor = cls(model=model, classes=classes, **tensors, **settings)
+            predictor.check_fits()
+        return predictor
+
+    def check_fits(self) -> None:
+        """ValueError where tensors are not of the model's widths, as those of another model's file are not."""
+        width = clip.feature_width(self.model)
+        for name, value in self._held().items():
+            letters = [letter for letter in self.tensors[name].rstrip("?").split() if letter != "int"]
+            found = dict(zip(letters, value.shape, strict=True)).get("D", width)
+            if width is not None and found != width:
+                raise ValueError(f"{name} are made for features of width {found}, but the model's have width {width}")
 
 
 class FeaturePredictor(ModelPredictor):
