@@ -4,8 +4,8 @@
 
 A kill ends the process at once, at a random moment of the run's processor time, its start and its report included, so
 that a busy machine changes nothing. Compared are metrics.json and every file of weights and checkpoints in the run's
-folder. Processes are forked from one that has imported the libraries and painted the images, of which there are few:
-what is killed is the run, not its reading.
+folder. Processes are forked from one that has imported the libraries and painted the images, of which there are few,
+and the report's pictures are empty: what is killed is the run, not reading and drawing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from matplotlib.figure import Figure
 
 from robustft.data import glyphworld
+from robustft.evaluation import pictures
 from robustft.files import is_unfinished, write_json
 from robustft.pipeline.quickstart import Data, quickstart
 from robustft.training.run import CONFIG_FILE
@@ -84,7 +86,12 @@ def soak(kills: int, seed: int, methods: tuple[str, ...], batches: int, limit: f
     done = finished = 0
     left: list[str] = []
     end = time.monotonic() + limit
-    with tempfile.TemporaryDirectory() as temporary, patch.object(Data, "load", return_value=few_images()):
+    blank = {name: lambda *_: Figure(figsize=(1, 1)) for name in ("frontier", "reliability", "scores")}
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        patch.object(Data, "load", return_value=few_images()),
+        patch.multiple(pictures, **blank),
+    ):
         whole = Path(temporary) / "whole"
         _, seconds = run(whole, methods, batches, None)
         expected = content(whole)
