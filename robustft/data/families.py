@@ -122,14 +122,16 @@ def _descriptions(root: Path) -> list[str]:
     if not path.is_file() or not lines.is_file():
         raise ValueError(f"{root}: mappings/ lacks {path.name} or {lines.name}")
     by_id = [line.strip() for line in read_text(lines, "a class name a line").splitlines()]
-    order = _json(path)
+    order: dict[str, object] = dict(_json(path))
     places = [order.get(str(number)) for number in range(len(by_id))]
+    found = []
     for number, place in enumerate(places):
         if type(place) is not int or not 0 <= place < len(by_id):
             raise ValueError(
                 f"{path}: the place of label {number} is {place!r:.60}; expected a line of the {len(by_id)} in {lines}"
             )
-    return [by_id[place] for place in places]
+        found.append(by_id[place])
+    return found
 
 
 def _json(path: Path) -> dict[str, str]:

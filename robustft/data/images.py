@@ -28,9 +28,9 @@ class DamagedImageError(ValueError):
 
 
 class Skipped(NamedTuple):
-    """An image that could not be read: its index in the data set, and the error, which names the file."""
+    """An image that could not be read: its row in the data set, and the error, which names the file."""
 
-    index: int
+    row: int
     error: str
 
 

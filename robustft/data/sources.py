@@ -148,7 +148,7 @@ class Source:
         self._tell_skipped()
 
     def _note(self, skipped: Sequence[Skipped]) -> None:
-        self.skipped |= {one.index: one for one in skipped}
+        self.skipped |= {one.row: one for one in skipped}
         if len(self.skipped) == len(self):
             raise ValueError(f"{self.name}: none of its {len(self)} images can be read: {skipped[0].error}")
 

@@ -89,6 +89,9 @@ class CoCoOpClassifier(FeaturePredictor):
         "shift_bias": "width",
     }
     settings = ("captions",)
+    tokens: Tensor
+    positions: Tensor
+    context: Tensor
 
     def __init__(
         self, model: nn.Module, classes: Sequence[str], *, captions: int = CAPTIONS, **tensors: Tensor

@@ -58,7 +58,7 @@ def test_the_others_keep_order_labels_and_pixels(images, workers):
     kept = [i for i in range(12) if i not in LOST]
     assert labels.tolist() == [i % 3 for i in kept]
     assert torch.equal(pixels, torch.stack([images[i][0] for i in kept]))
-    assert [one.index for one in source.skipped.values()] == list(LOST)
+    assert [one.row for one in source.skipped.values()] == list(LOST)
     assert all(f"{i:02}.png" in source.skipped[i].error for i in LOST)
 
 
@@ -86,7 +86,7 @@ def test_features_and_predictions_have_a_row_less_and_say_which(images, clip_mod
                            transform_key="own")  # fmt: skip
     whole = clip.encode(clip_model, kept)
     assert torch.equal(features.image_features, whole.image_features) and torch.equal(features.labels, whole.labels)
-    assert [one.index for one in features.skipped] == list(LOST) and whole.skipped == ()
+    assert [one.row for one in features.skipped] == list(LOST) and whole.skipped == ()
     assert not (tmp_path / "cache").exists()
     predictor = zero_shot_classifier(clip_model, **prompts)
     outputs = predictor.predict(images, batch_size=4)
@@ -115,7 +115,7 @@ def test_a_resumed_training_over_damaged_images_ends_in_the_same_bits(images, cl
         return method.state_dict(), history
 
     whole, history = trained(epochs=2)
-    assert {one.index for one in history.skipped} == set(LOST)
+    assert {one.row for one in history.skipped} == set(LOST)
     trained_at_first = methods.FineTune(clip_model, **prompts)
 
     class Stop(Exception):
