@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustft import calibration, clip, methods
+from robustft import calibration, clip, data, methods
 from robustft.calibration.calibrators import load as load_calibrator
 from robustft.clip.prompts import read_class_names, read_descriptions, read_templates
+from robustft.data.families import imagenet_synsets
+from robustft.data.images import read_image
+from robustft.data.paths import Member, PathDataset
 from robustft.data.shards import read_shards
 from robustft.data.splits import read_split
 from robustft.data.table import read_table
 from robustft.detection import Detector
 from robustft.evaluation.results import read_evaluation
 from robustft.files import write_file, write_json, write_text
+from robustft.methods.clip_adapter import AdapterClassifier
+from robustft.methods.cocoop import CoCoOpClassifier
+from robustft.methods.maple import MaPLeClassifier
+from robustft.methods.tip_adapter import CacheClassifier
 from robustft.neighbors import NeighborIndex
+from robustft.predictors import DualClassifier, Predictor
 from robustft.training.checkpoint import latest_checkpoint, save_checkpoint
 from robustft.training.run import configured
 
@@ -66,11 +75,13 @@ CONFIG = {
 
 @dataclass(frozen=True)
 class Loader:
-    """A whole file, and what reads it; `exact`: it carries checksums, so nothing else than its content may load."""
+    """A whole file, and what reads it; `exact`: it carries checksums, so nothing else than its content may load.
+    An error names the file, or its folder, or the `folder` that was opened."""
 
     path: Path
     load: Callable[[], object]
     exact: bool = False
+    folder: Path | None = None
 
 
 # The whole files
@@ -94,17 +105,57 @@ def _checkpoints(folder: Path) -> dict[str, Loader]:
     return made
 
 
-def _predictors(folder: Path) -> dict[str, Loader]:
-    open_clip = clip.import_open_clip()
+def _model() -> torch.nn.Module:
     cfg: Any = CONFIG["model_cfg"]
-    model = open_clip.CLIP(cfg["embed_dim"], dict(cfg["vision_cfg"]), dict(cfg["text_cfg"])).eval()
+    return clip.import_open_clip().CLIP(cfg["embed_dim"], dict(cfg["vision_cfg"]), dict(cfg["text_cfg"])).eval()
+
+
+def _heads(model: torch.nn.Module) -> dict[str, Predictor]:
+    """A predictor of each kind that has one model."""
+    head, scale, labels = torch.randn(3, 8), torch.tensor(7.5), torch.arange(6) % 3
+    fixed: dict[str, Any] = {"class_embeddings": head, "logit_scale": scale}
+    tokens = torch.cat([torch.randint(1, 29, (3, 4)), torch.full((3, 1), 29), torch.zeros(3, 10, dtype=torch.int64)], 1)
+    net = {"narrow_weight": torch.randn(2, 8), "narrow_bias": torch.randn(2)}
+    net |= {"shift_weight": torch.randn(8, 2), "shift_bias": torch.randn(8), "context": torch.randn(2, 8)}
+    places = torch.tensor([[1, 2]] * 3)
+    return {
+        "dual head": DualClassifier(model, head, torch.randn(3, 8), NAMES, beta=0.3),
+        "adapter": AdapterClassifier(model, NAMES, ratio=0.2, down=torch.randn(2, 8), up=torch.randn(8, 2), **fixed),
+        "cache": CacheClassifier(model, NAMES, alpha=1.0, beta=5.0, keys=torch.randn(6, 8), labels=labels, **fixed),
+        "conditional prompts": CoCoOpClassifier(model, NAMES, tokens=tokens, positions=places, **net),
+        "deep prompts": MaPLeClassifier(model, NAMES, prompts=torch.randn(1, 2, 16), **fixed),
+    }
+
+
+def _ensembles(model: torch.nn.Module) -> dict[str, Predictor]:
+    """A predictor of each kind that has members."""
     one, two = (methods.Classifier(model, torch.randn(3, 8), NAMES, logit_scale=7.5) for _ in range(2))
+    return {
+        "mixture": methods.OutputEnsemble(one, two).at(0.4),
+        "temperature": methods.Tempering(DualClassifier(model, torch.randn(3, 8), torch.randn(3, 8), NAMES)).at(2.0),
+        "VRF of two": _vrf().classifier(one, two),
+    }
+
+
+def _predictors(folder: Path) -> dict[str, Loader]:
+    model = _model()
+    one = methods.Classifier(model, torch.randn(3, 8), NAMES, logit_scale=7.5)
+    images = torch.randn(2, 3, 8, 8)
+
+    def used(saved: Path) -> Tensor:
+        """What loads must also be able to predict."""
+        return methods.load_predictor(saved).logits(images)
+
     made = {}
     for file in (clip.CLASSIFIER_FILE, clip.CONFIG_FILE, clip.WEIGHTS_FILE):
         saved = one.save(folder / f"predictor-{file}", CONFIG)
-        made[f"predictor: {file}"] = Loader(saved / file, partial(methods.load_predictor, saved))
-    saved = methods.OutputEnsemble(one, two).at(0.4).save(folder / "ensemble", CONFIG)
-    made["ensemble"] = Loader(saved / "ensemble.safetensors", partial(methods.load_predictor, saved))
+        made[f"predictor: {file}"] = Loader(saved / file, partial(used, saved))
+    for name, predictor in _heads(model).items():
+        saved = predictor.save(folder / name, CONFIG)
+        made[f"predictor: {name}"] = Loader(saved / clip.CLASSIFIER_FILE, partial(used, saved))
+    for name, predictor in _ensembles(model).items():
+        saved = predictor.save(folder / name, CONFIG)
+        made[f"ensemble: {name}"] = Loader(saved / "ensemble.safetensors", partial(used, saved))
     exported = clip.export(model, folder / "model", CONFIG)
     weights = folder / "weights" / "weights.pt"
     content = BytesIO()
@@ -114,35 +165,51 @@ def _predictors(folder: Path) -> dict[str, Loader]:
     return made
 
 
-def _fitted(folder: Path) -> dict[str, Loader]:
+def _outputs() -> clip.Outputs:
     labels = torch.arange(60) % 3
-    logits = torch.randn(60, 3) + torch.nn.functional.one_hot(labels)
+    return clip.Outputs(
+        logits=torch.randn(60, 3) + torch.nn.functional.one_hot(labels),
+        cosines=torch.rand(60, 3),
+        features=torch.nn.functional.normalize(torch.randn(60, 8), dim=1),
+    ).replace(labels=labels)
+
+
+def _vrf() -> methods.VRF:
+    outputs = _outputs()
+    better = 2.0 * torch.nn.functional.one_hot(outputs.labels) * (torch.arange(60) % 2)[:, None]
+    features = methods.VRFFeatures(outputs.only("logits"), outputs.replace(logits=outputs.logits + better))
+    return methods.VRF(temperatures=(1.2, 0.8)).fit(features, features)
+
+
+def _fitted(folder: Path) -> dict[str, Loader]:
+    outputs = _outputs()
     made = {}
     for kind in ("TemperatureScaling", "VectorScaling", "IsotonicCalibration", "HistogramBinning"):
-        path = getattr(calibration, kind)().fit(logits, labels).save(folder / f"{kind}.safetensors")
+        path = getattr(calibration, kind)().fit(outputs.logits, outputs.labels).save(folder / f"{kind}.safetensors")
         made[f"calibrator: {kind}"] = Loader(path, partial(load_calibrator, path))
-    outputs = clip.Outputs(
-        logits=logits, cosines=torch.rand(60, 3), features=torch.nn.functional.normalize(torch.randn(60, 8), dim=1)
-    ).replace(labels=labels)
-    for score in ("mcm", "knn"):
-        path = Detector(score).fit(outputs, validation=outputs).save(folder / f"detector-{score}.safetensors")
-        made[f"detector: {score}"] = Loader(path, partial(Detector.load, path))
+    options: dict[str, Any] = {"neg_label": {"negative_embeddings": torch.nn.functional.normalize(torch.randn(5, 8))}}
+    for score in ("mcm", "knn", "mahalanobis", "neg_label"):
+        detector = Detector(score, **options.get(score, {})).fit(outputs, validation=outputs)
+        path = detector.save(folder / f"detector-{score}.safetensors")
+        made[f"detector: {score}"] = Loader(path, partial(_scored, path, outputs))
     path = folder / "index.safetensors"
     NeighborIndex(torch.randn(20, 4)).save(path)
     made["neighbour index"] = Loader(path, partial(NeighborIndex.load, path))
-    tuned = outputs.replace(logits=logits + 2.0 * torch.nn.functional.one_hot(labels) * (torch.arange(60) % 2)[:, None])
-    data = methods.VRFFeatures(outputs.only("logits"), tuned)
-    path = methods.VRF(temperatures=(1.2, 0.8)).fit(data, data).save(folder / "vrf.safetensors")
+    path = _vrf().save(folder / "vrf.safetensors")
     made["VRF"] = Loader(path, partial(methods.VRF.load, path))
     return made
 
 
+def _scored(path: Path, outputs: clip.Outputs) -> Detector:
+    detector = Detector.load(path)
+    detector.scores(outputs)
+    return detector
+
+
 def _caches(folder: Path) -> dict[str, Loader]:
-    cfg: Any = CONFIG["model_cfg"]
-    model = clip.import_open_clip().CLIP(cfg["embed_dim"], dict(cfg["vision_cfg"]), dict(cfg["text_cfg"])).eval()
     images = torch.randn(6, 3, 8, 8), torch.arange(6)
     kept = folder / "cache"
-    encode = partial(clip.encode, model, images, cache=kept)
+    encode = partial(clip.encode, _model(), images, cache=kept)
     encode()
     return {"feature cache": Loader(next(kept.iterdir()), encode, exact=True)}
 
@@ -203,12 +270,74 @@ def _data(folder: Path) -> dict[str, Loader]:
     names = folder / "named" / "classnames.txt"
     write_file(names.with_name("a.tar"), content.getvalue())
     write_text(names, "\n".join(NAMES))
+    split = folder / "split" / "split.csv"
+    write_text(split, "path,label,split\n" + "".join(f"{n}{p}.jpg,{n},{p}\n" for n in NAMES for p in ("train", "test")))
     return {
         "table: CSV": Loader(table, partial(read_table, table)),
         "table: JSON lines": Loader(lines, partial(read_table, lines)),
+        "table: split": Loader(split, partial(data.open, split)),
         "shard": Loader(shard, partial(read_shards, str(shard))),
         "shard: class names": Loader(names, partial(read_shards, str(names.with_name("a.tar")))),
+        **_images(folder),
+        **_objectnet(folder),
+        **_hugging_face(folder),
     }
+
+
+def _images(folder: Path) -> dict[str, Loader]:
+    """Image files, and one inside an archive."""
+    from PIL import Image
+
+    made = {}
+    picture = Image.effect_noise((24, 16), 60).convert("RGB")
+    for suffix in ("png", "jpg", "tif", "gif", "webp", "bmp"):
+        path = folder / "images" / f"a.{suffix}"
+        content = BytesIO()
+        picture.save(content, {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix))
+        write_file(path, content.getvalue())
+        made[f"image: {suffix}"] = Loader(path, partial(read_image, path))
+    member = PathDataset(((Member(path, "a.bmp", 0, len(content.getvalue())), 0),), ("ant",))
+    return made | {"image: member": Loader(path, partial(member.__getitem__, 0))}
+
+
+def _objectnet(folder: Path) -> dict[str, Loader]:
+    """ObjectNet's release; what its mappings are called stands in `robustft.data.families`."""
+    root = folder / "objectnet"
+    write_file(root / "images" / "alarm_clock" / "a.png", b"")
+    texts = {
+        "folder_to_objectnet_label.json": json.dumps({"alarm_clock": "Alarm clock"}),
+        "objectnet_to_imagenet_1k.json": json.dumps({"Alarm clock": "analog clock; digital clock"}),
+        "pytorch_to_imagenet_2012_id.json": json.dumps({"0": 0, "1": 1}),
+        "imagenet_to_label_2012_v2": "analog clock\ndigital clock\n",
+    }
+    for name, value in texts.items():
+        write_text(root / "mappings" / name, value)
+    imagenet_synsets()  # whose list lies in none of these files
+    return {f"ObjectNet: {name}": Loader(root / "mappings" / name, partial(data.open, root)) for name in texts}
+
+
+def _hugging_face(folder: Path) -> dict[str, Loader]:
+    """A data set that Hugging Face's `datasets` saved, where that is installed."""
+    if find_spec("datasets") is None:
+        return {}
+    import datasets
+    from PIL import Image
+
+    root = folder / "hugging-face"
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    content = BytesIO()
+    Image.effect_noise((8, 8), 60).convert("RGB").save(content, "png")
+    rows = {"image": [{"bytes": content.getvalue(), "path": None}] * 6, "label": [0, 1, 2] * 2}
+    table = datasets.table.InMemoryTable.from_pydict(rows, features.arrow_schema)
+    saved = datasets.Dataset(table, datasets.DatasetInfo(features=features), fingerprint="whole")
+    datasets.disable_progress_bars()
+    datasets.DatasetDict(train=saved).save_to_disk(root)
+    files = [root / "dataset_dict.json", *sorted(path for path in (root / "train").iterdir())]
+
+    def read() -> object:
+        return [item for item in data.open(root).train]
+
+    return {f"Hugging Face: {path.name}": Loader(path, read, folder=root) for path in files}
 
 
 # Damage
@@ -413,7 +542,7 @@ def judge(loader: Loader, whole: object, folder: Path) -> str:
             found = loader.load()
         except (ValueError, OSError) as error:
             text = str(error)
-            named = loader.path.name in text or str(loader.path.parent) in text or loader.path.parent.name in text
+            named = loader.path.name in text or (loader.folder or loader.path.parent).name in text
             outcome = "refused" if named else f"does not name the file: {type(error).__name__}: {text:.200}"
             if "can't allocate" in text or "MemoryError" in text:
                 outcome = f"memory: {text:.200}"
@@ -508,7 +637,7 @@ def main() -> int:
     for name, count in counts.items():
         print(f"{name:42} {dict(count)}")
     for name, number, outcome in failures:
-        print(f"{name}, file {number}: {outcome}")
+        print(f"{name}, file {number}: {outcome!a}")
     if not options.only:
         command = f"python -m benchmarks.fuzz_loaders --files {options.files} --seed {options.seed}"
         write_json(RESULTS / "fuzz_loaders.json", {"command": command, "failures": failures, "loaders": counts})

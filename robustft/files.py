@@ -341,8 +341,11 @@ def _replace_folder(path: Path, fresh: Path) -> None:
     os.rename(path, old)
     try:
         os.rename(fresh, path)
-    except OSError:
-        os.rename(old, path)
+    except BaseException:  # Ctrl-C too, which may also come after the renaming
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, path)
         raise
     shutil.rmtree(old)
 

@@ -164,6 +164,12 @@ def text_projection(model: nn.Module) -> Tensor:
     return _projection(model, "text", "text_projection", "text.text_projection", "text.proj")
 
 
+def feature_width(model: nn.Module) -> int | None:
+    """D of a model's features, None where its image tower does not say."""
+    width = getattr(getattr(unwrap(model), "visual", None), "output_dim", None)
+    return width if isinstance(width, int) else None
+
+
 def _projection(model: nn.Module, tower: str, *paths: str) -> Tensor:
     for path in paths:
         part: Any = unwrap(model)

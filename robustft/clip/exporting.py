@@ -16,6 +16,8 @@ from robustft.clip.prompts import Tokenizer
 from robustft.files import new_folder, write_json, write_tensors, write_text
 
 CARD_FILE = "README.md"
+PREPROCESSING = ("size", "interpolation", "resize_mode")
+"""Beside mean and std, which `check_same_computation` compares."""
 
 
 def export(
@@ -76,6 +78,19 @@ def _check_described(model: nn.Module, config: Mapping[str, Any]) -> None:
         cure = "; merge its adapters first: model.merge_and_unload()" if hasattr(model, "merge_and_unload") else ""
         raise ValueError(f"config: describes another model: {'; '.join(filter(None, differences))}{cure}")
     check_same_computation(model, described, "the model", "its config")
+    stated, given = getattr(model.visual, "preprocess_cfg", None) or {}, config["preprocess_cfg"]
+    differing = [
+        f"{key} is {stated[key]!r} and {given[key]!r}"
+        for key in PREPROCESSING
+        if key in stated and key in given and _square(stated[key]) != _square(given[key])
+    ]
+    if differing:
+        raise ValueError(f"the model and its config prepare images in two ways: {few(differing, 'settings')}")
+
+
+def _square(value: Any) -> Any:
+    """A side as height and width."""
+    return (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list) else value
 
 
 def _check_replaceable(directory: Path, names: set[str]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from robustft.clip.encoding import encode_images
 from robustft.clip.outputs import evaluating
 from robustft.clip.weights import fingerprint as model_fingerprint
+from robustft.data.images import Skipped
 from robustft.data.sources import Source, fingerprint, image_statistics, takes_statistics
 from robustft.files import read_tensors, write_tensors
 
@@ -38,11 +39,12 @@ STANDARD_TRANSFORMS = frozenset(
 @dataclass(frozen=True)
 class Features:
     """Unit image features (N, D) in float32 with their labels (N,) int64 and, where a classifier was at hand,
-    logits (N, K)."""
+    logits (N, K); and the images of the set that could not be read, which have no row."""
 
     image_features: Tensor
     labels: Tensor
     logits: Tensor | None = None
+    skipped: tuple[Skipped, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,8 +76,10 @@ def encode(
     torchvision's Compose of `STANDARD_TRANSFORMS`, which is what open_clip's evaluation transforms are: a function,
     a Lambda or a random crop cannot be told from others.
 
-    A damaged file is replaced with a warning. ValueError for NaN or infinite features, an empty data set, and, when
-    `cache` is given, a data set or transform that cannot be told from others. Memory: N (D + 2) floats.
+    Images that the data set wants skipped (`robustft.data.open`, on_error) have no row, and nothing is kept in the
+    cache then: they may be whole the next time. A damaged file of the cache is replaced with a warning. ValueError
+    for NaN or infinite features, an empty data set, and, when `cache` is given, a data set or transform that cannot
+    be told from others. Memory: N (D + 2) floats.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
@@ -99,14 +103,14 @@ def encode(
                 encoded = encode_images(model, images.to(device))
             features.append(encoded.float().cpu())
             labels.append(target)
-    result = Features(torch.cat(features), torch.cat(labels))
+    result = Features(torch.cat(features), torch.cat(labels), skipped=tuple(source.skipped.values()))
     bad = int((~result.image_features.isfinite()).any(1).sum())
     if bad:
         raise ValueError(
             f"{bad} of {len(result)} image features hold NaN or infinity: check the weights "
             f"and, if the images are fine, encode with another dtype than {dtype}"
         )
-    if path is not None:
+    if path is not None and not result.skipped:
         tensors = {"image_features": result.image_features, "labels": result.labels}
         write_tensors(path, tensors, {"sha256": _checksum(result)})
     return result

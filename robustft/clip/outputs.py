@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustft.data.images import Skipped
+
 
 class Outputs:
     """What is known of N images under one model: unit features, cosines to the K classes, logits; and more.
@@ -25,6 +27,7 @@ class Outputs:
     Args:
         features: (N, D), unit rows. cosines, logits: (N, K). patch_cosines: (N, P, K), of P patches. labels: (N,).
         classes: the K columns' names, where they are known.
+        skipped: images of the set that could not be read, which have no row (`robustft.data.open`, on_error).
     """
 
     PARTS = ("features", "cosines", "logits", "patch_cosines", "labels")
@@ -38,8 +41,10 @@ class Outputs:
         labels: Tensor | None = None,
         *,
         classes: Sequence[str] | None = None,
+        skipped: Sequence[Skipped] = (),
     ) -> None:
         self.classes = None if classes is None else tuple(classes)
+        self.skipped = tuple(skipped)
         given = (features, cosines, logits, patch_cosines, labels)
         self._parts = {name: part for name, part in zip(self.PARTS, given, strict=True) if part is not None}
 
@@ -83,24 +88,38 @@ class Outputs:
     def __repr__(self) -> str:
         return f"Outputs({', '.join(f'{name}={tuple(part.shape)}' for name, part in self._parts.items())})"
 
-    def replace(self, *, classes: Sequence[str] | None = None, **parts: Tensor | None) -> Outputs:
-        """The same with other parts, of which None takes one away, and other names of the columns, if any are given."""
-        return Outputs(**{**self._parts, **parts}, classes=self.classes if classes is None else classes)
+    def replace(
+        self,
+        *,
+        classes: Sequence[str] | None = None,
+        skipped: Sequence[Skipped] | None = None,
+        **parts: Tensor | None,
+    ) -> Outputs:
+        """The same with other parts, of which None takes one away, and other names of the columns or images that were
+        skipped, if any are given."""
+        return Outputs(
+            **{**self._parts, **parts},
+            classes=self.classes if classes is None else classes,
+            skipped=self.skipped if skipped is None else skipped,
+        )
 
     def only(self, *names: str) -> Outputs:
         """Those of these parts that are there."""
-        return Outputs(**{name: part for name, part in self._parts.items() if name in names}, classes=self.classes)
+        return self._with({name: part for name, part in self._parts.items() if name in names})
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Outputs:
         """A function of every part."""
-        return Outputs(**{name: function(part) for name, part in self._parts.items()}, classes=self.classes)
+        return self._with({name: function(part) for name, part in self._parts.items()})
 
     @staticmethod
     def cat(batches: Sequence[Outputs]) -> Outputs:
         """One after the other, on the parts of the first."""
         first = batches[0]
         parts = {name: torch.cat([batch._part(name) for batch in batches]) for name in first._parts}
-        return Outputs(**parts, classes=first.classes)
+        return Outputs(**parts, classes=first.classes, skipped=[one for batch in batches for one in batch.skipped])
+
+    def _with(self, parts: dict[str, Tensor]) -> Outputs:
+        return Outputs(**parts, classes=self.classes, skipped=self.skipped)
 
     def _part(self, name: str) -> Tensor:
         if name not in self._parts:

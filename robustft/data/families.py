@@ -100,7 +100,7 @@ def objectnet(root: Path) -> tuple[PathDataset, str]:
     numbers = {description: number for number, description in enumerate(_descriptions(root))}
     samples, classes = [], []
     for folder in subfolders(root / "images"):
-        described = to_imagenet.get(labels.get(folder.name, ""), "")
+        described = str(to_imagenet.get(str(labels.get(folder.name, "")), ""))
         first = next((numbers[name] for name in (p.strip() for p in described.split(";")) if name in numbers), None)
         if first is not None:
             synset = imagenet_synsets()[first]
@@ -122,8 +122,16 @@ def _descriptions(root: Path) -> list[str]:
     if not path.is_file() or not lines.is_file():
         raise ValueError(f"{root}: mappings/ lacks {path.name} or {lines.name}")
     by_id = [line.strip() for line in read_text(lines, "a class name a line").splitlines()]
-    order = _json(path)
-    return [by_id[int(order[str(number)])] for number in range(len(by_id))]
+    order: dict[str, object] = dict(_json(path))
+    places = [order.get(str(number)) for number in range(len(by_id))]
+    found = []
+    for number, place in enumerate(places):
+        if type(place) is not int or not 0 <= place < len(by_id):
+            raise ValueError(
+                f"{path}: the place of label {number} is {place!r:.60}; expected a line of the {len(by_id)} in {lines}"
+            )
+        found.append(by_id[place])
+    return found
 
 
 def _json(path: Path) -> dict[str, str]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustft.data.images import DamagedImageError, OnError, check_on_error
+
 IMAGE, LABEL, TEXT = ("image", "img"), ("label", "labels", "fine_label"), ("text", "caption", "title")
 
 
@@ -24,8 +26,10 @@ class HuggingFaceDataset:
     transform: Callable[[Any], Any] | None = None
     names: tuple[str, ...] | None = None
     workers: int | None = None  # as in `PathDataset`
+    on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
+        check_on_error(self.on_error)
         if self._column(IMAGE) is None:
             raise ValueError(f"{self.where}: no column {' or '.join(IMAGE)}; the columns are {self.rows.column_names}")
         if self._column(LABEL) is None and self._column(TEXT) is None:
@@ -53,8 +57,13 @@ class HuggingFaceDataset:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
-        row = self.rows[int(index)]
-        image = row[self._column(IMAGE)].convert("RGB")
+        try:
+            row = self.rows[int(index)]
+            image = row[self._column(IMAGE)].convert("RGB")
+        except IndexError:  # beyond the last row
+            raise
+        except Exception as error:  # of a damaged image or table, a decoder may raise anything
+            raise DamagedImageError(f"{self.where}, row {index}: damaged, or no image: {error!r:.200}") from error
         image = image if self.transform is None else self.transform(image)
         label, text = self._column(LABEL), self._column(TEXT)
         if text is None:

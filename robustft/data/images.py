@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,14 +19,35 @@ if TYPE_CHECKING:
     import PIL.Image
 
 
+OnError = Literal["raise", "skip"]
+"""What happens at an image that cannot be read: the error, or the set goes on without it."""
+
+
+class DamagedImageError(ValueError):
+    """An image's file, named, is damaged, no image, or of pixels whose range nothing tells."""
+
+
+class Skipped(NamedTuple):
+    """An image that could not be read: its row in the data set, and the error, which names the file."""
+
+    row: int
+    error: str
+
+
+def check_on_error(on_error: str) -> None:
+    """ValueError for what is no `OnError`."""
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+
+
 def read_image(path: str | Path, content: bytes | None = None) -> PIL.Image.Image:
     """The image of a file as 8-bit RGB, upright: every image file of this package is decoded here.
 
     Images are turned as their EXIF orientation says. Of 16-bit greyscale the whole range becomes 0..255; PIL's own
     conversion cuts it at 255, which is white. Otherwise PIL's conversion, as in torchvision and open_clip: transparency
-    is dropped. Raises ValueError, naming the file, for one that is damaged or no image, and for pixels whose range
-    nothing tells (floating point, more than 16 bits); OSError where the file cannot be opened. `content` is the file's,
-    where it lies in an archive and `path` only names it.
+    is dropped. Raises DamagedImageError, a ValueError that names the file, for one that is damaged or no image, and for
+    pixels whose range nothing tells (floating point, more than 16 bits); OSError where the file cannot be opened.
+    `content` is the file's, where it lies in an archive and `path` only names it.
     """
     from PIL import Image, ImageOps
 
@@ -36,17 +57,19 @@ def read_image(path: str | Path, content: bytes | None = None) -> PIL.Image.Imag
     except Exception as error:  # of a damaged file, a decoder may raise anything
         if isinstance(error, OSError) and error.errno is not None:  # missing, or not to be read: damage has no number
             raise
-        raise ValueError(f"{path}: damaged, or no image: {error!r:.200}") from error
+        raise DamagedImageError(f"{path}: damaged, or no image: {error!r:.200}") from error
     if image.mode.startswith("I"):
         pixels = np.asarray(image).astype(np.int64)
         if pixels.min() < 0 or pixels.max() > 0xFFFF:
-            raise ValueError(
+            raise DamagedImageError(
                 f"{path}: pixels from {pixels.min()} to {pixels.max()}, of which nothing says what is white; expected "
                 "at most 16 bits: save it with 8"
             )
         image = Image.fromarray(((pixels * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
     if image.mode == "F":
-        raise ValueError(f"{path}: floating point pixels, of which nothing says what is white: save it with 8 bits")
+        raise DamagedImageError(
+            f"{path}: floating point pixels, of which nothing says what is white: save it with 8 bits"
+        )
     if image.mode == "P":  # by way of its transparency, without which PIL warns
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -19,15 +19,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from robustft.data.classes import few
+from robustft.data.duplicates import SIDE, Look, look
 from robustft.data.duplicates import families as copies
-from robustft.data.duplicates import look
 from robustft.data.families import imagenet_tree, is_imagenet_tree, is_imagenet_v2, is_objectnet, objectnet, wilds_table
 from robustft.data.folder import class_tree, is_class_tree, subfolders, unlabelled
-from robustft.data.paths import PathDataset, read_file
+from robustft.data.images import DamagedImageError, OnError, check_on_error
+from robustft.data.paths import Member, PathDataset, read_file
 from robustft.data.seeds import stateless_generator
 from robustft.data.shards import read_shards
 from robustft.data.splits import few_shot, read_split
@@ -107,6 +109,7 @@ def open(
     shots: int | None = None,
     seed: int = 0,
     near_duplicates: bool = True,
+    on_error: OnError = "raise",
 ) -> Data:
     """The data that lie at `source`; the kinds are those of this module's first lines, tried in that order.
 
@@ -122,11 +125,14 @@ def open(
         shots: keep so many images of each class for training.
         seed: of splits and shots.
         near_duplicates: when a tree is split, keep (near-)copies on one side, for which every image is read once.
+        on_error: "skip" lets whatever reads the sets go on without images that cannot be read, and tell how many these
+            were and which: a warning, and `skipped` of what it returns. A training step takes the next image instead.
 
     Raises FileNotFoundError for a source that is not there, ValueError, naming files, for one of no known kind and for
     parts that do not fit, ImportError naming the extra of a reader that is not installed.
     """
-    data = source if isinstance(source, Data) else _open(source, columns, images, seed, near_duplicates)
+    check_on_error(on_error)
+    data = source if isinstance(source, Data) else _open(source, columns, images, seed, near_duplicates, on_error)
     if validation is not None:
         data = replace(data, validation=_whole(validation, columns, images))
     if test is not None:
@@ -149,7 +155,7 @@ def open(
         if data.train is None:
             raise ValueError(f"shots is {shots}, but {source} has no images to train on")
         data = replace(data, train=few_shot(data.train, shots, seed=seed))
-    return data
+    return data if on_error == "raise" else data.map(lambda part: replace(part, on_error=on_error))
 
 
 def open_test(
@@ -206,6 +212,7 @@ def _open(
     images: str | os.PathLike[str] | None,
     seed: int,
     near_duplicates: bool,
+    on_error: OnError = "raise",
 ) -> Data:
     text = os.fspath(source)
     path = Path(text).expanduser()
@@ -232,7 +239,7 @@ def _open(
         tree, protocol = imagenet_tree(path)
         return _test_only(path, tree, "ImageNet's classes", protocol)
     if is_class_tree(path):
-        return split_tree(path, seed=seed, near_duplicates=near_duplicates)
+        return split_tree(path, seed=seed, near_duplicates=near_duplicates, on_error=on_error)
     raise ValueError(
         f"{path}: no data set that is known. Looked for, in this order: {DATA_SET_KINDS}. The folder holds "
         f"{few(sorted(entry.name for entry in path.iterdir()))}"
@@ -328,8 +335,13 @@ def _open_hugging_face(path: Path) -> Data:
         ) from error
     from robustft.data.hugging_face import HuggingFaceDataset
 
-    loaded = datasets.load_from_disk(os.fspath(path))
+    try:
+        loaded = datasets.load_from_disk(os.fspath(path))
+    except Exception as error:  # of damaged files, it may raise anything
+        raise ValueError(f"{path}: damaged, or not saved by Hugging Face's datasets: {error!r:.200}") from error
     parts = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    if not parts:
+        raise ValueError(f"{path}: holds no split; expected train, {', '.join(VALIDATION_NAMES)}, test")
     sets: dict[str, Any] = {"train": None, "validation": None, "test": None}
     for name, part in parts.items():
         kind = SPLITS.get(name)
@@ -406,12 +418,23 @@ def stratified(labels: Tensor, share: float, seed: int, family: Tensor | None = 
     return (~second).nonzero().squeeze(1), second.nonzero().squeeze(1)
 
 
-def split_tree(root: Path, *, seed: int = 0, near_duplicates: bool = True) -> Data:
-    """A tree of class folders as train, validation and test; copies and near-copies of an image on one side."""
+def split_tree(root: Path, *, seed: int = 0, near_duplicates: bool = True, on_error: OnError = "raise") -> Data:
+    """A tree of class folders as train, validation and test; copies and near-copies of an image on one side.
+
+    An image that cannot be read and is to be skipped has no copies."""
+
+    def seen(file: Path | Member) -> Look:
+        try:
+            return look(read_file(file))
+        except (DamagedImageError, OSError):
+            if on_error == "raise":
+                raise
+            return Look(str(file), np.zeros(SIDE * SIDE, dtype=np.float32))
+
     tree = class_tree(root)
     family, told = None, ""
     if near_duplicates:
-        family = copies([look(read_file(file)) for file, _ in tree.samples])
+        family = copies([seen(file) for file, _ in tree.samples])
         families = len(family.unique())
         if families < len(tree):
             told = f", {len(tree) - families} (near-)copies on the side of their first"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from robustft.data.classes import few
-from robustft.data.images import read_image
+from robustft.data.images import DamagedImageError, OnError, check_on_error, read_image
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -34,12 +34,13 @@ class Member(NamedTuple):
         return f"{self.archive}/{self.name}"
 
     def read(self) -> bytes:
-        """The file's content; OSError where the archive cannot be read, ValueError where it has become shorter."""
+        """The file's content; OSError where the archive cannot be read, DamagedImageError where it has become
+        shorter."""
         with self.archive.open("rb") as file:
             file.seek(self.offset)
             content = file.read(self.size)
         if len(content) < self.size:
-            raise ValueError(f"{self}: the archive ends inside it")
+            raise DamagedImageError(f"{self}: the archive ends inside it")
         return content
 
 
@@ -61,6 +62,8 @@ class PathDataset:
         transform: of the image, such as a model's.
         texts: N captions. groups: (N,) int64, of `group_names`.
         workers: processes that read it in order, None for one a core (`robustft.data.sources.reading_workers`).
+        on_error: "skip" lets `robustft.data.sources` go on without images that cannot be read, and count them; an item
+            that is asked for by itself raises all the same.
     """
 
     samples: tuple[tuple[Path | Member, int], ...]
@@ -70,6 +73,10 @@ class PathDataset:
     groups: Tensor | None = None
     group_names: tuple[str, ...] = ()
     workers: int | None = None
+    on_error: OnError = "raise"
+
+    def __post_init__(self) -> None:
+        check_on_error(self.on_error)
 
     @property
     def labels(self) -> Tensor:
@@ -141,8 +148,14 @@ class PathDataset:
         if self.groups is not None:
             digest.update(self.groups.numpy().tobytes())
         for file, label in self.samples:
-            status = os.stat(file.archive if isinstance(file, Member) else file)
             place = file.offset if isinstance(file, Member) else 0
+            try:
+                status = os.stat(file.archive if isinstance(file, Member) else file)
+            except OSError:
+                if self.on_error == "raise":
+                    raise
+                digest.update(f"{file}\0{place}\0{label}\0missing\n".encode())
+                continue
             digest.update(f"{file}\0{place}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 

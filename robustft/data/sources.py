@@ -11,6 +11,11 @@ and may tell more: `.classes`, what its labels mean (`robustft.data.classes`), b
 or a predictor; `.groups` (N,) go along as the column "group"; `.fingerprint`, a string or a function that gives one,
 tells it from others. Where a method's image tower is frozen, unit features (N, D) may stand for the images.
 
+One whose `.on_error` is "skip" is read without the images that cannot be read: each counts in `Source.skipped`, and a
+warning says how many and which. In order, the others keep their order and their own labels. In training, the next image
+that can be read takes its place in the batch, so that batches stay whole and are a function of the files, whichever
+process reads them. It is an error where no image can be read.
+
 A batch is (images, labels), (images, texts) or {"image": ..., "label" and / or "text": ...}. A dictionary may carry
 more, which the methods that know it take and the others leave: "group" (N,), "core" (N,) or (N, K).
 """
@@ -22,6 +27,7 @@ import multiprocessing
 import os
 import random
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from robustft.data.classes import Matching, matching_of
+from robustft.data.images import DamagedImageError, Skipped
 from robustft.data.pixels import Statistics, warning_of_raw_pixels
 from robustft.data.seeds import stateless_seed
 
@@ -72,6 +79,8 @@ class Source:
         if self.columns is not None and self.matching is not None and isinstance(self.columns.get("label"), Tensor):
             self.columns = self.columns | {"label": self.matching.of(self.columns["label"])}
         self.data = data
+        self.skips = _of_images(data, "on_error") == "skip"
+        self.skipped: dict[int, Skipped] = {}
         if self.columns is None and not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
             raise TypeError(
                 f"{name} must be (images, labels) tensors, have .tensors(mean, std), or be a map-style data set "
@@ -109,7 +118,12 @@ class Source:
             for start in range(first, min(first + batch_size, len(self)), part)
         ]
         if workers == 0:
-            yield from (self._items(span) for span in spans)
+            for span in spans:
+                items, skipped = self._items(span)
+                self._note(skipped)
+                if items is not None:
+                    yield items
+            self._tell_skipped()
             return
         loader = torch.utils.data.DataLoader(
             _Spans(self, spans),
@@ -123,21 +137,50 @@ class Source:
         for span, found in zip(spans, loader, strict=True):
             if isinstance(found, Exception):
                 raise found
-            images.append(found[0])
-            labels.append(found[1])
-            if span.stop % batch_size == 0 or span.stop == len(self):
+            items, skipped = found
+            self._note(skipped)
+            if items is not None:
+                images.append(items[0])
+                labels.append(items[1])
+            if images and (span.stop % batch_size == 0 or span.stop == len(self)):
                 yield torch.cat(images), torch.cat(labels)
                 images, labels = [], []
+        self._tell_skipped()
 
-    def _items(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        items = [self.data[row] for row in rows]
+    def _note(self, skipped: Sequence[Skipped]) -> None:
+        self.skipped |= {one.row: one for one in skipped}
+        if len(self.skipped) == len(self):
+            raise ValueError(f"{self.name}: none of its {len(self)} images can be read: {skipped[0].error}")
+
+    def _tell_skipped(self) -> None:
+        if self.skipped:
+            shown = "; ".join(one.error for one in list(self.skipped.values())[:SHOWN_SKIPPED])
+            more = "; ..." if len(self.skipped) > SHOWN_SKIPPED else ""
+            warnings.warn(
+                f"{self.name}: {len(self.skipped)} of {len(self)} images could not be read and were skipped: "
+                f"{shown}{more}",
+                stacklevel=1,  # at this line, not the caller's, so that it is said once
+            )
+
+    def _items(self, rows: Sequence[int]) -> tuple[tuple[Tensor, Tensor] | None, list[Skipped]]:
+        """Images and labels of the items at `rows`, None where none can be read; and those that are skipped."""
+        items, skipped = [], []
+        for row in rows:
+            try:
+                items.append(self.data[row])
+            except (DamagedImageError, OSError) as error:
+                if not self.skips:
+                    raise
+                skipped.append(Skipped(row, str(error)))
+        if not items:
+            return None, skipped
         pairs = [(item["image"], item.get("label", -1)) if isinstance(item, Mapping) else item[:2] for item in items]
         images = [image if self.transform is None else self.transform(image) for image, _ in pairs]
         if not isinstance(images[0], Tensor) or not images[0].is_floating_point():
             got = images[0].dtype if isinstance(images[0], Tensor) else type(images[0]).__name__
             raise TypeError(f"images must be floating point tensors, got {got}: pass the model's transform")
         labels = torch.tensor([int(label) for _, label in pairs])
-        return torch.stack(images), labels if self.matching is None else self.matching.of(labels)
+        return (torch.stack(images), labels if self.matching is None else self.matching.of(labels)), skipped
 
     def batches(
         self, chunks: Iterable[tuple[int, Tensor]], *, seed: int, workers: int = 0, pinned: bool = False
@@ -154,13 +197,22 @@ class Source:
             named = isinstance(self.data, Mapping)
             return warning_of_raw_pixels((b if named else tuple(b.values()) for b in chosen), self.statistics)
         loader = torch.utils.data.DataLoader(
-            _Seeded(self.data, self.groups, self.matching, seed),
+            _Seeded(self.data, self.groups, self.matching, seed, self.skips),
             batch_sampler=([(epoch, index) for index in chunk.tolist()] for epoch, chunk in chunks),
             num_workers=workers,
             worker_init_fn=_ignore_interrupt,
             pin_memory=pinned,
+            collate_fn=_with_skipped if self.skips else None,
         )
-        return warning_of_raw_pixels(iter(loader), self.statistics)
+        return warning_of_raw_pixels(self._noted(loader) if self.skips else iter(loader), self.statistics)
+
+    def _noted(self, loader: Iterable[tuple[Any, list[Skipped]]]) -> Iterator[Any]:
+        before = len(self.skipped)
+        for batch, skipped in loader:
+            self._note(skipped)
+            yield batch
+        if len(self.skipped) > before:
+            self._tell_skipped()
 
     def check_training(self, classes: int, features: bool = False) -> dict[str, Any]:
         """Checks tensors as `unpack` checks a batch of them; gives what a resumed run must find the same.
@@ -187,6 +239,8 @@ class Source:
         return described | ({"columns": digests} if digests else {})
 
 
+SHOWN_SKIPPED = 3
+"""Images that a warning of skipped ones names."""
 READ_TOGETHER = 32
 """Images that a worker hands over at a time: larger parts fill the shared memory of a container."""
 FILES_FOR_WORKERS = 256
@@ -200,11 +254,7 @@ def reading_workers(data: Any, count: int, workers: int | None = None) -> int:
     most 8, for `FILES_FOR_WORKERS` items or more. A data set that has no attribute `workers` is read in this process:
     an open archive or a connection in it would be torn between several.
     """
-    while workers is None and isinstance(data, torch.utils.data.Subset):
-        data = data.dataset
-    if workers is None and not hasattr(data, "workers"):
-        return 0
-    workers = data.workers if workers is None else workers
+    workers = _of_images(data, "workers", 0) if workers is None else workers
     if workers is not None:
         if workers < 0:
             raise ValueError(f"workers must not be negative, got {workers}")
@@ -221,15 +271,23 @@ def batches(
     transform: Transform | None = None,
     batch_size: int = 256,
     workers: int | None = None,
+    skipped: list[Skipped] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A whole data set in order as batches of images (n, C, H, W), floating point, and labels (n,) int64.
 
     `dataset` as `robustft.data.sources` says. `model` gives the image statistics for data sets with `.tensors(mean,
     std)`; `transform` turns an item's image into a tensor, and is preferred to the statistics where given. TypeError
     for what is no data set and for images that are no tensors after `transform`; ValueError when empty. `workers` as in
-    `reading_workers`.
+    `reading_workers`. A list `skipped` receives, at the end, the images that were skipped.
     """
-    return Source(dataset, model, transform).in_order(batch_size, workers)
+    source = Source(dataset, model, transform)
+    found = source.in_order(batch_size, workers)
+    return found if skipped is None else _with_those_skipped(found, source, skipped)
+
+
+def _with_those_skipped(found: Iterator[Any], source: Source, skipped: list[Skipped]) -> Iterator[Any]:
+    yield from found
+    skipped += source.skipped.values()
 
 
 def image_batches(data: Any, model: Any = None, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -385,8 +443,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 class _Seeded(torch.utils.data.Dataset[Any]):
     """A data set whose augmentation is a function of (seed, epoch, index), in whichever process it runs."""
 
-    def __init__(self, data: Any, groups: Any, matching: Matching | None, seed: int) -> None:
-        self.data, self.groups, self.matching, self.seed = data, groups, matching, seed
+    def __init__(self, data: Any, groups: Any, matching: Matching | None, seed: int, skips: bool) -> None:
+        self.data, self.groups, self.matching, self.seed, self.skips = data, groups, matching, seed, skips
 
     def __len__(self) -> int:
         return len(self.data)
@@ -397,6 +455,19 @@ class _Seeded(torch.utils.data.Dataset[Any]):
         random.seed(number)
         np.random.seed(number)
         torch.manual_seed(number)
+        return self._readable(index) if self.skips else self._item(index)
+
+    def _readable(self, index: int) -> tuple[Any, list[Skipped]]:
+        """The item, or the next one that can be read; and what was skipped until there."""
+        skipped: list[Skipped] = []
+        for place in (*range(index, len(self)), *range(index)):
+            try:
+                return self._item(place), skipped
+            except (DamagedImageError, OSError) as error:
+                skipped.append(Skipped(place, str(error)))
+        raise ValueError(f"none of the {len(self)} images can be read: {skipped[0].error}")
+
+    def _item(self, index: int) -> Any:
         item = self.data[index]
         if isinstance(item, Mapping):
             known = {} if self.groups is None else {"group": self.groups[index]}
@@ -421,6 +492,18 @@ def groups_of(data: Any) -> Any:
     return groups
 
 
+def _with_skipped(items: Sequence[tuple[Any, list[Skipped]]]) -> tuple[Any, list[Skipped]]:
+    batch = torch.utils.data.default_collate([item for item, _ in items])
+    return batch, [one for _, skipped in items for one in skipped]
+
+
+def _of_images(data: Any, name: str, otherwise: Any = None) -> Any:
+    """An attribute of the data set that reads the images, also where it lies inside a `Subset`."""
+    while isinstance(data, torch.utils.data.Subset) and not hasattr(data, name):
+        data = data.dataset
+    return getattr(data, name, otherwise)
+
+
 class _Spans(torch.utils.data.Dataset[Any]):
     """Parts of a source, each read at once. What goes wrong is handed over as it is: a loader would wrap it."""
 
@@ -430,7 +513,7 @@ class _Spans(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return len(self.spans)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | Exception:
+    def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor] | None, list[Skipped]] | Exception:
         try:
             return self.source._items(self.spans[index])
         except Exception as error:

@@ -216,7 +216,7 @@ def _ready(source: Any) -> Outputs:
     """Parts by name, whatever holds them; a Features calls them image_features."""
     if isinstance(source, Outputs):
         return source
-    found = {name: getattr(source, name, None) for name in Outputs.PARTS}
+    found: dict[str, Any] = {name: getattr(source, name, None) for name in Outputs.PARTS}
     if found["features"] is None:
         found["features"] = getattr(source, "image_features", None)
     if all(value is None for value in found.values()):

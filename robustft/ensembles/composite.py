@@ -2,7 +2,7 @@
 
 <directory>/zero_shot/              as the member's own `save` writes it: a directory that open_clip loads
 <directory>/fine_tuned/
-<directory>/ensemble.safetensors    what mixes them: kind, numbers and tensors, written last
+<directory>/ensemble.safetensors    what mixes them: kind, numbers and tensors
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from robustft import clip
-from robustft.files import COMPANIONS, load_fitted, refusing, save_fitted
+from robustft.files import COMPANIONS, load_fitted, new_folder, refusing, save_fitted
 from robustft.predictors.base import FeaturePredictor, Predictor
 from robustft.predictors.saving import ENSEMBLE_FILE, load_predictor
 
@@ -34,20 +34,17 @@ class Composite(Predictor):
         """Writes every member into a directory of its name, and beside them what mixes them.
 
         `robustft.load_predictor` gives the predictor back. `config` and `tokenizer` are those of the members,
-        fine-tunings of one model. An earlier ensemble is replaced, with its detector, calibrator and conformal sets;
-        FileExistsError when `directory` holds anything else. Other errors as in `clip.export`.
+        fine-tunings of one model. The directory is built beside its place and then renamed, so that it is whole or not
+        there. An earlier ensemble is replaced, with its detector, calibrator and conformal sets; FileExistsError when
+        `directory` holds anything else. Other errors as in `clip.export`.
         """
-        path = Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
-        own = (ENSEMBLE_FILE, *COMPANIONS)
-        if other := sorted({entry.name for entry in path.iterdir()} - {*own, *self.members}):
-            raise FileExistsError(f"{path} holds {other[:3]}, which no ensemble does: choose another directory")
-        for name in own:  # first, so that none is ever found beside other members than its own
-            (path / name).unlink(missing_ok=True)
-        for name in self.members:
-            getattr(self, name).save(path / name, config, tokenizer=tokenizer)
-        self.write(path / ENSEMBLE_FILE)
-        return path
+        path = Path(directory).resolve()
+        with new_folder(path) as fresh:
+            for name in self.members:
+                getattr(self, name).save(fresh / name, config, tokenizer=tokenizer)
+            self.write(fresh / ENSEMBLE_FILE)
+            _check_replaceable(path, fresh)
+        return Path(directory)
 
     def write(self, path: Path) -> None:
         """Writes what this holds beside its members, as `files.save_fitted` does, under its `kind`."""
@@ -70,3 +67,16 @@ class Composite(Predictor):
                 member.model = encoders.setdefault(clip.fingerprint(member.model), member.model)
         with refusing(path, cls.kind):
             return cls.read(path, members)
+
+
+def _check_replaceable(directory: Path, fresh: Path) -> None:
+    """FileExistsError where `directory` holds what is in no ensemble like the `fresh` one."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file: choose another directory")
+    known = {path.relative_to(fresh) for path in fresh.rglob("*")}
+    held = sorted(path.relative_to(directory) for path in directory.rglob("*"))
+    other = [str(path) for path in held if path not in known and path.name not in COMPANIONS]
+    if other:
+        raise FileExistsError(f"{directory} holds {other[:3]}, which no ensemble does: choose another directory")

@@ -200,7 +200,7 @@ class VRF:
         self._check_fitted()
         settings = {
             "k": self.k_,
-            "a": self.a_,
+            "a": self.a_ if math.isfinite(self.a_) else str(self.a_),  # of `at(0)` and `at(1)`: JSON has no infinity
             "b": self.b_,
             "temperatures": self.temperatures_,
             "weighting": self.weighting,

@@ -89,12 +89,33 @@ class CoCoOpClassifier(FeaturePredictor):
         "shift_bias": "width",
     }
     settings = ("captions",)
+    tokens: Tensor
+    positions: Tensor
+    context: Tensor
 
     def __init__(
         self, model: nn.Module, classes: Sequence[str], *, captions: int = CAPTIONS, **tensors: Tensor
     ) -> None:
         super().__init__(model, classes, **tensors)
+        if not isinstance(captions, int) or captions < 1:
+            raise ValueError(f"captions must be a whole number of at least 1, got {captions!r:.80}")
         self.captions = captions
+
+    def check_fits(self) -> None:
+        super().check_fits()
+        vocabulary, width = clip.token_embedding(self.model).weight.shape
+        length = getattr(clip.text_tower(self.model), "context_length", None) or self.tokens.shape[1]
+        if self.context.shape[1] != width or self.tokens.shape[1] > length:
+            raise ValueError(
+                f"context and tokens are {tuple(self.context.shape)} and {tuple(self.tokens.shape)}, but the model "
+                f"embeds at most {length} tokens, in width {width}"
+            )
+        for name, ids, end in (
+            ("tokens", self.tokens, vocabulary),
+            ("positions", self.positions, self.tokens.shape[1]),
+        ):
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < end:
+                raise ValueError(f"{name} must lie in [0, {end}), got {int(ids.min())} to {int(ids.max())}")
 
     def head_outputs(self, features: Tensor) -> Outputs:
         parts = {name: getattr(self, name) for name in self.tensors}

@@ -102,6 +102,15 @@ class MaPLeClassifier(ModelPredictor):
     logit_scale: Tensor
     prompts: Tensor
 
+    def check_fits(self) -> None:
+        super().check_fits()
+        layers, width = deep_prompts.visual_layers(self.model), deep_prompts.visual_width(self.model)
+        if not 1 <= len(self.prompts) <= layers or self.prompts.shape[2] != width:
+            raise ValueError(
+                f"prompts must be (J, n, {width}) for at most the model's {layers} blocks, got "
+                f"{tuple(self.prompts.shape)}"
+            )
+
     def _outputs(self, images: Tensor) -> Outputs:
         with deep_prompts.visual_prompts(self.model, list(self.prompts)):
             u = clip.encode_images(self.model, images)

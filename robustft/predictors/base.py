@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from robustft import clip
 from robustft.clip.outputs import Outputs, evaluating, similarities
 from robustft.data.classes import Matching, matching_of
+from robustft.data.images import Skipped
 from robustft.data.sources import batches, image_statistics, takes_statistics
 from robustft.files import load_fitted, refusing, save_fitted
 from robustft.ops.precision import at_least_float32
@@ -106,7 +107,8 @@ class Predictor(nn.Module):
         `classes`, and their `classes` tell which. labelled: False for a set of other classes, such as an
         out-of-distribution one: labels and names are not looked at. workers: processes that read images, as
         `robustft.data.sources.reading_workers` says. ValueError for names that are not among the classes, for images
-        without a label, and for NaN or infinite logits, saying how many rows.
+        without a label, and for NaN or infinite logits, saying how many rows. Images that `data` wants skipped
+        (`robustft.data.open`, on_error) have no row; `Outputs.skipped` has them.
         """
         (outputs,) = predict_each((self,), data, batch_size, labelled=labelled, workers=workers)
         return outputs
@@ -163,8 +165,10 @@ def each_batch(
     *,
     labelled: bool = True,
     workers: int | None = None,
+    skipped: list[Skipped] | None = None,
 ) -> Iterator[tuple[Outputs, ...]]:
-    """What each predictor makes of a set, batch by batch, read once; as in `Predictor.predict`."""
+    """What each predictor makes of a set, batch by batch, read once; as in `Predictor.predict`. A list `skipped`
+    receives, at the end, the images that were."""
     for predictor in predictors:
         if not isinstance(predictor, Predictor):
             raise TypeError(
@@ -174,7 +178,7 @@ def each_batch(
     used = tuple(predictor for predictor, _ in pairs)
     device = next((p.device for p in predictors[-1].parameters()), torch.device("cpu"))
     with evaluating(*used):
-        for images, labels in batches(data, predictors[-1], batch_size=batch_size, workers=workers):
+        for images, labels in batches(data, predictors[-1], batch_size=batch_size, workers=workers, skipped=skipped):
             if labelled and (missing := int((labels < 0).sum())):
                 raise ValueError(f"{missing} of {len(labels)} images of a batch have no label: expected a labelled set")
             found = outputs_of_each(used, images.to(device))
@@ -212,14 +216,20 @@ def predict_each(
         alike.setdefault((device, statistics), []).append(index)
     found: list[Any] = [None] * len(predictors)
     for indices in alike.values():
+        skipped: list[Skipped] = []
         batches_of = (
             tuple(outputs.only(*parts) for outputs in batch)
             for batch in each_batch(
-                [predictors[i] for i in indices], data, batch_size, labelled=labelled, workers=workers
+                [predictors[i] for i in indices],
+                data,
+                batch_size,
+                labelled=labelled,
+                workers=workers,
+                skipped=skipped,
             )
         )
         for index, column in zip(indices, zip(*batches_of, strict=True), strict=True):
-            found[index] = Outputs.cat(column)
+            found[index] = Outputs.cat(column).replace(skipped=skipped)
     for outputs in found:
         bad = int((~outputs.logits.isfinite()).any(1).sum())
         if bad:
@@ -305,7 +315,18 @@ class ModelPredictor(Predictor):
                     raise ValueError(f"logit_scale must be positive, got {float(value)}")
         model = clip.load(f"local-dir:{directory}", device=device, dtype=dtype).model
         with refusing(path, cls.kind):
-            return cls(model=model, classes=classes, **tensors, **settings)
+            predictor = cls(model=model, classes=classes, **tensors, **settings)
+            predictor.check_fits()
+        return predictor
+
+    def check_fits(self) -> None:
+        """ValueError where tensors are not of the model's widths, as those of another model's file are not."""
+        width = clip.feature_width(self.model)
+        for name, value in self._held().items():
+            letters = [letter for letter in self.tensors[name].rstrip("?").split() if letter != "int"]
+            found = dict(zip(letters, value.shape, strict=True)).get("D", width)
+            if width is not None and found != width:
+                raise ValueError(f"{name} are made for features of width {found}, but the model's have width {width}")
 
 
 class FeaturePredictor(ModelPredictor):

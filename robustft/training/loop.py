@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from robustft.clip import check_trainable_precision
+from robustft.data.images import Skipped
 from robustft.data.sources import Source
 from robustft.machine import Decay, Precision
 from robustft.methods.base import Method, check_single_process
@@ -36,13 +37,15 @@ from robustft.training.validation import Best, Metric, Validation
 @dataclass(frozen=True)
 class History:
     """What `fit` did: records as in metrics.jsonl, steps done in all, seconds that this call took; with a validation
-    set, the step and the value that were best, and whether patience ended the run."""
+    set, the step and the value that were best, and whether patience ended the run; and the images that could not be
+    read and that others stood in for."""
 
     records: list[Record]
     steps: int
     seconds: float
     best: Best | None = None
     stopped_early: bool = False
+    skipped: tuple[Skipped, ...] = ()
 
     @property
     def validations(self) -> list[Record]:
@@ -208,8 +211,8 @@ def fit(
             training.restore_best()
     stopped = measured is not None and measured.exhausted and training.step < planned.total
     best = None if measured is None else measured.best
-    seconds = time.monotonic() - started
-    return History(training.records, training.step, seconds, best=best, stopped_early=stopped)
+    seconds, skipped = time.monotonic() - started, tuple(source.skipped.values())
+    return History(training.records, training.step, seconds, best=best, stopped_early=stopped, skipped=skipped)
 
 
 def _begin(method: Method, total: int, dry_run: bool) -> None:

@@ -723,6 +723,17 @@ def test_image_statistics_that_two_models_state_are_compared(tmp_path):
         clip.export(other, tmp_path / "m", config_of("vit"))
 
 
+@pytest.mark.parametrize(("setting", "value"), [("size", 9), ("interpolation", "nearest"), ("resize_mode", "squash")])
+def test_a_model_is_exported_under_no_other_preparation_of_images(tmp_path, setting, value):
+    model, config = build(), config_of("vit")
+    stated = PREPROCESS | {"size": 8, "resize_mode": "shortest"}
+    open_clip.set_model_preprocess_cfg(model, stated)
+    clip.export(model, tmp_path / "same", config | {"preprocess_cfg": stated | {"size": [8, 8]}})
+    with pytest.raises(ValueError, match=f"prepare images in two ways: .*{setting} is .* and {value!r}"):
+        clip.export(model, tmp_path / "other", config | {"preprocess_cfg": stated | {setting: value}})
+    assert [path.name for path in tmp_path.iterdir()] == ["same"]
+
+
 class Wrapper(nn.Module):
     """What DataParallel and DistributedDataParallel are to a model: `.module`, and none of its attributes."""
 

@@ -272,3 +272,13 @@ def test_misuse_is_refused_with_a_reason(sets):
             changed(train, **parts)
     with pytest.raises(ValueError, match="at least 2 classes"):
         pair(train.features, train.zero_shot.logits[:, :1], train.fine_tuned.logits[:, :1])
+
+
+@pytest.mark.parametrize("alpha", [0, 1])
+def test_the_ends_of_the_frontier_come_back_from_disk(sets, tmp_path, alpha):
+    """Their centre `a` is infinite."""
+    train, validation, test = sets
+    vrf = VRF().fit(train, validation).at(alpha)
+    loaded = VRF.load(vrf.save(tmp_path / "vrf"))
+    assert loaded.a_ == vrf.a_ and abs(vrf.a_) == float("inf")
+    assert torch.equal(loaded.probabilities(test), vrf.probabilities(test))

@@ -1,54 +1,30 @@
-"""A fault at every sync and rename of a checkpoint and of a feature cache: a full disk, Ctrl-C, a kill."""
+"""A fault at every write, sync and rename of whatever is written: what was there, or what is to be, and a resume."""
 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from faulty import FAULTS, fails_at
+from tiny_clip import CONFIG, NAMES
 
-from robustft import clip
-from robustft.files import is_unfinished
+from robustft import calibration, clip, methods
+from robustft.calibration.calibrators import load as load_calibrator
+from robustft.detection import Detector
+from robustft.ensembles import OutputEnsemble, Tempering
+from robustft.evaluation import evaluate_predictions
+from robustft.evaluation.report import write_report
+from robustft.evaluation.results import Suite, read_evaluation
+from robustft.files import is_unfinished, read_tensors
+from robustft.neighbors import NeighborIndex
+from robustft.predictors import Classifier, DualClassifier
+from robustft.training import fit, run
 from robustft.training.checkpoint import discard_unfinished, latest_checkpoint, save_checkpoint
-
-CALLS = ("fsync", "replace", "rename")
-FAULTS = ("full disk", "ctrl-c", "kill")
-
-
-def fails_at(number, fault, write):
-    """Whether the call of this number came, and so failed; a kill is that of a forked child."""
-    if fault == "kill":
-        child = os.fork()
-        if child == 0:
-            try:
-                _run(number, lambda: os._exit(9), write)
-            finally:
-                os._exit(0)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-
-    def strike():
-        raise OSError(28, "No space left on device") if fault == "full disk" else KeyboardInterrupt
-
-    try:
-        _run(number, strike, write)
-    except (OSError, KeyboardInterrupt):
-        return True
-    return False
-
-
-def _run(number, strike, write):
-    count = iter(range(10_000))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, original in [(name, getattr(os, name)) for name in CALLS]:
-
-            def call(*arguments, original=original, **options):
-                if next(count) == number:
-                    strike()
-                return original(*arguments, **options)
-
-            patch.setattr(os, name, call)
-        write()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -87,3 +63,149 @@ def test_a_feature_cache_is_whole_or_absent(tmp_path, fault, clip_model):
         if not failed:
             break
     assert 2 < number < 99
+
+
+# Whatever has a `save`: how two of a kind are written, and what tells which of them was read
+
+
+def outputs_of(seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(60) % 3
+    logits = torch.randn(60, 3, generator=generator) + torch.nn.functional.one_hot(labels)
+    features = torch.nn.functional.normalize(torch.randn(60, 8, generator=generator), dim=1)
+    return clip.Outputs(features, logits.sigmoid(), logits, labels=labels)
+
+
+def vrf_of(seed):
+    outputs = outputs_of(seed)
+    better = 2.0 * torch.nn.functional.one_hot(outputs.labels) * (torch.arange(60) % 2)[:, None]
+    data = methods.VRFFeatures(outputs.only("logits"), outputs.replace(logits=outputs.logits + better))
+    return methods.VRF(temperatures=(1.2, 0.8)).fit(data, data)
+
+
+@cache
+def model_of(seed):
+    torch.manual_seed(seed)
+    cfg = CONFIG["model_cfg"]
+    model = clip.import_open_clip().CLIP(cfg["embed_dim"], dict(cfg["vision_cfg"]), dict(cfg["text_cfg"]))
+    return model.eval()
+
+
+def head_of(seed):
+    return Classifier(model_of(seed), torch.randn(3, 8), NAMES, logit_scale=5.0)
+
+
+def dual_of(seed):
+    return DualClassifier(model_of(seed), torch.randn(3, 8), torch.ones(3, 8), NAMES, logit_scale=5.0)
+
+
+def predictors(make):
+    @cache
+    def made(seed):
+        torch.manual_seed(seed)
+        return make(seed)
+
+    return lambda seed, path: made(seed).save(
+        path, CONFIG
+    ), lambda path: methods.load_predictor(path).logits(torch.ones(1, 3, 8, 8)).detach()
+
+
+def report(seed, path):
+    suite = Suite(outputs_of(seed), {"night": outputs_of(seed)})
+    write_report(path, evaluation=evaluate_predictions({"model": suite}))
+
+
+KINDS = {
+    "model": (lambda seed, path: clip.export(model_of(seed), path, CONFIG),
+              lambda path: read_tensors(path / clip.WEIGHTS_FILE)["visual.proj"]),
+    "classifier": predictors(head_of),
+    "dual": predictors(dual_of),
+    "mixture": predictors(lambda seed: OutputEnsemble(head_of(seed), dual_of(seed)).at(0.3)),
+    "tempered": predictors(lambda seed: Tempering(dual_of(seed)).at(2.0)),
+    "VRF of two": predictors(lambda seed: vrf_of(seed).classifier(head_of(seed), dual_of(seed))),
+    "VRF": (lambda seed, path: vrf_of(seed).save(path), lambda path: methods.VRF.load(path).failure_set_),
+    "detector": (lambda seed, path: Detector("knn").fit(outputs_of(seed), validation=outputs_of(seed)).save(path),
+                 lambda path: Detector.load(path).scores(outputs_of(2))),
+    "calibrator": (lambda seed, path: calibration.VectorScaling().fit(*outputs_of(seed).only("logits", "labels"))
+                   .save(path), lambda path: load_calibrator(path).probabilities(outputs_of(2).logits)),
+    "index": (lambda seed, path: NeighborIndex(outputs_of(seed).features).save(path),
+              lambda path: NeighborIndex.load(path).points),
+    "report": (report, lambda path: torch.tensor(read_evaluation(path / "metrics.json").models["model"].id.accuracy)),
+}  # fmt: skip
+FOLDERS = ("model", "mixture")  # under each fault, the others under one
+CASES = [
+    (kind, fault)
+    for place, kind in enumerate(KINDS)
+    for fault in (FAULTS if kind in FOLDERS else FAULTS[place % 3 :][:1])
+]
+PLAIN = (("model", "ctrl-c"), ("calibrator", FAULTS[list(KINDS).index("calibrator") % 3]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "fault"), [pytest.param(*case, marks=() if case in PLAIN else pytest.mark.exhaustive) for case in CASES]
+)
+def test_what_is_saved_over_another_is_that_or_the_new_one(tmp_path, monkeypatch, kind, fault):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # which no killed process can tell, and which takes time
+    clip.import_open_clip()
+    tokenizers = sys.modules["open_clip.factory"]
+    monkeypatch.setattr(tokenizers, "SimpleTokenizer", cache(tokenizers.SimpleTokenizer))  # the slowest part of loading
+    save, load = KINDS[kind]
+    whole = []
+    for seed in range(2):
+        save(seed, tmp_path / f"whole{seed}")
+        whole.append(load(tmp_path / f"whole{seed}"))
+    assert not torch.equal(*whole)
+    path = tmp_path / "saved"
+    save(0, path)
+    for number in range(200):
+        failed = fails_at(number, fault, lambda: save(1, path))
+        if path.exists():
+            assert any(torch.equal(load(path), one) for one in whole), number
+        else:  # a kill between the two renames of a folder leaves the earlier one beside it
+            assert fault == "kill"
+            (old,) = path.parent.glob(".*.old")
+            assert torch.equal(load(old), whole[0])
+        if fault != "kill":
+            assert not any(map(is_unfinished, tmp_path.rglob("*"))), number
+        save(0, path)
+        assert torch.equal(load(path), whole[0])
+        if not failed:
+            break
+    assert 2 < number < 199
+
+
+@pytest.mark.parametrize("fault", [pytest.param(fault, marks=pytest.mark.exhaustive) for fault in FAULTS])
+def test_a_training_with_a_fault_at_any_write_is_resumed_to_the_same_bits(
+    tmp_path, fault, clip_model, prompts, batches, monkeypatch
+):
+    data = tuple(torch.cat(column)[:8] for column in zip(*batches[:2], strict=True))
+
+    def append_line(path, line, original=run.append_line):
+        """A line is written in two parts, so that a fault at the second cuts it short."""
+        with path.open("ab") as file:
+            half = len(line) // 2
+            file.write(line[:half].encode())
+            file.flush()
+            Path.write_bytes(path.with_name("other"), b"")  # what counts as a write
+            file.write(f"{line[half:]}\n".encode())
+
+    monkeypatch.setattr(run, "append_line", append_line)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+    def trained(folder):
+        method = methods.FineTune(clip_model, **prompts)
+        fit(method, data, epochs=2, batch_size=4, lr=1e-3, progress=False, log_every=1, output=folder,
+            resume=run.holds_run(folder))  # fmt: skip
+        return method.state_dict(), (folder / "metrics.jsonl").read_text()
+
+    expected, records = trained(tmp_path / "whole")
+    for number in range(0, 300, 1 if fault == "kill" else 3):
+        folder = tmp_path / str(number)
+        failed = fails_at(number, fault, lambda folder=folder: trained(folder))
+        state, found = trained(folder)
+        assert all(torch.equal(value, state[name]) for name, value in expected.items()), number
+        assert found == records, number
+        if not failed:
+            break
+    assert 30 < number < 299

@@ -142,3 +142,11 @@ def test_exports_of_the_quickstart_predict_what_its_table_says(tmp_path):
         assert accuracy == table[name].id_accuracy, name
     held = {path.name for path in (out / "export").iterdir()}
     assert held == {"zero-shot", "ft", "flyp", "wise-ft", "wise-flyp"}
+
+
+def test_a_head_of_another_models_width_is_refused_with_both_widths(bundle, tmp_path):
+    saved = methods.Classifier(bundle.model, torch.randn(3, 64), ["a", "b", "c"])
+    path = saved.save(tmp_path / "head", bundle.config) / clip.CLASSIFIER_FILE
+    change(path, "class_embeddings", torch.randn(3, 32))
+    with pytest.raises(ValueError, match=f"{clip.CLASSIFIER_FILE}: .*class_embeddings .*width 32.* width 64"):
+        robustft.load_predictor(path.parent)
