@@ -14,10 +14,12 @@ from robustft.clip.loading import CLASSIFIER_FILE, COMPANIONS, CONFIG_FILE, WEIG
 from robustft.clip.messages import few
 from robustft.clip.prompts import Tokenizer
 from robustft.files import new_folder, write_json, write_tensors, write_text
+from robustft.ops.kinds import checked
 
 CARD_FILE = "README.md"
 
 
+@checked
 def export(
     model: nn.Module,
     directory: str | Path,
