@@ -71,6 +71,14 @@ def hostile(valid: Any) -> Iterator[Any]:
         yield from ({first: None}, {None: valid[first]}, {**valid, "another": valid[first]}, list(valid.items()))
 
 
+def few(valid: Any) -> Iterator[Any]:
+    """One of each kind, for every day."""
+    yield from (None, "word", [1, 2], -1, HUGE, float("nan"), torch.zeros(0), torch.tensor(True), object())
+    if isinstance(valid, torch.Tensor):
+        yield from (valid.detach().to("meta"), valid.detach()[None], valid.detach().to_sparse())
+        yield from (valid.to(torch.uint16), valid.to(torch.complex64), torch.full_like(valid, -1))
+
+
 class TooLong(BaseException):
     pass
 

@@ -10,7 +10,7 @@ import json
 
 import pytest
 import torch
-from hostile import HUGE, failures
+from hostile import failures, few
 from PIL import Image
 
 from robustft import clip, data, detection, ensembles, evaluation, losses, predictors, training
@@ -307,16 +307,8 @@ def rooms(tmp_path_factory):
         yield cases(folder)
 
 
-PLAIN = (None, "word", [1, 2], -1, HUGE, float("nan"), torch.zeros(0), object())
 SLOW = ("load", "export", "fit", "save", "greedy_soup", "WiSEFT.fit", "load_predictor", "Classifier.save", "encode")
 ROOMS = "clip prompts neighbors data predictors ensembles detection evaluation losses training".split()
-
-
-def few(valid):
-    """One of each kind, for every day."""
-    yield from PLAIN
-    if isinstance(valid, torch.Tensor):
-        yield from (valid.to("meta"), valid[None], valid.to_sparse())
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -52,13 +52,14 @@ def __getattr__(name: str) -> tuple[str, ...]:
     return templates
 
 
-@checked
 def format_template(template: Template, class_name: str) -> str:
     """The caption of one class: `{}` or `{c}` in a string becomes the name, a callable is called with it.
 
     Other braces in the template or the name are left alone. Raises ValueError when the string has neither
     placeholder (every class would get the same caption), TypeError when the result is not a string.
     """
+    if not isinstance(class_name, str):
+        raise TypeError(f"class_name: expected a string, got {class_name!r:.80}")
     if isinstance(template, str):
         if "{}" not in template and "{c}" not in template:
             raise ValueError(f"templates: {template!r} has no '{{}}' or '{{c}}' for the class name")

@@ -77,7 +77,7 @@ def described(value: Any) -> str:
     if value is None or isinstance(value, (bool, int, float, complex, str)):
         return repr(value) if len(repr(value)) <= 40 else type(value).__name__
     if isinstance(value, (list, tuple, dict, set)):
-        return reprlib.repr(value) if value else f"an empty {type(value).__name__}"
+        return f"{type(value).__name__} {reprlib.repr(value)}"
     return type(value).__name__
 
 
