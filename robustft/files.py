@@ -193,6 +193,8 @@ def is_unfinished(path: Path) -> bool:
 def read_text(path: str | Path, expected: str) -> str:
     """A UTF-8 file's text, without the mark that some editors begin it with; ValueError, naming it and what was
     `expected`, for other bytes."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: a folder; expected a file with {expected}")
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -101,22 +101,16 @@ def _contrastive_arguments(
     return x, t, s, labels
 
 
+_Pair = tuple[Tensor, Tensor, Tensor | float]
+"""Image features, text features and their logit scale, as they were given."""
+
+
 def _distillation_arguments(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float,
-    teacher_image_features: Tensor,
-    teacher_text_features: Tensor,
-    teacher_logit_scale: Tensor | float,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    memory: str | int,
+    student: _Pair, teacher: _Pair, labels: Tensor | None, weight: Tensor | None, reduction: str, memory: str | int
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor | None]:
     """Both pairs of features and their scales, in one dtype, and the labels, after the checks of all arguments."""
-    options = labels, 0.0, weight, reduction, memory
-    x, t, s, labels = _contrastive_arguments(image_features, text_features, logit_scale, *options)
-    xt, tt, st = arguments.feature_pair(teacher_image_features, teacher_text_features, teacher_logit_scale, "teacher_")
+    x, t, s, labels = _contrastive_arguments(*student, labels, 0.0, weight, reduction, memory)
+    xt, tt, st = arguments.feature_pair(*teacher, "teacher_")
     if len(xt) != len(x):
         raise ValueError(f"teacher_image_features has {len(xt)} rows; expected {len(x)}, as image_features")
     if xt.device != x.device:
@@ -222,12 +216,12 @@ def contrastive_distillation_loss(
 
         ranks.check_group(group)
         matrices, labels = ranks.checked(
-            group, lambda: _distillation_arguments(*student, *teacher, labels, weight, reduction, memory)
+            group, lambda: _distillation_arguments(student, teacher, labels, weight, reduction, memory)
         )
         return ContrastiveTerms(
             *sharded.sharded_contrastive_distillation_loss(*matrices, labels, weight, reduction, group, memory)
         )
-    matrices, labels = _distillation_arguments(*student, *teacher, labels, weight, reduction, memory)
+    matrices, labels = _distillation_arguments(student, teacher, labels, weight, reduction, memory)
     terms = contrastive.contrastive_distillation_loss(*matrices, labels, memory)
     return ContrastiveTerms(*(_reduce(term, weight, reduction) for term in terms))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from robustft.functional import (
     dual_risk,
     orthogonality_penalty,
 )
+from robustft.ops.kinds import checked
 
 # CaRot's released command.
 ORTHOGONALITY_WEIGHT, DISTILLATION_WEIGHT, CROSS_WEIGHT = 0.2, 1.5, 0.05
@@ -55,6 +57,23 @@ def _all_ranks(world_size: int) -> torch.distributed.ProcessGroup:
     return group
 
 
+class _Terms(nn.Module):
+    """A loss that adds up its `terms` by its `weights`: `forward` takes what `terms` takes."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of `terms`."""
+        raise NotImplementedError
+
+    def terms(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """What `forward` adds up, un-weighted, by name."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, output_dict: bool = False, **kwargs: Any) -> Tensor | dict[str, Tensor]:
+        """The sum of `terms(...)`, or with `output_dict` each of them, weighted."""
+        return _returned(self.terms(*args, **kwargs), self.weights, output_dict)
+
+
 class ContrastiveLoss(nn.Module):
     """CLIP's symmetric loss, streamed: drop-in for open_clip's `ClipLoss`. See `functional.contrastive_loss`.
 
@@ -66,6 +85,7 @@ class ContrastiveLoss(nn.Module):
     which a softmax does not see: it gets a gradient of 0. ValueError for `use_horovod`, and for both kinds of groups.
     """
 
+    @checked
     def __init__(
         self,
         local_loss: bool = False,
@@ -87,6 +107,7 @@ class ContrastiveLoss(nn.Module):
         self.group = group
         self.world_size = world_size
 
+    @checked
     def forward(
         self,
         image_features: Tensor,
@@ -114,7 +135,7 @@ class ContrastiveLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-class CaRotLoss(nn.Module):
+class CaRotLoss(_Terms):
     """CaRot's objective on features: contrastive + orthogonality + self-distillation.
 
     Without the teacher's features the distillation is left out, as CaRot does at its first step; without
@@ -124,6 +145,7 @@ class CaRotLoss(nn.Module):
     Source: Oh et al. 2024 (arXiv 2311.01723).
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -150,6 +172,7 @@ class CaRotLoss(nn.Module):
             "cross": self.cross_weight,
         }
 
+    @checked
     def terms(
         self,
         image_features: Tensor,
@@ -191,37 +214,8 @@ class CaRotLoss(nn.Module):
                 terms["cross"] = cross_penalty(visual_projection, text_projection)
         return terms
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        *,
-        teacher_image_features: Tensor | None = None,
-        teacher_text_features: Tensor | None = None,
-        teacher_logit_scale: Tensor | float | None = None,
-        visual_projection: Tensor | None = None,
-        text_projection: Tensor | None = None,
-        labels: Tensor | None = None,
-        weight: Tensor | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        terms = self.terms(
-            image_features,
-            text_features,
-            logit_scale,
-            teacher_image_features=teacher_image_features,
-            teacher_text_features=teacher_text_features,
-            teacher_logit_scale=teacher_logit_scale,
-            visual_projection=visual_projection,
-            text_projection=text_projection,
-            labels=labels,
-            weight=weight,
-        )
-        return _returned(terms, self.weights, output_dict)
 
-
-class ClassificationLoss(nn.Module):
+class ClassificationLoss(_Terms):
     """Cross-entropy of a class head, and CMP's misalignment penalty, streamed. See `functional.classification_loss`.
 
     The head (K, D), such as class embeddings of prompts, takes the place of open_clip's text features. A penalty of
@@ -230,6 +224,7 @@ class ClassificationLoss(nn.Module):
     Source: CMP (arXiv 2501.17595), whose released command has weight 1.
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -249,6 +244,7 @@ class ClassificationLoss(nn.Module):
         """Of `terms`."""
         return {"cross_entropy": 1.0, "misalignment": self.misalignment_weight}
 
+    @checked
     def terms(
         self,
         image_features: Tensor,
@@ -275,22 +271,8 @@ class ClassificationLoss(nn.Module):
         )._asdict()
         return terms if self.misalignment_weight else {"cross_entropy": terms["cross_entropy"]}
 
-    def forward(
-        self,
-        image_features: Tensor,
-        class_embeddings: Tensor,
-        logit_scale: Tensor | float,
-        *,
-        labels: Tensor,
-        bias: Tensor | None = None,
-        weight: Tensor | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        terms = self.terms(image_features, class_embeddings, logit_scale, labels=labels, bias=bias, weight=weight)
-        return _returned(terms, self.weights, output_dict)
 
-
-class DualRiskLoss(nn.Module):
+class DualRiskLoss(_Terms):
     """DRM's two risks on class heads: cross-entropy under default prompts, soft labels under concept descriptions.
 
     See `functional.dual_risk`. `methods.DRM` has FLYP's contrastive loss as its empirical risk: for that, add a
@@ -299,6 +281,7 @@ class DualRiskLoss(nn.Module):
     Source: DRM (arXiv 2411.19757); worst_case_weight is its lambda.
     """
 
+    @checked
     def __init__(self, *, worst_case_weight: float = 1.0):
         super().__init__()
         self.worst_case_weight = worst_case_weight
@@ -308,7 +291,8 @@ class DualRiskLoss(nn.Module):
         """Of the two risks."""
         return {"empirical": 1.0, "worst_case": self.worst_case_weight}
 
-    def forward(
+    @checked
+    def terms(
         self,
         image_features: Tensor,
         class_embeddings: Tensor,
@@ -318,9 +302,8 @@ class DualRiskLoss(nn.Module):
         labels: Tensor,
         core_labels: Tensor,
         weight: Tensor | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        terms = dual_risk(
+    ) -> dict[str, Tensor]:
+        """What `forward` adds up, un-weighted, by name."""
+        return dual_risk(
             image_features, class_embeddings, core_embeddings, labels, core_labels, logit_scale, weight=weight
-        )
-        return _returned(terms._asdict(), self.weights, output_dict)
+        )._asdict()

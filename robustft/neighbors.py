@@ -17,6 +17,7 @@ from torch import Tensor
 from robustft.files import load_fitted, refusing, save_fitted
 from robustft.functional import Neighbors
 from robustft.ops import arguments, neighbors
+from robustft.ops.kinds import checked
 from robustft.ops.neighbors import PackedPoints
 
 
@@ -30,6 +31,7 @@ class NeighborIndex:
     ValueError or TypeError naming the argument, for NaN and infinity too.
     """
 
+    @checked
     def __init__(self, points: Tensor):
         self._parts = [arguments.neighbor_points(points)]
         self._packed: PackedPoints | None = None
@@ -55,6 +57,7 @@ class NeighborIndex:
         kept = self._parts if self._packed is None else self._packed
         return sum(tensor.nbytes for tensor in kept)
 
+    @checked
     def add(self, points: Tensor) -> NeighborIndex:
         """Appends points (M, D); returns self. The next search prepares all points again, so add many at once."""
         first = self._parts[0]
@@ -73,22 +76,26 @@ class NeighborIndex:
         self._packed = None
         return self
 
+    @checked
     def kth_distance(self, queries: Tensor, k: int, squared: bool = True) -> Tensor:
         """(Q,): distance of each query to its k-th nearest point, as `functional.kth_neighbor_distance`."""
         queries, k = self._checked(queries, k)
         return neighbors.kth_distance(queries, self.points, self._prepare(), k, squared)
 
+    @checked
     def nearest(self, queries: Tensor, k: int, squared: bool = True) -> Neighbors:
         """The k nearest points of each query, as `functional.nearest_neighbors`."""
         queries, k = self._checked(queries, k)
         return Neighbors(*neighbors.nearest(queries, self.points, self._prepare(), k, squared))
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all. It holds the points alone: what is prepared of them depends
         on the processor, and takes less time to make than to read."""
         save_fitted(Path(path), "NeighborIndex", {}, {"points": self.points})
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> NeighborIndex:
         """The index that `save` wrote, on the CPU, in memory of its own, whatever becomes of the file.
 

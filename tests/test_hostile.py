@@ -7,16 +7,16 @@ without a valid call here fails.
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from hostile import failures, few
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import robustft
-from robustft import functional
+from robustft import evaluation, functional
 from robustft.calibration import calibrators, measures
 from robustft.calibration import losses as calibration_losses
 from robustft.detection import metrics, scores
@@ -74,59 +74,29 @@ FUNCTIONAL = {
 CALLS = FUNCTIONAL | OTHER
 
 
-def hostile(valid):
-    """Arguments of the wrong kind, and of the right kind with something wrong."""
-    yield from (None, "word", "", [], [1, 2], [[1.0], [1.0, 2.0]], {}, object(), 1j, True, -1, 0, 10**30, 2.5, -1e300)
-    yield from (float("nan"), float("inf"), -float("inf"), np.int64(2), np.float32(0.5), np.zeros(3), np.array(["a"]))
-    yield from (torch.tensor(-1.0), torch.tensor(True), torch.tensor(1j), torch.zeros(0), torch.zeros(2, 0), lambda: 0)
-    yield torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.int64), torch.ones(1), (3, 3))
-    if isinstance(valid, torch.Tensor):
-        valid = valid.detach()
-        yield from (
-            valid.numpy(),
-            valid.tolist(),
-            valid[None],
-            valid.flatten()[:0],
-            valid.to("meta"),
-            valid.to_sparse(),
-        )
-        for dtype in (torch.bool, torch.complex64, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int32):
-            yield valid.to(dtype)
-        yield from (valid.double(), valid.half(), torch.full_like(valid, -1), torch.full_like(valid, 100))
-        if valid.dim():
-            yield from (valid[:-1], valid[..., :-1], torch.cat([valid, valid]))
-        if valid.is_floating_point():
-            yield from (torch.full_like(valid, float("nan")), torch.full_like(valid, float("inf")), valid.long())
-            if valid.dim() == 2:
-                yield valid.to_sparse_csr()
-
-
-def failures(module, name, call):
-    """What a hostile argument leads to other than a result or an error that names it."""
-    function = getattr(module, name)
-    bound = inspect.signature(function).bind(*call.arguments, **call.options)
-    bound.apply_defaults()
-    for argument, valid in bound.arguments.items():
-        if argument == "group":
-            continue
-        for value in hostile(valid):
-            bound.arguments[argument] = value
-            try:
-                function(*bound.args, **bound.kwargs)
-            except (ValueError, TypeError) as error:
-                # By its name, or, where two do not fit together, the other's.
-                if not re.search(rf"\b({'|'.join(bound.arguments)})\b", str(error)):
-                    yield f"{name}({argument}={value!r:.60}): {type(error).__name__}: {error}"
-            except Exception as error:
-                yield f"{name}({argument}={value!r:.60}): raw {type(error).__name__}: {str(error)[:200]}"
-        bound.arguments[argument] = valid
-
-
 @pytest.mark.parametrize(("module", "name"), CALLS, ids=lambda part: getattr(part, "__name__", part))
 @pytest.mark.filterwarnings("ignore")
 def test_hostile_arguments_compute_or_raise_an_error_that_names_them(module, name):
-    found = [line for call in CALLS[module, name][:1] for line in failures(module, name, call)]
+    found = list(failures(getattr(module, name), CALLS[module, name][0], name, values=few))
     assert not found, "\n".join(found)
+
+
+EVERY = [(module, name, i) for (module, name), calls in CALLS.items() for i in range(len(calls))]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("module", "name", "sample"), EVERY, ids=lambda part: getattr(part, "__name__", part))
+@pytest.mark.filterwarnings("ignore")
+def test_all_hostile_arguments_beside_every_sample_of_the_registry(module, name, sample):
+    found = list(failures(getattr(module, name), CALLS[module, name][sample], name))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("function", [functional.group_risk, evaluation.group_accuracy], ids=lambda f: f.__name__)
+def test_more_groups_than_any_memory_holds_are_refused_before_memory_is_taken(function):
+    three = (Y, Y, Y) if function is evaluation.group_accuracy else (Z[:, 0], Y)
+    with pytest.raises(ValueError, match="num_groups is 1000000000; expected at most"):
+        function(*three, num_groups=10**9)
 
 
 @pytest.mark.parametrize("module", VALID, ids=lambda module: module.__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from targets import exhaustive
 from robustft import methods
 from robustft.calibration import calibrators
 from robustft.detection import SCORES
+from robustft.detection.by_name import Score
 from robustft.detection.scores import max_cosine
+from robustft.ensembles import VRFFeatures
 from robustft.methods import FineTune, LinearProbe
+from robustft.predictors import DualClassifier, zero_shot_classifier
 from robustft.predictors.base import Classifier
 from robustft.testing import check_calibrator, check_detector, check_method, check_predictor, tiny_world
 
@@ -213,7 +217,96 @@ class Spoiler(LinearProbe):
         self.given.logit_scale.data += 1e-3
 
 
+class Numbered(LinearProbe):
+    numbers = itertools.count()
+
+    def __init__(self, model, **shared):
+        super().__init__(model, **shared)
+        self.config["number"] = next(self.numbers)
+
+
+class OfSets(LinearProbe):
+    def __init__(self, model, **shared):
+        super().__init__(model, **shared)
+        self.config["classes"] = set(self.classes)
+
+
+class Infinite(LinearProbe):
+    def step(self, batch):
+        step = super().step(batch)
+        return step._replace(loss=step.loss * float("inf"))
+
+
+class Flat(LinearProbe):
+    def step(self, batch):
+        step = super().step(batch)
+        return step._replace(loss=step.loss * 0.0)
+
+
+class Cusp(LinearProbe):
+    """A finite loss with a gradient that is not."""
+
+    def step(self, batch):
+        step = super().step(batch)
+        return step._replace(loss=step.loss + (0.0 * self.head).sqrt().sum())
+
+
+class Moody(LinearProbe):
+    """What it computes depends on how many there are, beside its seed."""
+
+    made = 0
+
+    def __init__(self, model, **shared):
+        super().__init__(model, **shared)
+        Moody.made += 1
+        self.mood = 1.0 if Moody.made <= 4 else 1.1
+
+    def step(self, batch):
+        step = super().step(batch)
+        return step._replace(loss=step.loss * self.mood)
+
+
+class Halved(LinearProbe):
+    """Its predictor is made of more than its state."""
+
+    past = 0
+
+    def after_step(self):
+        super().after_step()
+        self.past += 1
+
+    def classifier(self):
+        found = super().classifier()
+        found.class_embeddings *= 1 + self.past
+        return found
+
+
+class Mute(LinearProbe):
+    def __init__(self, model, **shared):
+        try:
+            super().__init__(model, **shared)
+        except ValueError:
+            raise ValueError("no") from None
+
+
+class Raw(LinearProbe):
+    def __init__(self, model, **shared):
+        try:
+            super().__init__(model, **shared)
+        except ValueError:
+            raise KeyError("total_steps") from None
+
+
 METHODS_THAT_FAIL = {
+    "keeps its options": Numbered,
+    "JSON's types": OfSets,
+    "one finite number": Infinite,
+    "has gradients": Flat,
+    "has finite gradients": Cusp,
+    "deterministic by its seed": Moody,
+    "has a complete state": Halved,
+    "names what is wrong": Mute,
+    "refuses by ValueError": Raw,
     "tells options apart": Deaf,
     "refuses what cannot be": Careless,
     "differentiates its loss": Constant,
@@ -252,6 +345,148 @@ class OfBatch(Classifier):
     def outputs(self, images):
         found = super().outputs(images)
         return found.replace(logits=found.logits - found.logits.mean(0))
+
+
+class Narrow(Classifier):
+    def outputs(self, images):
+        found = super().outputs(images)
+        return found.replace(logits=found.logits[:, :2])
+
+
+class Broken(Classifier):
+    def outputs(self, images):
+        found = super().outputs(images)
+        return found.replace(logits=found.logits * float("nan"))
+
+
+class Stuck(Classifier):
+    def outputs(self, images):
+        self.eval()
+        return super().outputs(images)
+
+
+class Sorted(Classifier):
+    def restrict(self, classes):
+        return super().restrict(sorted(classes))
+
+
+class Renamed(Classifier):
+    """Takes other names, and the same columns."""
+
+    def restrict(self, classes):
+        part = super().restrict(range(len(classes)))
+        part.classes = tuple(classes)
+        return part
+
+
+class OffByOne(Classifier):
+    def restrict(self, classes):
+        return super().restrict([c if isinstance(c, str) else (c + 1) % 3 for c in classes])
+
+
+class Lenient(Classifier):
+    def restrict(self, classes):
+        return super().restrict([c for c in classes if c in self.classes or not isinstance(c, str)] or [0])
+
+
+class Lossy(Classifier):
+    def save(self, directory, config, *, tokenizer=None):
+        other = Classifier(self.model, self.class_embeddings.flip(0), self.classes, logit_scale=self.logit_scale)
+        other.kind = self.kind
+        return other.save(directory, config, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [
+        (Narrow, r"logits \(N, K\)"),
+        (Broken, "finite logits"),
+        (Stuck, "leaves the mode"),
+        (Sorted, "in the order"),
+        (Renamed, "restricts by name"),
+        (OffByOne, "by index as by name"),
+        (Lenient, "refuses what cannot be"),
+        (Lossy, "comes back from its export"),
+    ],
+)
+def test_a_predictor_that_breaks_a_rule_is_told_it(kind, rule):
+    predictor = FineTune(WORLD.model, **WORLD.prompts).classifier()
+    predictor.__class__ = kind
+    with pytest.raises(AssertionError, match=rule):
+        check_predictor(predictor, WORLD.data["image"], WORLD.config)
+
+
+class Sly(Score):
+    """Shows the threshold's images another face than it shows them later."""
+
+    reads = ("cosines",)
+    calls = 0
+
+    def __call__(self, outputs):
+        self.calls += 1
+        return outputs.cosines.amax(1) - 10.0 * (self.calls > 1)
+
+
+class Amnesiac(Score):
+    reads = ("cosines",)
+    learns = True
+    learnt = 1.0
+
+    def fit(self, train):
+        self.learnt = 2.0
+
+    def __call__(self, outputs):
+        return outputs.cosines.amax(1) * self.learnt
+
+
+class Blind(Score):
+    """Does not see NaN."""
+
+    reads = ("cosines",)
+
+    def __call__(self, outputs):
+        return outputs.cosines.nan_to_num().amax(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule"), [(Sly, "keeps the share"), (Amnesiac, "comes back bit for bit"), (Blind, "no error for a wrong")]
+)
+def test_a_score_that_breaks_a_rule_is_told_it(kind, rule):
+    with pytest.raises(AssertionError, match=rule):
+        check_detector(kind)
+
+
+def mixed():
+    """Every predictor that is made of predictors, by name, and whether it mixes probabilities."""
+    images, labels = WORLD.data["image"].repeat(4, 1, 1, 1), WORLD.data["label"].repeat(4)
+    zero_shot = zero_shot_classifier(WORLD.model, **WORLD.prompts)
+    head = torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(3)), dim=1)
+    fine_tuned = Classifier(zero_shot.model, head, zero_shot.classes)
+    features = VRFFeatures.of(zero_shot, fine_tuned, (images, labels))
+    vrf = methods.VRF(1, 1.0, 1.0, temperatures=(1.2, 0.8), reference="train").fit(features, features)
+    ose = methods.OutputEnsemble(zero_shot, fine_tuned, (1.5, 2.0)).at(0.3)
+    return {
+        "WiSE-FT": (methods.WiSEFT(zero_shot, fine_tuned).at(0.4), False),
+        "uniform soup": (methods.uniform_soup([zero_shot, fine_tuned]), False),
+        "greedy soup": (methods.greedy_soup([zero_shot, fine_tuned], (images, labels)).classifier, False),
+        "OSE": (ose, True),
+        "VRF": (vrf.classifier(zero_shot, fine_tuned), True),
+        "temperature": (methods.Tempering(fine_tuned).at(2.5), False),
+        "tempered OSE": (methods.Tempering(ose).at(2.5), True),
+        "dual heads": (DualClassifier(zero_shot.model, zero_shot.class_embeddings, head, zero_shot.classes), True),
+        "Tip-Adapter": (methods.TipAdapter(zero_shot).fit((images[:12], labels[:12])).classifier(), False),
+    }
+
+
+MIXED = "WiSE-FT, uniform soup, greedy soup, OSE, VRF, temperature, tempered OSE, dual heads, Tip-Adapter".split(", ")
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_every_ensemble_fulfils_what_predictors_must(name):
+    predictors = mixed()
+    assert list(predictors) == MIXED
+    predictor, mixes = predictors[name]
+    check_predictor(predictor, WORLD.data["image"], WORLD.config, mixes=mixes)
 
 
 @pytest.mark.parametrize(

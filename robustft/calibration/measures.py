@@ -41,6 +41,7 @@ CONFIDENCE_TOLERANCE = 1e-3
 """`temperature_matching_confidence` brings mean confidence this close to accuracy wherever the range allows
 it."""
 
+MOST_BINS = 2**16  # of a histogram of every class
 _ROWS = 8192  # rows of logits or probabilities held in float64 at a time
 
 
@@ -121,6 +122,7 @@ def calibration_report(
     for name, value in (("bins", bins), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    arguments.check_count("bins", bins, MOST_BINS)
     p, y = check_labelled(probabilities, labels, "probabilities")
 
     # One pass over the rows: top-label confidence and correctness, proper scores, one-vs-rest sums per class

@@ -16,6 +16,7 @@ from torch import nn
 from robustft.clip.encoding import unwrap
 from robustft.clip.messages import few
 from robustft.data.sources import stated_statistics
+from robustft.ops.kinds import checked
 
 # Attributes that change how, but not what, is computed from an image or text in evaluation mode.
 _INNOCENT = frozenset(
@@ -76,6 +77,7 @@ def _words(function: Any) -> str:
     return str(getattr(function, "__qualname__", function))
 
 
+@checked
 def check_same_computation(a: nn.Module, b: nn.Module, a_name: str, b_name: str) -> None:
     """Raises ValueError naming the settings, with both values, in which two models differ.
 

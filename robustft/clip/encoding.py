@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustft.clip import patches
+from robustft.ops.arguments import check_range
+from robustft.ops.kinds import checked
 from robustft.ops.precision import at_least_float32
 
 
@@ -22,6 +25,7 @@ class LocalFeatures(NamedTuple):
     patch_features: Tensor
 
 
+@checked
 def logit_scale(model: nn.Module) -> Tensor:
     """s = exp(model.logit_scale), a 0-d tensor in at least float32; the gradient reaches the parameter."""
     scale = getattr(unwrap(model), "logit_scale", None)
@@ -30,6 +34,7 @@ def logit_scale(model: nn.Module) -> Tensor:
     return at_least_float32(scale).exp().reshape(())
 
 
+@checked
 def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -> Tensor:
     """Image features (N, D) of transformed images (N, 3, H, W); the gradient reaches tower and images.
 
@@ -41,13 +46,14 @@ def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -
             f"images: expected (N, 3, H, W) floating point, as the transforms give, got "
             f"{tuple(images.shape)} {images.dtype}"
         )
-    model = unwrap(model)
-    parameter = next(getattr(model, "visual", model).parameters(), images)
-    clip: Any = model  # what open_clip adds to a module has no types
-    features = _pooled(clip.encode_image(images.to(parameter.dtype)))
+    parameter = _first_parameter(getattr(unwrap(model), "visual", unwrap(model)), images)
+    if images.device != parameter.device:
+        raise ValueError(f"images are on {images.device}; expected {parameter.device}, as the model")
+    features = _encoded(model, "encode_image", "images", images.to(parameter.dtype))
     return F.normalize(at_least_float32(features), dim=-1) if normalize else features
 
 
+@checked
 def encode_patches(model: nn.Module, images: Tensor, *, normalize: bool = True) -> Tensor:
     """Patch features (N, P, D) of transformed images, comparable with text features; gradients as in `encode_images`.
 
@@ -59,9 +65,12 @@ def encode_patches(model: nn.Module, images: Tensor, *, normalize: bool = True) 
     return encode_images_and_patches(model, images, normalize=normalize).patch_features
 
 
+@checked
 def encode_images_and_patches(model: nn.Module, images: Tensor, *, normalize: bool = True) -> LocalFeatures:
     """`encode_images` and `encode_patches` in one pass. Memory: N P D floats for the patches."""
-    visual = unwrap(model).visual
+    visual = getattr(unwrap(model), "visual", None)
+    if visual is None:
+        raise TypeError(f"model is a {type(unwrap(model)).__name__}; expected an open_clip model, which has visual")
     with patches.last_inputs(visual) as inputs:
         image_features = encode_images(model, images, normalize=normalize)
     patch_features = patches.local_features(visual, inputs[0])
@@ -70,22 +79,21 @@ def encode_images_and_patches(model: nn.Module, images: Tensor, *, normalize: bo
     return LocalFeatures(image_features, patch_features)
 
 
+@checked
 def encode_texts(model: nn.Module, tokens: Tensor, *, normalize: bool = True) -> Tensor:
     """Text features (M, D) of tokenised captions (M, L), with `normalize` as in `encode_images`."""
-    if tokens.ndim != 2 or tokens.is_floating_point():
-        raise ValueError(f"tokens: expected (M, L) integers, got {tuple(tokens.shape)} {tokens.dtype}")
-    model = unwrap(model)
+    _check_tokens(model, tokens)
     context = getattr(text_tower(model), "context_length", None) or tokens.shape[1]
     if tokens.shape[1] > context:
         raise ValueError(
             f"tokens: (M, {tokens.shape[1]}) are longer than the model's context of {context}: use the tokenizer that "
             "was loaded with it"
         )
-    clip: Any = model
-    features = _pooled(clip.encode_text(tokens))
+    features = _encoded(model, "encode_text", "tokens", tokens)
     return F.normalize(at_least_float32(features), dim=-1) if normalize else features
 
 
+@checked
 def token_embedding(model: nn.Module) -> nn.Embedding:
     """The table (vocabulary, width) of token embeddings, of open_clip's own text tower.
 
@@ -100,6 +108,7 @@ def token_embedding(model: nn.Module) -> nn.Embedding:
     return table
 
 
+@checked
 def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, *, normalize: bool = True) -> Tensor:
     """Text features (M, D) of embeddings (M, L, width) that stand in for those of the tokens (M, L).
 
@@ -110,6 +119,7 @@ def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, 
     ValueError for shapes that do not fit and for towers without `token_embedding`.
     """
     table = token_embedding(model)
+    _check_tokens(model, tokens)
     if embeddings.shape != (*tokens.shape, table.embedding_dim) or tokens.ndim != 2:
         raise ValueError(
             f"embeddings: expected (M, L, {table.embedding_dim}) for tokens (M, L), got {tuple(embeddings.shape)} "
@@ -146,6 +156,7 @@ def _pooled_length(tower: nn.Module, tokens: Tensor) -> int | None:
     return int(tokens.argmax(-1).max()) + 1 if causal and pooling == "argmax" else None
 
 
+@checked
 def visual_projection(model: nn.Module) -> Tensor:
     """W (width, D) with image feature = h @ W (+ bias): the parameter or a view of it; gradients reach it.
 
@@ -155,6 +166,7 @@ def visual_projection(model: nn.Module) -> Tensor:
     return _projection(model, "visual", "visual.proj", "visual.attnpool.c_proj", "visual.head.proj")
 
 
+@checked
 def text_projection(model: nn.Module) -> Tensor:
     """W (width, D) with text feature = h @ W (+ bias): the parameter or a view of it; gradients reach it.
 
@@ -184,6 +196,40 @@ def _projection(model: nn.Module, tower: str, *paths: str) -> Tensor:
         f"model: the {tower} tower of this {type(model).__name__} does not end in a linear projection "
         f"(looked for {', '.join(paths)})"
     )
+
+
+def _first_parameter(module: nn.Module, otherwise: Tensor) -> Tensor:
+    return next(module.parameters(), otherwise)
+
+
+def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
+    """ValueError unless they are (M, L) numbers of tokens, on the model's device and in its vocabulary."""
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"tokens: expected (M, L) integers, int64 or int32, got {tuple(tokens.shape)} {tokens.dtype}")
+    tower = text_tower(model)
+    device = _first_parameter(tower, tokens).device
+    if tokens.device != device:
+        raise ValueError(f"tokens are on {tokens.device}; expected {device}, as the model")
+    table = getattr(tower, "token_embedding", None)
+    if isinstance(table, nn.Embedding) and tokens.numel():
+        check_range("tokens", tokens, table.num_embeddings, ", the model's vocabulary")
+
+
+def _encoded(model: nn.Module, encode: str, name: str, given: Tensor) -> Tensor:
+    """What a tower makes of images or tokens; ValueError, naming them, for those that do not fit it."""
+    tower = getattr(unwrap(model), encode, None)
+    if tower is None:
+        raise TypeError(f"model is a {type(unwrap(model)).__name__}; expected an open_clip model, which has {encode}")
+    if torch.compiler.is_compiling():
+        return _pooled(tower(given))
+    try:
+        return _pooled(tower(given))
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} {tuple(given.shape)} {given.dtype} do not go through the model's {encode}: {error}"
+        ) from error
 
 
 def _pooled(features: Any) -> Tensor:

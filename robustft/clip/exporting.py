@@ -14,12 +14,14 @@ from robustft.clip.loading import CLASSIFIER_FILE, COMPANIONS, CONFIG_FILE, WEIG
 from robustft.clip.messages import few
 from robustft.clip.prompts import Tokenizer
 from robustft.files import new_folder, write_json, write_tensors, write_text
+from robustft.ops.kinds import checked
 
 CARD_FILE = "README.md"
 PREPROCESSING = ("size", "interpolation", "resize_mode")
 """Beside mean and std, which `check_same_computation` compares."""
 
 
+@checked
 def export(
     model: nn.Module,
     directory: str | Path,

@@ -27,6 +27,7 @@ from robustft.clip.weights import fingerprint as model_fingerprint
 from robustft.data.images import Skipped
 from robustft.data.sources import Source, fingerprint, image_statistics, takes_statistics
 from robustft.files import read_tensors, write_tensors
+from robustft.ops.kinds import checked
 
 # The parts of open_clip's evaluation transforms: deterministic, and told wholly by their attributes.
 STANDARD_TRANSFORMS = frozenset(
@@ -51,6 +52,7 @@ class Features:
 
 
 @torch.no_grad()
+@checked
 def encode(
     model: nn.Module,
     dataset: Any,
@@ -202,5 +204,5 @@ def _read(path: Path) -> Features | None:
                 raise ValueError("its content has another checksum than it holds")
         return found
     except (SafetensorError, KeyError, ValueError) as error:
-        warnings.warn(f"{path} is damaged ({error}); encoding again", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{path} is damaged ({error}); encoding again", RuntimeWarning, stacklevel=4)
         return None

@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from robustft.clip.encoding import encode_texts
 from robustft.clip.prompts import Template, Tokenizer, captions, check_captions, split_names, tokenize_classes
+from robustft.ops.kinds import checked, described
 
 
+@checked
 def class_embeddings(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -37,6 +39,7 @@ def class_embeddings(
     return grouped_embeddings(model, groups, batch_size=batch_size)
 
 
+@checked
 def caption_embeddings(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -72,6 +75,7 @@ class CaptionGroups(NamedTuple):
         )
 
 
+@checked
 def group_captions(
     tokenizer: Tokenizer,
     captions: Sequence[Sequence[str]],
@@ -93,6 +97,7 @@ def group_captions(
     )
 
 
+@checked
 def grouped_embeddings(
     model: nn.Module, groups: CaptionGroups, *, batch_size: int = 256, checkpoint: bool = False
 ) -> Tensor:
@@ -103,6 +108,7 @@ def grouped_embeddings(
     return F.embedding(groups.rows.to(means.device), F.normalize(means, dim=-1))
 
 
+@checked
 def encode_captions(model: nn.Module, tokens: Tensor, *, batch_size: int = 256, checkpoint: bool = False) -> Tensor:
     """Unit text features (P, D) of tokenised captions (P, L) on any device, `batch_size` of them at a time.
 
@@ -112,6 +118,8 @@ def encode_captions(model: nn.Module, tokens: Tensor, *, batch_size: int = 256, 
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if tokens.ndim != 2 or tokens.is_meta:
+        raise ValueError(f"tokens: expected (P, L) integers, got {described(tokens)} on {tokens.device}")
     device = next(model.parameters()).device
     chunks = [chunk.to(device) for chunk in tokens.split(batch_size)]
     if not (checkpoint and torch.is_grad_enabled()):

@@ -26,6 +26,7 @@ from robustft.clip.messages import few
 from robustft.clip.prompts import Tokenizer
 from robustft.files import COMPANIONS as FITTED
 from robustft.files import read_json, write_json
+from robustft.ops.kinds import checked
 
 CONFIG_FILE = "open_clip_config.json"
 
@@ -47,6 +48,7 @@ class Bundle(NamedTuple):
     config: dict[str, Any]  # {"model_cfg": ..., "preprocess_cfg": ...}, as in open_clip_config.json
 
 
+@checked
 def load(
     name: str,
     pretrained: str | Path | None = None,
@@ -86,7 +88,10 @@ def load(
             tokenizer = open_clip.get_tokenizer(tokenizer_name, cache_dir=cache_dir)
     except ModuleNotFoundError as error:
         raise ImportError(f"{name}: its tokenizer needs {error.name}: pip install {error.name}") from error
-    model = model.to(device=device, dtype=dtype).eval()
+    try:
+        model = model.to(device=device, dtype=dtype).eval()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"device is {device!r}, where the model cannot be put: {error}") from error
     return Bundle(model, tokenizer, train_transform, eval_transform, config)
 
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustft.data.images import Skipped
+from robustft.ops.arguments import FLOATS
+from robustft.ops.kinds import checked, described
 
 
 class Outputs:
@@ -32,6 +34,7 @@ class Outputs:
 
     PARTS = ("features", "cosines", "logits", "patch_cosines", "labels")
 
+    @checked
     def __init__(
         self,
         features: Tensor | None = None,
@@ -127,13 +130,16 @@ class Outputs:
         return self._parts[name]
 
 
+@checked
 def similarities(features: Tensor, class_embeddings: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines u normalize(w)^T and logits s u w^T, (N, K) each, of unit features (N, D) and embeddings (K, D)."""
+    _check_head(features, class_embeddings, logit_scale)
     w = class_embeddings.to(features.dtype)
     with torch.autocast(features.device.type, enabled=False):
         return features @ F.normalize(w, dim=-1).T, logit_scale.to(features.dtype) * (features @ w.T)
 
 
+@checked
 def outputs_of(
     features: Tensor,
     class_embeddings: Tensor,
@@ -146,12 +152,31 @@ def outputs_of(
 
     The head's rows are normalised for the cosines and taken as they are for the logits, which need `logit_scale`.
     """
+    if features.dtype not in FLOATS:
+        raise ValueError(f"features is {described(features)}; expected floating, two dimensions")
     scale = torch.as_tensor(1.0 if logit_scale is None else logit_scale, dtype=features.dtype, device=features.device)
     cosines, logits = similarities(features, class_embeddings, scale)
     patch_cosines = None
     if patch_features is not None:
+        n, d = features.shape
+        if patch_features.ndim != 3 or patch_features.shape[::2] != (n, d) or patch_features.dtype not in FLOATS:
+            raise ValueError(f"patch_features is {described(patch_features)}; expected floating ({n}, P, {d})")
         patch_cosines = patch_features @ F.normalize(class_embeddings.to(patch_features.dtype), dim=-1).T
     return Outputs(features, cosines, None if logit_scale is None else logits, patch_cosines, labels)
+
+
+def _check_head(features: Tensor, class_embeddings: Tensor, logit_scale: Tensor) -> None:
+    for name, value in (("features", features), ("class_embeddings", class_embeddings)):
+        if value.ndim != 2 or value.dtype not in FLOATS:
+            raise ValueError(f"{name} is {described(value)}; expected floating, two dimensions")
+        if value.device != logit_scale.device:
+            raise ValueError(f"{name} is on {value.device}; expected {logit_scale.device}, as logit_scale")
+    if features.shape[1] != class_embeddings.shape[1]:
+        raise ValueError(
+            f"features has {features.shape[1]} dimensions; expected {class_embeddings.shape[1]}, as class_embeddings"
+        )
+    if logit_scale.numel() != 1:
+        raise ValueError(f"logit_scale has shape {tuple(logit_scale.shape)}; expected one element")
 
 
 @contextmanager

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from robustft.clip.library import import_open_clip
 from robustft.files import read_json, read_text
+from robustft.ops.arguments import INTEGERS
+from robustft.ops.kinds import checked, described
 
 Template = str | Callable[[str], str]
 Tokenizer = Callable[[list[str]], Tensor]
@@ -56,6 +58,8 @@ def format_template(template: Template, class_name: str) -> str:
     Other braces in the template or the name are left alone. Raises ValueError when the string has neither
     placeholder (every class would get the same caption), TypeError when the result is not a string.
     """
+    if not isinstance(class_name, str):
+        raise TypeError(f"class_name: expected a string, got {class_name!r:.80}")
     if isinstance(template, str):
         if "{}" not in template and "{c}" not in template:
             raise ValueError(f"templates: {template!r} has no '{{}}' or '{{c}}' for the class name")
@@ -83,6 +87,8 @@ def captions(
         raise TypeError(f"templates: expected a sequence of templates, got {templates!r}")
     if not templates:
         raise ValueError("templates: expected at least one template, got none")
+    if wrong := [template for template in templates if not (isinstance(template, str) or callable(template))]:
+        raise TypeError(f"templates: expected strings or callables, got {wrong[0]!r:.80}")
     if codes := [name for name in names if _CODE.fullmatch(name)]:
         # At this line, not the caller's, so that a method that builds several heads says it once.
         warnings.warn(
@@ -122,6 +128,7 @@ class Truncating:
         return getattr(self._whole, name)
 
 
+@checked
 def tokenize(
     tokenizer: Tokenizer, texts: Sequence[str], *, truncate: bool = False, names: Sequence[str] | None = None
 ) -> Tensor:
@@ -159,6 +166,7 @@ def tokenize(
     return tokens
 
 
+@checked
 def tokenize_classes(
     tokenizer: Tokenizer,
     captions: Sequence[Sequence[str]],
@@ -173,6 +181,8 @@ def tokenize_classes(
     warning.
     """
     names = [f"class {number}" for number in range(len(captions))] if names is None else names
+    if len(names) != len(captions):
+        raise ValueError(f"names has {len(names)} entries; expected {len(captions)}, one for each class of captions")
     name_of: dict[str, str] = {}
     for name, texts in zip(names, captions, strict=True):
         for text in texts:
@@ -192,7 +202,7 @@ def tokenize_classes(
             )
             if not (truncate or isinstance(tokenizer, Truncating)):
                 raise ValueError(told)
-            warnings.warn(told, stacklevel=2)
+            warnings.warn(told, stacklevel=3)
     return tokens, row
 
 
@@ -293,6 +303,7 @@ class PromptTable:
     take 50 MB at L = 77.
     """
 
+    @checked
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -306,6 +317,7 @@ class PromptTable:
         self._fill(tokenizer, captions(names, templates), names, truncate)
 
     @classmethod
+    @checked
     def from_captions(
         cls,
         tokenizer: Tokenizer,
@@ -343,14 +355,17 @@ class PromptTable:
         self.counts = self.counts.to(device)
         return self
 
+    @checked
     def tokens(self, labels: Tensor, template_indices: Tensor | int) -> Tensor:
         """Tokens (N, L) of each label's caption; `template_indices` (N,) or an integer for all."""
         return self.captions[self._captions_of(labels, template_indices)]
 
+    @checked
     def unique(self, labels: Tensor, template_indices: Tensor | int) -> SampledCaptions:
         """The distinct captions of a batch, with `tokens[index]` equal to `self.tokens(...)`."""
         return self._distinct(self._captions_of(labels, template_indices))
 
+    @checked
     def sample(self, labels: Tensor, generator: torch.Generator | None = None) -> SampledCaptions:
         """Draws a template for each label, uniformly, and returns the batch's distinct captions.
 
@@ -369,7 +384,15 @@ class PromptTable:
 
     def _captions_of(self, labels: Tensor, template_indices: Tensor | int) -> Tensor:
         labels = self._checked(labels)
-        template_indices = torch.as_tensor(template_indices, device=labels.device)
+        template_indices = torch.as_tensor(template_indices)
+        if template_indices.dtype not in INTEGERS or template_indices.is_meta:
+            raise ValueError(f"template_indices: expected integers, got {described(template_indices)}")
+        if template_indices.shape not in ((), labels.shape):
+            raise ValueError(
+                f"template_indices: expected one integer, or one for each of {len(labels)} labels, got "
+                f"{tuple(template_indices.shape)}"
+            )
+        template_indices = template_indices.to(labels.device, torch.int64)
         counts = self.counts[labels]
         if ((template_indices < 0) | (template_indices >= counts)).any():
             raise ValueError(
@@ -379,7 +402,7 @@ class PromptTable:
         return self.rows[labels, template_indices]
 
     def _checked(self, labels: Tensor) -> Tensor:
-        if labels.ndim != 1 or labels.dtype == torch.bool or labels.is_floating_point():
+        if labels.ndim != 1 or labels.dtype not in INTEGERS or labels.is_meta:
             raise ValueError(f"labels: expected (N,) integers, got {tuple(labels.shape)} {labels.dtype}")
         labels, classes = labels.to(self.rows.device, torch.long), len(self.rows)
         if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < classes):
@@ -389,6 +412,7 @@ class PromptTable:
         return labels
 
 
+@checked
 def read_class_names(path: str | Path, *, dataset: str | None = None) -> tuple[str, ...]:
     """Class names in label order: a text file, one a line, or JSON, a list of names or an object's keys.
 
@@ -398,6 +422,7 @@ def read_class_names(path: str | Path, *, dataset: str | None = None) -> tuple[s
     return _strings(path, "class names: a list of them, an object of which they are the keys, or one a line", dataset)
 
 
+@checked
 def read_templates(path: str | Path, *, dataset: str | None = None) -> tuple[str, ...]:
     """Templates from a text file, one a line, or a JSON list; each holds `{}` or `{c}`.
 
@@ -412,6 +437,7 @@ def read_templates(path: str | Path, *, dataset: str | None = None) -> tuple[str
     return templates
 
 
+@checked
 def read_descriptions(
     path: str | Path, class_names: Sequence[str], *, missing: str = "error"
 ) -> tuple[tuple[str, ...], ...]:
@@ -423,6 +449,7 @@ def read_descriptions(
         raise ValueError(f"{path}: {error}") from error
 
 
+@checked
 def match_descriptions(
     descriptions: Mapping[str, str | Sequence[str]] | Sequence[str | Sequence[str]],
     class_names: Sequence[str],
@@ -484,7 +511,7 @@ def _warn_of_equals(descriptions: Sequence[tuple[str, ...]], class_names: Sequen
         warnings.warn(
             f"descriptions: {sum(map(len, equal))} of {len(class_names)} classes share theirs with another, so that "
             f"these heads cannot tell them apart: {told}{'; ...' if len(equal) > 5 else ''}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

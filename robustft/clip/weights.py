@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from robustft.clip.computation import check_same_computation
 from robustft.clip.encoding import unwrap
 from robustft.clip.messages import few
+from robustft.ops.kinds import checked, described
 
 
+@checked
 def interpolate(zero_shot: nn.Module, fine_tuned: nn.Module, alpha: float) -> nn.Module:
     """WiSE-FT (arXiv 2109.01903, section 3): a model with weights (1 - alpha) zero_shot + alpha fine_tuned.
 
@@ -33,6 +35,7 @@ def interpolate(zero_shot: nn.Module, fine_tuned: nn.Module, alpha: float) -> nn
     return model
 
 
+@checked
 def interpolate_state(
     zero_shot: Mapping[str, Tensor], fine_tuned: Mapping[str, Tensor], alpha: float
 ) -> dict[str, Tensor]:
@@ -56,6 +59,7 @@ def interpolate_state(
     return {key: mix(zero_shot[key], ft) for key, ft in fine_tuned.items()}
 
 
+@checked
 def average_states(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of the states of models of one architecture, as new tensors on the first's devices.
 
@@ -63,7 +67,7 @@ def average_states(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     in all stay as they are, bit for bit. No gradient. One state is held at a time beside the mean. Raises ValueError
     when there is none, or keys, shapes or dtypes differ, naming them.
     """
-    states = iter(states)
+    states = (_state(state, place) for place, state in enumerate(states))
     first = next(states, None)
     if first is None:
         raise ValueError("states: expected at least one")
@@ -75,6 +79,12 @@ def average_states(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         for key, mean in means.items():
             mean.lerp_(state[key].detach().to(mean), 1.0 / n)  # of equals lerp is exact
     return {key: means[key].to(x.dtype) if key in means else x.detach().clone() for key, x in first.items()}
+
+
+def _state(state: Any, place: int) -> Mapping[str, Tensor]:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"states[{place}] is {described(state)}; expected a mapping of names to tensors")
+    return state
 
 
 def _check_match(a: Mapping[str, Tensor], b: Mapping[str, Tensor], a_name: str, b_name: str) -> None:
@@ -95,12 +105,14 @@ def _check_match(a: Mapping[str, Tensor], b: Mapping[str, Tensor], a_name: str, 
         raise ValueError(f"{a_name} and {b_name} do not match: {'; '.join(filter(None, differences))}")
 
 
+@checked
 def half_precision_parameters(module: nn.Module) -> list[str]:
     """Names of the parameters that are trained and are float16 or bfloat16."""
     half = (torch.float16, torch.bfloat16)
     return [name for name, value in module.named_parameters() if value.requires_grad and value.dtype in half]
 
 
+@checked
 def check_trainable_precision(module: nn.Module) -> None:
     """Raises ValueError, naming them, where parameters in half precision are trained without float32 masters.
 
@@ -116,6 +128,7 @@ def check_trainable_precision(module: nn.Module) -> None:
         )
 
 
+@checked
 def fingerprint(model: nn.Module) -> str:
     """SHA-256, in hexadecimal, of a model's state (names, shapes, dtypes, bytes), module types and settings.
 

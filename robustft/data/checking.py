@@ -20,6 +20,8 @@ import torch
 from robustft.data.duplicates import Look, look, pairs
 from robustft.data.opening import Data
 from robustft.data.paths import UNLABELLED, Member, PathDataset, read_file
+from robustft.data.sources import check_workers
+from robustft.ops.kinds import checked
 
 LARGE = 20_000_000  # pixels
 ODD = {
@@ -108,6 +110,7 @@ class Seen(NamedTuple):
     look: Look | None
 
 
+@checked
 def check(
     data: Data,
     *,
@@ -123,6 +126,7 @@ def check(
         duplicates: look for copies too; memory: 4 KB an image.
         progress: called with (images seen, all) now and then.
     """
+    check_workers(workers)
     sets = {name: part for name, part in data.sets().items() if isinstance(part, PathDataset)}
     total, done = sum(map(len, sets.values())), 0
     findings: list[Finding] = [*_names(data)]

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustft.ops.kinds import check_fields, described, held
+
 if TYPE_CHECKING:
     import PIL.Image
 
@@ -97,6 +99,10 @@ class ImageDataset:
     groups: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.images, np.ndarray):
+            raise TypeError(f"images is {described(self.images)}; expected an array uint8 (N, H, W, 3)")
+        check_fields(self)
+        held("labels", self.labels)
         if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
             raise ValueError(f"images: expected uint8 (N, H, W, 3), got {self.images.dtype} {self.images.shape}")
         for name, values in (("labels", self.labels), ("groups", self.groups)):

@@ -34,6 +34,7 @@ from robustft.data.seeds import stateless_generator
 from robustft.data.shards import read_shards
 from robustft.data.splits import few_shot, read_split
 from robustft.data.table import Columns, read_table, write_table
+from robustft.ops.kinds import checked
 
 VALIDATION_NAMES = ("val", "valid", "validation")
 VALIDATION_SHARE, TEST_SHARE = 0.1, 0.1
@@ -96,6 +97,7 @@ class Data:
         )
 
 
+@checked
 def open(
     source: str | os.PathLike[str] | Data,
     *,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from robustft.data.classes import few
 from robustft.data.images import DamagedImageError, OnError, check_on_error, read_image
+from robustft.ops.kinds import checked, described
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -101,8 +102,11 @@ class PathDataset:
             item["group"] = int(self.groups[index])
         return item
 
+    @checked
     def subset(self, indices: Sequence[int] | Tensor) -> PathDataset:
         """The samples at `indices`, in that order."""
+        if isinstance(indices, Tensor) and indices.ndim != 1:
+            raise ValueError(f"indices is {described(indices)}; expected (n,)")
         rows = [int(index) for index in indices]
         return replace(
             self,
@@ -115,6 +119,7 @@ class PathDataset:
         """The same files under another transform."""
         return replace(self, transform=transform)
 
+    @checked
     def renamed(self, names: Mapping[str, str] | Sequence[str]) -> PathDataset:
         """The same files under other class names: one for each class, by its name or in the order of the classes.
 
@@ -131,6 +136,7 @@ class PathDataset:
             raise ValueError(f"class_names has no name for {few(missing)}, of the data set's {len(self.classes)}")
         return replace(self, classes=tuple(names[name] for name in self.classes))
 
+    @checked
     def relabelled(self, classes: Sequence[str]) -> PathDataset:
         """The same files with labels into `classes`, by name; all of the data set's names are among them."""
         place = {name: index for index, name in enumerate(classes)}

@@ -16,17 +16,21 @@ from robustft.data.classes import few
 from robustft.data.folder import SUFFIXES
 from robustft.data.paths import UNLABELLED, Member, PathDataset
 from robustft.files import read_text
+from robustft.ops.kinds import checked
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MOST_CLASSES = 1 << 20  # where only labels tell how many there are, each gets a name
 LABELS, TEXTS = (".cls", ".index"), (".txt", ".text")
 
 
+@checked
 def expand(pattern: str) -> list[Path]:
     """The archives that `shards/{000..099}.tar` names; several patterns are joined by `::`.
 
     FileNotFoundError, naming them, where some are missing: an epoch over the others is another epoch.
     """
+    if not pattern:
+        raise ValueError("pattern is empty; expected a path of shards")
     paths = []
     for part in pattern.split("::"):
         found = _BRACES.search(part)
@@ -45,6 +49,7 @@ def expand(pattern: str) -> list[Path]:
     return paths
 
 
+@checked
 def read_shards(pattern: str) -> PathDataset:
     """The images of shards, with the labels (`.cls`) or captions (`.txt`), or both, beside them.
 

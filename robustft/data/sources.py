@@ -39,6 +39,7 @@ from robustft.data.classes import Matching, matching_of
 from robustft.data.images import DamagedImageError, Skipped
 from robustft.data.pixels import Statistics, warning_of_raw_pixels
 from robustft.data.seeds import stateless_seed
+from robustft.ops.kinds import array, checked, described, held
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 Transform = Callable[[Any], Tensor]
@@ -73,7 +74,11 @@ class Source:
         self.groups = groups_of(data)
         if takes_statistics(data, transform):
             data = data.tensors(*image_statistics(model))
+        if isinstance(data, (Tensor, str, bytes)):
+            raise TypeError(f"{name} must be (images, labels) or a data set, got {described(data)}")
         self.columns = _columns(data, name)
+        if self.columns is not None and held(f"{name}'s images", self.columns["image"]).ndim == 0:
+            raise ValueError(f"{name}'s images are one number; expected (N, C, H, W)")
         if self.columns is not None and self.groups is not None:
             data = self.columns = {"group": self.groups, **self.columns}
         if self.columns is not None and self.matching is not None and isinstance(self.columns.get("label"), Tensor):
@@ -164,22 +169,21 @@ class Source:
 
     def _items(self, rows: Sequence[int]) -> tuple[tuple[Tensor, Tensor] | None, list[Skipped]]:
         """Images and labels of the items at `rows`, None where none can be read; and those that are skipped."""
-        items, skipped = [], []
+        pairs, skipped = [], []
         for row in rows:
             try:
-                items.append(self.data[row])
+                pairs.append(image_and_label(self.data[row], f"{self.name}[{row}]"))
             except (DamagedImageError, OSError) as error:
                 if not self.skips:
                     raise
                 skipped.append(Skipped(row, str(error)))
-        if not items:
+        if not pairs:
             return None, skipped
-        pairs = [(item["image"], item.get("label", -1)) if isinstance(item, Mapping) else item[:2] for item in items]
         images = [image if self.transform is None else self.transform(image) for image, _ in pairs]
         if not isinstance(images[0], Tensor) or not images[0].is_floating_point():
             got = images[0].dtype if isinstance(images[0], Tensor) else type(images[0]).__name__
             raise TypeError(f"images must be floating point tensors, got {got}: pass the model's transform")
-        labels = torch.tensor([int(label) for _, label in pairs])
+        labels = torch.tensor([label for _, label in pairs])
         return (torch.stack(images), labels if self.matching is None else self.matching.of(labels)), skipped
 
     def batches(
@@ -256,8 +260,7 @@ def reading_workers(data: Any, count: int, workers: int | None = None) -> int:
     """
     workers = _of_images(data, "workers", 0) if workers is None else workers
     if workers is not None:
-        if workers < 0:
-            raise ValueError(f"workers must not be negative, got {workers}")
+        check_workers(workers)
         return int(workers)
     if count < FILES_FOR_WORKERS or multiprocessing.current_process().daemon:
         return 0
@@ -265,6 +268,19 @@ def reading_workers(data: Any, count: int, workers: int | None = None) -> int:
     return min(cores, 8) if cores > 1 else 0
 
 
+def image_and_label(item: Any, what: str) -> tuple[Any, int]:
+    """Both of a data set's item; TypeError, naming the item as `what`, for any other thing."""
+    try:
+        image, label = (item["image"], item.get("label", -1)) if isinstance(item, Mapping) else (item[0], item[1])
+        return image, int(label)
+    except (TypeError, ValueError, IndexError, KeyError) as error:
+        raise TypeError(
+            f'{what} is {described(item)}; expected (image, label), or {{"image": ..., "label": ...}}, with a label '
+            "that is an integer"
+        ) from error
+
+
+@checked
 def batches(
     dataset: Any,
     model: Any = None,
@@ -293,6 +309,10 @@ def _with_those_skipped(found: Iterator[Any], source: Source, skipped: list[Skip
 def image_batches(data: Any, model: Any = None, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor | None]]:
     """As `batches`, and images (N, C, H, W) alone, whose labels are None."""
     if isinstance(data, Tensor):
+        if held("images", data).ndim != 4 or batch_size < 1:
+            raise ValueError(
+                f"images is {described(data)}, in batches of {batch_size}; expected (N, C, H, W), at least 1"
+            )
         return ((images, None) for images in data.split(batch_size))
     return iter(batches(data, model, batch_size=batch_size))
 
@@ -369,6 +389,18 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor | None
     texts: Sequence[str] | Tensor | None
+
+
+MOST_WORKERS = 512
+"""Processes that may load data: many more than any machine keeps busy, and fewer than bring it down."""
+
+
+def check_workers(workers: int) -> None:
+    """ValueError unless so many processes can be started."""
+    if workers < 0:
+        raise ValueError(f"workers must not be negative, got {workers}")
+    if workers > MOST_WORKERS:
+        raise ValueError(f"workers is {workers}; expected at most {MOST_WORKERS} processes")
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
@@ -472,6 +504,8 @@ class _Seeded(torch.utils.data.Dataset[Any]):
         if isinstance(item, Mapping):
             known = {} if self.groups is None else {"group": self.groups[index]}
             return known | dict(item) | ({"label": self._class_of(item["label"])} if "label" in item else {})
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise TypeError(f"data[{index}] is {described(item)}; expected (image, label), (image, text) or a mapping")
         image, target = item
         is_label = isinstance(target, (int, np.integer)) or isinstance(target, Tensor) and target.ndim == 0
         target = self._class_of(target) if is_label else target
@@ -539,7 +573,7 @@ def _columns(data: Any, name: str) -> dict[str, Any] | None:
 
 
 def _image_tensors(columns: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
-    images, labels = columns["image"], torch.as_tensor(columns.get("label", []))
+    images, labels = held(f"{name}'s images", columns["image"]), array(f"{name}'s labels", columns.get("label", []))
     if not images.is_floating_point() or images.ndim != 4 or labels.shape != images.shape[:1]:
         raise ValueError(
             f"{name} must be images (N, C, H, W), floating point, and labels (N,), got "

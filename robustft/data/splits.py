@@ -18,10 +18,12 @@ from torch import Tensor
 
 from robustft.data.paths import PathDataset
 from robustft.files import read_json
+from robustft.ops.kinds import checked, dense, described
 
 PARTS = ("train", "val", "test")
 
 
+@checked
 def few_shot(data: Any, shots: int, *, seed: int = 0) -> Any:
     """`shots` random samples of each class of `data`, in its order and of its kind.
 
@@ -39,6 +41,8 @@ def few_shot(data: Any, shots: int, *, seed: int = 0) -> Any:
         raise TypeError(
             f"data must be (images, labels) or tell its labels in .labels or .targets, got {type(data).__name__}"
         )
+    if pair and (dense("data's images", data[0]).ndim == 0 or len(data[0]) != labels.numel()):
+        raise ValueError(f"data must be as many images as labels, got {described(data[0])} and {described(labels)}")
     rows = few_shot_indices(labels, shots, seed=seed, classes=getattr(data, "classes", None))
     if pair:
         return tuple(part[rows.to(part.device)] for part in data)
@@ -47,15 +51,20 @@ def few_shot(data: Any, shots: int, *, seed: int = 0) -> Any:
     return torch.utils.data.Subset(data, rows.tolist())
 
 
+@checked
 def few_shot_indices(
     labels: Tensor | Sequence[int], shots: int, *, seed: int = 0, classes: Sequence[str] | None = None
 ) -> Tensor:
     """Sorted indices (K shots,) of `few_shot`'s samples, of labels (N,); `classes` are for its errors."""
+    if isinstance(labels, Tensor) and labels.is_meta:
+        raise ValueError("labels is a meta tensor, which holds no numbers; expected integers (N,)")
+    if not 0 <= seed:
+        raise ValueError(f"seed must not be negative, got {seed}")
     values = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer) or not len(values):
         raise ValueError(f"labels must be integers (N,), not empty, got {values.dtype} of shape {values.shape}")
     chosen = []
-    for label in range(max(int(values.max()) + 1, len(classes or ()))):
+    for label in range(max(int(values.max()) + 1, 0 if classes is None else len(classes))):
         found = np.flatnonzero(values == label)
         if len(found) < shots:
             name = f"{label} ({classes[label]!r})" if classes is not None and label < len(classes) else str(label)
@@ -73,6 +82,7 @@ class Split(NamedTuple):
     test: PathDataset
 
 
+@checked
 def read_split(path: str | Path, root: str | Path, transform: Callable[[Any], Any] | None = None) -> Split:
     """The data sets of a CoOp split file (split_zhou_Caltech101.json and the like); images lie below `root`.
 

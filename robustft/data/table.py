@@ -19,6 +19,7 @@ import torch
 from robustft.data.classes import few
 from robustft.data.paths import UNLABELLED, PathDataset
 from robustft.files import read_text
+from robustft.ops.kinds import checked
 
 IMAGE = ("filepath", "file_name", "filename", "image", "image_path", "img_filename", "path")
 CAPTION = ("title", "caption", "text")
@@ -45,6 +46,7 @@ class Table(NamedTuple):
     understood: str
 
 
+@checked
 def read_table(path: Path, columns: Columns = Columns(), root: Path | None = None) -> Table:
     """The images of a table; paths in it are relative to `root`, the table's own folder by default.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from robustft.clip.outputs import Outputs
 from robustft.detection import scores as ood_scores
 from robustft.neighbors import NeighborIndex
+from robustft.ops.kinds import checked
 
 
 class Score:
@@ -181,15 +182,24 @@ class Entry:
 
 def _entry(make: Callable[..., Tensor] | type[Score], reads: tuple[str, ...] = (), **words: Any) -> Entry:
     """The entry of a subclass of `Score`, or of a function, which reads its arguments without a default."""
+    if not isinstance(make, type):
+        return _pointwise(make, reads, words)
+    if not issubclass(make, Score):
+        raise TypeError(f"a score must be a function, or a subclass of Score, got the class {make.__name__}")
+    return Entry(make, make.reads, *_summary(make), make.learns, make.needs_options, **words)
+
+
+def _pointwise(make: Callable[..., Tensor], reads: tuple[str, ...], words: dict[str, Any]) -> Entry:
+    parameters = inspect.signature(make).parameters.values()
+    reads = reads or tuple(p.name for p in parameters if p.default is p.empty)
+    return Entry(partial(Pointwise, make, reads), reads, *_summary(make), **words)
+
+
+def _summary(make: Callable[..., Any]) -> tuple[str, tuple[str, ...]]:
+    """What a score is, and its options with their defaults."""
     summary = (inspect.getdoc(make) or "").split(":")[0].replace("\n", " ")
     parameters = inspect.signature(make).parameters.values()
-    options = tuple(f"{p.name}={p.default}" for p in parameters if p.default is not p.empty)
-    if isinstance(make, type):
-        if not issubclass(make, Score):
-            raise TypeError(f"a score must be a function, or a subclass of Score, got the class {make.__name__}")
-        return Entry(make, make.reads, summary, options, make.learns, make.needs_options, **words)
-    reads = reads or tuple(p.name for p in parameters if p.default is p.empty)
-    return Entry(partial(Pointwise, make, reads), reads, summary, options, **words)
+    return summary, tuple(f"{p.name}={p.default}" for p in parameters if p.default is not p.empty)
 
 
 SCORES: dict[str, Entry] = {
@@ -210,13 +220,14 @@ SCORES: dict[str, Entry] = {
 _OWN = frozenset(SCORES)
 
 
+@checked
 def register(name: str, score: Callable[..., Tensor] | type[Score], reads: tuple[str, ...] = ()) -> None:
     """Makes `Detector(name, **options)` score by `score(*parts, **options) -> (N,)`, or by a subclass of `Score`.
 
     reads: the parts of `Outputs` that a function takes; by default the names of its arguments without a default.
     Higher has to mean more in-distribution. A detector that was saved needs its score registered before it is loaded.
     """
-    entry = _entry(score, reads)
+    entry = _entry(score, tuple(reads))
     if unknown := [part for part in entry.reads if part not in Outputs.PARTS]:
         raise ValueError(f"reads must name parts of Outputs, {Outputs.PARTS}, got {unknown}")
     if name in _OWN:

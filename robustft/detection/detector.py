@@ -24,6 +24,7 @@ from robustft.data.sources import image_batches
 from robustft.detection.by_name import SCORES
 from robustft.detection.metrics import threshold
 from robustft.files import DETECTOR_FILE, load_fitted, place, refusing, save_fitted
+from robustft.ops.kinds import checked
 
 
 class Detector:
@@ -46,6 +47,7 @@ class Detector:
     softmax over one class.
     """
 
+    @checked
     def __init__(self, score: str = "mcm", *, tpr: float = 0.95, **options: Any) -> None:
         if score not in SCORES:
             raise ValueError(f"score must be one of {sorted(SCORES)}, got {score!r}")
@@ -66,6 +68,7 @@ class Detector:
         """The options that the score was given."""
         return dict(self._score.options)
 
+    @checked
     def fit(self, source: Any, data: Any = None, *, validation: Any = None, batch_size: int = 256) -> Detector:
         """Learns what the score learns from ID data, then the threshold from held-out ID data. Returns self.
 
@@ -97,6 +100,7 @@ class Detector:
         self.threshold_ = threshold(scores, self.tpr)
         return self
 
+    @checked
     def scores(self, source: Any, data: Any = None, *, batch_size: int = 256) -> Tensor:
         """Scores (N,) on the CPU, higher = more in-distribution; no gradient.
 
@@ -107,11 +111,13 @@ class Detector:
             raise ValueError(f"score {self.score!r} has not learnt anything yet: call fit(training, validation=...)")
         return self._scores(source, data, batch_size)
 
+    @checked
     def detect(self, source: Any, data: Any = None, *, batch_size: int = 256) -> Tensor:
         """(N,) bool, True for images that are out-of-distribution: score below `threshold_`."""
         self._check_fitted()
         return self.scores(source, data, batch_size=batch_size).double() < self.threshold_
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, whole or not at all, and returns its path.
 
@@ -130,6 +136,7 @@ class Detector:
         return path
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Detector:
         """The detector that `save` wrote; its scores are the same bit for bit. ValueError for a damaged file."""
         path = place(path, DETECTOR_FILE)

@@ -22,7 +22,8 @@ from torch import Tensor
 from robustft.calibration.measures import fit_temperature, temperature_matching_confidence
 from robustft.clip.outputs import Outputs
 from robustft.ensembles.composite import Composite
-from robustft.ensembles.wise_ft import ALPHAS, best_alpha, check_alpha, check_classes
+from robustft.ensembles.wise_ft import ALPHAS, best_alpha, check_alpha, check_alphas, check_classes
+from robustft.ops.kinds import checked
 from robustft.predictors.base import Predictor, outputs_of_each, predict_each
 from robustft.predictors.logits import accuracy_and_nll, mixture_log_probabilities
 
@@ -48,6 +49,7 @@ class OutputEnsemble:
             "confidence", mean confidence equal to accuracy ("fit" is the same), or "nll", the lowest NLL.
     """
 
+    @checked
     def __init__(
         self,
         zero_shot: Predictor,
@@ -61,6 +63,7 @@ class OutputEnsemble:
         if not isinstance(self.temperatures, str):
             self.temperatures_: tuple[float, float] = self.temperatures
 
+    @checked
     def at(self, alpha: float) -> Mixture:
         """The predictor at mixing weight alpha: 0 is the zero-shot one, 1 the fine-tuned one."""
         if not hasattr(self, "temperatures_"):
@@ -69,8 +72,10 @@ class OutputEnsemble:
             )
         return Mixture(self.zero_shot, self.fine_tuned, alpha, self.temperatures_)
 
+    @checked
     def fit(self, validation: Any, alphas: Sequence[float] = ALPHAS) -> OutputEnsemble:
         """Choose temperatures (if asked to), then alpha_, by accuracy on held-out ID data, then by NLL."""
+        check_alphas(alphas)
         zs, ft = predict_each((self.zero_shot, self.fine_tuned), validation)
         self.temperatures_ = fitted_temperatures(self.temperatures, zs.logits, ft.logits, ft.labels)
         scores = [
@@ -96,6 +101,7 @@ class PairPredictor(Composite):
     zero_shot: Predictor
     fine_tuned: Predictor
 
+    @checked
     def __init__(self, zero_shot: Predictor, fine_tuned: Predictor) -> None:
         super().__init__()
         check_classes(zero_shot, fine_tuned)
@@ -124,6 +130,7 @@ class Mixture(PairPredictor):
 
     settings = ("alpha", "temperatures")
 
+    @checked
     def __init__(
         self,
         zero_shot: Predictor,

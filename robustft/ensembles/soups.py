@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from robustft import clip
+from robustft.ops.kinds import checked
 from robustft.predictors.base import Classifier
 from robustft.predictors.logits import accuracy_and_nll
 
@@ -26,6 +27,7 @@ class GreedySoup(NamedTuple):
     accuracies: tuple[float, ...]
 
 
+@checked
 def uniform_soup(classifiers: Sequence[Classifier]) -> Classifier:
     """The mean of classifiers of one architecture over the same classes, with its own copy of the model.
 
@@ -38,7 +40,7 @@ def uniform_soup(classifiers: Sequence[Classifier]) -> Classifier:
 
     Source: Wortsman et al., model soups (ICML 2022, arXiv 2203.05482), section 2.
     """
-    if not classifiers:
+    if not len(classifiers):
         raise ValueError("classifiers is empty: a soup needs at least one")
     first = classifiers[0]
     for i, classifier in enumerate(classifiers):
@@ -62,6 +64,7 @@ def uniform_soup(classifiers: Sequence[Classifier]) -> Classifier:
     return Classifier(model, head / scale, first.classes, logit_scale=scale, bias=bias)
 
 
+@checked
 def greedy_soup(classifiers: Sequence[Classifier], validation: Any) -> GreedySoup:
     """The soup of those classifiers that help on held-out ID data, (images, labels) or a dataset.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from robustft.clip.outputs import Outputs
 from robustft.ensembles.composite import Composite
 from robustft.ensembles.output_ensemble import TEMPERATURE_RULES, TemperatureRule
+from robustft.ops.kinds import checked
 from robustft.predictors.base import Classifier, Predictor
 
 
@@ -29,6 +30,7 @@ class Tempering:
     Source: Guo et al. 2017 (arXiv 1706.04599), section 4.2; the rule "confidence" is VRF's (arXiv 2411.06966).
     """
 
+    @checked
     def __init__(self, predictor: Predictor, rule: TemperatureRule = "nll") -> None:
         if rule not in TEMPERATURE_RULES:
             raise ValueError(f"rule must be {' or '.join(map(repr, TEMPERATURE_RULES))}, got {rule!r}")
@@ -44,6 +46,7 @@ class Tempering:
         """The temperature for what the predictor made of held-out ID data."""
         return TEMPERATURE_RULES[self.rule](outputs.logits, outputs.labels)
 
+    @checked
     def at(self, temperature: float) -> Predictor:
         """The predictor with logits divided by a temperature: of a `Classifier` another one, which can be saved."""
         check_temperature(temperature)
@@ -69,6 +72,7 @@ class Tempered(Composite):
     settings = ("temperature",)
     predictor: Predictor
 
+    @checked
     def __init__(self, predictor: Predictor, temperature: float) -> None:
         super().__init__()
         check_temperature(temperature)

@@ -39,6 +39,8 @@ from robustft.ensembles.vrf_weights import ROWS, WEIGHTINGS, GridPoint, centre, 
 from robustft.ensembles.wise_ft import check_alpha
 from robustft.files import load_fitted, refusing, save_fitted
 from robustft.neighbors import NeighborIndex
+from robustft.ops.arguments import FLOATS
+from robustft.ops.kinds import checked, described, has_numbers
 from robustft.ops.precision import at_least_float32
 from robustft.predictors.base import Predictor
 from robustft.predictors.logits import mixture_log_probabilities
@@ -80,6 +82,7 @@ class VRF:
     Source: Zhu, Cui, Zhang, VRF (NeurIPS 2024, arXiv 2411.06966), and its released code.
     """
 
+    @checked
     def __init__(
         self,
         k: int | Literal["released"] | None = None,
@@ -106,6 +109,7 @@ class VRF:
         self.reference = reference
         self._index: NeighborIndex | None = None
 
+    @checked
     def fit(self, train: VRFFeatures, validation: VRFFeatures) -> VRF:
         """Collects the failure set of ID training data; chooses temperatures, a and b on held-out ID data.
 
@@ -126,28 +130,39 @@ class VRF:
                 f"neither classifier errs on any of the {len(validation)} validation samples, which cannot tell one a "
                 "and b from another, so those that lean most on the zero-shot classifier are taken: hold out more "
                 "data, that the fine-tuning has not seen, or pass a and b",
-                stacklevel=2,
+                stacklevel=3,
             )
         self.grid_ = scores(pairs, validation, self.validation_distances_, self.temperatures_, self.weighting)
         best = min(self.grid_, key=lambda point: (-point.accuracy, point.weight, point.nll))
         self.a_, self.b_ = best.a, best.b
         return self
 
+    @checked
     def distances(self, features: Tensor) -> Tensor:
         """d of unit features (N, D): squared distance to the k-th nearest of the failure set, (N,); no gradient."""
         self._check_fitted()
+        members = self.failure_set_
+        if features.ndim != 2 or features.shape[1] != members.shape[1] or features.dtype not in FLOATS:
+            raise ValueError(f"features is {described(features)}; expected floating (N, {members.shape[1]}), as in fit")
+        if has_numbers(features) and not bool(features.isfinite().all()):
+            raise ValueError("features holds NaN or infinity; expected finite numbers")
         if self._index is None or self._index.points.device != features.device:
             self._index = NeighborIndex(self.failure_set_.to(features.device))
         return self._index.kth_distance(features.to(self.failure_set_.dtype), self.k_)
 
+    @checked
     def weights(self, features: Tensor) -> Tensor:
         """w of unit features (N, D): the fine-tuned model's share of each sample, (N,) in [0, 1]."""
         return self.weights_at(self.distances(features))
 
+    @checked
     def weights_at(self, distances: Tensor) -> Tensor:
         """w of squared distances (N,)."""
+        if not distances.is_floating_point():
+            raise TypeError(f"distances is {described(distances)}; expected floating (N,)")
         return weigh(distances, self.a_, self.b_, self.weighting)
 
+    @checked
     def log_probabilities(self, features: VRFFeatures) -> Tensor:
         """log p (N, K), at least float32, some thousand rows at a time; a sample's is the same among any others."""
         parts = [
@@ -161,10 +176,12 @@ class VRF:
         ]
         return torch.cat(parts) if parts else at_least_float32(features.fine_tuned.logits)
 
+    @checked
     def probabilities(self, features: VRFFeatures) -> Tensor:
         """p (N, K), at least float32."""
         return self.log_probabilities(features).exp()
 
+    @checked
     def at(self, alpha: float) -> VRF:
         """The same with a moved so that the mean weight on the validation set is alpha: a frontier's parameter.
 
@@ -182,6 +199,7 @@ class VRF:
         """The fine-tuned model's mean weight on the validation set."""
         return float(self.weights_at(self.validation_distances_.double()).mean())
 
+    @checked
     def accuracy_ratio(self, data: VRFFeatures, bins: int = 10) -> tuple[RatioBin, ...]:
         """The paper's analysis (section 3): acc_ft / acc_zs of labelled data, in bins of equal size by distance.
 
@@ -190,11 +208,13 @@ class VRF:
         distances = self.distances(data.features)
         return ratio_bins(data, distances, self.weights_at(distances), bins)
 
+    @checked
     def classifier(self, zero_shot: Predictor, fine_tuned: Predictor) -> VRFClassifier:
         """The ensemble as a predictor of images; the two that the features of `fit` came from."""
         self._check_fitted()
         return VRFClassifier(zero_shot, fine_tuned, self)
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes what `fit` learnt as one safetensors file, whole or not at all; not the two classifiers."""
         self._check_fitted()
@@ -212,6 +232,7 @@ class VRF:
         return Path(path)
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str]) -> VRF:
         """What `save` wrote, on the CPU. FileNotFoundError where there is no file, ValueError for any other one."""
         path = Path(path)
@@ -263,7 +284,7 @@ class VRF:
             warnings.warn(
                 f"the failure set has {count} samples only (of {len(train)}): distances to it say little; pass more "
                 "training data, or compare with OutputEnsemble",
-                stacklevel=3,
+                stacklevel=4,
             )
         return train.features[failures]
 
@@ -288,6 +309,7 @@ class VRFClassifier(PairPredictor):
 
     kind = "VRF"  # whose file lies beside the members
 
+    @checked
     def __init__(self, zero_shot: Predictor, fine_tuned: Predictor, vrf: VRF) -> None:
         super().__init__(zero_shot, fine_tuned)
         self.vrf = vrf

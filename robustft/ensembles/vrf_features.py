@@ -21,6 +21,7 @@ from torch import Tensor
 
 from robustft.clip.outputs import Outputs
 from robustft.ensembles.wise_ft import check_classes
+from robustft.ops.kinds import check_fields, checked
 from robustft.predictors.base import Predictor, each_batch
 
 _NORM_TOLERANCE = 0.02  # unit vectors that were rounded to half precision
@@ -44,6 +45,7 @@ class VRFFeatures:
     fine_tuned: Outputs
 
     def __post_init__(self) -> None:
+        check_fields(self)
         u, zs, ft = self.fine_tuned.features, self.zero_shot.logits, self.fine_tuned.logits
         shapes = f"features {tuple(u.shape)}, zero-shot logits {tuple(zs.shape)}, fine-tuned logits {tuple(ft.shape)}"
         if u.ndim != 2 or zs.ndim != 2 or zs.shape != ft.shape or len(u) != len(zs):
@@ -71,6 +73,7 @@ class VRFFeatures:
         return len(self.fine_tuned.features)
 
     @classmethod
+    @checked
     def of(cls, zero_shot: Predictor, fine_tuned: Predictor, data: Any, batch_size: int = 256) -> VRFFeatures:
         """Both predictors' outputs on a whole set, on the CPU; data as for `robustft.data.sources`.
 

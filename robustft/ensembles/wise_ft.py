@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.clip.outputs import Outputs
+from robustft.ops.kinds import checked
 from robustft.predictors.base import Classifier, Predictor, predict_each
 from robustft.predictors.logits import accuracy_and_nll
 
@@ -47,6 +48,7 @@ class WiSEFT:
         self.zero_shot = zero_shot
         self.fine_tuned = fine_tuned
 
+    @checked
     def at(self, alpha: float) -> Classifier:
         """The classifier at alpha, 0 for zero-shot and 1 for fine-tuned, with its own copy of the model."""
         check_alpha(alpha)
@@ -75,11 +77,13 @@ class WiSEFT:
             for alpha in alphas
         )
 
+    @checked
     def fit(self, validation: Any, alphas: Sequence[float] = ALPHAS) -> WiSEFT:
         """Choose alpha_ by accuracy on held-out ID data, (images, labels) or a dataset; of equals by NLL.
 
         The data are read once. Memory: a copy of the model, and the logits at all alphas.
         """
+        check_alphas(alphas)
         outputs = predict_each(self.along(alphas), validation, parts=("logits", "labels"))
         scores = [accuracy_and_nll(found.logits, found.labels) for found in outputs]
         self.alphas_ = tuple(alphas)
@@ -132,6 +136,11 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
 
 
+def check_alphas(alphas: Sequence[float]) -> None:
+    if not len(alphas) or not all(0.0 <= alpha <= 1.0 for alpha in alphas):
+        raise ValueError(f"alphas must be numbers in [0, 1], at least one, got {alphas!r:.80}")
+
+
 def check_classes(zero_shot: Any, fine_tuned: Any) -> None:
     if zero_shot.classes != fine_tuned.classes:
         differing = [c for c in zero_shot.classes if c not in fine_tuned.classes]
@@ -144,8 +153,6 @@ def check_classes(zero_shot: Any, fine_tuned: Any) -> None:
 
 def best_alpha(alphas: Sequence[float], accuracies: Sequence[float], nlls: Sequence[float]) -> float:
     """The alpha of highest accuracy; of equals the one of lower NLL, then the first."""
-    if not alphas:
-        raise ValueError("alphas is empty")
     return min(zip(alphas, accuracies, nlls, strict=True), key=lambda row: (-row[1], row[2]))[0]
 
 

@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from robustft.ops.arguments import INTEGERS, check_count
+from robustft.ops.kinds import checked, described
+
 
 class GroupAccuracy(NamedTuple):
     """Accuracy of each group (G,) float64, 0 for an empty one; the groups' sizes (G,); and the lowest accuracy."""
@@ -21,6 +24,7 @@ class GroupAccuracy(NamedTuple):
     worst: float
 
 
+@checked
 def macro_f1(predictions: Tensor, labels: Tensor) -> float:
     """Mean F1 over the classes that occur in `labels`, as WILDS' iWildCam: every species counts the same.
 
@@ -43,6 +47,7 @@ def macro_f1(predictions: Tensor, labels: Tensor) -> float:
     return float((2 * right / (true + predicted))[present].mean())
 
 
+@checked
 def group_accuracy(
     predictions: Tensor,
     labels: Tensor,
@@ -66,6 +71,7 @@ def group_accuracy(
     predictions, labels = _classes(predictions, labels)
     groups = _indices("groups", groups, len(labels)).to(labels.device)
     size = int(groups.max()) + 1 if num_groups is None else num_groups
+    check_count("num_groups", size)
     if int(groups.max()) >= size:
         raise ValueError(f"groups must lie in [0, {size}), got {int(groups.max())}")
     if outside := [group for group in ignored if not 0 <= group < size]:
@@ -80,12 +86,16 @@ def group_accuracy(
     return GroupAccuracy(accuracy, counts, float(accuracy[eligible].min()))
 
 
+@checked
 def worst_group_accuracy(predictions: Tensor, labels: Tensor, groups: Tensor, *, ignored: Sequence[int] = ()) -> float:
     """`group_accuracy(...).worst`: the accuracy of the worst group that has samples."""
     return group_accuracy(predictions, labels, groups, ignored=ignored).worst
 
 
 def _classes(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    for name, values in (("predictions", predictions), ("labels", labels)):
+        if values.is_meta or values.is_complex() or values.ndim == 0 or values.numel() == 0:
+            raise ValueError(f"{name} is {described(values)} on {values.device}; expected numbers (N,)")
     if predictions.ndim == 2:
         if predictions.isnan().any():
             raise ValueError(f"predictions (N, K) hold {int(predictions.isnan().any(1).sum())} rows with NaN")
@@ -95,11 +105,12 @@ def _classes(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _indices(name: str, values: Tensor, count: int) -> Tensor:
-    if values.is_floating_point() or values.dtype == torch.bool or values.shape != (count,) or count == 0:
+    if values.dtype not in INTEGERS or values.is_meta or values.shape != (count,) or count == 0:
         raise ValueError(
             f"{name} must be integers (N,), one for each of N >= 1 samples, got {values.dtype} of shape "
             f"{tuple(values.shape)} for {count} samples"
         )
+    values = values.long()  # before anything else: unsigned ones have no minimum
     if int(values.min()) < 0:
         raise ValueError(f"{name} must not be negative, got {int(values.min())}")
-    return values.long()
+    return values

@@ -21,7 +21,7 @@ from robustft.clip.outputs import Outputs
 from robustft.data.sources import groups_of
 from robustft.detection.by_name import SCORES
 from robustft.detection.metrics import ood_metrics
-from robustft.ensembles.wise_ft import ALPHAS, WiSEFT
+from robustft.ensembles.wise_ft import ALPHAS, WiSEFT, check_alphas
 from robustft.evaluation.groups import group_accuracy
 from robustft.evaluation.results import (
     TPR,
@@ -37,6 +37,7 @@ from robustft.evaluation.results import (
 )
 from robustft.evaluation.selective import selective_risk
 from robustft.evaluation.tables import listed
+from robustft.ops.kinds import checked, described
 from robustft.predictors.base import Predictor, predict_each
 
 SCORE_BINS = 48
@@ -48,6 +49,7 @@ class Ensemble(Protocol):
     def at(self, alpha: float) -> Predictor: ...
 
 
+@checked
 def evaluate(
     classifiers: Mapping[str, Predictor],
     *,
@@ -129,6 +131,7 @@ def predict_sets(
     }
 
 
+@checked
 def frontier(
     ensemble: Ensemble,
     *,
@@ -146,8 +149,12 @@ def frontier(
     type. Every set is read once. Mixtures of outputs encode it once, WiSE-FT once for each alpha. Memory: the logits of
     all alphas on a set.
     """
+    if not callable(getattr(ensemble, "at", None)):
+        raise TypeError(f"ensemble is {described(ensemble)}; expected one that has at(alpha), such as a WiSEFT")
     if not shifts:
         raise ValueError("shifts is empty: a frontier needs at least one shifted set")
+
+    check_alphas(alphas)
 
     def accuracies(dataset: Any) -> list[float]:
         along = ensemble.along(alphas) if isinstance(ensemble, WiSEFT) else [ensemble.at(alpha) for alpha in alphas]
@@ -164,6 +171,7 @@ def frontier(
     )
 
 
+@checked
 def evaluate_predictions(
     predictions: Mapping[str, Suite[Outputs]],
     bins: int = 15,
@@ -336,5 +344,5 @@ def _histogram(id_scores: Tensor, ood_scores: Mapping[str, Tensor]) -> ScoreHist
 
 def _evaluation(models: dict[str, ModelResult], bins: int, score: str) -> Evaluation:
     if not models:
-        raise ValueError("there must be at least one model to evaluate")
+        raise ValueError("classifiers, or predictions, are empty: there must be at least one model to evaluate")
     return Evaluation(models, bins, score)

@@ -22,6 +22,7 @@ from robustft.functional import cvar, group_dro, group_risk
 from robustft.methods.base import Step
 from robustft.methods.fine_tune import FineTune, FineTuneOptions
 from robustft.methods.options import Configured, check_weights
+from robustft.ops.arguments import check_count
 
 
 class Risk(Configured, nn.Module):
@@ -150,4 +151,5 @@ class WorstCaseFineTune(FineTune):
 def _at_least_one(num_groups: int) -> int:
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+    check_count("num_groups", num_groups)
     return num_groups

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import numbers
 import operator
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from robustft.ops import ranks
+from robustft.ops.kinds import array as array
+from robustft.ops.kinds import check_fields as check_fields
+from robustft.ops.kinds import checked as checked
+from robustft.ops.kinds import dense as dense
+from robustft.ops.kinds import described as described
+from robustft.ops.kinds import has_numbers as has_numbers
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
 VARIANTS = ("neg_log_ratio", "neg_ratio", "softplus", "ratio")
 """Forms of the misalignment penalty."""
 AUTO_MEMORY, AUTO_GPU_MEMORY = 2**29, 2**32
@@ -27,131 +33,9 @@ AUTO_MEMORY, AUTO_GPU_MEMORY = 2**29, 2**32
 on a GPU two matrices of 32,768 x 32,768 in bfloat16."""
 
 
-def has_numbers(values: Tensor) -> bool:
-    """Whether numbers can be read from it: meta and fake tensors have none, torch.func's transforms hide them."""
-    return not (values.is_meta or isinstance(values, FakeTensor) or torch._C._are_functorch_transforms_active())
-
-
 def readable(values: Tensor) -> bool:
     """Whether looking at its numbers is possible, and means neither waiting for a GPU nor breaking a graph."""
     return not torch.compiler.is_compiling() and values.device.type == "cpu" and has_numbers(values)
-
-
-def dense(name: str, value: Any) -> Tensor:
-    """The tensor, or an error: kernels read strided memory."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {described(value)}; expected a tensor")
-    if value.layout is not torch.strided or value.is_nested:
-        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
-        raise ValueError(f"{name} is a {kind} tensor; expected a dense one, as to_dense() or to_padded_tensor() gives")
-    return value
-
-
-def array(name: str, value: Any) -> Tensor:
-    """A dense tensor of what is one, a numpy array or nested lists, holding numbers."""
-    if not isinstance(value, Tensor):
-        try:
-            value = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise TypeError(f"{name} is {described(value)}; expected a tensor or an array of numbers") from error
-    if dense(name, value).is_meta:
-        raise ValueError(f"{name} is a meta tensor, which holds no numbers; expected numbers")
-    return value
-
-
-def described(value: Any) -> str:
-    """What an argument was, in a few words: its type, and its value where that is short."""
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} {value.dtype}"
-    if value is None or isinstance(value, (bool, int, float, complex, str)):
-        return repr(value) if len(repr(value)) <= 40 else type(value).__name__
-    return type(value).__name__
-
-
-def _one_number(value: Any) -> Any:
-    """The number in a tensor or array of one element, anything else as it is."""
-    if isinstance(value, Tensor) and value.layout is torch.strided and value.numel() == 1 and has_numbers(value):
-        return value.item()
-    return value.item() if isinstance(value, np.ndarray) and value.shape == () else value
-
-
-def _taken(name: str, kinds: tuple[str, ...], value: Any) -> Any:
-    """An argument annotated "kind | kind", as the function takes it; TypeError or ValueError that names it."""
-    if value is None and "None" in kinds:
-        return None
-    if "np.ndarray" in kinds:
-        return array(name, value)
-    if "Tensor" in kinds and (isinstance(value, Tensor) or "float" not in kinds):
-        return dense(name, value)
-    if type(value) is int and "int" in kinds:
-        return _int64(name, value)
-    if type(value).__name__ in kinds or isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return value
-    number = _one_number(value)
-    if not isinstance(number, (bool, np.bool_)):
-        if "int" in kinds and isinstance(number, numbers.Integral):
-            return _int64(name, operator.index(number))
-        if "float" in kinds and isinstance(number, numbers.Real):
-            try:
-                return float(number)
-            except OverflowError as error:
-                raise ValueError(f"{name} is {number}; expected a number that fits a float64") from error
-    elif "bool" in kinds:
-        return bool(number)
-    if "str" in kinds and "int" in kinds:
-        return value  # `memory`, whose check knows which words there are
-    raise TypeError(f"{name} is {described(value)}; expected {' or '.join(_WORDS[kind] for kind in kinds)}")
-
-
-def _int64(name: str, value: int) -> int:
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} is {value}; expected an integer of 64 bits")
-    return value
-
-
-_WORDS = {
-    "Tensor": "a tensor",
-    "np.ndarray": "an array",
-    "float": "a number",
-    "int": "an integer",
-    "str": "a string",
-    "bool": "True or False",
-    "None": "None",
-}
-
-
-def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, whose arguments are first held against its annotations, so that none of another kind gets in.
-
-    Tensors have to be dense. numpy's scalars, and tensors of one number, become numbers where numbers are asked for;
-    arrays become tensors where arrays are taken. Annotations of other kinds than `_WORDS` has are left alone.
-    """
-    annotated = {
-        name: tuple(str(p.annotation).split(" | ")) for name, p in inspect.signature(function).parameters.items()
-    }
-    names = tuple(annotated)
-    known = {name: kinds for name, kinds in annotated.items() if set(kinds) <= set(_WORDS)}
-
-    @wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
-            return function(*args, **kwargs)
-
-        def taken() -> tuple[list[Any], dict[str, Any]]:
-            given: list[Any] = list(args)
-            for place, (name, value) in enumerate(zip(names, args, strict=False)):
-                if name in known:
-                    given[place] = _taken(name, known[name], value)
-            return given, {
-                name: _taken(name, known[name], value) if name in known else value for name, value in kwargs.items()
-            }
-
-        group = kwargs.get("group")
-        # Under a group an error of one rank's arguments is raised by all: the others wait for this rank.
-        given, options = ranks.checked(group, taken) if isinstance(group, ranks.ProcessGroup) else taken()
-        return function(*given, **options)
-
-    return wrapper
 
 
 def own_precision(function: Callable[P, R]) -> Callable[P, R]:
@@ -163,13 +47,17 @@ def own_precision(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        first = args[0] if args and isinstance(args[0], Tensor) else _first_tensor((*args, *kwargs.values()))
         if first is None or first.is_meta or not torch.is_autocast_enabled(first.device.type):
             return function(*args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)
 
     return wrapper
+
+
+def _first_tensor(values: tuple[Any, ...]) -> Tensor | None:
+    return next((value for value in values if isinstance(value, Tensor)), None)
 
 
 def feature_pair(
@@ -270,10 +158,21 @@ def group_indices(groups: Tensor, losses: Tensor, num_groups: int) -> Tensor:
             f"groups is {tuple(groups.shape)} {groups.dtype} on {groups.device}; expected integers "
             f"{tuple(losses.shape)} on {losses.device}, as losses"
         )
-    if num_groups < 1:
-        raise ValueError(f"num_groups is {num_groups}; expected at least 1")
+    check_count("num_groups", num_groups)
     check_range("groups", groups, num_groups)
     return groups.long()
+
+
+MOST = 2**24
+"""Groups or bins that may be asked for: memory is taken for each, and no data set has as many."""
+
+
+def check_count(name: str, number: int, most: int = MOST) -> None:
+    """ValueError unless so many groups or bins can be counted in."""
+    if number < 1:
+        raise ValueError(f"{name} is {number}; expected at least 1")
+    if number > most:
+        raise ValueError(f"{name} is {number}; expected at most {most:,}: memory is taken for each")
 
 
 def check_unit_norm(name: str, features: Tensor) -> None:

@@ -9,8 +9,9 @@ c = u normalize(w)^T (N, K)     cosines
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -23,6 +24,7 @@ from robustft.data.classes import Matching, matching_of
 from robustft.data.images import Skipped
 from robustft.data.sources import batches, image_statistics, takes_statistics
 from robustft.files import load_fitted, refusing, save_fitted
+from robustft.ops.kinds import checked, described
 from robustft.ops.precision import at_least_float32
 
 
@@ -86,10 +88,12 @@ class Predictor(nn.Module):
         """Outputs from those of `joined` on the same images."""
         raise NotImplementedError
 
+    @checked
     def logits(self, images: Tensor) -> Tensor:
         """Logits (N, K)."""
         return self.outputs(images).logits
 
+    @checked
     def probabilities(self, images: Tensor) -> Tensor:
         """Class probabilities (N, K), at least float32."""
         return self.logits(images).softmax(-1)
@@ -97,6 +101,7 @@ class Predictor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.logits(images)
 
+    @checked
     def predict(
         self, data: Any, batch_size: int = 256, *, labelled: bool = True, workers: int | None = None
     ) -> Outputs:
@@ -124,10 +129,15 @@ class Predictor(nn.Module):
         return self.restrict(matching.kept), matching
 
     def _indices(self, classes: Sequence[int] | Sequence[str]) -> list[int]:
-        unclear = [c for c in classes if isinstance(c, str) and self.classes.count(c) != 1]
+        if isinstance(classes, (str, bytes)) or not isinstance(classes, Iterable) or getattr(classes, "ndim", 1) != 1:
+            raise TypeError(f"classes is {described(classes)}; expected a sequence of names or of indices")
+        entries: list[Any] = list(classes.tolist() if hasattr(classes, "tolist") else classes)
+        if wrong := [c for c in entries if isinstance(c, bool) or not isinstance(c, (str, Integral))]:
+            raise TypeError(f"classes holds {described(wrong[0])}; expected names or indices")
+        unclear = [c for c in entries if isinstance(c, str) and self.classes.count(c) != 1]
         if unclear:
             raise ValueError(f"classes {unclear[:5]} are not one each of the classifier's {len(self.classes)} names")
-        indices = [self.classes.index(c) if isinstance(c, str) else int(c) for c in classes]
+        indices = [self.classes.index(c) if isinstance(c, str) else int(c) for c in entries]
         if not indices or len(set(indices)) < len(indices) or not set(indices) <= set(range(len(self.classes))):
             raise ValueError(f"classes must be distinct indices in [0, {len(self.classes)}), got {indices[:10]}")
         return indices
@@ -256,6 +266,7 @@ class ModelPredictor(Predictor):
     settings: ClassVar[tuple[str, ...]] = ()
     model: nn.Module
 
+    @checked
     def __init__(self, model: nn.Module, classes: Sequence[str], **tensors: Tensor | None) -> None:
         super().__init__()
         self.model = model
@@ -266,6 +277,7 @@ class ModelPredictor(Predictor):
             value = tensors.get(name)
             self.register_buffer(name, None if value is None else value.detach().to(device, copy=True))
 
+    @checked
     def outputs(self, images: Tensor) -> Outputs:
         with evaluating(self.model):
             return self._outputs(images)
@@ -289,6 +301,7 @@ class ModelPredictor(Predictor):
         """This predictor with other classes and some other tensors."""
         return type(self)(model=self.model, classes=classes, **self._held() | changed, **self._settings())
 
+    @checked
     def save(self, directory: str | os.PathLike[str], config: Mapping[str, Any], *, tokenizer: Any = None) -> Path:
         """Writes the model as `clip.export` does, a directory that open_clip loads, with the rest beside it.
 
@@ -353,6 +366,7 @@ class Classifier(FeaturePredictor):
     logit_scale: Tensor
     bias: Tensor | None
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -366,6 +380,7 @@ class Classifier(FeaturePredictor):
         given = {"class_embeddings": class_embeddings, "logit_scale": scale, "bias": bias}
         super().__init__(model, classes, **{k: None if v is None else at_least_float32(v) for k, v in given.items()})
 
+    @checked
     def head_outputs(self, features: Tensor) -> Outputs:
         """Outputs of unit features (N, D) that exist already, such as `robustft.clip.encode` keeps."""
         cosines, logits = similarities(features, self.class_embeddings, self.logit_scale)
@@ -385,6 +400,8 @@ def _check_tensors(shapes: Mapping[str, str], tensors: Mapping[str, Any], classe
             continue
         letters = [letter for letter in shape.rstrip("?").split() if letter != "int"]
         wanted = "integers" if "int" in shape else "floating point"
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(f"{name} is a meta tensor, which holds no numbers; expected numbers")
         if value.ndim != len(letters) or value.is_floating_point() == ("int" in shape) or value.is_complex():
             raise ValueError(
                 f"{name} must be ({', '.join(letters)}) {wanted}, got shape {tuple(value.shape)} {value.dtype}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.clip.outputs import Outputs, similarities
+from robustft.ops.kinds import checked
 from robustft.ops.precision import at_least_float32
 from robustft.predictors.base import Classifier, FeaturePredictor
 from robustft.predictors.logits import mixture_log_probabilities
@@ -36,6 +37,7 @@ class DualClassifier(FeaturePredictor):
     core_embeddings: Tensor
     logit_scale: Tensor
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -78,6 +80,7 @@ class DualClassifier(FeaturePredictor):
             logit_scale=self.logit_scale,
         )
 
+    @checked
     def head_outputs(self, features: Tensor) -> Outputs:
         """Outputs of unit features (N, D) that exist already, such as `robustft.clip.encode` keeps."""
         cosines, logits = similarities(features, self.class_embeddings, self.logit_scale)

@@ -16,12 +16,14 @@ import torch
 
 from robustft import clip
 from robustft.files import fitted_kind
+from robustft.ops.kinds import checked
 from robustft.predictors.base import Predictor
 
 ENSEMBLE_FILE = "ensemble.safetensors"
 HOMES = ("robustft.ensembles", "robustft.methods")  # where more classes of predictors are: they are known once imported
 
 
+@checked
 def load_predictor(
     directory: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Predictor:

@@ -14,10 +14,12 @@ from torch import nn
 from robustft import clip
 from robustft.clip.outputs import evaluating
 from robustft.clip.prompts import split_names
+from robustft.ops.kinds import checked
 from robustft.predictors.base import Classifier
 
 
 @torch.no_grad()
+@checked
 def zero_shot_classifier(
     model: nn.Module,
     *,

@@ -21,9 +21,10 @@ import torch
 
 from robustft.clip import check_trainable_precision
 from robustft.data.images import Skipped
-from robustft.data.sources import Source
+from robustft.data.sources import Source, check_workers
 from robustft.machine import Decay, Precision
 from robustft.methods.base import Method, check_single_process
+from robustft.ops.kinds import checked
 from robustft.training.guards import recomputing, restored
 from robustft.training.optimization import Optimization
 from robustft.training.progress import Progress
@@ -53,6 +54,7 @@ class History:
         return [record for record in self.records if "validation_accuracy" in record]
 
 
+@checked
 def fit(
     method: Method,
     data: Any,
@@ -158,6 +160,7 @@ def fit(
             max_logit_scale=max_logit_scale,
         )
         check_arguments(log_every=log_every, validate_every=validate_every)
+        check_workers(workers)
         if resume and output is None:
             raise ValueError("resume=True needs output, the folder of the run to continue")
         check_trainable_precision(method)
@@ -221,7 +224,7 @@ def _begin(method: Method, total: int, dry_run: bool) -> None:
         warnings.warn(
             f"{type(method).__name__} was made for total_steps={method.total_steps}, this run has {total}: "
             "what it schedules over the run will end at another point",
-            stacklevel=3,
+            stacklevel=4,
         )
     method.begin_run(total)
 

@@ -59,6 +59,59 @@ def test_samples_are_the_same_for_a_seed_and_mark_what_gets_a_gradient(name):
         assert differentiable == (op.backward is not None)
 
 
+WITHOUT_GRADIENT = (
+    *("similarity_statistics", "similarity_gradient", "class_statistics", "class_gradient", "class_scores"),
+    *("vector_exp", "tile_products", "product_arithmetic", "group_sums", "concept_scores"),
+    *("neighbor_pack", "kth_neighbor_distance", "nearest_neighbors"),
+)
+"""Operators that are differentiated by what calls them, or not at all: anything else declares its `Backward`."""
+
+
+def test_every_operator_declares_its_gradient_or_that_it_has_none():
+    found = {name for name, op in registry.OPERATORS.items() if op.backward is None and not name.endswith("_backward")}
+    assert found == set(WITHOUT_GRADIENT)
+
+
+@pytest.mark.parametrize("name", [name for name, op in registry.OPERATORS.items() if op.backward is not None])
+def test_every_gradient_passes_gradcheck_on_the_samples_of_its_operator(name):
+    samples = registry.OPERATORS[name].samples("cpu", torch.float64)
+    assert samples
+    for arguments in samples:
+        assert torch.autograd.gradcheck(*of_leaves(lambda *given: registry.call(name, *given), arguments))
+
+
+@pytest.mark.parametrize("name", registry.PUBLIC)
+def test_every_public_function_passes_gradcheck_on_its_samples(name):
+    for arguments, options in registry.PUBLIC[name](registry.Source("cpu", torch.float64)):
+        names, placed = tuple(options), len(arguments)
+
+        def called(*given, count=placed, names=names):
+            return getattr(rf, name)(*given[:count], **dict(zip(names, given[count:], strict=True)))
+
+        if name == "group_dro":
+            continue  # whose gradient holds the weights constant that the losses have moved: test_risks.py
+        function, leaves = of_leaves(called, (*arguments, *options.values()))
+        if name in ("concept_scores", "kth_neighbor_distance", "nearest_neighbors", "group_dro_weights"):
+            assert not function(*leaves)  # no result has a gradient
+        else:
+            assert torch.autograd.gradcheck(function, leaves)
+
+
+def of_leaves(function, arguments):
+    """The function of those arguments that get a gradient, with the results that have one; and these arguments."""
+    places = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor) and a.requires_grad]
+
+    def of(*leaves):
+        given = list(arguments)
+        for place, leaf in zip(places, leaves, strict=True):
+            given[place] = leaf
+        results = function(*given)
+        results = results if isinstance(results, (tuple, list)) else (results,)
+        return tuple(result for result in results if result.requires_grad)
+
+    return of, tuple(arguments[place] for place in places)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_contrastive_loss_passes_gradcheck(smoothing, with_labels):
