@@ -151,6 +151,7 @@ def run(
     if data.test is None:
         notes.append("There is no test set: ID numbers are of the validation set, on which weights were chosen.")
     suites = predict_sets(predictors, tests)
+    tests = _as_read(tests, suites[chosen])
     frontiers = [_frontier(name, curve, suites, tests, plan.alphas) for name, curve in curves.items() if plan.alphas]
     final = suites[chosen].map(model.cooled)
     extras: dict[str, Any] = {}
@@ -196,6 +197,20 @@ def suite_of(data: Data) -> Suite[Any]:
     if test is None:
         raise ValueError("there is neither a test nor a validation set to measure on")
     return Suite(test, data.shifts, data.ood)
+
+
+def _as_read(tests: Suite[Any], outputs: Suite[Outputs]) -> Suite[Any]:
+    """The sets without the images that could not be read and were skipped, so that rows are outputs' rows again."""
+
+    def kept(data: Any, found: Outputs) -> Any:
+        left_out = {one.row for one in found.skipped}
+        return data.subset([row for row in range(len(data)) if row not in left_out]) if left_out else data
+
+    return Suite(
+        kept(tests.id, outputs.id),
+        {name: kept(data, outputs.shifts[name]) for name, data in tests.shifts.items()},
+        {name: kept(data, outputs.ood[name]) for name, data in tests.ood.items()},
+    )
 
 
 def mix_all(

@@ -65,6 +65,7 @@ def open_sets(arguments: Mapping[str, Any]) -> Data:
         images=arguments["images"],
         shots=arguments["shots"],
         seed=arguments["seed"],
+        on_error=arguments["on_bad_image"],
     )
     workers = arguments["workers"]
     return data if workers is None else data.map(lambda part: read_by(part, workers))

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from robustft.machine import Precision
+from robustft.machine import Decay, Precision
 from robustft.pipeline.recipes import NEEDS, OWN, Recipe, recipe_named
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from robustft.pipeline.serving import Pipeline
 
 Ensemble = Literal["auto", "wise", "ose", "both", "none"]
-Decay = Literal["cosine", "linear", "constant"]
+OnBadImage = Literal["raise", "skip"]
 Keep = Literal["best", "last"]
 Sets = Literal["thr", "aps", "raps", "none"]
 
@@ -92,6 +92,7 @@ def train(
     seed: int = 0,
     device: str = "auto",
     workers: int | None = None,
+    on_bad_image: OnBadImage = "raise",
     resume: bool = False,
     dry_run: bool = False,
     progress: bool = True,
@@ -144,6 +145,7 @@ def train(
         seed: of everything random.
         device: cpu, cuda, cuda:1, ...; auto takes the GPU if there is one.
         workers: processes that read images; by default one a core.
+        on_bad_image: raise stops at an image that cannot be read; skip goes on without it, and counts.
         resume: continue the run that the output folder holds.
         dry_run: one batch through every method, write nothing.
         progress: show bars or lines during training.
@@ -165,12 +167,14 @@ def train(
     from robustft.pipeline.folder import SPLIT_FILE
     from robustft.training.reporting import REPORTERS
     from robustft.training.run import configured
+    from robustft.training.schedule import check_arguments
 
     started = time.monotonic()
     recipes = _recipes(arguments)
-    for name, kind in (("ensemble", Ensemble), ("schedule", Decay), ("keep", Keep), ("sets", Sets)):
+    for name, kind in (("ensemble", Ensemble), ("keep", Keep), ("sets", Sets), ("on_bad_image", OnBadImage)):
         if arguments[name] not in get_args(kind):
             raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {arguments[name]!r}")
+    check_arguments(schedule=schedule, precision=precision)
     if sets != "none":
         ConformalSets(sets, coverage)
     if unknown := [kind for kind in report_to if kind not in REPORTERS]:

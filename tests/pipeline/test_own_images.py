@@ -295,6 +295,21 @@ def test_options_come_from_a_file_with_flags_above_it(own, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_damaged_image_stops_a_run_or_is_counted(own, tmp_path):
+    tree(tmp_path / "photos" / "train", glyphworld.digits("train"), 80)
+    test = tree(tmp_path / "photos" / "test", glyphworld.digits("test"), 20)
+    broken = sorted(test.rglob("*.png"))[3]
+    broken.write_bytes(broken.read_bytes()[:40])
+    settings = {"model": f"local-dir:{own / 'clip'}", "methods": ["LinearProbe"], "ensemble": "none", **RATE}
+    with pytest.raises(ValueError, match=broken.name):
+        train(tmp_path / "photos", output=tmp_path / "raise", **settings)
+    with pytest.warns(UserWarning, match="1 of 20 images could not be read"):
+        train(tmp_path / "photos", output=tmp_path / "skip", on_bad_image="skip", **settings)
+    rows = list(csv.DictReader((tmp_path / "skip" / "predictions.csv").open()))
+    assert len(rows) == 19 and str(broken) not in {row["file"] for row in rows}
+    assert all(Path(row["file"]).parent.name == row["label"] for row in rows)
+
+
 def test_every_argument_of_train_is_a_described_flag():
     options = flags.options_of(train)
     hidden = {"data", "log", "progress"}
