@@ -15,12 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-
 from robustft.data.duplicates import Look, look, pairs
 from robustft.data.opening import Data
 from robustft.data.paths import UNLABELLED, Member, PathDataset, read_file
-from robustft.data.sources import check_workers
+from robustft.data.sources import check_workers, in_order_of
 from robustft.ops.kinds import checked
 
 LARGE = 20_000_000  # pixels
@@ -133,7 +131,9 @@ def check(
     looks: list[Look] = []
     places: list[tuple[str, str]] = []  # set and file of each look
     for name, part in sets.items():
-        for (file, _), seen in zip(part.samples, _see(part, workers), strict=True):
+        for (file, _), seen in zip(
+            part.samples, in_order_of([file for file, _ in part.samples], see, workers), strict=True
+        ):
             if seen.error:
                 findings.append(Finding("unreadable", f"{name}: {file}", seen.error, True))
             findings += [Finding(odd, f"{name}: {file}", ODD[odd], False) for odd in seen.odd]
@@ -186,24 +186,6 @@ def see(file: Any) -> Seen:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return Seen(tuple(odd), f"{error}"[:200], None)
     return Seen(tuple(odd), "", look(decoded))
-
-
-class _Files(torch.utils.data.Dataset[Seen]):
-    def __init__(self, files: Sequence[Any]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Seen:
-        return see(self.files[index])
-
-
-def _see(part: PathDataset, workers: int) -> Iterator[Seen]:
-    files = _Files([file for file, _ in part.samples])
-    loader = torch.utils.data.DataLoader(files, batch_size=16, num_workers=workers, collate_fn=list)
-    for batch in loader:
-        yield from batch
 
 
 def _copies(looks: Sequence[Look], places: Sequence[tuple[str, str]]) -> Iterator[Finding]:

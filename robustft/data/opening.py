@@ -32,6 +32,7 @@ from robustft.data.images import DamagedImageError, OnError, check_on_error
 from robustft.data.paths import Member, PathDataset, read_file
 from robustft.data.seeds import stateless_generator
 from robustft.data.shards import read_shards
+from robustft.data.sources import in_order_of, reading_workers
 from robustft.data.splits import few_shot, read_split
 from robustft.data.table import Columns, read_table, write_table
 from robustft.ops.kinds import checked
@@ -436,7 +437,8 @@ def split_tree(root: Path, *, seed: int = 0, near_duplicates: bool = True, on_er
     tree = class_tree(root)
     family, told = None, ""
     if near_duplicates:
-        family = copies([seen(file) for file, _ in tree.samples])
+        files = [file for file, _ in tree.samples]
+        family = copies(list(in_order_of(files, seen, reading_workers(tree, len(files)))))
         families = len(family.unique())
         if families < len(tree):
             told = f", {len(tree) - families} (near-)copies on the side of their first"

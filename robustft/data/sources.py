@@ -23,6 +23,7 @@ more, which the methods that know it take and the others leave: "group" (N,), "c
 from __future__ import annotations
 
 import hashlib
+import itertools
 import multiprocessing
 import os
 import random
@@ -536,6 +537,39 @@ def _of_images(data: Any, name: str, otherwise: Any = None) -> Any:
     while isinstance(data, torch.utils.data.Subset) and not hasattr(data, name):
         data = data.dataset
     return getattr(data, name, otherwise)
+
+
+def in_order_of(items: Sequence[Any], function: Callable[[Any], Any], workers: int) -> Iterator[Any]:
+    """A function of each item, such as of each file, in their order, by so many processes; its errors are its own."""
+    if workers == 0:
+        yield from map(function, items)
+        return
+    loader = torch.utils.data.DataLoader(
+        _Applied(items, function),
+        batch_size=16,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=_ignore_interrupt,
+        generator=torch.Generator(),
+    )
+    for found in itertools.chain.from_iterable(loader):
+        if isinstance(found, Exception):
+            raise found
+        yield found
+
+
+class _Applied(torch.utils.data.Dataset[Any]):
+    def __init__(self, items: Sequence[Any], function: Callable[[Any], Any]) -> None:
+        self.items, self.function = items, function
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.function(self.items[index])
+        except Exception as error:
+            return error
 
 
 class _Spans(torch.utils.data.Dataset[Any]):

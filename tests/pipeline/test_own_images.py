@@ -194,7 +194,7 @@ def test_names_of_runs_are_the_shortest_that_tell_them_apart():
     assert list(run_names(["a/x", "b/x"])) == ["a/x", "b/x"] and list(run_names(["a/x", "b/y"])) == ["x", "y"]
 
 
-@pytest.mark.parametrize("form", ["open_clip", *exhaustive("torch-export")])
+@pytest.mark.parametrize("form", ["open_clip", *exhaustive("torch-export", "onnx")])
 def test_an_export_is_held_against_the_run(run, tmp_path, form):
     told: list[str] = []
     folder = export_run(run.folder, to=form, output=tmp_path / "out", log=told.append)
@@ -308,6 +308,21 @@ def test_a_damaged_image_stops_a_run_or_is_counted(own, tmp_path):
     rows = list(csv.DictReader((tmp_path / "skip" / "predictions.csv").open()))
     assert len(rows) == 19 and str(broken) not in {row["file"] for row in rows}
     assert all(Path(row["file"]).parent.name == row["label"] for row in rows)
+
+
+@pytest.mark.exhaustive
+def test_other_peoples_images_go_through(own, tmp_path, capsys):
+    package = pytest.importorskip("conformal_clip_data")  # simulated fabric: nominal, local and global defects
+    images = Path(package.__file__).parent / "data" / "textile_images" / "simulated"
+    cli.main(["check", str(images)])
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("global", "local", "nominal")) and "1,000" in out
+    model = f"local-dir:{own / 'clip'}"
+    arguments = ["train", str(images), "--model", model, "--output", str(tmp_path / "run"), "--shots", "40"]
+    assert cli.main([*arguments, "--lr", "1e-3", "--epochs", "3", "--batch-size", "24", "--stress"]) == 0
+    evaluation = Evaluation.from_dict(json.loads((tmp_path / "run" / "metrics.json").read_text()))
+    assert evaluation.models["model"].id_accuracy > 0.5  # a half is nominal
+    assert cli.main(["predict", str(tmp_path / "run"), str(images / "local"), "--json"]) == 0
 
 
 def test_every_argument_of_train_is_a_described_flag():
