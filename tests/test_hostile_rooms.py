@@ -101,6 +101,7 @@ def cases(folder):
             "Features": (clip.Features, Call((FEATURES, LABELS))),
             "export": (clip.export, Call((MODEL, folder / "exported", WORLD.config))),
             "load": (clip.load, Call((f"local-dir:{exported}",))),
+            "eval_transform": (clip.eval_transform, Call((exported,))),
             "batches": (all_batches, Call((PAIR,), {"batch_size": 5})),
         },
         "prompts": {
@@ -340,7 +341,7 @@ def test_valid_calls_compute_and_every_room_is_here(rooms):
 def test_what_a_room_exports_has_a_case_here(rooms):
     elsewhere = {
         *("CaptionGroups", "LocalFeatures", "Bundle", "evaluating", "import_open_clip", "image_statistics"),
-        *("ModelPredictor", "Predictor", "Data", "Split", "RatioBin", "GreedySoup", "GridPoint"),
+        *("ModelPredictor", "Predictor", "Data", "Split", "stress", "RatioBin", "GreedySoup", "GridPoint"),
         *("Evaluation", "Frontier", "Suite", "Outputs"),
     }
     for room, module in (("clip", clip), ("data", data), ("predictors", predictors), ("evaluation", evaluation)):
