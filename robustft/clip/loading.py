@@ -95,6 +95,7 @@ def load(
     return Bundle(model, tokenizer, train_transform, eval_transform, config)
 
 
+@checked
 def eval_transform(directory: str | Path) -> Callable[[Any], Tensor]:
     """The evaluation transform of an exported model, as `load` gives it, without loading the model."""
     from open_clip.transform import PreprocessCfg, image_transform_v2

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from robustft.calibration.measures import fit_temperature, temperature_matching_
 from robustft.clip.outputs import Outputs
 from robustft.ensembles.composite import Composite
 from robustft.ensembles.wise_ft import ALPHAS, best_alpha, check_alpha, check_alphas, check_classes
-from robustft.ops.kinds import checked
+from robustft.ops.kinds import checked, described
 from robustft.predictors.base import Predictor, outputs_of_each, predict_each
 from robustft.predictors.logits import accuracy_and_nll, mixture_log_probabilities
 
@@ -192,8 +193,11 @@ def fitted_temperatures(
     return fit(zero_shot, labels), fit(fine_tuned, labels)
 
 
-def check_pair(temperatures: Sequence[float]) -> tuple[float, float]:
+def check_pair(temperatures: Any) -> tuple[float, float]:
     """Temperatures (T_zs, T_ft); ValueError unless both are positive and finite."""
+    pair = isinstance(temperatures, Sequence) and not isinstance(temperatures, str) and len(temperatures) == 2
+    if not pair or not all(isinstance(t, Real) for t in temperatures):
+        raise ValueError(f"temperatures must be a pair of numbers, got {described(temperatures)}")
     t_zs, t_ft = temperatures
     if not (0.0 < t_zs < math.inf and 0.0 < t_ft < math.inf):
         raise ValueError(f"temperatures must be positive and finite, got {temperatures}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from robustft import clip
-from robustft.ops.kinds import checked
+from robustft.ops.kinds import described
 from robustft.predictors.base import Classifier
 from robustft.predictors.logits import accuracy_and_nll
 
@@ -27,7 +27,6 @@ class GreedySoup(NamedTuple):
     accuracies: tuple[float, ...]
 
 
-@checked
 def uniform_soup(classifiers: Sequence[Classifier]) -> Classifier:
     """The mean of classifiers of one architecture over the same classes, with its own copy of the model.
 
@@ -40,7 +39,8 @@ def uniform_soup(classifiers: Sequence[Classifier]) -> Classifier:
 
     Source: Wortsman et al., model soups (ICML 2022, arXiv 2203.05482), section 2.
     """
-    if not len(classifiers):
+    _check_listed(classifiers)
+    if not classifiers:
         raise ValueError("classifiers is empty: a soup needs at least one")
     first = classifiers[0]
     for i, classifier in enumerate(classifiers):
@@ -64,7 +64,6 @@ def uniform_soup(classifiers: Sequence[Classifier]) -> Classifier:
     return Classifier(model, head / scale, first.classes, logit_scale=scale, bias=bias)
 
 
-@checked
 def greedy_soup(classifiers: Sequence[Classifier], validation: Any) -> GreedySoup:
     """The soup of those classifiers that help on held-out ID data, (images, labels) or a dataset.
 
@@ -73,6 +72,7 @@ def greedy_soup(classifiers: Sequence[Classifier], validation: Any) -> GreedySou
 
     Source: Wortsman et al., model soups (ICML 2022, arXiv 2203.05482), recipe 1.
     """
+    _check_listed(classifiers)
     uniform_soup(classifiers[:1])  # what is no classifier is refused before the work
     scores = [_score(classifier, validation) for classifier in classifiers]
     best_first = sorted(range(len(scores)), key=lambda i: (-scores[i][0], scores[i][1]))
@@ -84,6 +84,11 @@ def greedy_soup(classifiers: Sequence[Classifier], validation: Any) -> GreedySou
         if trial_accuracy >= accuracy:
             soup, accuracy, kept = trial, trial_accuracy, [*kept, i]
     return GreedySoup(soup, tuple(kept), tuple(a for a, _ in scores))
+
+
+def _check_listed(classifiers: Any) -> None:
+    if isinstance(classifiers, str) or not isinstance(classifiers, Sequence):
+        raise TypeError(f"classifiers is {described(classifiers)}; expected a sequence of Classifiers")
 
 
 def _score(classifier: Classifier, validation: Any) -> tuple[float, float]:

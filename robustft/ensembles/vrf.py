@@ -82,7 +82,6 @@ class VRF:
     Source: Zhu, Cui, Zhang, VRF (NeurIPS 2024, arXiv 2411.06966), and its released code.
     """
 
-    @checked
     def __init__(
         self,
         k: int | Literal["released"] | None = None,
@@ -93,11 +92,12 @@ class VRF:
         weighting: Literal["sigmoid", "linear", "binary"] = "sigmoid",
         reference: Literal["failures", "train"] = "failures",
     ) -> None:
-        if k not in (None, "released") and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+        named = k is None or isinstance(k, str) and k == "released"
+        if not named and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
             raise ValueError(f'k must be a positive integer, "released" or None, got {k!r}')
-        if weighting not in WEIGHTINGS:
+        if not isinstance(weighting, str) or weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {', '.join(map(repr, WEIGHTINGS))}, got {weighting!r}")
-        if reference not in ("failures", "train"):
+        if not isinstance(reference, str) or reference not in ("failures", "train"):
             raise ValueError(f'reference must be "failures" or "train", got {reference!r}')
         if weighting == "binary" and b is not None:
             raise ValueError('weighting="binary" has no width: leave b at None')
