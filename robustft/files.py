@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 _KEY = "robustft"
-_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{12}(\.old)?")  # the names that `_beside` and `new_folder` give
+_UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{12}(\.old)?")  # the names that `_beside` and `new_folder` give
 
 # What may lie beside an exported model; none of it is weights.
 DETECTOR_FILE = "detector.safetensors"
@@ -188,6 +188,21 @@ os.register_at_fork(after_in_child=_let_go)
 def is_unfinished(path: Path) -> bool:
     """Whether this is what a kill has left of an attempt to write a file or a folder beside it."""
     return _UNFINISHED.fullmatch(path.name) is not None
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Removes what kills have left of files and folders that were being written anywhere below a folder, and puts back
+    a folder that was to be replaced. Nobody else may be writing there."""
+    for path in sorted(filter(is_unfinished, folder.rglob(".*"))):
+        found = _UNFINISHED.fullmatch(path.name)
+        if found is None or not path.exists():  # it lay in one that is gone
+            continue
+        if found[2] and not (place := path.with_name(found[1])).exists():
+            os.rename(path, place)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def read_text(path: str | Path, expected: str) -> str:

@@ -213,11 +213,13 @@ class Source:
 
     def _noted(self, loader: Iterable[tuple[Any, list[Skipped]]]) -> Iterator[Any]:
         before = len(self.skipped)
-        for batch, skipped in loader:
-            self._note(skipped)
-            yield batch
-        if len(self.skipped) > before:
-            self._tell_skipped()
+        try:
+            for batch, skipped in loader:
+                self._note(skipped)
+                yield batch
+        finally:  # also where training ends before the data do
+            if len(self.skipped) > before:
+                self._tell_skipped()
 
     def check_training(self, classes: int, features: bool = False) -> dict[str, Any]:
         """Checks tensors as `unpack` checks a batch of them; gives what a resumed run must find the same.

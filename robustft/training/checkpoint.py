@@ -92,10 +92,10 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping
 
 
 def discard_unfinished(folder: Path, step: int = 0) -> None:
-    """Removes what a run that was killed has left of a checkpoint that it was writing, and the best weights after
-    `step`, where it is to go on."""
+    """Removes what a run that was killed has left of a checkpoint that it was writing or removing, and the best weights
+    after `step`, where it is to go on."""
     later = (path for path in _steps(folder / BEST) if path > _step_folder(folder / BEST, step))
-    for path in (*folder.glob(".step_*"), *folder.glob(f"{BEST}/.step_*"), *later):
+    for path in (*folder.glob(".step_*"), *folder.glob(f"{BEST}/.step_*"), *later, *_steps(folder)[KEEP:]):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from robustft.files import append_line, is_unfinished, locked, write_text
+from robustft.files import append_line, clear_unfinished, is_unfinished, locked, write_text
 from robustft.methods.base import Method
 from robustft.training.checkpoint import (
     Checkpoint,
@@ -107,6 +107,7 @@ def configured(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterato
                 raise ValueError(
                     f"{folder} holds a run of another configuration ({path}); choose another output folder"
                 )
+            clear_unfinished(folder)
         else:
             _check_empty(folder, resume)
             with _naming(folder):

@@ -723,7 +723,7 @@ def test_image_statistics_that_two_models_state_are_compared(tmp_path):
         clip.export(other, tmp_path / "m", config_of("vit"))
 
 
-@pytest.mark.parametrize(("setting", "value"), [("size", 9), ("interpolation", "nearest"), ("resize_mode", "squash")])
+@pytest.mark.parametrize(("setting", "value"), [("size", 9), ("interpolation", "bicubic"), ("resize_mode", "squash")])
 def test_a_model_is_exported_under_no_other_preparation_of_images(tmp_path, setting, value):
     model, config = build(), config_of("vit")
     stated = PREPROCESS | {"size": 8, "resize_mode": "shortest"}
