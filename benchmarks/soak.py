@@ -25,10 +25,10 @@ from unittest.mock import patch
 import torch
 from matplotlib.figure import Figure
 
-from robustft.data import glyphworld
+from robustft.data import Data, glyphworld
 from robustft.evaluation import pictures
 from robustft.files import is_unfinished, write_json
-from robustft.pipeline.quickstart import Data, quickstart
+from robustft.pipeline.quickstart import quickstart
 from robustft.training.run import CONFIG_FILE
 
 from .machine import RESULTS
@@ -62,9 +62,8 @@ def run(folder: Path, methods: tuple[str, ...], batches: int, kill_after: float 
 
 def few_images() -> Data:
     """The quickstart's data with few images to measure on."""
-    data = Data.load(glyphworld.load_clip().model, limit=IMAGES)
-    images, labels = data.validation
-    return replace(data, validation=(images[:IMAGES], labels[:IMAGES]), samples={})
+    data = glyphworld.sets(IMAGES)
+    return replace(data, validation=data.validation.subset(range(IMAGES)))
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -86,10 +85,10 @@ def soak(kills: int, seed: int, methods: tuple[str, ...], batches: int, limit: f
     done = finished = 0
     left: list[str] = []
     end = time.monotonic() + limit
-    blank = {name: lambda *_: Figure(figsize=(1, 1)) for name in ("frontier", "reliability", "scores")}
+    blank = {name: lambda *_: Figure(figsize=(1, 1)) for name in ("frontier", "reliability", "scores", "samples")}
     with (
         tempfile.TemporaryDirectory() as temporary,
-        patch.object(Data, "load", return_value=few_images()),
+        patch.object(glyphworld, "sets", return_value=few_images()),
         patch.multiple(pictures, **blank),
     ):
         whole = Path(temporary) / "whole"
