@@ -94,6 +94,7 @@ def cases(folder):
             "check_trainable_precision": (clip.check_trainable_precision, Call((MODEL,))),
             "half_precision_parameters": (clip.half_precision_parameters, Call((MODEL,))),
             "text_tower": (clip.text_tower, Call((MODEL,))),
+            "feature_width": (clip.feature_width, Call((MODEL,))),
             "unwrap": (clip.unwrap, Call((MODEL,))),
             "outputs_of": (outputs_of, Call((FEATURES, HEAD, 10.0), {"labels": LABELS})),
             "similarities": (clip.similarities, Call((FEATURES, HEAD, torch.tensor(10.0)))),

@@ -176,6 +176,7 @@ def text_projection(model: nn.Module) -> Tensor:
     return _projection(model, "text", "text_projection", "text.text_projection", "text.proj")
 
 
+@checked
 def feature_width(model: nn.Module) -> int | None:
     """D of a model's features, None where its image tower does not say."""
     width = getattr(getattr(unwrap(model), "visual", None), "output_dim", None)

@@ -758,8 +758,8 @@ def test_length_other_than_the_methods_schedule_is_warned_of():
     [
         ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
         ({"batch_size": -1}, ValueError, "batch_size must be at least 1, got -1"),
-        ({"lr": 0.0}, ValueError, "lr must be positive, got 0.0"),
-        ({"lr": math.nan}, ValueError, "lr must be positive, got nan"),
+        ({"lr": 0.0}, ValueError, "lr must be positive and finite, got 0.0"),
+        ({"lr": math.nan}, ValueError, "lr must be positive and finite, got nan"),
         ({"clip": 0.0}, ValueError, "clip must be positive"),
         ({"warmup": 500}, ValueError, r"warmup is a fraction .*\[0, 1\), got 500"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay must not be negative"),
