@@ -336,6 +336,8 @@ def _beside(path: Path) -> Path:
 @contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
     """An empty file beside `path`, of the mode that the umask gives, which in the end takes its place."""
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder; expected the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     # The kernel applies the umask. To ask for it is to set it, for every thread of the process.

@@ -78,11 +78,12 @@ def check_method(
     lr: float = 1e-2,
     precision: str = "fp32",
     term: str | None = None,
+    mixes: bool = False,
 ) -> None:
     """A method: `make(model, tokenizer=..., class_names=..., templates=..., total_steps=...)` gives one.
 
     Its options go in by functools.partial. lr: of the runs in which it has to learn. term: the name of the term that
-    has to fall, where that is not the whole loss. Checked: the configuration tells options apart; wrong arguments and
+    has to fall, where that is not the whole loss. mixes: of its classifier, as for `check_predictor`. Checked: the configuration tells options apart; wrong arguments and
     batches are refused by name; gradients reach what is trained; the given model stays as it is; the objective falls;
     equal seeds give equal bits; an interrupted run resumes bit for bit; `state_dict` is complete; the classifier is a
     predictor that `check_predictor` accepts.
@@ -119,7 +120,7 @@ def check_method(
     fresh.load_state_dict(whole.state_dict())
     expected, found = (m.classifier().logits(data["image"]) for m in (whole, fresh))
     _rule("has a complete state", torch.equal(expected, found), "a fresh one with its state_dict predicts differently")
-    check_predictor(whole.classifier(), data["image"], world.config)
+    check_predictor(whole.classifier(), data["image"], world.config, mixes=mixes)
 
 
 def check_predictor(

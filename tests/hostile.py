@@ -107,7 +107,7 @@ def failures(
         parameter = bound.signature.parameters[argument]
         if argument in ("group", *skip) or parameter.kind is parameter.VAR_KEYWORD:
             continue
-        takes_callables = re.search("Callable|Template|Tokenizer|Any", str(parameter.annotation))
+        takes_callables = re.search("Callable|Template|Tokenizer|OnRecord|Any", str(parameter.annotation))
         for value in values(valid):
             if callable(value) and takes_callables or value is HUGE and argument in ENDLESS:
                 continue  # what a callable raises itself is its own

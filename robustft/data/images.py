@@ -38,7 +38,7 @@ class Skipped(NamedTuple):
 
 def check_on_error(on_error: str) -> None:
     """ValueError for what is no `OnError`."""
-    if on_error not in ("raise", "skip"):
+    if not isinstance(on_error, str) or on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
 
 

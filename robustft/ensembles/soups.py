@@ -42,15 +42,8 @@ def uniform_soup(classifiers: Sequence[Classifier]) -> Classifier:
     _check_listed(classifiers)
     if not classifiers:
         raise ValueError("classifiers is empty: a soup needs at least one")
+    _check_alike(classifiers)
     first = classifiers[0]
-    for i, classifier in enumerate(classifiers):
-        if not isinstance(classifier, Classifier):
-            raise TypeError(
-                f"classifiers[{i}] is a {type(classifier).__name__}: only Classifiers have weights to average; mix "
-                "the probabilities of others by OutputEnsemble"
-            )
-        if classifier.classes != first.classes:
-            raise ValueError(f"classifiers[{i}] has other classes, or another order of them, than classifiers[0]")
     scale = _mean([c.logit_scale for c in classifiers])
     head = _mean([c.logit_scale * c.class_embeddings for c in classifiers])
     biases = [c.bias for c in classifiers]
@@ -73,7 +66,9 @@ def greedy_soup(classifiers: Sequence[Classifier], validation: Any) -> GreedySou
     Source: Wortsman et al., model soups (ICML 2022, arXiv 2203.05482), recipe 1.
     """
     _check_listed(classifiers)
-    uniform_soup(classifiers[:1])  # what is no classifier is refused before the work
+    if not classifiers:
+        raise ValueError("classifiers is empty: a soup needs at least one")
+    _check_alike(classifiers)  # before the work
     scores = [_score(classifier, validation) for classifier in classifiers]
     best_first = sorted(range(len(scores)), key=lambda i: (-scores[i][0], scores[i][1]))
     kept = best_first[:1]
@@ -89,6 +84,18 @@ def greedy_soup(classifiers: Sequence[Classifier], validation: Any) -> GreedySou
 def _check_listed(classifiers: Any) -> None:
     if isinstance(classifiers, str) or not isinstance(classifiers, Sequence):
         raise TypeError(f"classifiers is {described(classifiers)}; expected a sequence of Classifiers")
+
+
+def _check_alike(classifiers: Sequence[Classifier]) -> None:
+    """TypeError for what is no classifier, ValueError for one over other classes than the first's."""
+    for i, classifier in enumerate(classifiers):
+        if not isinstance(classifier, Classifier):
+            raise TypeError(
+                f"classifiers[{i}] is a {type(classifier).__name__}: only Classifiers have weights to average; mix "
+                "the probabilities of others by OutputEnsemble"
+            )
+        if classifier.classes != classifiers[0].classes:
+            raise ValueError(f"classifiers[{i}] has other classes, or another order of them, than classifiers[0]")
 
 
 def _score(classifier: Classifier, validation: Any) -> tuple[float, float]:

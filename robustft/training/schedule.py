@@ -121,8 +121,9 @@ def check_arguments(**arguments: Any) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
     for name in ("lr", "clip", "max_logit_scale", "validate_every"):
         value = arguments.get(name)
-        if value is not None and not (value > 0 and (name != "lr" or value < math.inf)):
-            raise ValueError(f"{name} must be positive{' and finite' * (name == 'lr')}, got {value}")
+        finite = name in ("lr", "validate_every")
+        if value is not None and not (value > 0 and (not finite or value < math.inf)):
+            raise ValueError(f"{name} must be positive{' and finite' * finite}, got {value}")
     if not (weight_decay := arguments.get("weight_decay", 0.0)) >= 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
     if not 0 <= (warmup := arguments.get("warmup", 0.0)) < 1:

@@ -129,7 +129,7 @@ def predictor(make):
 
 
 def report(seed, path):
-    suite = Suite(outputs_of(seed), {"night": outputs_of(seed)})
+    suite = Suite(outputs_of(seed), {"night": outputs_of(seed)}, {})
     write_report(path, evaluation=evaluate_predictions({"model": suite}))
 
 

@@ -136,8 +136,7 @@ def test_exports_of_the_quickstart_predict_what_its_table_says(tmp_path):
     table = Evaluation.from_dict(json.loads((out / "metrics.json").read_text())).models
     for name in ("zero-shot", "FT", "WiSE FT", "FLYP", "WiSE FLYP"):
         classifier = methods.load_predictor(out / "export" / name.lower().replace(" ", "-"))
-        data = quickstart.Data.load(classifier.model, limit=200)
-        predictions = classifier.predict(data.test.id)
+        predictions = classifier.predict(glyphworld.sets(200).test)
         accuracy = (predictions.logits.argmax(1) == predictions.labels).double().mean().item()
         assert accuracy == table[name].id_accuracy, name
     held = {path.name for path in (out / "export").iterdir()}
