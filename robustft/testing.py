@@ -83,10 +83,11 @@ def check_method(
     """A method: `make(model, tokenizer=..., class_names=..., templates=..., total_steps=...)` gives one.
 
     Its options go in by functools.partial. lr: of the runs in which it has to learn. term: the name of the term that
-    has to fall, where that is not the whole loss. mixes: of its classifier, as for `check_predictor`. Checked: the configuration tells options apart; wrong arguments and
-    batches are refused by name; gradients reach what is trained; the given model stays as it is; the objective falls;
-    equal seeds give equal bits; an interrupted run resumes bit for bit; `state_dict` is complete; the classifier is a
-    predictor that `check_predictor` accepts.
+    has to fall, where that is not the whole loss. mixes: of its classifier, as for `check_predictor`.
+
+    Checked: the configuration tells options apart; wrong arguments and batches are refused by name; gradients reach
+    what is trained; the given model stays as it is; the objective falls; equal seeds give equal bits; an interrupted
+    run resumes bit for bit; `state_dict` is complete; the classifier is a predictor that `check_predictor` accepts.
     """
     world = world or tiny_world()
     data, before = world.data, _copied(world.model)

@@ -347,7 +347,7 @@ def test_dry_run_looks_at_one_batch_of_the_validation_set_and_leaves_nothing(tmp
         ({"metric": "nll", "higher_is_better": True}, ValueError, "higher_is_better must be None .*'nll'"),
         ({"patience": 0}, ValueError, "patience must be at least 1, got 0"),
         ({"patience": 2, "validation": None}, ValueError, "patience=2 needs validation"),
-        ({"validate_every": 0}, ValueError, "validate_every must be positive, got 0"),
+        ({"validate_every": 0}, ValueError, "validate_every must be positive and finite, got 0"),
         ({"validation": []}, ValueError, "validation is empty"),
         ({"validation": 3}, TypeError, "validation must be"),
         ({"validation": (held_out()[0], held_out()[1] + 1)}, ValueError, "labels must lie in .*K = 3 classes, got 3"),
