@@ -19,7 +19,7 @@ from robustft.calibration.measures import calibration_report, fit_temperature
 from robustft.detection.metrics import ood_metrics, threshold
 from robustft.neighbors import NeighborIndex
 
-each_effort = pytest.mark.parametrize("examples", [8, *exhaustive(200)])
+thoroughly = pytest.mark.parametrize("examples", [8, *exhaustive(200)])
 
 
 def tried(property_of, examples, *strategies):
@@ -57,7 +57,7 @@ def plain_ece(p, labels, bins):
     return sum(gap for _, gap in gaps) / len(rows), max(gap / count for count, gap in gaps)
 
 
-@each_effort
+@thoroughly
 def test_calibration_measures_equal_a_plain_loop_lie_in_bounds_and_know_no_order(examples):
     def holds(data, bins, seed):
         logits, labels = data
@@ -77,7 +77,7 @@ def test_calibration_measures_equal_a_plain_loop_lie_in_bounds_and_know_no_order
     tried(holds, examples, predictions(), st.integers(1, 20), seeds)
 
 
-@each_effort
+@thoroughly
 def test_a_fitted_temperature_keeps_every_prediction_and_its_nll_is_no_worse_nearby(examples):
     def holds(data):
         logits, labels = data
@@ -127,7 +127,7 @@ def assert_fused_equals_reference(loss, *leaves):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@each_effort
+@thoroughly
 def test_the_fused_contrastive_losses_equal_the_reference(examples):
     def holds(data, label_smoothing):
         x, t, scale, options = data
@@ -142,7 +142,7 @@ def test_the_fused_contrastive_losses_equal_the_reference(examples):
     tried(holds, examples, pairs(), st.sampled_from([0.0, 0.1, 0.9]))
 
 
-@each_effort
+@thoroughly
 def test_the_fused_class_losses_equal_the_reference(examples):
     def holds(data, k, label_smoothing, variant, top1, seed):
         x, _, scale, options = data
@@ -160,7 +160,7 @@ def test_the_fused_class_losses_equal_the_reference(examples):
     tried(holds, examples, pairs(), *options)
 
 
-@each_effort
+@thoroughly
 def test_neighbours_equal_a_sorted_table_of_distances_ties_by_the_lower_index(examples):
     def holds(n, q, d, seed, coarse, data):
         g = generator(seed)
@@ -180,7 +180,7 @@ def test_neighbours_equal_a_sorted_table_of_distances_ties_by_the_lower_index(ex
     tried(holds, examples, *sizes, seeds, st.booleans(), st.data())
 
 
-@each_effort
+@thoroughly
 def test_auroc_is_the_share_of_pairs_in_order_and_the_threshold_keeps_its_share(examples):
     scores = st.lists(st.integers(-5, 5).map(float) | st.floats(-1e3, 1e3, width=32), min_size=1, max_size=25)
 

@@ -110,9 +110,12 @@ CASES: dict[str, tuple[Callable[[int], object], str]] = {
         "rank 0: backward of contrastive_loss; rank 1: contrastive_loss; rank 2: backward of contrastive_loss",
     ),
     "other_order": (other_order, "the loss to differentiate differs"),
-    "no_group": (lambda rank: rf.contrastive_loss(*features(), 10.0, group="all"), "group is str; expected"),
+    "no_group": (
+        lambda rank: rf.contrastive_loss(*features(), 10.0, group="all"),
+        "group is 'all'; expected",
+    ),
     "fit": (
-        lambda rank: robustft.fit(None, None, epochs=1, batch_size=2, lr=1e-3),
+        lambda rank: robustft.fit(robustft.FLYP.__new__(robustft.FLYP), None, epochs=1, batch_size=2, lr=1e-3),
         "robustft.fit works in a single process, and torch.distributed runs 3",
     ),
     "step": (lambda rank: FLYP.__new__(FLYP).checked(None), "FLYP.step works in a single process"),
