@@ -36,13 +36,19 @@ _default = _checked(os.environ.get("ROBUSTFT_BACKEND", "auto"))
 _choice: ContextVar[str] = ContextVar("robustft.backend", default=_default)
 
 
-class _Traced(threading.local):
+class _Traced:
     """The choice as torch.compile reads it and guards by: of a ContextVar not every torch that is supported can."""
 
     choice = _default
 
 
-_traced = _Traced()
+class _TracedInThread(_Traced, threading.local):
+    """Of each thread its own."""
+
+
+# torch 2.11 guards by no attribute of a thread-local object; 2.14 does (those between were not tried). There, code that
+# two threads compile at once under different backends may follow the other's until that thread leaves its block.
+_traced = _TracedInThread() if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14) else _Traced()
 
 
 @contextmanager
