@@ -17,13 +17,14 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.append(str(ROOT))  # for `benchmarks`; last, so that an installed robustft comes before its source
 
 
 def on_files(files: Any, config: Any) -> Any:
     """mkdocs calls it: adds what is made to the files of docs/."""
     from mkdocs.structure.files import File
 
+    if str(ROOT) not in sys.path:  # for `benchmarks`; mkdocs takes back what the module itself adds
+        sys.path.append(str(ROOT))  # last, so that an installed robustft comes before its source
     made: dict[str, str | bytes] = {path: make() for path, make in PAGES.items()}
     made |= {path: api_page(path) for path in paths(config.nav) if path.startswith("api/")}
     made |= {f"measured/{plot.name}": plot.read_bytes() for plot in RESULTS.glob("*.png")}
