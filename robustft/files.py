@@ -9,12 +9,13 @@ A file is written under another name in its folder, synced and renamed, so that 
 at any moment leaves the file as it was or as it is to be. Folders are made. Modes are those that the umask gives. Equal
 content is equal bytes.
 
-A fitted object is one safetensors file: its tensors, and as metadata one JSON text {"kind": ..., **settings}.
+A fitted object is one safetensors file: its tensors, and as metadata one JSON text {"checksum", "kind", **settings}.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-_KEY = "robustft"
+_KEY, _CHECKSUM = "robustft", "checksum"
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{12}(\.old)?")  # the names that `_beside` and `new_folder` give
 
 # What may lie beside an exported model; none of it is weights.
@@ -257,7 +258,19 @@ def save_fitted(path: Path, kind: str, settings: Mapping[str, Any], tensors: Map
         text = json.dumps({"kind": kind, **settings}, allow_nan=False)
     except ValueError as error:
         raise ValueError(f"{path}: the settings of a {kind} must be finite numbers, got {settings!r:.200}") from error
-    write_tensors(path, tensors, {_KEY: text})
+    write_tensors(
+        path, tensors, {_KEY: json.dumps({_CHECKSUM: content_checksum(json.loads(text), tensors), **json.loads(text)})}
+    )
+
+
+def content_checksum(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Of a fitted object's settings and tensors: a single wrong bit in a file is a plausible wrong number else."""
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"\0{name} {value.dtype} {tuple(value.shape)}\0".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def place(path: str | Path, name: str) -> Path:
@@ -317,6 +330,8 @@ def _read_fitted(path: Path, kind: str) -> tuple[str, dict[str, Any], dict[str, 
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})[_KEY], parse_constant=_refuse)
         tensors = read_tensors(path)
+        if settings.pop(_CHECKSUM) != content_checksum(settings, tensors):
+            raise ValueError("its content has another checksum than it holds")
         found = settings.pop("kind")
         if not isinstance(found, str):
             raise TypeError(f"kind is {found!r:.80}")

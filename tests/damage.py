@@ -1,4 +1,5 @@
-"""A fitted object's file with one value changed, as nothing that saves would write it."""
+"""A fitted object's file with one value changed, as nothing that saves would write it, under a checksum that is right:
+so that what reads the value has to look at it."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from robustft.files import content_checksum
 
 
 def change(path: Path, name: str, value: Any) -> None:
@@ -21,5 +24,7 @@ def change(path: Path, name: str, value: Any) -> None:
         tensors[name].fill_(value)
     else:
         tensors[name] = value
+    del settings["checksum"]
+    settings = {"checksum": content_checksum(settings, tensors), **settings}
     path.unlink()
     save_file(tensors, path, metadata={"robustft": json.dumps(settings)})

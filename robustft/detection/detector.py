@@ -26,6 +26,8 @@ from robustft.detection.metrics import threshold
 from robustft.files import DETECTOR_FILE, load_fitted, place, refusing, save_fitted
 from robustft.ops.kinds import checked
 
+WIDEST = 2**24  # features and classes of no model are more
+
 
 class Detector:
     """Flags images that are out-of-distribution, at a threshold that keeps a share `tpr` of ID images.
@@ -147,6 +149,9 @@ class Detector:
                 raise ValueError(f"{bad[0]} must be finite, but holds NaN or infinity")
             detector._score.restore(tensors)
             detector._widths = {str(name): int(width) for name, width in settings["widths"].items()}
+            for name, width in detector._widths.items():
+                if not 1 <= width <= WIDEST:
+                    raise ValueError(f"the width of {name} is {width}, expected one in [1, {WIDEST}]")
             detector.threshold_ = float(settings["threshold"])
             if not math.isfinite(detector.threshold_):
                 raise ValueError(f"threshold must be finite, got {detector.threshold_}")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from damage import change
 
+import robustft
 from benchmarks import fuzz_loaders
 from robustft import calibration, clip
 from robustft.calibration.calibrators import load as load_calibrator
@@ -148,3 +149,16 @@ def test_an_evaluation_that_is_none_is_refused_by_name(tmp_path):
         (tmp_path / "metrics.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"metrics.json: "):
             read_evaluation(tmp_path / "metrics.json")
+
+
+def test_one_wrong_bit_in_a_fitted_object_is_refused_with_the_files_name(tmp_path):
+    saved = (
+        robustft.TemperatureScaling()
+        .fit(torch.randn(20, 3), torch.arange(20) % 3)
+        .save(tmp_path / "calibrator.safetensors")
+    )
+    content = bytearray(saved.read_bytes())
+    content[-3] ^= 1
+    saved.write_bytes(content)
+    with pytest.raises(ValueError, match="calibrator.safetensors: .*another checksum than it holds"):
+        load_calibrator(saved)
