@@ -22,10 +22,11 @@ from robustft.methods import Classifier, OutputEnsemble, load_predictor
 VISION = {"image_size": 8, "patch_size": 4, "width": 16, "head_width": 8, "layers": 1}
 TEXT = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 2, "layers": 1}
 CONFIG = {"model_cfg": {"embed_dim": 8, "vision_cfg": VISION, "text_cfg": TEXT}, "preprocess_cfg": {}}
+NEGATIVES = torch.randn(30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 OPTIONS = {
     "mcm": {"temperature": 0.5},
     "gl_mcm": {"local_weight": 0.5},
-    "neg_label": {"negative_embeddings": F.normalize(torch.randn(30, 8, dtype=torch.float64), dim=1), "groups": 3},
+    "neg_label": {"negative_embeddings": F.normalize(NEGATIVES, dim=1), "groups": 3},
     "mahalanobis": {"shrinkage": 0.1},
     "knn": {"k": 3},
 }

@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from damage import change
 from small_options import PROMPTED
 from targets import exhaustive
 from tiny_clip import letters
@@ -218,10 +219,14 @@ def test_ensembles_that_are_not_whole_are_refused(ensembles, tmp_path):
     saved = ensembles["vit"]["OSE"].save(tmp_path / "export", config("vit"))
     file = saved / ENSEMBLE_FILE
     content = file.read_bytes()
-    for damaged, message in ((content[:20], "truncated"), (content.replace(b"Mixture", b"Mixtape"), "holds a Mixtape")):
+    for damaged, message in ((content[:20], "truncated"), (content.replace(b"Mixture", b"Mixtape"), "checksum")):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=message):
             load_predictor(saved)
+    file.write_bytes(content)
+    change(file, "kind", "Mixtape")
+    with pytest.raises(ValueError, match="holds a Mixtape"):
+        load_predictor(saved)
     file.write_bytes(content)
     (saved / "fine_tuned" / "classifier.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="fine_tuned"):
