@@ -55,7 +55,7 @@ from robustft.predictors import DualClassifier, Predictor
 from robustft.training.checkpoint import latest_checkpoint, save_checkpoint
 from robustft.training.run import configured
 
-from .machine import RESULTS
+from . import machine
 
 SPARE = 512 << 20
 """Bytes of memory that a loader may take: torch's own tens of MB, and some thousand times the files here."""
@@ -640,7 +640,7 @@ def main() -> int:
         print(f"{name}, file {number}: {outcome!a}")
     if not options.only:
         command = f"python -m benchmarks.fuzz_loaders --files {options.files} --seed {options.seed}"
-        write_json(RESULTS / "fuzz_loaders.json", {"command": command, "failures": failures, "loaders": counts})
+        machine.write("fuzz_loaders", command, {"failures": failures, "loaders": counts})
     return 1 if failures else 0
 
 

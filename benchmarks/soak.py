@@ -27,11 +27,11 @@ from matplotlib.figure import Figure
 
 from robustft.data import Data, glyphworld
 from robustft.evaluation import pictures
-from robustft.files import is_unfinished, write_json
+from robustft.files import is_unfinished
 from robustft.pipeline.quickstart import quickstart
 from robustft.training.run import CONFIG_FILE
 
-from .machine import RESULTS
+from . import machine
 
 COMPARED = (".safetensors", ".json", ".jsonl", ".yaml", "SHA256")
 IMAGES = 16
@@ -121,7 +121,7 @@ def main() -> None:
     result = soak(options.kills, options.seed, tuple(options.methods), options.limit_batches, options.seconds)
     command = f"python -m benchmarks.soak --kills {options.kills} --seed {options.seed} --methods "
     command += f"{' '.join(options.methods)} --limit-batches {options.limit_batches}"
-    write_json(RESULTS / "soak.json", {"command": command, **result})
+    machine.write("soak", command, result)
 
 
 if __name__ == "__main__":

@@ -88,11 +88,17 @@ def load(
             tokenizer = open_clip.get_tokenizer(tokenizer_name, cache_dir=cache_dir)
     except ModuleNotFoundError as error:
         raise ImportError(f"{name}: its tokenizer needs {error.name}: pip install {error.name}") from error
+    move(model, device, dtype)
+    return Bundle(model.eval(), tokenizer, train_transform, eval_transform, config)
+
+
+def move(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+    """Puts a module on a device; ValueError, naming it, for one that is not there or that takes no values."""
     try:
-        model = model.to(device=device, dtype=dtype).eval()
+        module.to(device=device, dtype=dtype)
+    # torch's own: AssertionError where it was built without CUDA, NotImplementedError for "meta".
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"device is {device!r}, where the model cannot be put: {error}") from error
-    return Bundle(model, tokenizer, train_transform, eval_transform, config)
 
 
 @checked

@@ -119,7 +119,7 @@ class _Point(Classifier):
         self.walk, self.alpha = walk, alpha
 
     @property
-    def encoder(self) -> None:  # type: ignore[override]
+    def encoder(self) -> None:
         """None: the features of one alpha are not another's."""
         return None
 

@@ -150,11 +150,13 @@ def _torch_export(pipeline: Pipeline, folder: Path, images: Tensor, run: Path) -
 
 
 def _onnx(pipeline: Pipeline, folder: Path, images: Tensor, run: Path) -> float:
+    from importlib import import_module
+
     import torch
 
     try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  (torch.onnx needs it, and says so late)
+        onnxruntime = import_module("onnxruntime")
+        import_module("onnxscript")  # torch.onnx needs it, and says so late
     except ImportError as error:
         raise ImportError(f"onnx needs {error.name}, which is not installed: pip install 'robustft[onnx]'") from error
     path = folder / "model.onnx"

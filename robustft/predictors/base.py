@@ -346,7 +346,7 @@ class FeaturePredictor(ModelPredictor):
     """A `ModelPredictor` whose outputs are those of the model's unit image features: a subclass has `head_outputs`."""
 
     @property
-    def encoder(self) -> nn.Module:
+    def encoder(self) -> nn.Module | None:
         return self.model
 
     def _outputs(self, images: Tensor) -> Outputs:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from robustft.clip import check_trainable_precision
+from robustft.clip.loading import move
 from robustft.data.images import Skipped
 from robustft.data.sources import Source, check_workers
 from robustft.machine import Decay, Precision
@@ -165,7 +166,7 @@ def fit(
             raise ValueError("resume=True needs output, the folder of the run to continue")
         check_trainable_precision(method)
         if device is not None:
-            _move(method, device)
+            move(method, device)
         source = Source(data, method.model, name="data", classes=method.classes, of=f"the {type(method).__name__}")
         described = source.check_training(len(method.class_names), method.takes_features)
         if dry_run:
@@ -216,13 +217,6 @@ def fit(
     best = None if measured is None else measured.best
     seconds, skipped = time.monotonic() - started, tuple(source.skipped.values())
     return History(training.records, training.step, seconds, best=best, stopped_early=stopped, skipped=skipped)
-
-
-def _move(method: Method, device: torch.device | str) -> None:
-    try:
-        method.to(device)
-    except (RuntimeError, AssertionError) as error:  # of a device that torch was not built for, or that is not there
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _begin(method: Method, total: int, dry_run: bool) -> None:

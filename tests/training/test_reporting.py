@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from test_fit import TOTAL, before_update, make, run, stop
+from test_fit import TOTAL, Stop, before_update, make, run, stop
 from test_validation import held_out
 
 from robustft.methods import FineTune
@@ -70,7 +70,8 @@ def test_whoever_takes_records_is_closed_however_the_run_ends(when):
     action = {"error": stop, "interrupt": lambda: signal.raise_signal(signal.SIGINT)}.get(when, int)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(BaseException):  # noqa: B017
+        ends = {"arguments": ValueError, "error": Stop, "interrupt": KeyboardInterrupt}
+        with pytest.raises(ends[when]):
             run(before_update(make(FineTune), 4, action), on_record=taken, epochs=0 if when == "arguments" else 3)
     finally:
         signal.signal(signal.SIGINT, before)
