@@ -73,6 +73,7 @@ def evaluate_runs(
     from robustft.pipeline.folder import samples_of
     from robustft.pipeline.job import suite_of
     from robustft.pipeline.opening import read_names
+    from robustft.pipeline.training import transformed
 
     if not runs and model is None:
         raise ValueError("there is nothing to measure: name runs, or a zero-shot model (--model, --pretrained)")
@@ -94,7 +95,7 @@ def evaluate_runs(
     tell = (lambda done, total, what: log(f"{done}/{total}: {what}")) if progress else None
     suites: dict[str, Any] = {}
     for transform, predictors in _models(runs, model, pretrained, templates, found, device, log):
-        shown = suite_of(found.map(partial(_seen, transform)))
+        shown = suite_of(found.map(partial(transformed, transform=transform)))
         suites |= _predict(predictors, shown, batch_size, score, tell)
     details: dict[str, Any] = {} if output is None else {"details": True, "groups": suite_of(found).map(groups_in)}
     evaluation = evaluate_predictions(suites, score=score, **details)
@@ -112,12 +113,6 @@ def evaluate_runs(
         )
         log(f"\nreport: {path}")
     return evaluation
-
-
-def _seen(transform: Any, part: Any) -> Any:
-    if callable(getattr(part, "tensors", None)) or not hasattr(part, "with_transform"):
-        return part
-    return part.with_transform(transform)
 
 
 def _predict(

@@ -48,9 +48,9 @@ class Materials:
     ) -> Materials:
         """Of a model and data as they were opened: files get the model's transforms."""
         prompts = {"tokenizer": bundle.tokenizer, "class_names": data.classes, "templates": tuple(templates)}
-        ready = data.map(lambda part: _transformed(part, bundle.eval_transform))
+        ready = data.map(lambda part: transformed(part, bundle.eval_transform))
         plain = ready.train
-        ready = replace(ready, train=None if data.train is None else _transformed(data.train, bundle.train_transform))
+        ready = replace(ready, train=None if data.train is None else transformed(data.train, bundle.train_transform))
         return cls(bundle, ready, prompts, plain, descriptions, seed)
 
     def zero_shot(self) -> Classifier:
@@ -58,7 +58,7 @@ class Materials:
         return methods.zero_shot_classifier(self.bundle.model, **self.prompts)
 
 
-def _transformed(data: Any, transform: Any) -> Any:
+def transformed(data: Any, transform: Any) -> Any:
     """Files with a transform; sets of tensors, and those that normalise their own images, as they are."""
     if callable(getattr(data, "tensors", None)) or not hasattr(data, "with_transform"):
         return data
