@@ -191,13 +191,22 @@ def _body_on(op: Op, device: str) -> Body | None:
     return None if op.kernel is None else BODIES.get((op.kernel, device))
 
 
-def _direct_function(name: str, setup: Callable, backward: Callable) -> type[torch.autograd.Function]:
+def _direct_function(name: str, setup: Callable, formula: Callable) -> type[torch.autograd.Function]:
     operator = getattr(torch.ops.robustft, name).default
+    below = torch._C._AutoDispatchBelowAutograd
+    """Without it the operators would call register_autograd's Python kernels after all, to find nothing to record."""
 
     def forward(ctx, *inputs):
-        output = operator(*inputs)
+        with below():
+            output = operator(*inputs)
         setup(ctx, inputs, output)
         return output
+
+    def backward(ctx, *grads):
+        if torch.is_grad_enabled():  # create_graph: the gradient's own formula refuses
+            return formula(ctx, *grads)
+        with below():
+            return formula(ctx, *grads)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), methods)
