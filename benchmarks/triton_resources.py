@@ -55,10 +55,11 @@ class Case(NamedTuple):
     small: bool
     labels: bool = False
     operator: str = "contrastive"
+    library: bool = False
 
     @property
     def name(self) -> str:
-        size = "small" if self.small else "large"
+        size = "small" if self.small else "by the library" if self.library else "large"
         kind = self.dtype if self.dtype != "float32" else f"float32 {self.precision}"
         if self.operator != "contrastive":
             return f"{self.architecture}, {kind}, {self.operator}, {size}"
@@ -77,6 +78,10 @@ def cases() -> Iterator[Case]:
                     yield Case(architecture, "float32", precision, heads, True, labels)
             yield Case(architecture, "bfloat16", "highest", heads, True)
             yield Case(architecture, "float16", "highest", heads, True)
+            for dtype in ("bfloat16", "float32"):
+                yield from (
+                    Case(architecture, dtype, "highest", heads, False, labels, library=True) for labels in (False, True)
+                )
         for operator, heads in (("classification_loss", 1), ("dual_risk", 2), ("concept_scores", 1)):
             for small in (False, True):
                 yield Case(architecture, "bfloat16", "highest", heads, small, operator=operator)
@@ -95,7 +100,7 @@ def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def contrastive(case: Case, keep: bool) -> None:
     from robustft.ops.triton import contrastive
 
-    n, d, dtype = 1024 if case.small else 32768, 512, getattr(torch, case.dtype)
+    n, d, dtype = 1024 if case.small else 32768 if case.library else 4096, 512, getattr(torch, case.dtype)
     x, t, s, g = new(n, d, dtype=dtype), new(n, d, dtype=dtype), new(()), new(n)
     labels = new(n, dtype=torch.int64) if case.labels else None
     if case.heads == 2:

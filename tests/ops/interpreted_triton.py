@@ -51,6 +51,25 @@ def test_panels_of_rows_add_up(request):
             assert (a - b).abs().max() <= 2e-6 * (1 + b.abs().max())
 
 
+@pytest.fixture
+def library(panels, monkeypatch):
+    """Products by the library, in pieces of a few tiles of 32 x 32."""
+    monkeypatch.setattr(configs, "by_library", lambda *_: True)
+    monkeypatch.setattr(configs, "STRIPS", dict.fromkeys((1, 2), configs.Strip(32, 32, 2, 1)))
+    monkeypatch.setattr(configs, "WEIGHTS", configs.Tile(32, 32, 16, 1, 1))
+    monkeypatch.setattr(configs, "FORWARD_PIECE", configs.Sides(64, 64))
+    monkeypatch.setattr(configs, "BACKWARD_PIECE", configs.Sides(64, 64))
+
+
+@pytest.mark.parametrize("s", [40.0, 100.0])
+@pytest.mark.parametrize("memory", ["auto", 0])
+def test_the_librarys_products_give_the_same_losses_and_gradients(s, memory, request):
+    whole = losses(s=s)
+    request.getfixturevalue("library")
+    for a, b in zip(losses(memory=memory, s=s), whole, strict=True):
+        assert (a - b).abs().max() <= 1e-7 * s * (1 + b.abs().max())
+
+
 def class_losses(memory: str | int = "auto"):
     """Cross-entropy with the penalty, smoothed and biased, and both forms of dual risk, of 40 rows and 5 classes."""
     labels, core, bias = torch.arange(40) % 5, torch.rand(40, 5), torch.randn(5)
@@ -115,7 +134,9 @@ def test_planes_of_16_bits_cost_half_a_percent_of_the_gradient(s, monkeypatch):
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("with_teacher", [False, True])
-def test_rectangles_are_as_the_reference(keep, with_teacher, panels):
+@pytest.mark.parametrize("products", ["panels", "library"])
+def test_rectangles_are_as_the_reference(keep, with_teacher, products, request):
+    request.getfixturevalue(products)
     (x, t), (xt, tt), s, st = pairs(75, 12), pairs(75, 9, 1), torch.tensor(30.0), torch.tensor(20.0)
     labels = torch.arange(75) % 7 * 10**11
     matrices = [x[:69], t, s, labels[:69], labels, *((xt[:69], tt, st) if with_teacher else (None,) * 3)]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from robustft.ops.triton.class_statistics import ABOVE_ROW, ALL, MASS_ROW, NONE, SOFT, TOP, UNIFORM
-from robustft.ops.triton.gradient import _scale_gradient
+from robustft.ops.triton.gradient import scale_gradient
 from robustft.ops.triton.tile import LOG2E, long
 
 
@@ -223,4 +223,4 @@ def class_gradient_kernel(
         out = DX + (row0 + r).to(tl.int64)[:, None] * d + column[None, :]
         tl.store(out, (acc * scale).to(DX.dtype.element_ty), mask=(r < rows)[:, None] & (column < d)[None, :])
     else:
-        _scale_gradient(G, H, BY_SCALE, DS, n, g_stride, h_stride, True, 1024)
+        scale_gradient(G, H, BY_SCALE, DS, n, g_stride, h_stride, True, 1024)

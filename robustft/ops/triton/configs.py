@@ -10,7 +10,11 @@ The table, with its evidence, is table.py; `ROBUSTFT_AUTOTUNE=1` makes it anew (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from robustft.ops.triton import table
 from robustft.ops.triton.table import Block, Combine, Tile
@@ -112,6 +116,56 @@ def penalty(k: int, architecture: str) -> tuple[int, int, int]:
     rows, key = penalties(architecture)
     classes = min(rows[key].classes, max(16, 1 << (k - 1).bit_length()))
     return rows[key].logits // classes, classes, rows[key].warps
+
+
+class Sides(NamedTuple):
+    """Of a piece of a matrix."""
+
+    rows: int
+    cols: int
+
+
+class Strip(NamedTuple):
+    """Of the kernel of a given S: BM rows, and CHUNKS times BN columns."""
+
+    bm: int
+    bn: int
+    chunks: int
+    warps: int
+
+    @property
+    def width(self) -> int:
+        return self.bn * self.chunks
+
+
+LIBRARY_FROM = {torch.bfloat16: 8192, torch.float32: 4096}
+"""Matrices with that many rows and columns have their products made by the device's library. On an H200 those take less
+time from 4096 (bfloat16: .20 ms for .32) and from 1024 (float32 at "highest": .15 for .26), but there are more kernels,
+and the host needs 1.3 ms to launch them."""
+FORWARD_PIECE = Sides(8192, 8192)
+"""Whole strips. Smaller ones stay in L2, but the library multiplies them more slowly."""
+BACKWARD_PIECE = Sides(8192, 8192)
+"""A multiple of every tile. G t and G^T x of it are 128 tiles of 128 x 256 each, one for each processor of an H100."""
+STRIPS = {1: Strip(64, 128, 8, 4), 2: Strip(32, 128, 16, 4)}
+"""By matrices, the teacher's counted: divide both pieces. A teacher's of 64 rows would spill."""
+WEIGHTS = Tile(32, 128, 16, 4, 1)
+"""Of G; divides a strip."""
+FINISH = Block(32, 128, 1, 4, 1)
+
+
+def strip_rows(m: int, kinds: int, bm: int) -> int:
+    """Rows of a panel whose strips of bm rows have PANEL_BYTES of statistics by columns, `kinds` of them: whole pieces,
+    at least one."""
+    return max(1, PANEL_BYTES * bm // (4 * kinds * m) // FORWARD_PIECE.rows) * FORWARD_PIECE.rows
+
+
+def by_library(n: int, m: int, factors: Sequence[Tensor]) -> bool:
+    """Whether the device's library multiplies, of rows that are aligned to 16 bytes. Not of float16: its G, in
+    float16, would lack range. What is kept depends on this, so this depends on nothing that may change until the
+    backward, as torch.get_float32_matmul_precision() may."""
+    if min(n, m) < LIBRARY_FROM.get(factors[0].dtype, 2**63):
+        return False
+    return all(f.shape[1] * f.itemsize % 16 == 0 and f.stride(0) * f.itemsize % 16 == 0 for f in factors)
 
 
 INTERPRETER_TILES = {None: Tile(32, 32, 32, 1, 1)}

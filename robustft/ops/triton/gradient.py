@@ -59,7 +59,7 @@ def keep_kernel(
 
 
 @triton.jit
-def _side(
+def side(
     OF, length, at, inside,  # statistics, or in a rectangle coefficients, (8, length) either
     G, H, g_stride, h_stride, COUNTS, entries, smoothing,
     TARGETS: tl.constexpr, TEACHER: tl.constexpr, SMOOTHED: tl.constexpr,
@@ -85,7 +85,8 @@ def _side(
         softmax = 0.5 * tl.load(G + at * long(g_stride), mask=inside, other=0.0).to(tl.float32)
         target = softmax
         if SMOOTHED:
-            target = softmax * (1.0 - smoothing)
+            # Not softmax * (1 - smoothing): fused with the difference below, that would not be the target's own.
+            target = softmax - softmax * smoothing
             uniform = (softmax - target) / entries
         if TARGETS == LABELS:
             target = target / tl.load(COUNTS + at, mask=inside, other=1.0)
@@ -102,7 +103,31 @@ def _factor(coefficient, highest, log_sum, offset, scale):
 
 
 @triton.jit
-def _head(kept, own_c, own_max, own_log, other_c, other_max, other_log, offset, step, scale):
+def with_itself(
+    own, OTHER_OF, other_length, at, inside, here, PAIR, n, scale, teacher_scale,  # own: `side` of these samples
+    G, H, g_stride, h_stride, COUNTS, smoothing,
+    TARGETS: tl.constexpr, TEACHER: tl.constexpr, SMOOTHED: tl.constexpr,
+):  # fmt: skip
+    """G_ii of samples, from both sides' statistics and the float32 S_ii; 0 unless `here`."""
+    own_max, own_log, own_a, own_b, own_u, own_tmax, own_tlog, own_c = own
+    twin_max, twin_log, twin_a, twin_b, twin_u, twin_tmax, twin_tlog, twin_c = side(
+        OTHER_OF, other_length, at, inside, G, H, g_stride, h_stride, COUNTS, n, smoothing, TARGETS, TEACHER, SMOOTHED
+    )
+    pair = tl.load(PAIR + at, mask=here, other=0.0)
+    on = (_factor(own_a, own_max, own_log, pair, scale) - own_b) + (
+        _factor(twin_a, twin_max, twin_log, pair, scale) - twin_b
+    )
+    if SMOOTHED:
+        on -= own_u + twin_u
+    if TEACHER:
+        pair = tl.load(PAIR + n + at, mask=here, other=0.0)
+        on -= _factor(own_c, own_tmax, own_tlog, pair, teacher_scale)
+        on -= _factor(twin_c, twin_tmax, twin_tlog, pair, teacher_scale)
+    return tl.where(here, on, 0.0)
+
+
+@triton.jit
+def head(kept, own_c, own_max, own_log, other_c, other_max, other_log, offset, step, scale):
     """own_c p + other_c p' of a tile (own, other) as kept."""
     if step == 0.0:
         of_own = _factor(own_c, own_max, own_log, offset, scale)
@@ -130,10 +155,11 @@ def _block(
     own = block * BM + tl.arange(0, BM)
     in_own = own < own_count
     k = part * BD + tl.arange(0, BD)
-    own_max, own_log, own_a, own_b, own_u, own_tmax, own_tlog, own_c = _side(
+    own_side = side(
         OWN_OF, own_length, own0 + own, in_own, G, H, g_stride, h_stride, COUNTS, n, smoothing,
         TARGETS, TEACHER, SMOOTHED,
     )  # fmt: skip
+    own_max, own_log, own_a, own_b, own_u, own_tmax, own_tlog, own_c = own_side
     own_label = own0 + own
     if TARGETS != PAIRS:
         own_label = tl.load(OWN_LABELS + own0 + own, mask=in_own, other=0)
@@ -142,26 +168,15 @@ def _block(
     out = OUT + (own0 + own).to(tl.int64)[:, None] * d + k[None, :]
     out_mask = in_own[:, None] & (k < d)[None, :]
     acc = tl.zeros((BM, BD), tl.float32)
-    if TARGETS != RECTANGLE:
-        # Own row i with itself: both sides' statistics of sample i, and S_ii. First, while registers are free.
-        twin_max, twin_log, twin_a, twin_b, twin_u, twin_tmax, twin_tlog, twin_c = _side(
-            OTHER_OF, other_length, own0 + own, in_own, G, H, g_stride, h_stride, COUNTS, n, smoothing,
-            TARGETS, TEACHER, SMOOTHED,
-        )  # fmt: skip
+    if TARGETS != RECTANGLE:  # first, while registers are free
         here = (own0 + own >= other0) & (own0 + own < other0 + other_count) & in_own
-        pair = tl.load(PAIR + own0 + own, mask=here, other=0.0)
-        on = (_factor(own_a, own_max, own_log, pair, scale) - own_b) + (
-            _factor(twin_a, twin_max, twin_log, pair, scale) - twin_b
-        )
-        if SMOOTHED:
-            on -= own_u + twin_u
-        if TEACHER:
-            pair = tl.load(PAIR + n + own0 + own, mask=here, other=0.0)
-            on -= _factor(own_c, own_tmax, own_tlog, pair, teacher_scale)
-            on -= _factor(twin_c, twin_tmax, twin_tlog, pair, teacher_scale)
+        on = with_itself(
+            own_side, OTHER_OF, other_length, own0 + own, in_own, here, PAIR, n, scale, teacher_scale,
+            G, H, g_stride, h_stride, COUNTS, smoothing, TARGETS, TEACHER, SMOOTHED,
+        )  # fmt: skip
         twin_at = (own0 + own - other0).to(tl.int64)[:, None] * other_stride + k[None, :]
         twin = tl.load(OTHER + twin_at, mask=here[:, None] & (k < d)[None, :], other=0.0)
-        acc = tl.where(here, on, 0.0)[:, None] * twin.to(tl.float32)
+        acc = on[:, None] * twin.to(tl.float32)
     if TRANSPOSED:
         if other0 > 0:
             acc += tl.load(out, mask=out_mask, other=0.0).to(tl.float32)
@@ -176,21 +191,21 @@ def _block(
             kept_at = tl.arange(0, BM)[:, None] * pitch + other[None, :]
             inside = in_own[:, None] & in_other[None, :]
             tile_at = TILES + ((block * BM // TILE_M) * long(across) + start // TILE_N) * 2
-        other_max, other_log, other_a, other_b, other_u, other_tmax, other_tlog, other_c = _side(
+        other_max, other_log, other_a, other_b, other_u, other_tmax, other_tlog, other_c = side(
             OTHER_OF, other_length, other0 + other, in_other, G, H, g_stride, h_stride, COUNTS, n, smoothing,
             TARGETS, TEACHER, SMOOTHED,
         )  # fmt: skip
         kept = tl.load(KEPT + kept_at, mask=inside, other=0.0)
         if TRANSPOSED:
             kept = tl.trans(kept)
-        g = _head(
+        g = head(
             kept, own_a, own_max, own_log, other_a, other_max, other_log, tl.load(tile_at), tl.load(tile_at + 1), scale
         )
         if TEACHER:
             kept = tl.load(KEPT + heads_at + kept_at, mask=inside, other=0.0)
             if TRANSPOSED:
                 kept = tl.trans(kept)
-            g -= _head(
+            g -= head(
                 kept, own_c, own_tmax, own_tlog, other_c, other_tmax, other_tlog,
                 tl.load(tile_at + tiles_at), tl.load(tile_at + tiles_at + 1), teacher_scale,
             )  # fmt: skip
@@ -214,7 +229,7 @@ def _block(
 
 
 @triton.jit
-def _scale_gradient(G, H, BY_SCALE, DS, n, g_stride, h_stride, TEACHER: tl.constexpr, BS: tl.constexpr):
+def scale_gradient(G, H, BY_SCALE, DS, n, g_stride, h_stride, TEACHER: tl.constexpr, BS: tl.constexpr):
     at = tl.arange(0, BS)
     total = tl.zeros((BS,), tl.float32)
     for start in range(0, n, BS):
@@ -265,4 +280,4 @@ def gradient_kernel(
             TARGETS, TEACHER, SMOOTHED, True, PRECISION, TILE_M, TILE_N, BM, BD, BK,
         )  # fmt: skip
     else:
-        _scale_gradient(G, H, BY_SCALE, DS, n, g_stride, h_stride, TEACHER, 1024)
+        scale_gradient(G, H, BY_SCALE, DS, n, g_stride, h_stride, TEACHER, 1024)

@@ -2,17 +2,16 @@
 
 Evidence. Every entry compiles, offline, without spilling on sm_80 and sm_90 and within the shared memory a block may
 have; registers, shared memory and instructions of each are in benchmarks/results/triton_resources.json, written by
-`python -m benchmarks.triton_resources` and held by tests/ops/test_triton.py. No entry has been timed: choices follow
+`python -m benchmarks.triton_resources` and held by tests/ops/test_triton.py. No entry has been tuned: choices follow
 from registers alone. What spills: tiles of 128 x 256, and gradient blocks of 128 x 256 (312 bytes of a thread's stack
 on sm_90, 56 on sm_80; with BK = 32 and without the diagonal 24); on sm_100 a teacher's tiles with BK = 64; two heads'
 blocks of 32 x 64 in TF32.
 
-Prediction (not measured). H100, 800 TFLOP/s of bfloat16, N = 32768, D = 512: the 6 N^2 D flops of a loss take 4.1 ms;
-storing and loading its exponentials, 6 bytes a logit, takes 2.2 ms, behind the products; the tile pass writes and reads
-0.2 GB of statistics (0.1 ms). A product of 128 x 128 tiles loads 12.5 TB/s from L2 to run at that peak; at 7 TB/s it
-reaches 56 % of it. The tile pass, 1.4 ms at peak, then takes 2.5 ms and some of its reductions, which no second block
-on the processor hides (255 registers): 3 ms; the gradient, 2.7 ms at peak, 4.9 ms. In all 8 ms, where 6.5 is the goal:
-first of all a gradient block of 128 x 256 that does not spill (9.4 TB/s at peak, 75 %: 3.7 ms) is worth having.
+Measured on an H200 (benchmarks/results/gpu_bodies.json; 785 TFLOP/s of bfloat16, N = 32768, D = 512): the tile pass
+takes 5.7 ms, where its product alone takes 1.4, and the gradient 12.8, where its two take 2.8. Before that they were
+predicted at 3 and 4.9: shuffles and the gradient's instructions, G made once for each 128 columns, were left out. Hence
+the library's products from 8192 pairs on (configs.py, products.py). Below, the host takes longer to launch than the
+kernels take.
 
 Half-precision factors: by architecture, work (configs.py) and whether the matrices are small. float32 factors, on any
 architecture and of any size: by arithmetic and work. Combining: by family of losses. The penalty: by architecture. A
