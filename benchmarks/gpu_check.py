@@ -1,39 +1,87 @@
-"""All that a GPU can tell, in one command and within minutes: build, tests, sanitizer, the bar's GPU rows.
+"""All that a GPU can tell, in one command and within minutes: build, values, the bar's GPU rows, tests, sanitizer.
 
     python -m benchmarks.gpu_check                # about ten minutes; --minutes 5 leaves out what does not fit
-    python -m benchmarks.gpu_check --only rows    # some of: build, rates, tests, sanitizer, rows, host
+    python -m benchmarks.gpu_check --only rows    # some of: build, values, rates, rows, tests, sanitizer, profile, host
     python -m benchmarks.gpu_check --list         # what is to be measured, as results/gpu.md has it; needs no GPU
 
-Needs torch with CUDA, Triton, nvcc, CMake and pytest; neither open_clip nor a network. Each step is a process of its
-own with a time limit, and results/<gpu>.json is rewritten after each, so that a step that hangs, crashes or is cut off
-costs only itself. Times are medians over rounds in which ours and the peers take turns, by CUDA events; a row whose
-result differs from the reference's is an error, not a time. The host's CPU rows are measured too where it has AMX.
+Needs torch with CUDA, Triton and pytest, and unless libraries of these sources are there, nvcc, CMake and pybind11;
+neither open_clip nor a network. Peers that are installed are measured too (pip install liger-kernel cut-cross-entropy
+inf-cl). Each job is a process of its own with a time limit, forked where nothing needs to be imported again, and
+results/<gpu>.json is rewritten after each, so that a job that hangs, crashes or is cut off costs only itself, and of a
+row that is cut off the rounds so far count. Times are medians over rounds in which ours and the peers take turns, by
+CUDA events, after a first pass in which all rows compile side by side; a row whose result is wrong is an error, not a
+time. The host's CPU rows are measured too where it has AMX.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from robustft.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 OTHER_DEMANDS = {"carot-step-512": "1.45 of a FLYP step", "contrastive-bf16-1M": "fits 80 GB"}
-STEPS = ("build", "rates", "tests", "sanitizer", "rows", "host")
+STEPS = ("build", "values", "rates", "rows", "tests", "sanitizer", "profile", "host")
+HEAVY = ("distillation-bf16-32768", "carot-step-512", "contrastive-bf16-1M")
+"""Rows that are first run one after the other: together they would not fit the card."""
+PROFILED = "contrastive-bf16-32768"
+LOADED = ("torch", "triton", "robustft.functional", "robustft.neighbors", "torch._inductor.config")
+"""What a forked job needs not import."""
+
+
+class Job:
+    """A child process, whose output goes to a file; killed with all of its own at the limit."""
+
+    def __init__(self, pid: int, said: IO[str], limit: float) -> None:
+        self.pid, self.said = pid, said
+        self.start = time.monotonic()
+        self.deadline = self.start + limit
+        self.status: int | str | None = None
+        self.seconds = 0.0
+
+    def ended(self) -> bool:
+        if self.status is None:
+            pid, code = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(code)
+            elif time.monotonic() > self.deadline:
+                os.killpg(self.pid, 9)
+                os.waitpid(self.pid, 0)
+                self.status = "cut off"
+            self.seconds = round(time.monotonic() - self.start, 1)
+        return self.status is not None
+
+    def result(self) -> dict[str, Any]:
+        """{"seconds", "status", "output"}: status is the exit status, or "cut off" at the limit."""
+        while not self.ended():
+            time.sleep(0.02)
+        self.said.seek(0)
+        output = self.said.read()
+        self.said.close()
+        return {"seconds": self.seconds, "status": self.status, "output": output}
 
 
 class Check:
     """The results so far, in memory and in the file, and the time that is left."""
+
+    forks = False
+    """Whether a forked process can use the GPU; else every job imports torch for itself."""
 
     def __init__(self, path: Path | None, minutes: float) -> None:
         self.deadline = time.monotonic() + 60 * minutes
@@ -43,42 +91,122 @@ class Check:
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def keep(self, step: str, result: Any) -> None:
+    def keep(self, step: str, result: Any, news: Any = None) -> None:
+        """Puts a step's result so far into the file; prints the news of it, else all."""
         self.results[step] = result
-        print(f"-- {step}: {json.dumps(result)[:2000]}", flush=True)
+        said = json.dumps(result if news is None else news)
+        print(f"-- {step}, {self.left():.0f} s left: {said[:1200]}", flush=True)
         if self.path is None:
             return
         write_json(self.path, self.results)
 
     def run(self, command: list[str], limit: float, **environment: str) -> dict[str, Any]:
-        """{"seconds", "status", "output"}: status is the exit status, or "cut off" at the limit."""
-        limit, start = min(limit, self.left()), time.monotonic()
+        """What a program said, and how it ended: `Job.result`."""
+        limit = min(limit, self.left())
         if limit < 5:
             return {"seconds": 0.0, "status": "no time left", "output": ""}
-        env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONUNBUFFERED": "1"} | environment
+        env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
+        env |= {"PYTHONUNBUFFERED": "1"} | environment
+        said = tempfile.TemporaryFile("w+", errors="replace")
         process = subprocess.Popen(
-            command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=limit)
-            status: int | str = process.returncode
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            output, status = process.communicate()[0], "cut off"
-        return {"seconds": round(time.monotonic() - start, 1), "status": status, "output": output}
+            command, cwd=ROOT, env=env, text=True, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        result = Job(process.pid, said, limit).result()
+        process.returncode = 0  # waited for by its number
+        return result
+
+    def rows(self, arguments: list[list[str]], limit: float) -> list[dict[str, Any]]:
+        """`python -m benchmarks.gpu_rows` with each of these arguments, side by side."""
+        if not self.forks:
+            with ThreadPoolExecutor(len(arguments)) as pool:
+                command = [sys.executable, "-m", "benchmarks.gpu_rows"]
+                return list(pool.map(lambda each: self.run([*command, *each], limit), arguments))
+        if min(limit, self.left()) < 5:
+            return [{"seconds": 0.0, "status": "no time left", "output": ""} for _ in arguments]
+        jobs = [forked(lambda each=each: _gpu_rows(each), min(limit, self.left())) for each in arguments]
+        while not all([job.ended() for job in jobs]):
+            time.sleep(0.02)
+        return [job.result() for job in jobs]
+
+
+def _gpu_rows(arguments: list[str]) -> None:
+    from benchmarks import gpu_rows
+
+    gpu_rows.main(arguments)
+
+
+def forked(function: Callable[[], object], limit: float) -> Job:
+    """The function in a copy of this process."""
+    said = tempfile.TemporaryFile("w+", errors="replace")
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return Job(pid, said, limit)
+    status = 1
+    try:
+        os.setsid()
+        for stream in (1, 2):
+            os.dup2(said.fileno(), stream)
+        sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))
+        function()
+        status = 0
+    except SystemExit as end:
+        print(end, flush=True)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def gpu_name(check: Check) -> str:
+    """Of the card; also finds out whether forked processes can use it."""
+    say = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    for name in LOADED:
+        importlib.import_module(name)
+    found = forked(lambda: exec(say), 60).result()
+    check.forks = found["status"] == 0 and found["output"].strip() != ""
+    if not check.forks:
+        found = check.run([sys.executable, "-c", say], 60)
+    return found["output"].strip().splitlines()[-1] if found["output"].strip() else ""
 
 
 def build(check: Check) -> None:
+    """Libraries of these sources, or new ones."""
+    say = (
+        "import robustft, json; from robustft import machine;"
+        "print(json.dumps(robustft.build_info() | {'out of date': machine.out_of_date()}, default=str))"
+    )
+
+    def info() -> dict[str, Any]:
+        run = check.run([sys.executable, "-c", say], 60)
+        try:
+            return json.loads(run["output"].splitlines()[-1])
+        except (ValueError, IndexError):
+            return {"error": run["output"][-1500:]}
+
+    found = info()
+    loaded = found.get("libraries", {}).get("cuda") == "loaded"
+    if loaded and not found["out of date"]:
+        check.keep("build", {"status": 0, "built before": True, "info": found})
+        return
     run = check.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 240)
-    say = "import robustft, json; print(json.dumps(robustft.build_info(), default=str))"
-    info = check.run([sys.executable, "-c", say], 60)
     run["output"] = run["output"][-1500:] if run["status"] else ""
-    try:
-        run["info"] = json.loads(info["output"].splitlines()[-1])
-    except (ValueError, IndexError):
-        run["info"] = info["output"][-500:]
-    check.keep("build", run)
+    check.keep("build", run | {"info": info()})
+
+
+def values(check: Check) -> None:
+    """Each public function, results and gradients, in each dtype."""
+    names = check.rows([["functions"]], 30)[0]["output"].split()
+    runs = dict(zip(names, check.rows([["values", name] for name in names], 75), strict=True))
+    found: dict[str, Any] = {}
+    for name, run in runs.items():
+        lines = [json.loads(line) for line in run["output"].splitlines() if line.startswith('{"function"')]
+        found[name] = {line["dtype"].removeprefix("torch."): line["error"] for line in lines}
+        if run["status"] != 0 or not all(line["right"] for line in lines):
+            found[name] |= {"wrong": True, "status": run["status"], "output": run["output"][-1500:]}
+    check.keep("values", found)
 
 
 class Part(NamedTuple):
@@ -145,7 +273,7 @@ def tests(check: Check) -> None:
     deadline = time.monotonic() + min(240, check.left())
 
     def one(part: Part) -> dict[str, Any]:
-        command = [sys.executable, "-m", "pytest", "-v", "-m", "", "--maxfail=10", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-vv", "-m", "", "--maxfail=10", "-p", "no:cacheprovider"]
         limit = deadline - time.monotonic()
         return outcome(check.run([*command, "-k", part.selects, *part.suites], limit, OMP_NUM_THREADS="1"))
 
@@ -155,7 +283,8 @@ def tests(check: Check) -> None:
             done[futures[future]] = future.result()
             failed = [name for name, run in done.items() if run["status"] != 0]
             status = failed or (0 if len(done) == len(futures) else "unfinished")
-            check.keep("tests", {"status": status, "parts": done})
+            last = futures[future]
+            check.keep("tests", {"status": status, "parts": done}, {last: done[last]["summary"]})
 
 
 def sanitizer(check: Check) -> None:
@@ -166,35 +295,61 @@ def sanitizer(check: Check) -> None:
 
     def one(kind: str) -> dict[str, Any]:
         command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_rows", "small"]
-        run = check.run(command, 75)
+        run = check.run(command, 120)
         run["output"] = run["output"][-1500:] if run["status"] else run["output"][-200:]
         return run
 
+    check.rows([["small"]], 75)  # compiles without the sanitizer's slowness
     kinds = ("memcheck", "racecheck")
     with ThreadPoolExecutor(len(kinds)) as pool:
         found = dict(zip(kinds, pool.map(one, kinds), strict=True))
     check.keep("sanitizer", found)
 
 
-def rows(check: Check) -> None:
-    """Each row in its own process, the bar's first."""
-    listed = check.run([sys.executable, "-m", "benchmarks.gpu_rows", "list"], 60)
-    measured: dict[str, Any] = {}
-    for name in listed["output"].split():
-        run = check.run([sys.executable, "-m", "benchmarks.gpu_rows", name], 75)
-        try:
-            measured[name] = json.loads(run["output"].splitlines()[-1]) | {"seconds": run["seconds"]}
-        except (ValueError, IndexError):
-            measured[name] = {"status": run["status"], "output": run["output"][-1500:]}
-        check.keep("rows", measured)
-
-
 def rates(check: Check) -> None:
-    run = check.run([sys.executable, "-m", "benchmarks.gpu_rows", "rates"], 60)
+    run = check.rows([["rates"]], 60)[0]
     try:
         check.keep("rates", json.loads(run["output"].splitlines()[-1]))
     except (ValueError, IndexError):
         check.keep("rates", run)
+
+
+def rows(check: Check) -> None:
+    """Each row by itself, the bar's first, when all have compiled what they need side by side."""
+    from benchmarks import gpu_rows
+
+    light = [name for name in gpu_rows.ROWS if name not in HEAVY]
+    first = dict(zip(light, check.rows([["once", name] for name in light], 90), strict=True))
+    first[HEAVY[0]] = check.rows([["once", HEAVY[0]]], 60)[0]
+    failed = {name: run["output"][-1500:] for name, run in first.items() if run["status"] != 0}
+    check.keep("compiled", {"seconds": {n: run["seconds"] for n, run in first.items()}, "failed": failed})
+    card = check.results.get("rates", {})
+    measured: dict[str, Any] = {}
+    for name in gpu_rows.ROWS:
+        run = check.rows([[name]], 45)[0]
+        measured[name] = gpu_rows.record(name, run["output"], card if "bf16_tflops" in card else {})
+        measured[name]["seconds"] = run["seconds"]
+        if run["status"] != 0:
+            measured[name] |= {"status": run["status"], "output": run["output"][-1500:]}
+        check.keep("rows", measured, {name: measured[name]})
+
+
+def profile(check: Check) -> None:
+    """What ncu says of the kernels of a row."""
+    tool = shutil.which("ncu")
+    if tool is None:
+        check.keep("profile", "not measured: no ncu")
+        return
+    sections = [f"--section={name}" for name in ("SpeedOfLight", "Occupancy", "WarpStateStats", "LaunchStats")]
+    command = [tool, "--clock-control", "none", "--kernel-name", "regex:_kernel", "--launch-count", "12", *sections]
+    run = check.run([*command, sys.executable, "-m", "benchmarks.gpu_rows", "ours", PROFILED], 90)
+    said = re.compile(
+        r"^  \S|Duration|Throughput|Registers Per|Occupancy|Stall|No Eligible|Executed Ipc|Grid Size|Block Size"
+    )
+    lines = [line.rstrip()[:150] for line in run["output"].splitlines() if said.search(line)]
+    check.keep(
+        "profile", {"status": run["status"], "seconds": run["seconds"], "said": lines[:300] or run["output"][-800:]}
+    )
 
 
 def host(check: Check) -> None:
@@ -211,12 +366,28 @@ def host(check: Check) -> None:
     check.keep("host", run)
 
 
-def table(results: dict[str, Any]) -> str:
-    """The rows as Markdown."""
-    lines = ["| row | ours | peers (time over ours) | bar | share of roofline |", "|---|---:|---|---|---:|"]
-    for name, row in results.get("rows", {}).items():
+def demands(name: str) -> str:
+    """What a row must reach."""
+    from benchmarks.gpu_rows import ROWS
+
+    bar = ROWS[name].bar
+    said = [OTHER_DEMANDS[name]] if name in OTHER_DEMANDS else []
+    said += [f"{bar.milliseconds:g} ms"] if bar.milliseconds is not None else []
+    said += [f"{bar.eager:g}x eager"] if bar.eager is not None else []
+    said += [f"{bar.peers:g}x every peer"] if bar.peers is not None else []
+    return ", ".join(said)
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Every row as Markdown, those too that were not measured."""
+    from benchmarks.gpu_rows import ROWS
+
+    lines = ["| row | must | here | peers (their time over it) | share of roofline |", "|---|---|---:|---|---:|"]
+    for name in ROWS:
+        row = rows.get(name, {})
         if "milliseconds" not in row:
-            lines.append(f"| {name} | not measured | {row.get('status', row.get('output', ''))} | | |")
+            why = f" ({row['status']})" if "status" in row else ""
+            lines.append(f"| {name} | {demands(name)} | not measured{why} | | |")
             continue
         times = dict(row["milliseconds"])
         ours = times.pop("robustft")
@@ -224,30 +395,54 @@ def table(results: dict[str, Any]) -> str:
             f"{peer} {t / ours:.2f}x" if isinstance(t, float) else f"{peer}: {t}" for peer, t in times.items()
         )
         share = f"{100 * row['share']:.0f} %" if row.get("share") else ""
-        lines.append(f"| {name} | {ours:.3f} ms | {peers} | {row.get('verdict', '')} | {share} |")
-    return "\n".join(lines) + "\n"
+        said = f"{ours:.3f} ms" + ("" if row["checked"] else ", result not checked")
+        lines.append(f"| {name} | {demands(name)} | {said} | {peers} | {share} |")
+    return "\n".join(lines)
 
 
-def unmeasured() -> str:
-    """Every row and its bar, as long as no GPU has measured them."""
-    from benchmarks.gpu_rows import ROWS
+def page() -> str:
+    """results/gpu.md: what was measured on every card that a result is of."""
+    from benchmarks.triton_resources import sources
 
     lines = [
         "# GPU rows",
         "",
-        "`python -m benchmarks.gpu_check` measures them beside their peers and writes `<gpu>.json` and `<gpu>.md` "
-        "here; no GPU has run it yet. `python -m benchmarks.gpu_check --list` writes this file.",
+        "`python -m benchmarks.gpu_check` measures them beside their peers and rewrites this page.",
         "",
-        "| row | must | here |",
-        "|---|---|---|",
     ]
-    for name, (_, bar, _) in ROWS.items():
-        demands = [OTHER_DEMANDS[name]] if name in OTHER_DEMANDS else []
-        demands += [f"{bar.milliseconds:g} ms"] if bar.milliseconds is not None else []
-        demands += [f"{bar.eager:g}x eager"] if bar.eager is not None else []
-        demands += [f"{bar.peers:g}x every peer"] if bar.peers is not None else []
-        lines.append(f"| {name} | {', '.join(demands)} | not measured |")
-    return "\n".join(lines)
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("nvidia-*.json"))]
+    for results in found:
+        card = results["rates"]
+        lines += [
+            f"## {card['gpu']}",
+            "",
+            f"torch {card['torch']}, Triton {card['triton']}. Products of bfloat16 run at {card['bf16_tflops']} "
+            f"TFLOP/s, of float32 at {card['fp32_tflops']}, copies at {card['copy_tb_per_second']} TB/s.",
+            "",
+        ]
+        if results.get("sources") != sources():
+            lines += [f"These are times of earlier kernels. {results.get('since', '')}".rstrip(), ""]
+        lines += [table(results["rows"]), ""]
+        if tests := results.get("tests", {}).get("parts"):
+            counts = Counter[str]()
+            for part in tests.values():
+                counts.update(part["counts"])
+            cut = [name for name, part in tests.items() if part["status"] == "cut off"]
+            said = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+            lines += [f"Tests on it: {said}" + (f"; cut off: {', '.join(cut)}." if cut else "."), ""]
+    if bodies := json.loads((RESULTS / "gpu_bodies.json").read_text()):
+        lines += [
+            f"## Both bodies of the contrastive losses, on an {bodies['gpu']}",
+            "",
+            f"`{bodies['command']}`. D = 512; milliseconds; the host's own are those that it takes to launch.",
+            "",
+            "| case | forward | backward | host, forward | host, backward |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for case in bodies["cases"]:
+            times = [f"{case[of][way]:.3f}" for of in ("milliseconds", "host") for way in ("forward", "backward")]
+            lines.append(f"| {case['case']} | {' | '.join(times)} |")
+    return "\n".join(lines if found else [*lines, table({})])
 
 
 def main() -> int:
@@ -258,21 +453,24 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the rows instead")
     options = parser.parse_args()
     if options.list:
-        print(unmeasured())
+        print(page())
         return 0
-    import torch
+    from benchmarks import triton_resources
 
-    if not torch.cuda.is_available():
+    check = Check(None, options.minutes)
+    card = gpu_name(check)
+    if not card:
         print("no GPU that torch can use: nothing is measured")
         return 2
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    folder = options.output or ROOT / "benchmarks" / "results"
-    check = Check(folder / f"{name}.json", options.minutes)
+    name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+    folder = options.output or RESULTS
+    check.path = folder / f"{name}.json"
+    check.results["sources"] = triton_resources.sources()
     for step in (step for step in STEPS if step in options.only):
         globals()[step](check)
-    text = table(check.results)
-    write_text(folder / f"{name}.md", text)
-    print(text)
+    print(table(check.results.get("rows", {})))
+    if folder == RESULTS:
+        write_text(RESULTS / "gpu.md", page() + "\n")
     return 0 if "tests" not in options.only or check.results["tests"]["status"] == 0 else 1
 
 

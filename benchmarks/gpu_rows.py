@@ -1,14 +1,21 @@
-"""The rows of `benchmarks.gpu_check`, one process each: `python -m benchmarks.gpu_rows NAME` prints one line of JSON.
+"""The rows of `benchmarks.gpu_check`, one process each; what they print is JSON, a line at a time.
 
-A row gives the median milliseconds of each candidate over rounds in which they take turns, its bar, and the share of
-the roofline: the least time by the card's measured bf16 product and copy rates, over ours. `NAME` may also be `list`,
-`rates`, or `small`, which runs every kernel once on a small case, for compute-sanitizer.
+    python -m benchmarks.gpu_rows NAME        # every candidate once, its result checked; then rounds, a line each
+    python -m benchmarks.gpu_rows once NAME   # without the rounds: compiles what they need; with ours alone if NAME
+    python -m benchmarks.gpu_rows ours NAME   # ours alone, three times, for a profiler
+    python -m benchmarks.gpu_rows list | rates | small | values NAME
+
+In a round the candidates take turns; `record` makes the row of the lines so far: medians over rounds, the bar, and the
+share of the roofline, the least time by the card's measured bf16 product and copy rates over ours. `small` runs every
+kernel once on a small case, for compute-sanitizer; `values` holds a public function against its reference.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,9 +26,17 @@ from torch import Tensor, nn
 import robustft
 from robustft import functional as rf
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SECONDS = 8.0
-"""Of timed rounds of a row, at most."""
+DEVICE = "cuda"
+"""Asked for by `main` where there is none: whoever imports this and forks must not have touched the GPU."""
+SECONDS = 3.0
+"""Of timed rounds of a row, about."""
+SLOW = 1.0
+"""Seconds from which a run is not repeated more than it must be."""
+
+
+BF16 = torch.bfloat16
+TOLERANCE = {torch.float32: 1e-4, BF16: 1e-2, torch.float16: 5e-3}
+"""Of a result's relative error, by the dtype of what it is made of."""
 
 
 class Bar(NamedTuple):
@@ -49,7 +64,52 @@ class Work(NamedTuple):
         return max(seconds) / 1e9
 
 
-Candidates = dict[str, Callable[[], Any]]
+class Candidates(dict[str, Callable[[], Any]]):
+    """What computes a row, by name, ours first; `check` raises an AssertionError for a result of ours that is wrong."""
+
+    check: Callable[[Any], None] | None = None
+
+    def checked(self, check: Callable[[Any], None]) -> Candidates:
+        self.check = check
+        return self
+
+
+def tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def error(ours: Tensor, expected: Tensor) -> float:
+    """Relative, by norms: NaN or infinite ones pass no comparison."""
+    a, b = ours.detach().double(), expected.detach().double()
+    return float((a - b).norm() / b.norm())
+
+
+def like(expected: Callable[[], Any], tolerance: float) -> Callable[[Any], None]:
+    """A check against a computation in float32 or better, each tensor by itself."""
+
+    def check(result: Any) -> None:
+        errors = [error(a, b) for a, b in zip(tensors(result), tensors(expected()), strict=True)]
+        assert all(e <= tolerance for e in errors), f"relative errors {errors}, expected at most {tolerance}"
+
+    return check
+
+
+def sampled(x: Tensor, t: Tensor, s: Tensor, memory: str | int) -> Callable[[Any], None]:
+    """A check of the losses of 64 pairs in float64, and of the mean loss's own, of a matrix too large to have."""
+
+    def check(result: Any) -> None:
+        at = torch.arange(0, len(x), max(1, len(x) // 64), device=x.device)[:64]
+        scale, some_x, some_t = s.detach().double(), x.detach()[at].double(), t.detach()[at].double()
+        rows = torch.stack([(scale * a @ t.detach().double().T).logsumexp(0) for a in some_x])
+        cols = torch.stack([(scale * b @ x.detach().double().T).logsumexp(0) for b in some_t])
+        expected = (rows + cols) / 2 - scale * (some_x * some_t).sum(1)
+        with torch.no_grad():
+            each = rf.contrastive_loss(x, t, s, memory=memory, reduction="none")
+        found = error(each[at], expected), error(result[0], each.double().mean())
+        assert all(e <= 1e-4 for e in found), f"relative errors of losses and of their mean {found}"
+        assert all(g.isfinite().all() for g in result[1:]), "a gradient is not finite"
+
+    return check
 
 
 def unit(n: int, d: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -84,7 +144,7 @@ def contrastive_peers(x: Tensor, t: Tensor, s: Tensor) -> Candidates:
     """What can be installed beside torch, each called for both directions."""
     y = torch.arange(len(x), device=x.device)
     compiled = torch.compile(eager_contrastive, dynamic=False)
-    found: Candidates = {"torch.compile": backward(lambda: compiled(x, t, s), x, t, s)}
+    found = Candidates({"torch.compile": backward(lambda: compiled(x, t, s), x, t, s)})
 
     def twice(one: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Any]:
         scaled = s.to(x.dtype)
@@ -120,10 +180,12 @@ def contrastive_peers(x: Tensor, t: Tensor, s: Tensor) -> Candidates:
 def contrastive(n: int, d: int, dtype: torch.dtype, memory: str | int = "auto", peers: bool = True) -> Candidates:
     x, t = pairs(n, d, dtype)
     s = torch.tensor(50.0, device=DEVICE, requires_grad=True)
-    found: Candidates = {"robustft": backward(lambda: rf.contrastive_loss(x, t, s, memory=memory), x, t, s)}
-    if peers:
-        found |= {"eager": backward(lambda: eager_contrastive(x, t, s), x, t, s), **contrastive_peers(x, t, s)}
-    return found
+    found = Candidates({"robustft": backward(lambda: rf.contrastive_loss(x, t, s, memory=memory), x, t, s)})
+    if not peers:
+        return found.checked(sampled(x, t, s, memory))
+    found.update({"eager": backward(lambda: eager_contrastive(x, t, s), x, t, s), **contrastive_peers(x, t, s)})
+    wide = backward(lambda: eager_contrastive(x.float(), t.float(), s), x, t, s)
+    return found.checked(like(wide, TOLERANCE[dtype]))
 
 
 def distillation(n: int, d: int, dtype: torch.dtype) -> Candidates:
@@ -136,11 +198,19 @@ def distillation(n: int, d: int, dtype: torch.dtype) -> Candidates:
         return terms.contrastive + 1.5 * terms.distillation
 
     compiled = torch.compile(eager_distillation, dynamic=False)
-    return {
-        "robustft": backward(ours, x, t, s),
-        "eager": backward(lambda: eager_distillation(x, t, s, xt, tt, 40.0), x, t, s),
-        "torch.compile": backward(lambda: compiled(x, t, s, xt, tt, 40.0), x, t, s),
-    }
+    wide = (f.float() for f in (xt, tt))
+    return Candidates(
+        {
+            "robustft": backward(ours, x, t, s),
+            "eager": backward(lambda: eager_distillation(x, t, s, xt, tt, 40.0), x, t, s),
+            "torch.compile": backward(lambda: compiled(x, t, s, xt, tt, 40.0), x, t, s),
+        }
+    ).checked(
+        like(
+            backward(lambda: eager_distillation(x.float(), t.float(), s, *wide, 40.0), x, t, s),
+            TOLERANCE[dtype],
+        )
+    )
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -154,6 +224,14 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         result = run()
     return lambda: (graph.replay(), result)[1]
+
+
+def graphs(of: Candidates) -> Candidates:
+    """Ours as a graph, beside eager and compiled code as they are and eager as a graph."""
+    found = Candidates({"robustft": graphed(of["robustft"]), "eager, no graph": of["eager"]})
+    found["eager"] = graphed(of["eager"])
+    found.check = of.check
+    return found
 
 
 def penalties(z: Tensor, y: Tensor) -> Tensor:
@@ -192,11 +270,13 @@ def labelled(n: int, k: int, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def classes(n: int, k: int, d: int, memory: str | int = "auto") -> Candidates:
     x, w, y, s = labelled(n, k, d)
     compiled = torch.compile(eager_classes, dynamic=False)
-    return {
-        "robustft": backward(lambda: sum(rf.classification_loss(x, w, y, s, memory=memory)), x, w, s),
-        "eager": backward(lambda: eager_classes(x, w, y, s), x, w, s),
-        "torch.compile": backward(lambda: compiled(x, w, y, s), x, w, s),
-    }
+    return Candidates(
+        {
+            "robustft": backward(lambda: sum(rf.classification_loss(x, w, y, s, memory=memory)), x, w, s),
+            "eager": backward(lambda: eager_classes(x, w, y, s), x, w, s),
+            "torch.compile": backward(lambda: compiled(x, w, y, s), x, w, s),
+        }
+    ).checked(like(backward(lambda: eager_classes(x.float(), w.float(), y, s), x, w, s), TOLERANCE[BF16]))
 
 
 def dual_risk(n: int, k: int, d: int) -> Candidates:
@@ -204,32 +284,39 @@ def dual_risk(n: int, k: int, d: int) -> Candidates:
     v = unit(k, d, 3).requires_grad_()
     core = (9 * unit(n, k, 4, torch.float32)).softmax(1)
     compiled = torch.compile(eager_dual_risk, dynamic=False)
-    return {
-        "robustft": backward(lambda: sum(rf.dual_risk(x, w, v, y, core, s)), x, w, v, s),
-        "eager": backward(lambda: eager_dual_risk(x, w, v, y, core, s), x, w, v, s),
-        "torch.compile": backward(lambda: compiled(x, w, v, y, core, s), x, w, v, s),
-    }
+    wide = backward(lambda: eager_dual_risk(x.float(), w.float(), v.float(), y, core, s), x, w, v, s)
+    return Candidates(
+        {
+            "robustft": backward(lambda: sum(rf.dual_risk(x, w, v, y, core, s)), x, w, v, s),
+            "eager": backward(lambda: eager_dual_risk(x, w, v, y, core, s), x, w, v, s),
+            "torch.compile": backward(lambda: compiled(x, w, v, y, core, s), x, w, v, s),
+        }
+    ).checked(like(wide, TOLERANCE[BF16]))
 
 
 def misalignment(n: int, k: int) -> Candidates:
     z = (50 * unit(n, k, 1, torch.float32)).requires_grad_()
     y = torch.randint(k, (n,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
     compiled = torch.compile(penalties, dynamic=False)
-    return {
-        "robustft": backward(lambda: rf.misalignment_penalty(z, y), z),
-        "eager": backward(lambda: penalties(z, y), z),
-        "torch.compile": backward(lambda: compiled(z, y), z),
-    }
+    return Candidates(
+        {
+            "robustft": backward(lambda: rf.misalignment_penalty(z, y), z),
+            "eager": backward(lambda: penalties(z, y), z),
+            "torch.compile": backward(lambda: compiled(z, y), z),
+        }
+    ).checked(like(backward(lambda: penalties(z.double(), y), z), 1e-5))
 
 
 def scores(n: int, k: int, d: int) -> Candidates:
     x, w = unit(n, d, 1), unit(k, d, 2)
     compiled = torch.compile(eager_scores, dynamic=False)
-    return {
-        "robustft": lambda: rf.concept_scores(x, w, logit_scale=50.0),
-        "eager": lambda: eager_scores(x, w, 50.0),
-        "torch.compile": lambda: compiled(x, w, 50.0),
-    }
+    return Candidates(
+        {
+            "robustft": lambda: rf.concept_scores(x, w, logit_scale=50.0),
+            "eager": lambda: eager_scores(x, w, 50.0),
+            "torch.compile": lambda: compiled(x, w, 50.0),
+        }
+    ).checked(like(lambda: eager_scores(x.float(), w.float(), 50.0), 1e-4))
 
 
 def neighbors(q: int, n: int, d: int, k: int) -> Candidates:
@@ -244,12 +331,20 @@ def neighbors(q: int, n: int, d: int, k: int) -> Candidates:
             found.append(score.topk(k, 1).values[:, -1])
         return torch.cat(found)
 
+    def check(result: Tensor) -> None:
+        some = slice(0, q, max(1, q // 64))
+        exact = [(points.double() - a).square().sum(1).kthvalue(k).values for a in queries[some].double()]
+        found = error(result[some], torch.stack(exact))
+        assert found <= 1e-6, f"relative error {found} of squared distances, expected at most 1e-6"
+
     points_half = points.bfloat16()
-    return {
-        "robustft": lambda: index.kth_distance(queries, k),
-        "robustft with packing": lambda: rf.kth_neighbor_distance(queries, points, k),
-        "torch mm + topk (bf16, inexact)": torch_topk,
-    }
+    return Candidates(
+        {
+            "robustft": lambda: index.kth_distance(queries, k),
+            "robustft with packing": lambda: rf.kth_neighbor_distance(queries, points, k),
+            "torch mm + topk (bf16, inexact)": torch_topk,
+        }
+    ).checked(check)
 
 
 class Towers(nn.Module):
@@ -278,8 +373,8 @@ def step(batch: int) -> Candidates:
     images, tokens = torch.randn(batch, 3, 224, 224, device=DEVICE), torch.randint(49408, (batch, 77), device=DEVICE)
     s = torch.tensor(50.0, device=DEVICE, requires_grad=True)
 
-    def run(carot: bool) -> Callable[[], None]:
-        def one() -> None:
+    def run(carot: bool) -> Callable[[], Tensor]:
+        def one() -> Tensor:
             with torch.autocast(DEVICE, torch.bfloat16):
                 x, t = student(images, tokens)
                 if carot:
@@ -292,10 +387,14 @@ def step(batch: int) -> Candidates:
                     loss = rf.contrastive_loss(x, t, s)
             loss.backward()
             student.zero_grad(set_to_none=True)
+            return loss.detach()
 
         return one
 
-    return {"robustft": run(True), "FLYP step": run(False)}
+    def check(result: Tensor) -> None:  # unrelated pairs: log n of the contrastive loss, and 3 log n of the other
+        assert 0.5 < float(result) / (4 * math.log(batch)) < 2, f"the loss is {float(result)}"
+
+    return Candidates({"robustft": run(True), "FLYP step": run(False)}).checked(check)
 
 
 def transformer(tokens: int, width: int) -> float:
@@ -303,34 +402,45 @@ def transformer(tokens: int, width: int) -> float:
     return 12.0 * tokens * (24 * width**2 + 4 * tokens * width)
 
 
-BF16 = torch.bfloat16
 STEP = 4 * 512 * (transformer(196, 768) + transformer(77, 512))
 """Flops of a CaRot step of 512 pairs: the students' forward and backward, three of a forward, and the teachers'."""
-ROWS: dict[str, tuple[Callable[[], Candidates], Bar, Work]] = {
-    "contrastive-bf16-32768": (lambda: contrastive(32768, 512, BF16), Bar(6.5, 4.0, 2.0), Work(6.0 * 32768**2 * 512)),
-    "distillation-bf16-32768": (lambda: distillation(32768, 512, BF16), Bar(9.0), Work(8.0 * 32768**2 * 512)),
-    "graph-bf16-512": (
-        lambda: {k: graphed(f) for k, f in contrastive(512, 512, BF16, peers=False).items()},
+
+
+class Row(NamedTuple):
+    """What computes it, what it has to reach, and the least that it has to do."""
+
+    make: Callable[[], Candidates]
+    bar: Bar
+    work: Work
+
+
+ROWS: dict[str, Row] = {
+    "contrastive-bf16-32768": Row(
+        lambda: contrastive(32768, 512, BF16), Bar(6.5, 4.0, 2.0), Work(6.0 * 32768**2 * 512)
+    ),
+    "distillation-bf16-32768": Row(lambda: distillation(32768, 512, BF16), Bar(9.0), Work(8.0 * 32768**2 * 512)),
+    "graph-bf16-512": Row(
+        lambda: graphs(contrastive(512, 512, BF16)),
         Bar(0.060),
         Work(6.0 * 512**2 * 512),
     ),
-    "kth-neighbor-50k-1M": (
+    "kth-neighbor-50k-1M": Row(
         lambda: neighbors(50_000, 1_000_000, 512, 300),
         Bar(300.0, None, 4.0),
         Work(2.0 * 5e4 * 1e6 * 512),
     ),
-    "carot-step-512": (lambda: step(512), Bar(), Work(STEP)),
-    "contrastive-bf16-1M": (lambda: contrastive(2**20, 512, BF16, 0, False), Bar(), Work(8.0 * 2.0**40 * 512)),
-    "contrastive-panel-32768": (lambda: contrastive(32768, 512, BF16, 0, False), Bar(), Work(8.0 * 32768**2 * 512)),
-    "contrastive-fp32-8192": (lambda: contrastive(8192, 512, torch.float32), Bar(), Work(fp32=6.0 * 8192**2 * 512)),
-    "contrastive-bf16-2048": (lambda: contrastive(2048, 512, BF16), Bar(), Work(6.0 * 2048**2 * 512)),
-    "contrastive-bf16-512": (lambda: contrastive(512, 512, BF16), Bar(), Work(6.0 * 512**2 * 512)),
-    "classes-bf16-4096": (lambda: classes(4096, 1000, 512), Bar(), Work(6.0 * 4096 * 1000 * 512)),
-    "classes-bf16-512": (lambda: classes(512, 1000, 512), Bar(), Work(6.0 * 512 * 1000 * 512)),
-    "classes-panel-65536": (lambda: classes(65536, 1000, 512, 0), Bar(), Work(8.0 * 65536 * 1000 * 512)),
-    "dual-risk-bf16-4096": (lambda: dual_risk(4096, 1000, 512), Bar(), Work(12.0 * 4096 * 1000 * 512)),
-    "misalignment-fp32-4096": (lambda: misalignment(4096, 1000), Bar(), Work(bytes=3.0 * 4 * 4096 * 1000)),
-    "scores-bf16-65536": (lambda: scores(65536, 1000, 512), Bar(), Work(2.0 * 65536 * 1000 * 512)),
+    "carot-step-512": Row(lambda: step(512), Bar(), Work(STEP)),
+    "contrastive-bf16-1M": Row(lambda: contrastive(2**20, 512, BF16, 0, False), Bar(), Work(8.0 * 2.0**40 * 512)),
+    "contrastive-panel-32768": Row(lambda: contrastive(32768, 512, BF16, 0, False), Bar(), Work(8.0 * 32768**2 * 512)),
+    "contrastive-fp32-8192": Row(lambda: contrastive(8192, 512, torch.float32), Bar(), Work(fp32=6.0 * 8192**2 * 512)),
+    "contrastive-bf16-2048": Row(lambda: contrastive(2048, 512, BF16), Bar(), Work(6.0 * 2048**2 * 512)),
+    "contrastive-bf16-512": Row(lambda: contrastive(512, 512, BF16), Bar(), Work(6.0 * 512**2 * 512)),
+    "classes-bf16-4096": Row(lambda: classes(4096, 1000, 512), Bar(), Work(6.0 * 4096 * 1000 * 512)),
+    "classes-bf16-512": Row(lambda: classes(512, 1000, 512), Bar(), Work(6.0 * 512 * 1000 * 512)),
+    "classes-panel-65536": Row(lambda: classes(65536, 1000, 512, 0), Bar(), Work(8.0 * 65536 * 1000 * 512)),
+    "dual-risk-bf16-4096": Row(lambda: dual_risk(4096, 1000, 512), Bar(), Work(12.0 * 4096 * 1000 * 512)),
+    "misalignment-fp32-4096": Row(lambda: misalignment(4096, 1000), Bar(), Work(bytes=3.0 * 4 * 4096 * 1000)),
+    "scores-bf16-65536": Row(lambda: scores(65536, 1000, 512), Bar(), Work(2.0 * 65536 * 1000 * 512)),
 }
 
 
@@ -370,42 +480,65 @@ def rates() -> dict[str, Any]:
     }
 
 
-def measure(name: str) -> dict[str, Any]:
-    make, bar, work = ROWS[name]
-    candidates = make()
-    first: dict[str, Any] = {}
-    times: dict[str, Any] = {}
+def say(**line: Any) -> None:
+    print(json.dumps(line), flush=True)
+
+
+def measure(name: str, rounds_wanted: bool = True) -> None:
+    """Prints {"first": ...} of each candidate, {"error": ...} of those that cannot, and {"round": milliseconds}."""
+    candidates = ROWS[name].make()
+    once: dict[str, float] = {}
     for candidate, run in list(candidates.items()):
         try:
-            run()  # compiles
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            result = run()
-            torch.cuda.synchronize()
-            first[candidate] = {
-                "value": float(result[0]) if isinstance(result, list) else None,
-                "extra_mb": round((torch.cuda.max_memory_allocated() - before) / 1e6, 1),
-            }
-        except Exception as error:  # a peer that cannot is no reason to lose the row
+            for _ in range(2):  # the first compiles
+                torch.cuda.reset_peak_memory_stats()
+                before, start = torch.cuda.memory_allocated(), time.perf_counter()
+                result = run()
+                torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+                if seconds > 10 * SLOW:
+                    break
+            extra = round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+            say(first=candidate, seconds=round(seconds, 5), extra_mb=extra)
+            once[candidate] = 1e3 * seconds
+            if candidate == "robustft" and candidates.check is not None:
+                candidates.check(result)
+                say(checked=candidate)
+            del result
+        except Exception as problem:  # a peer that cannot is no reason to lose the row
             if candidate == "robustft":
                 raise
-            times[candidate] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            say(error=candidate, what=f"{type(problem).__name__}: {problem}".splitlines()[0][:160])
             del candidates[candidate]
-    expected = first.get("eager", {}).get("value")
-    if expected is not None and abs(first["robustft"]["value"] - expected) > 0.02 * abs(expected) + 1e-3:
-        raise AssertionError(f"{name}: loss {first['robustft']['value']}, eager {expected}")
-    once = {c: timed(run, 1) for c, run in candidates.items()}
+    if not rounds_wanted:
+        return
+    torch.cuda.empty_cache()
     repeats = {c: max(1, min(50, int(20 / max(t, 1e-3)))) for c, t in once.items()}
-    rounds = max(3, min(21, int(1e3 * SECONDS / sum(once[c] * repeats[c] for c in once))))
-    taken: dict[str, list[float]] = {c: [] for c in candidates}
-    for _ in range(rounds):
-        for candidate, run in candidates.items():
-            taken[candidate].append(timed(run, repeats[candidate]))
-    times = {c: round(median(t), 5) for c, t in taken.items()} | times
-    record: dict[str, Any] = {"milliseconds": times, "rounds": rounds, "first": first}
-    record["share"] = round(work.milliseconds(rates()) / times["robustft"], 3)
-    record["verdict"] = verdict(bar, times)
-    return record
+    each = sum(once[c] * repeats[c] for c in once) / 1e3
+    for _ in range(max(1 if each > SLOW else 5, min(21, int(SECONDS / each)))):
+        say(round={candidate: timed(run, repeats[candidate]) for candidate, run in candidates.items()})
+
+
+def record(name: str, output: str, rates: dict[str, Any]) -> dict[str, Any]:
+    """The row of what `measure` has printed so far; without milliseconds if that was no round."""
+    lines = []
+    for line in output.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue  # a warning of some library
+    lines = [line for line in lines if isinstance(line, dict)]
+    rounds = [line["round"] for line in lines if "round" in line]
+    row: dict[str, Any] = {"first": {line["first"]: line["extra_mb"] for line in lines if "first" in line}}
+    row["checked"] = any("checked" in line for line in lines)
+    if not rounds:
+        return row
+    times: dict[str, Any] = {c: round(median([r[c] for r in rounds]), 5) for c in rounds[0]}
+    times |= {line["error"]: line["what"] for line in lines if "error" in line}
+    row |= {"milliseconds": times, "rounds": len(rounds), "verdict": verdict(ROWS[name].bar, times)}
+    if rates:
+        row["share"] = round(ROWS[name].work.milliseconds(rates) / times["robustft"], 3)
+    return row
 
 
 def verdict(bar: Bar, times: dict[str, Any]) -> str:
@@ -448,19 +581,61 @@ def small() -> None:
     print("done")
 
 
-def main() -> None:
-    match sys.argv[1:]:
+def values(name: str) -> None:
+    """A public function's results and gradients in every dtype, against its reference on the CPU, which widens it."""
+    from robustft.ops import accelerator, registry
+
+    def outcomes(source: registry.Source) -> list[Tensor]:
+        found = []
+        for arguments, options in registry.PUBLIC[name](source):
+            out = tensors(getattr(rf, name)(*arguments, **options))
+            leaves = [a for a in (*arguments, *options.values()) if isinstance(a, Tensor) and a.requires_grad]
+            sums = [term.double().sum() for term in out if term.requires_grad]
+            found += [*out, *(torch.autograd.grad(torch.stack(sums).sum(), leaves) if sums else ())]
+        return [a.detach().cpu().double() for a in found]
+
+    for dtype in accelerator.DTYPES:
+        with robustft.backend("native"):
+            ours = outcomes(registry.Source(DEVICE, dtype))
+        with robustft.backend("reference"):
+            exact = outcomes(registry.Source("cpu", dtype))
+        errors = [float((a - b).abs().max() / (1 + b.abs().max())) for a, b in zip(ours, exact, strict=True)]
+        right = all(e <= TOLERANCE[dtype] for e in errors)  # NaN is not
+        say(function=name, dtype=str(dtype), error=max(errors), right=right)
+
+
+def main(arguments: list[str]) -> None:
+    global DEVICE
+    if not torch.cuda.is_available():
+        DEVICE = "cpu"
+    match arguments:
         case ["list"]:
             print(*ROWS)
+        case ["functions"]:
+            from robustft.ops import registry
+
+            print(*(name for name in registry.PUBLIC if name in registry.OPERATORS))
         case ["rates"]:
             print(json.dumps(rates()))
         case ["small"]:
             small()
+        case ["values", name]:
+            values(name)
+        case ["ours", name] if name in ROWS:
+            run = ROWS[name].make()["robustft"]
+            for _ in range(3):
+                run()
+            torch.cuda.synchronize()
+        case ["once", name] if name in ROWS:
+            measure(name, rounds_wanted=False)
         case [name] if name in ROWS:
-            print(json.dumps(measure(name)))
-        case arguments:
-            raise SystemExit(f"arguments are {arguments}; expected one of list, rates, small, {', '.join(ROWS)}")
+            measure(name)
+        case _:
+            known = ", ".join(ROWS)
+            raise SystemExit(
+                f"arguments are {arguments}; expected list, functions, rates, small, values, once or {known}"
+            )
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

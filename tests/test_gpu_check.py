@@ -90,9 +90,11 @@ def test_a_step_that_hangs_costs_only_itself(tmp_path):
     run = check.run([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], 6)
     assert run["status"] == "cut off" and run["output"] == "begun\n" and run["seconds"] < 30
     check.keep("build", run)
-    check.keep("rows", {"a-row": {"status": 1}})
+    check.keep("rows", {"carot-step-512": {"status": 1}})
     held = json.loads((tmp_path / "gpu.json").read_text())
-    assert held["build"]["status"] == "cut off" and "| a-row | not measured | 1 |" in gpu_check.table(held)
+    assert held["build"][
+        "status"
+    ] == "cut off" and "| carot-step-512 | 1.45 of a FLYP step | not measured (1) |" in gpu_check.table(held["rows"])
 
 
 def collected(suites: list[str], python) -> list[str]:
@@ -156,9 +158,9 @@ def test_parts_run_at_once_and_are_kept_as_they_end(ends, tmp_path, monkeypatch)
             assert command[-3:-1] == ["-k", "cuda"] and 0 < limit <= 240
             return {"seconds": 1.0, "status": ends[0 if first else 1], "output": "tests/a.py::b PASSED\n1 passed\n"}
 
-        def keep(self, step, result):
+        def keep(self, step, result, news=None):
             kept.append(json.loads(json.dumps(result)))
-            super().keep(step, result)
+            super().keep(step, result, news)
 
     gpu_check.tests(Check(tmp_path / "gpu.json", minutes=5))
     assert [len(result["parts"]) for result in kept] == [1, 2]
@@ -171,10 +173,53 @@ def test_nothing_is_begun_when_no_time_is_left():
     assert check.run([sys.executable, "-c", "print(1)"], 60)["status"] == "no time left"
 
 
-def test_the_list_of_what_no_gpu_has_measured_is_of_these_rows():
+def test_the_page_is_of_the_results():
     text = (gpu_check.ROOT / "benchmarks" / "results" / "gpu.md").read_text()
-    assert text == gpu_check.unmeasured() + "\n", "python -m benchmarks.gpu_check --list > benchmarks/results/gpu.md"
+    assert text == gpu_check.page() + "\n", "python -m benchmarks.gpu_check --list > benchmarks/results/gpu.md"
     assert all(f"| {name} |" in text for name in gpu_rows.ROWS) and "6.5 ms, 4x eager, 2x every peer" in text
+
+
+SAID_BY_A_ROW = """\
+a library's warning
+{"first": "robustft", "seconds": 0.5, "extra_mb": 12.5}
+{"checked": "robustft"}
+{"error": "Liger", "what": "OutOfMemoryError: "}
+{"round": {"robustft": 2.0, "eager": 9.0}}
+{"round": {"robustft": 3.0, "eager": 9.0}}
+{"round": {"robustft": 2.5, "eager": 8.0}}
+{"round": {"robus"""
+
+
+def test_a_row_that_is_cut_off_is_made_of_its_whole_rounds():
+    name, rates = "contrastive-bf16-32768", {"bf16_tflops": 800.0, "fp32_tflops": 50.0, "copy_tb_per_second": 4.0}
+    row = gpu_rows.record(name, SAID_BY_A_ROW, rates)
+    assert row["milliseconds"] == {"robustft": 2.5, "eager": 9.0, "Liger": "OutOfMemoryError: "} and row["rounds"] == 3
+    assert (
+        row["checked"] and row["first"] == {"robustft": 12.5} and row["share"] == pytest.approx(4.123 / 2.5, rel=1e-3)
+    )
+    assert "milliseconds" not in gpu_rows.record(name, SAID_BY_A_ROW.split("{", 1)[0], rates)
+
+
+@pytest.mark.parametrize("wrong", [lambda a: 1.1 * a, lambda a: a * torch.nan])
+def test_a_wrong_result_is_an_error_and_not_a_time(wrong, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for candidates in (gpu_rows.contrastive(40, 16, torch.float32), gpu_rows.neighbors(40, 300, 16, 5)):
+        result = candidates["robustft"]()
+        assert candidates.check is not None
+        candidates.check(result)
+        result = wrong(result) if isinstance(result, torch.Tensor) else [result[0], wrong(result[1]), *result[2:]]
+        with pytest.raises(AssertionError, match="relative error"):
+            candidates.check(result)
+
+
+def test_every_job_of_a_step_ends_and_says_how(capfd):
+    check = gpu_check.Check(None, minutes=1)
+    check.forks = True
+    functions, unknown = check.rows([["functions"], ["no-such-row"]], 60)
+    assert functions["status"] == 0 and "contrastive_loss" in functions["output"].split()
+    assert unknown["status"] == 1 and "no-such-row" in unknown["output"]
+    job = gpu_check.forked(lambda: print("begun", flush=True) or threading.Event().wait(60), 1)
+    assert job.result()["status"] == "cut off" and "begun" not in capfd.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
