@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from robustft.clip.library import import_open_clip
+from robustft.data.classes import ClassNames
 from robustft.files import read_json, read_text
 from robustft.ops.arguments import INTEGERS
 from robustft.ops.kinds import checked, described
@@ -107,9 +108,13 @@ _CODE = re.compile(
 
 
 def split_names(class_names: Sequence[str] | Mapping[str, str]) -> tuple[Sequence[str], Sequence[str]]:
-    """What data sets call the classes, and what captions do: keys and values of {folder: name}, or a list for both."""
+    """What data sets call the classes, and what captions do: keys and values of {folder: name}, or a list for both.
+
+    The keys remember the values, by which data sets may call the classes too.
+    """
     if isinstance(class_names, Mapping):
-        return tuple(class_names), tuple(class_names.values())
+        values = tuple(class_names.values())
+        return (ClassNames.of(class_names) if all(isinstance(v, str) for v in values) else tuple(class_names)), values
     return class_names, class_names
 
 

@@ -6,6 +6,7 @@
     names equal classes               labels stay
     the same names, another order     y -> classes.index(names[y])
     some of the classes               the same; a predictor is restricted to them, before its softmax
+    other names of the same classes   read as the names that they stand for (`ClassNames.also`)
     the numbers 0, 1, ... in order    no names at all: labels stay, where there are as many classes
     anything else                     ValueError that names the classes
 
@@ -15,7 +16,7 @@ Labels alone cannot tell two orders apart: under the wrong one every number is p
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,6 +24,43 @@ import torch
 from torch import Tensor
 
 SHOWN = 5  # class names in a message
+
+
+class ClassNames(tuple[str, ...]):
+    """Class names, a tuple of them, with further names by which data sets may call the same classes.
+
+    Of `class_names={"n01440764": "tench"}` the folders are the names and the words are `also`, or the other way round
+    where a data set is renamed. Each row of `also` names every class, in the same order. Equality is the names' alone.
+    """
+
+    also: tuple[tuple[str, ...], ...]
+
+    def __new__(cls, names: Iterable[str], also: Iterable[Sequence[str]] = ()) -> ClassNames:
+        found = super().__new__(cls, names)
+        given = getattr(names, "also", ()), also
+        rows = dict.fromkeys(tuple(row) for part in given for row in part)
+        if short := [row for row in rows if len(row) != len(found)]:
+            raise ValueError(f"also names {len(short[0])} classes; expected {len(found)}, one name for each class")
+        found.also = tuple(row for row in rows if row != tuple(found))
+        return found
+
+    @classmethod
+    def of(cls, names: Iterable[str] | Mapping[str, str]) -> ClassNames:
+        """Names as they are, or the keys of {name: another name of the same class}."""
+        return cls(names, [tuple(names.values())]) if isinstance(names, Mapping) else cls(names)
+
+    @property
+    def rows(self) -> tuple[tuple[str, ...], ...]:
+        """The names, then the other names."""
+        return tuple(self), *self.also
+
+    def at(self, places: Sequence[int]) -> ClassNames:
+        """The classes at these places, in that order, with their other names."""
+        return ClassNames((self[i] for i in places), [[row[i] for i in places] for row in self.also])
+
+    def renamed(self, names: Iterable[str]) -> ClassNames:
+        """The same classes under other names, which they have beside those that they had."""
+        return ClassNames(names, self.rows)
 
 
 class Matching(NamedTuple):
@@ -67,7 +105,7 @@ class Matching(NamedTuple):
         return torch.tensor(self.classes_of_labels, device=labels.device)[labels.long()]
 
 
-def class_names(dataset: Any) -> tuple[str, ...] | None:
+def class_names(dataset: Any) -> ClassNames | None:
     """The class names that a data set tells, in the order of its labels; None where it tells none.
 
     Read are `.classes` (torchvision's, robustft's), the names of a `ClassLabel` column (Hugging Face), the data set
@@ -78,7 +116,7 @@ def class_names(dataset: Any) -> tuple[str, ...] | None:
         column = features.get("label") if isinstance(features, Mapping) else None
         names = getattr(column, "names", None)
     if isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names):
-        return tuple(names) or None
+        return ClassNames(names) or None
     if isinstance(dataset, torch.utils.data.Subset):
         return class_names(dataset.dataset)
     if isinstance(dataset, torch.utils.data.ConcatDataset):
@@ -102,9 +140,10 @@ def match_classes(names: Sequence[str], classes: Sequence[str], *, of: str = "th
     ValueError, naming classes, for names that are not among the classes, and where a repeated name leaves open which
     class is meant. A change is said once, as a warning.
     """
-    names, classes = tuple(names), tuple(classes)
+    pairs = [(told, known) for told in ClassNames(names).rows for known in ClassNames(classes).rows]
+    names, classes = next((pair for pair in pairs if set(pair[0]) <= set(pair[1])), pairs[0])
     numbers = len(names) == len(classes) and names == tuple(map(str, range(len(names))))
-    if names == classes or numbers and not set(names) & set(classes):
+    if names == classes or numbers and not any(set(told) & set(known) for told, known in pairs):
         return Matching(tuple(range(len(classes))), len(classes))
     if unknown := [name for name in names if name not in set(classes)]:
         known = set(names)

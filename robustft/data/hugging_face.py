@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustft.data.classes import ClassNames
 from robustft.data.images import DamagedImageError, OnError, check_on_error
 
 IMAGE, LABEL, TEXT = ("image", "img"), ("label", "labels", "fine_label"), ("text", "caption", "title")
@@ -77,7 +78,7 @@ class HuggingFaceDataset:
         return replace(self, transform=transform)
 
     def renamed(self, names: Mapping[str, str]) -> HuggingFaceDataset:
-        return replace(self, names=tuple(names[name] for name in self.classes))
+        return replace(self, names=ClassNames(self.classes).renamed(names[name] for name in self.classes))
 
     def _column(self, usual: Sequence[str]) -> str | None:
         return next((name for name in usual if name in self.rows.column_names), None)

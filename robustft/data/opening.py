@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustft.data.classes import few
+from robustft.data.classes import ClassNames, few
 from robustft.data.duplicates import SIDE, Look, look
 from robustft.data.duplicates import families as copies
 from robustft.data.families import imagenet_tree, is_imagenet_tree, is_imagenet_v2, is_objectnet, objectnet, wilds_table
@@ -153,7 +153,8 @@ def open(
             raise ValueError(f"class_names has no name for {few(unknown)}, of the {len(data.classes)} classes")
         ood_sets = data.ood
         data = data.map(lambda part: part if part.classes == () else part.renamed(_known(part, names)))
-        data = replace(data, classes=tuple(names[name] for name in data.classes), ood=ood_sets)
+        renamed = ClassNames(data.classes).renamed(names[name] for name in data.classes)
+        data = replace(data, classes=renamed, ood=ood_sets)
     if shots is not None:
         if data.train is None:
             raise ValueError(f"shots is {shots}, but {source} has no images to train on")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from robustft.data.classes import few
+from robustft.data.classes import ClassNames, few
 from robustft.data.images import DamagedImageError, OnError, check_on_error, read_image
 from robustft.ops.kinds import checked, described
 
@@ -131,10 +131,10 @@ class PathDataset:
                     f"class_names holds {len(names)} names for the {len(self.classes)} classes {few(self.classes)}: "
                     "expected one for each, in their order, or a mapping"
                 )
-            return replace(self, classes=tuple(names))
+            return replace(self, classes=ClassNames(self.classes).renamed(names))
         if missing := [name for name in self.classes if name not in names]:
             raise ValueError(f"class_names has no name for {few(missing)}, of the data set's {len(self.classes)}")
-        return replace(self, classes=tuple(names[name] for name in self.classes))
+        return replace(self, classes=ClassNames(self.classes).renamed(names[name] for name in self.classes))
 
     @checked
     def relabelled(self, classes: Sequence[str]) -> PathDataset:
@@ -145,7 +145,7 @@ class PathDataset:
         samples = tuple(
             (file, label if label == UNLABELLED else place[self.classes[label]]) for file, label in self.samples
         )
-        return replace(self, samples=samples, classes=tuple(classes))
+        return replace(self, samples=samples, classes=ClassNames(classes))
 
     @property
     def fingerprint(self) -> str:

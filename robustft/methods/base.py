@@ -26,6 +26,7 @@ from typing_extensions import Required, TypedDict
 
 from robustft.clip.encoding import unwrap
 from robustft.clip.prompts import Template, Tokenizer, captions, split_names, tokenize
+from robustft.data.classes import ClassNames
 from robustft.data.sources import Batch, check_labels, unpack
 from robustft.losses import weighted_sum
 from robustft.methods.options import Configured, digest
@@ -81,8 +82,8 @@ class Method(Configured, nn.Module):
         model: an open_clip model, in whatever wrappers; parameters frozen in it stay frozen.
         tokenizer: its tokenizer.
         class_names: K names, at least two, in the order of the labels; or {name in data sets, such as a folder: name in
-            captions}. The keys become `classes`, the method's and its predictors', which data sets are matched to; the
-            values stay `class_names`.
+            captions}. The keys become `classes`, the method's and its predictors'; the values stay `class_names`. Data
+            sets are matched by keys or by values.
         templates: prompts with a place for the name, "a photo of a {}".
         total_steps: length of the run, for methods with a schedule; None: `begin_run` tells it, as `fit` does.
         seed: of everything random in `step`.
@@ -122,7 +123,8 @@ class Method(Configured, nn.Module):
             )
         self.model = copy.deepcopy(unwrap(model))
         self.tokenizer = tokenizer
-        self.classes, self.class_names = (tuple(names) for names in split_names(class_names))
+        keys, words = split_names(class_names)
+        self.classes, self.class_names = ClassNames(keys), tuple(words)
         self.templates = templates
         self.total_steps = total_steps
         self.seed = seed

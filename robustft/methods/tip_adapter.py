@@ -210,7 +210,7 @@ class CacheClassifier(FeaturePredictor):
         new[keep] = torch.arange(len(keep), device=new.device)
         labels = new[self.labels]
         return self._with(
-            [self.classes[i] for i in keep],
+            self.classes.at(keep),
             class_embeddings=self.class_embeddings[keep],
             keys=self.keys[labels >= 0],
             labels=labels[labels >= 0],

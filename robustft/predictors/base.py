@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.clip.outputs import Outputs, evaluating, similarities
-from robustft.data.classes import Matching, matching_of
+from robustft.data.classes import ClassNames, Matching, matching_of
 from robustft.data.images import Skipped
 from robustft.data.sources import batches, image_statistics, takes_statistics
 from robustft.files import load_fitted, refusing, save_fitted
@@ -134,10 +134,12 @@ class Predictor(nn.Module):
         entries: list[Any] = list(classes.tolist() if hasattr(classes, "tolist") else classes)
         if wrong := [c for c in entries if isinstance(c, bool) or not isinstance(c, (str, Integral))]:
             raise TypeError(f"classes holds {described(wrong[0])}; expected names or indices")
-        unclear = [c for c in entries if isinstance(c, str) and self.classes.count(c) != 1]
-        if unclear:
+        words = [c for c in entries if isinstance(c, str)]
+        rows = ClassNames(self.classes).rows
+        names = next((row for row in rows if all(row.count(c) == 1 for c in words)), rows[0])
+        if unclear := [c for c in words if names.count(c) != 1]:
             raise ValueError(f"classes {unclear[:5]} are not one each of the classifier's {len(self.classes)} names")
-        indices = [self.classes.index(c) if isinstance(c, str) else int(c) for c in entries]
+        indices = [names.index(c) if isinstance(c, str) else int(c) for c in entries]
         if not indices or len(set(indices)) < len(indices) or not set(indices) <= set(range(len(self.classes))):
             raise ValueError(f"classes must be distinct indices in [0, {len(self.classes)}), got {indices[:10]}")
         return indices
@@ -247,6 +249,7 @@ def predict_each(
     return tuple(found)
 
 
+ALSO = "also"  # the setting of a saved predictor that holds its classes' other names
 P = TypeVar("P", bound="ModelPredictor")
 
 
@@ -255,7 +258,7 @@ class ModelPredictor(Predictor):
 
     `model` is shared, not copied: after more training, ask the method for a new predictor. The tensors are copied, to
     the model's device, into buffers. A subclass is made from (model, classes) and, by keyword, the tensors and
-    settings that it declares:
+    settings that it declares. `classes` are names, or {name: another name, by which data sets may call it too}.
 
         tensors   by name their shapes, such as "K D": a letter is a size, the same in all, and K the number of classes;
                   integers say so, "K L int"; what ends in "?" may be missing
@@ -265,12 +268,13 @@ class ModelPredictor(Predictor):
     tensors: ClassVar[Mapping[str, str]] = {}
     settings: ClassVar[tuple[str, ...]] = ()
     model: nn.Module
+    classes: ClassNames
 
     @checked
-    def __init__(self, model: nn.Module, classes: Sequence[str], **tensors: Tensor | None) -> None:
+    def __init__(self, model: nn.Module, classes: Sequence[str] | Mapping[str, str], **tensors: Tensor | None) -> None:
         super().__init__()
         self.model = model
-        self.classes = tuple(classes)
+        self.classes = ClassNames.of(classes)
         _check_tensors(self.tensors, tensors, len(self.classes))
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         for name in self.tensors:
@@ -289,7 +293,7 @@ class ModelPredictor(Predictor):
     def restrict(self: P, classes: Sequence[int] | Sequence[str]) -> P:
         keep = self._indices(classes)
         own = {name: value[keep] for name, value in self._held().items() if self.tensors[name].startswith("K")}
-        return self._with([self.classes[i] for i in keep], **own)
+        return self._with(self.classes.at(keep), **own)
 
     def _held(self) -> dict[str, Tensor]:
         return {name: value for name in self.tensors if (value := getattr(self, name)) is not None}
@@ -308,7 +312,9 @@ class ModelPredictor(Predictor):
         That is `kind`, classes, settings and tensors, in classifier.safetensors. `robustft.load_predictor` gives the
         predictor back. `config`, `tokenizer`, replacing and errors: as in `clip.export`.
         """
-        settings = {"classes": self.classes, **self._settings()}
+        settings: dict[str, Any] = {"classes": self.classes, **self._settings()}
+        if self.classes.also:
+            settings[ALSO] = self.classes.also
         write = partial(save_fitted, kind=self.kind, settings=settings, tensors=self._held())
         return clip.export(self.model, Path(directory), config, tokenizer=tokenizer, classifier=write)
 
@@ -317,9 +323,11 @@ class ModelPredictor(Predictor):
         path = directory / clip.CLASSIFIER_FILE
         settings, tensors = load_fitted(path, cls.kind)
         with refusing(path, cls.kind):
-            classes = settings.pop("classes")
-            if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-                raise ValueError(f"classes must be a list of names, got {classes!r:.80}")
+            classes, also = settings.pop("classes"), settings.pop(ALSO, [])
+            for name, rows in (("classes", [classes]), (ALSO, also)):
+                if not isinstance(rows, list) or not all(map(_are_names, rows)):
+                    raise ValueError(f"{name} must be a list of names, got {rows!r:.80}")
+            classes = ClassNames(classes, also)
             _check_tensors(cls.tensors, tensors, len(classes))
             for name, value in tensors.items():
                 if value.is_floating_point() and not bool(value.isfinite().all()):
@@ -371,7 +379,7 @@ class Classifier(FeaturePredictor):
         self,
         model: nn.Module,
         class_embeddings: Tensor,
-        classes: Sequence[str],
+        classes: Sequence[str] | Mapping[str, str],
         *,
         logit_scale: Tensor | float | None = None,
         bias: Tensor | None = None,
@@ -385,6 +393,10 @@ class Classifier(FeaturePredictor):
         """Outputs of unit features (N, D) that exist already, such as `robustft.clip.encode` keeps."""
         cosines, logits = similarities(features, self.class_embeddings, self.logit_scale)
         return Outputs(features, cosines, logits if self.bias is None else logits + self.bias)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _check_tensors(shapes: Mapping[str, str], tensors: Mapping[str, Any], classes: int) -> None:
