@@ -114,6 +114,20 @@ class Outputs:
         """A function of every part."""
         return self._with({name: function(part) for name, part in self._parts.items()})
 
+    def of_rows(self, values: Tensor, name: str) -> Tensor:
+        """Values (M,) of every image of a set, such as its groups, as those (N,) of the images that have a row here.
+
+        ValueError, calling them `name`, where there are not as many as rows and skipped images.
+        """
+        images = len(next(iter(self)))
+        if len(values) == images and not self.skipped:
+            return values
+        if len(values) != images + len(self.skipped):
+            raise ValueError(f"{name} are of {len(values)} images, but the outputs of {images + len(self.skipped)}")
+        kept = torch.ones(len(values), dtype=torch.bool)
+        kept[[one.row for one in self.skipped]] = False
+        return values[kept.to(values.device)]
+
     @staticmethod
     def cat(batches: Sequence[Outputs]) -> Outputs:
         """One after the other, on the parts of the first."""

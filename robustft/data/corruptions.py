@@ -37,6 +37,7 @@ from robustft.data.classes import class_names
 from robustft.data.images import ImageDataset, normalized
 from robustft.data.paths import PathDataset
 from robustft.data.seeds import stateless_generator, stateless_seed
+from robustft.data.wrappers import group_names_of, groups_of, told
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -103,8 +104,8 @@ def stress(
 class Stressed:
     """A data set whose images are corrupted when they are read; an item is as the data set has it otherwise.
 
-    `.classes`, `.labels`, `.groups`, `.group_names` and `.samples` (files) are the data set's, None or empty where it
-    tells none. `.fingerprint` is of the data set and of the corruption.
+    `.classes`, `.labels`, `.groups`, `.group_names`, `.samples` (files) and `.on_error` are the data set's, None or
+    empty where it tells none. `.fingerprint` is of the data set and of the corruption.
     """
 
     def __init__(self, dataset: Any, name: str, severity: int, seed: int, size: int) -> None:
@@ -115,7 +116,8 @@ class Stressed:
             self.transform, self.plain = dataset.transform, dataset.with_transform(None)
         self.classes = class_names(dataset)
         self.labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
-        self.groups, self.group_names = sources.groups_of(dataset), getattr(dataset, "group_names", ())
+        self.groups, self.group_names = groups_of(dataset), group_names_of(dataset)
+        self.on_error = told(dataset, "on_error", "raise")
         self.samples = getattr(dataset, "samples", ())
 
     def __len__(self) -> int:

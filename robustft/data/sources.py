@@ -11,6 +11,8 @@ and may tell more: `.classes`, what its labels mean (`robustft.data.classes`), b
 or a predictor; `.groups` (N,) go along as the column "group"; `.fingerprint`, a string or a function that gives one,
 tells it from others. Where a method's image tower is frozen, unit features (N, D) may stand for the images.
 
+Torch's `Subset` and `ConcatDataset` tell what the data sets in them tell (`robustft.data.wrappers`).
+
 One whose `.on_error` is "skip" is read without the images that cannot be read: each counts in `Source.skipped`, and a
 warning says how many and which. In order, the others keep their order and their own labels. In training, the next image
 that can be read takes its place in the batch, so that batches stay whole and are a function of the files, whichever
@@ -36,10 +38,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustft.data import wrappers
 from robustft.data.classes import Matching, matching_of
 from robustft.data.images import DamagedImageError, Skipped
 from robustft.data.pixels import Statistics, warning_of_raw_pixels
 from robustft.data.seeds import stateless_seed
+from robustft.data.wrappers import groups_of, told
 from robustft.ops.kinds import array, checked, described, held
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -85,7 +89,7 @@ class Source:
         if self.columns is not None and self.matching is not None and isinstance(self.columns.get("label"), Tensor):
             self.columns = self.columns | {"label": self.matching.of(self.columns["label"])}
         self.data = data
-        self.skips = _of_images(data, "on_error") == "skip"
+        self.skips = wrappers.skips(data)
         self.skipped: dict[int, Skipped] = {}
         if self.columns is None and not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
             raise TypeError(
@@ -175,7 +179,7 @@ class Source:
             try:
                 pairs.append(image_and_label(self.data[row], f"{self.name}[{row}]"))
             except (DamagedImageError, OSError) as error:
-                if not self.skips:
+                if not wrappers.skips_row(self.data, row):
                     raise
                 skipped.append(Skipped(row, str(error)))
         if not pairs:
@@ -261,7 +265,7 @@ def reading_workers(data: Any, count: int, workers: int | None = None) -> int:
     most 8, for `FILES_FOR_WORKERS` items or more. A data set that has no attribute `workers` is read in this process:
     an open archive or a connection in it would be torn between several.
     """
-    workers = _of_images(data, "workers", 0) if workers is None else workers
+    workers = told(data, "workers", 0) if workers is None else workers
     if workers is not None:
         check_workers(workers)
         return int(workers)
@@ -499,6 +503,8 @@ class _Seeded(torch.utils.data.Dataset[Any]):
             try:
                 return self._item(place), skipped
             except (DamagedImageError, OSError) as error:
+                if not wrappers.skips_row(self.data, place):
+                    raise
                 skipped.append(Skipped(place, str(error)))
         raise ValueError(f"none of the {len(self)} images can be read: {skipped[0].error}")
 
@@ -520,25 +526,9 @@ class _Seeded(torch.utils.data.Dataset[Any]):
         return label if self.matching is None else int(self.matching.of(torch.tensor([int(label)])))
 
 
-def groups_of(data: Any) -> Any:
-    """`.groups` of a data set, also of one inside a `Subset`; None where there are none."""
-    groups = getattr(data, "groups", None)
-    if groups is None and isinstance(data, torch.utils.data.Subset):
-        inner = groups_of(data.dataset)
-        return None if inner is None else [inner[index] for index in data.indices]
-    return groups
-
-
 def _with_skipped(items: Sequence[tuple[Any, list[Skipped]]]) -> tuple[Any, list[Skipped]]:
     batch = torch.utils.data.default_collate([item for item, _ in items])
     return batch, [one for _, skipped in items for one in skipped]
-
-
-def _of_images(data: Any, name: str, otherwise: Any = None) -> Any:
-    """An attribute of the data set that reads the images, also where it lies inside a `Subset`."""
-    while isinstance(data, torch.utils.data.Subset) and not hasattr(data, name):
-        data = data.dataset
-    return getattr(data, name, otherwise)
 
 
 def in_order_of(items: Sequence[Any], function: Callable[[Any], Any], workers: int) -> Iterator[Any]:

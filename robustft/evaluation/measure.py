@@ -18,7 +18,7 @@ from torch import Tensor
 from robustft.calibration.conformal import ConformalSets, coverage_report
 from robustft.calibration.measures import calibration_report, top_label_ece
 from robustft.clip.outputs import Outputs
-from robustft.data.sources import groups_of
+from robustft.data.wrappers import group_names_of, groups_of
 from robustft.detection.by_name import SCORES
 from robustft.detection.metrics import ood_metrics
 from robustft.ensembles.wise_ft import ALPHAS, WiSEFT, check_alphas
@@ -215,7 +215,7 @@ def groups_in(dataset: Any) -> Groups | None:
     groups = groups_of(dataset)
     if groups is None:
         return None
-    return Groups(torch.as_tensor(groups).long(), tuple(getattr(dataset, "group_names", ())))
+    return Groups(torch.as_tensor(groups).long(), group_names_of(dataset))
 
 
 def _check_conformal(conformal: Mapping[str, ConformalSets] | None, models: Mapping[str, Any]) -> None:
@@ -321,13 +321,14 @@ def _extras(p: Outputs, bins: int, extras: Extras, model: str, groups: Groups | 
         for k in asked.nonzero()[:, 0].tolist()
     )
     if groups is not None:
-        table = group_accuracy(predicted, labels, groups.of)
+        of = p.of_rows(groups.of, "groups").cpu()
+        table = group_accuracy(predicted, labels, of)
         found["groups"] = tuple(
             GroupResult(
                 groups.names[g] if groups.names else str(g),
                 int(table.counts[g]),
                 float(table.accuracy[g]),
-                *ece(groups.of == g),
+                *ece(of == g),
             )
             for g in table.counts.nonzero()[:, 0].tolist()
         )

@@ -12,8 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from robustft import clip, methods
 from robustft.data.opening import Data
+from robustft.data.wrappers import group_names_of, groups_of
 from robustft.methods.objective import Objective
 from robustft.pipeline.recipes import OWN, Recipe
 from robustft.predictors.base import Classifier
@@ -165,7 +168,7 @@ def built_options(options: Mapping[str, Any], train: Any) -> dict[str, Any]:
 
 def number_of_groups(train: Any) -> int:
     """Groups of a training set; ValueError where it tells none."""
-    groups = getattr(train, "groups", None)
+    groups = groups_of(train)
     if groups is None:
         raise ValueError("this method needs groups, and the training data tell none: name their columns (--groups)")
-    return len(getattr(train, "group_names", ())) or int(groups.max()) + 1
+    return len(group_names_of(train)) or int(torch.as_tensor(groups).max()) + 1

@@ -136,12 +136,7 @@ class Validation:
     def _groups_of(self, outputs: Outputs) -> Tensor | None:
         if self.groups is None or self.brief:
             return None if self.groups is None else self.groups[: len(outputs.labels)]
-        if len(outputs.labels) != len(self.groups):
-            raise ValueError(
-                f"validation has groups of {len(self.groups)} images, of which {len(outputs.labels)} could be read: "
-                "whose groups these are is not known; take the others out of the set"
-            )
-        return self.groups
+        return outputs.of_rows(self.groups, "validation's groups")
 
     def _outputs(self) -> Outputs:
         predictor = self.method.classifier()

@@ -14,8 +14,11 @@ from tiny_clip import NAMES
 from robustft import clip, data, methods
 from robustft.data.shards import read_shards
 from robustft.data.sources import Source
+from robustft.data.wrappers import groups_of
+from robustft.evaluation import evaluate
 from robustft.predictors import zero_shot_classifier
 from robustft.training import fit
+from robustft.training.validation import Validation
 
 BAD, MISSING = (1, 5), 8
 LOST = (*BAD, MISSING)
@@ -158,3 +161,67 @@ def test_an_opened_tree_with_a_damaged_image_is_split(tmp_path, images):
         found = data.open(tmp_path / "tree", on_error="skip")
     assert sum(len(part) for part in found.sets().values()) == 6
     assert all(part.on_error == "skip" for part in found.sets().values())
+
+
+def wrapped(images):
+    """By name, wrappers of the twelve images in their order."""
+    from torch.utils.data import ConcatDataset, Subset, random_split
+
+    first, second, whole = images.subset(range(5)), images.subset(range(5, 12)), range(12)
+    parts = random_split(images, [5, 7], torch.Generator().manual_seed(0))
+    order = [*parts[0].indices, *parts[1].indices]
+    back = [order.index(row) for row in whole]
+    return {
+        "concatenated": ConcatDataset([first, second]),
+        "subset of concatenated": Subset(ConcatDataset([first, second]), whole),
+        "concatenated subsets": ConcatDataset([Subset(first, range(5)), Subset(Subset(images, whole), whole[5:])]),
+        "split at random": Subset(ConcatDataset(parts), back),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be read")
+def test_wrappers_skip_what_the_sets_in_them_skip(images, clip_model, prompts):
+    expected = torch.stack([images[i][0] for i in range(12) if i not in LOST])
+    for name, data_set in wrapped(images).items():
+        source = Source(data_set)
+        assert torch.equal(torch.cat([pixels for pixels, _ in source.in_order(5)]), expected), name
+        assert sorted(source.skipped) == list(LOST), name
+        ((pixels, _),) = Source(data_set).batches([(0, torch.tensor([0, 1, 8]))], seed=0)
+        assert torch.equal(pixels, torch.stack([images[i][0] for i in (0, 2, 9)])), name
+        assert [one.row for one in zero_shot_classifier(clip_model, **prompts).predict(data_set).skipped] == [*LOST]
+
+
+def test_a_part_that_wants_errors_raises_beside_one_that_skips(images):
+    strict = replace(images.subset([0, 1, 2]), on_error="raise")
+    both = torch.utils.data.ConcatDataset([images, strict])
+    with pytest.raises(ValueError, match=r"01\.png"):
+        list(Source(both).in_order(15))
+    with pytest.raises(ValueError, match=r"01\.png"):
+        next(Source(both).batches([(0, torch.tensor([13]))], seed=0))
+    assert not Source(torch.utils.data.ConcatDataset([strict, strict])).skips
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be read")
+def test_groups_are_those_of_the_images_that_could_be_read(images, clip_model, prompts):
+    grouped = replace(images, groups=torch.arange(12) // 6, group_names=("first", "second"))
+    kept = grouped.subset([i for i in range(12) if i not in LOST])
+    predictor = zero_shot_classifier(clip_model, **prompts)
+    found, expected = (evaluate({"m": predictor}, id=d, details=True).models["m"].id.groups for d in (grouped, kept))
+    assert found == expected and [group.name for group in found] == ["first", "second"]
+    both = torch.utils.data.ConcatDataset([grouped.subset(range(4)), grouped.subset(range(4, 12))])
+    assert evaluate({"m": predictor}, id=both, details=True).models["m"].id.groups == expected
+    method = methods.FineTune(clip_model, **prompts)
+    measured = Validation(method, both, metric="worst_group").measure(0)
+    assert measured == Validation(method, kept, metric="worst_group").measure(0)
+    other = replace(grouped, group_names=("second", "first"))
+    assert groups_of(torch.utils.data.ConcatDataset([grouped, other])) is None
+    with pytest.raises(ValueError, match="groups are of 11 images, but the outputs of 12"):
+        predictor.predict(grouped).of_rows(torch.zeros(11), "groups")
+
+
+def test_a_stressed_set_skips_as_the_set_does(images):
+    assert all(part.on_error == "skip" for part in data.stress(images, names=["grey"]).values())
+    stressed = data.stress(images, (1,), names=["grey"])["grey 1"]
+    with pytest.warns(UserWarning, match="3 of 12"):
+        ((_, labels),) = Source(stressed).in_order(12)
+    assert len(labels) == 9
