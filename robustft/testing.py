@@ -14,6 +14,7 @@ and twelve images, in seconds, on the CPU; nothing is kept on the disk.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import re
 import tempfile
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from robustft.calibration import calibrators
 from robustft.clip.outputs import Outputs, outputs_of
 from robustft.detection import SCORES, Detector, register
-from robustft.methods import Method, load_predictor
+from robustft.methods import Method, Step, load_predictor
 from robustft.predictors.base import Predictor
 from robustft.training.loop import fit
 
@@ -86,23 +87,32 @@ def check_method(
     has to fall, where that is not the whole loss. mixes: of its classifier, as for `check_predictor`.
 
     Checked: the configuration tells options apart; wrong arguments and batches are refused by name; gradients reach
-    what is trained; the given model stays as it is; the objective falls; equal seeds give equal bits; an interrupted
-    run resumes bit for bit; `state_dict` is complete; the classifier is a predictor that `check_predictor` accepts.
+    what is trained; under autocast to bfloat16, and with a model of bfloat16, a step has a float32 loss near that of
+    single precision and finite gradients; the given model stays as it is; the objective falls; equal seeds give equal
+    bits; an interrupted run resumes bit for bit; `state_dict` is complete; the classifier is a predictor that
+    `check_predictor` accepts.
     """
     world = world or tiny_world()
     data, before = world.data, _copied(world.model)
     recipe: dict[str, Any] = {"epochs": 2, "batch_size": 6, "lr": lr, "weight_decay": 0.0, "warmup": 0.0}
     recipe |= {"precision": precision, "progress": False}
 
-    def made(**changed: Any) -> Method:
-        return make(world.model, **{"total_steps": 4, **world.prompts, **changed})
+    def made(model: nn.Module = world.model, **changed: Any) -> Method:
+        return make(model, **{"total_steps": 4, **world.prompts, **changed})
 
     whole, stopped, resumed = made(), made(), made()
     _configuration(whole.config, stopped.config, made(templates=("one {}",)).config)
     _refuses("total_steps", lambda: made(total_steps=0))
     _refuses("class_names", lambda: made(class_names=world.prompts["class_names"][:1]))
-    _refuses("label", lambda: whole.step((data["image"], data["label"] + 1000)))
-    _gradients(whole, data)
+    # The steps here are taken by the one whose state a checkpoint replaces: batch norms count them.
+    _refuses("label", lambda: resumed.step((data["image"], data["label"] + 1000)))
+    loss = _gradients(resumed.step(dict(data)), resumed)
+    half = made(copy.deepcopy(world.model).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = resumed.step(dict(data))
+    _in_bf16(under_autocast, resumed, loss)
+    _in_bf16(half.step({**data, "image": data["image"].bfloat16()}), half, loss)
+    _float32(half.classifier().outputs(data["image"].bfloat16()))
 
     start = _objective(whole, data, term)
     fit(whole, data, **recipe)
@@ -130,8 +140,9 @@ def check_predictor(
     """A predictor of images (N, C, H, W).
 
     Checked: finite logits (N, K) of its `classes`; probabilities that sum to one; a sample's outputs do not depend on
-    its batch or on the training mode, which is left as it was; `restrict`, by names and by indices, before the softmax;
-    unknown names are refused. With `config` (a `Bundle`'s): `save` and `load_predictor` give it back. mixes: it mixes
+    its batch or on the training mode, which is left as it was; under autocast to bfloat16 they are float32 and near
+    those without; `restrict`, by names and by indices, before the softmax; unknown names are refused. With `config` (a
+    `Bundle`'s): `save`, which replaces what it saved before, and `load_predictor` give it back. mixes: it mixes
     probabilities of several, so that restricted logits are not a part of all logits.
     """
     classes, was = predictor.classes, predictor.training
@@ -153,10 +164,17 @@ def check_predictor(
         )
         _rule("leaves the mode as it was", predictor.training, "outputs() left training mode")
         predictor.train(was)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = predictor.outputs(images)
+        _float32(half)
+        near = _near(half.logits.softmax(1), logits.softmax(1), 0.1)
+        _rule("stays near itself in bf16", near, "its probabilities under autocast are others")
         _restricts(predictor, images, logits, mixes)
         if config is not None:
             with tempfile.TemporaryDirectory() as folder:
-                loaded = load_predictor(predictor.save(Path(folder) / "export", config))
+                for _ in range(2):
+                    saved = predictor.save(Path(folder) / "export", config)
+                loaded = load_predictor(saved)
             same = type(loaded) is type(predictor) and loaded.classes == classes
             _rule("comes back from its export", same, f"as {type(loaded).__name__} of {loaded.classes}")
             for part, found, expected in zip(Outputs.PARTS, loaded.outputs(images), outputs, strict=False):
@@ -267,8 +285,8 @@ def _configuration(config: Mapping[str, Any], same: Mapping[str, Any], other: Ma
         raise AssertionError(f"it has a configuration of JSON's types: {error}") from error
 
 
-def _gradients(method: Method, data: Mapping[str, Tensor]) -> None:
-    step = method.step(dict(data))
+def _gradients(step: Step, method: Method) -> Tensor:
+    """The loss, whose gradients are looked at and taken away."""
     _rule(
         "gives a loss that is one finite number", step.loss.shape == () and bool(step.loss.isfinite()), f"{step.loss}"
     )
@@ -279,6 +297,18 @@ def _gradients(method: Method, data: Mapping[str, Tensor]) -> None:
     _rule("has finite gradients", not infinite, f"those of {infinite[:3]} are not")
     _rule("has gradients", any(bool(g.any()) for g in gradients.values()), "no trained parameter gets one")
     method.zero_grad(set_to_none=True)
+    return step.loss.detach()
+
+
+def _in_bf16(step: Step, method: Method, expected: Tensor) -> None:
+    loss = _gradients(step, method)
+    _rule("keeps its loss in float32", loss.dtype == torch.float32, f"it is {loss.dtype} in bf16")
+    _rule("steps in bf16 as in float32", _near(loss, expected, 0.1), f"its loss is {loss:.4g} for {expected:.4g}")
+
+
+def _float32(outputs: Outputs) -> None:
+    narrow = sorted({str(part.dtype) for part in outputs if part.dtype != torch.float32})
+    _rule("has outputs in float32", not narrow, f"some are {narrow} in bf16")
 
 
 def _objective(method: Method, data: Mapping[str, Tensor], term: str | None) -> float:
