@@ -107,6 +107,10 @@ class ContrastiveLoss(nn.Module):
         self.group = group
         self.world_size = world_size
 
+    def rank_group(self) -> torch.distributed.ProcessGroup | None:
+        """The group over which the batch is spread, if it is."""
+        return self.group if self.world_size == 1 else _all_ranks(self.world_size)
+
     @checked
     def forward(
         self,
@@ -126,7 +130,7 @@ class ContrastiveLoss(nn.Module):
             labels=labels,
             label_smoothing=self.label_smoothing,
             weight=weight,
-            group=self.group if self.world_size == 1 else _all_ranks(self.world_size),
+            group=self.rank_group(),
         )
         if self.world_size > 1:  # the value as it is, the gradient as often as it will be divided
             loss = loss + (self.world_size - 1) * (loss - loss.detach())
@@ -162,6 +166,10 @@ class CaRotLoss(_Terms):
         self.squared = squared
         self.group = group
 
+    def rank_group(self) -> torch.distributed.ProcessGroup | None:
+        """The group over which the batch is spread, if it is."""
+        return self.group
+
     @property
     def weights(self) -> dict[str, float]:
         """Of `terms`."""
@@ -191,28 +199,30 @@ class CaRotLoss(_Terms):
         student = (image_features, text_features, logit_scale)
         teacher = u, t, s = (teacher_image_features, teacher_text_features, teacher_logit_scale)
 
-        def check_teacher() -> None:
+        def of_projections() -> dict[str, Tensor]:
             if any(part is None for part in teacher) != all(part is None for part in teacher):
                 raise ValueError("teacher_image_features, teacher_text_features and teacher_logit_scale go together")
+            found = {}
+            if visual_projection is not None:
+                if self.orthogonality_weight:
+                    found["orthogonality"] = orthogonality_penalty(visual_projection, squared=self.squared)
+                if text_projection is not None and self.cross_weight:
+                    found["cross"] = cross_penalty(visual_projection, text_projection)
+            return found
 
         if self.group is None:
-            check_teacher()
+            penalties = of_projections()
         else:
             from robustft.ops import ranks
 
             ranks.check_group(self.group)
-            ranks.checked(self.group, check_teacher)
+            penalties = ranks.checked(self.group, of_projections)  # before the others wait for the features
         if self.distillation_weight and u is not None and t is not None and s is not None:
             both = contrastive_distillation_loss(*student, u, t, s, labels=labels, weight=weight, group=self.group)
             terms = {"contrastive": both.contrastive, "distillation": both.distillation}
         else:
             terms = {"contrastive": contrastive_loss(*student, labels=labels, weight=weight, group=self.group)}
-        if visual_projection is not None:
-            if self.orthogonality_weight:
-                terms["orthogonality"] = orthogonality_penalty(visual_projection, squared=self.squared)
-            if text_projection is not None and self.cross_weight:
-                terms["cross"] = cross_penalty(visual_projection, text_projection)
-        return terms
+        return terms | penalties
 
 
 class ClassificationLoss(_Terms):

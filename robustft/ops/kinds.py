@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from typing_extensions import Unpack, get_type_hints
 
 from robustft.ops import ranks
 
@@ -86,17 +87,23 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     Tensors have to be dense. numpy's scalars, and tensors of one number, become numbers where numbers are asked for;
     arrays become tensors where arrays are taken. Of a sequence or a mapping the entries are looked at too. Parameters
-    that are `Any`, a protocol, or not annotated, are left alone.
+    that are `Any`, a protocol, or not annotated, are left alone. `**options: Unpack[T]` are those of the TypedDict T.
     """
-    parameters = inspect.signature(function).parameters.values()
+    signature = inspect.signature(function)
+    parameters = signature.parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     placed = [p.name for p in named if p.kind is not p.KEYWORD_ONLY]
-    grouped = any(p.name == "group" for p in named)
+    grouped = any(p.name == "group" for p in named) and "self" not in signature.parameters
+    owned = "self" in signature.parameters and function.__name__ != "__init__"
 
     @functools.cache
     def takers() -> tuple[tuple[Taker | None, ...], dict[str, Taker]]:
         """By place, and by name."""
-        of = {p.name: _taker(p.name, _evaluated(p.annotation, inspect.unwrap(function).__globals__)) for p in named}
+        space = inspect.unwrap(function).__globals__
+        of = {p.name: _taker(p.name, _evaluated(p.annotation, space)) for p in named}
+        for p in parameters:
+            if p.kind is p.VAR_KEYWORD:
+                of |= {name: _taker(name, kind) for name, kind in _unpacked(_evaluated(p.annotation, space)).items()}
         return tuple(of[name] for name in placed), {name: taker for name, taker in of.items() if taker is not None}
 
     def taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -109,14 +116,24 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        if grouped and isinstance(group := kwargs.get("group"), ranks.ProcessGroup):
+        group = kwargs.get("group") if grouped else _group_of(args[0]) if owned and args else None
+        if isinstance(group, ranks.ProcessGroup):
             # An error of one rank's arguments is raised by all: the others wait for this rank.
-            given, options = ranks.checked(group, lambda: taken(args, kwargs))
+            def check() -> tuple[tuple[Any, ...], dict[str, Any]]:
+                signature.bind(*args, **kwargs)
+                return taken(args, kwargs)
+
+            given, options = ranks.checked(group, check)
         else:
             given, options = taken(args, kwargs)
         return function(*given, **options)
 
     return wrapper
+
+
+def _group_of(owner: Any) -> Any:
+    """The process group over which a method of `owner` computes, if it has `rank_group`."""
+    return owner.rank_group() if hasattr(type(owner), "rank_group") else None
 
 
 def check_fields(instance: Any) -> None:
@@ -145,6 +162,14 @@ def _evaluated(annotation: Any, namespace: dict[str, Any]) -> Any:
         return eval(annotation, namespace) if isinstance(annotation, str) else annotation
     except NameError:
         return Any
+
+
+def _unpacked(annotation: Any) -> dict[str, Any]:
+    """The annotations of the TypedDict in `Unpack`, by name; none of anything else."""
+    if get_origin(annotation) is not Unpack:
+        return {}
+    (options,) = get_args(annotation)
+    return get_type_hints(options)
 
 
 def _taker(name: str, annotation: Any) -> Taker | None:

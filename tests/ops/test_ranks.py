@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import robustft
 from robustft import functional as rf
-from robustft.losses import CaRotLoss
+from robustft.losses import CaRotLoss, ContrastiveLoss
 from robustft.methods import FLYP
 
 WORLD, N, D = 3, 6, 4
@@ -104,6 +104,34 @@ CASES: dict[str, tuple[Callable[[int], object], str]] = {
     "half_a_teacher": (
         lambda rank: carot(rank, "half"),
         "rank 1 failed with ValueError: teacher_image_features, teach",
+    ),
+    "loss_of_a_wrong_type": (
+        lambda rank: CaRotLoss(group=dist.group.WORLD)(*features(), 10.0, labels=[1] if rank == ODD else None),
+        "rank 1 failed with TypeError: labels is list [1]; expected a tensor or None",
+    ),
+    "projection": (
+        lambda rank: CaRotLoss(group=dist.group.WORLD)(
+            *features(), 10.0, visual_projection=torch.ones(3, 2, dtype=torch.int64 if rank == ODD else torch.float32)
+        ),
+        "rank 1 failed with ValueError: projection is (3, 2) torch.int64",
+    ),
+    "drop_in": (
+        lambda rank: ContrastiveLoss(world_size=WORLD)(*features(), None if rank == ODD else 10.0),
+        "rank 1 failed with TypeError: logit_scale is None",
+    ),
+    "missing": (
+        lambda rank: rf.contrastive_loss(*features()[: 1 + (rank != ODD)], logit_scale=10.0, group=dist.group.WORLD),
+        "rank 1 failed with TypeError: missing a required argument: 'text_features'",
+    ),
+    "teacher_dtype": (
+        lambda rank: rf.contrastive_distillation_loss(
+            *(f.bfloat16() for f in features()),
+            10.0,
+            *(f.to(torch.float32 if rank == ODD else torch.bfloat16) for f in features()),
+            5.0,
+            group=dist.group.WORLD,
+        ),
+        "image_features differs between ranks: rank 0: (6, 4) torch.bfloat16 on cpu; rank 1: (6, 4) torch.float32",
     ),
     "skipped_backward": (
         skipped_backward,
