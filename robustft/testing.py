@@ -220,8 +220,8 @@ def check_calibrator(make: Callable[[], calibrators.Calibrator]) -> None:
     """A calibrator: a class, or what makes one without arguments.
 
     Checked: `fit` returns self, is deterministic and leaves its arguments as they are; probabilities are float64 rows
-    that sum to one, each a function of its own logits; numpy arrays count as tensors; what is not fitted, or of other
-    classes, or not finite, is refused by name; `save` and `load` keep it bit for bit.
+    that sum to one, each a function of its own logits; numpy arrays count as tensors; NaN and infinity become NaN or an
+    error; what is not fitted, or of other classes, is refused by name; `save` and `load` keep it bit for bit.
     """
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
@@ -239,6 +239,13 @@ def check_calibrator(make: Callable[[], calibrators.Calibrator]) -> None:
     _rule("judges each sample by itself", _near(few, p[:5], 1e-12), "a batch of 5 differs")
     again = make().fit(logits.numpy(), labels.numpy()).probabilities(logits.numpy())
     _rule("is deterministic and takes numpy arrays", torch.equal(again, p), "a second fit, of arrays, differs")
+    for wrong in (float("nan"), float("inf")):
+        changed = logits[:2].clone()
+        changed[0, 1] = wrong
+        with contextlib.suppress(ValueError):
+            found = calibrator.probabilities(changed)
+            _rule("makes no probabilities of NaN", bool(found[0].isnan().any()), f"{found[0].tolist()} for {wrong}")
+            _rule("judges each sample by itself", _near(found[1:], p[1:2], 1e-12), "NaN in another row")
     _refuses("logits", lambda: calibrator.probabilities(logits[:, :2]))
     _refuses("logits", lambda: make().fit(logits * float("nan"), labels))
     _refuses("labels", lambda: make().fit(logits, labels + 3))

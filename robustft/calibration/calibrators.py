@@ -80,7 +80,9 @@ class Calibrator:
                 f"logits must be floating (N, {self.classes_}), the classes of the fit, got "
                 f"{tuple(logits.shape)} {logits.dtype}"
             )
-        return logits.detach().double()
+        z = logits.detach().double()
+        impossible = (z.isnan() | (z == torch.inf)).any(1, keepdim=True)  # -inf is a class that is ruled out
+        return z.masked_fill(impossible, torch.nan)
 
     def _check_fitted(self) -> None:
         if not hasattr(self, f"{self._learnt[-1]}_"):
@@ -240,7 +242,8 @@ class HistogramBinning(Calibrator):
         rest = others.sum(1, keepdim=True)
         even = torch.full_like(p, 1.0 / (self.classes_ - 1))  # where the softmax left nothing to share
         shares = torch.where(rest > 0.0, others / torch.where(rest > 0.0, rest, 1.0), even)
-        return ((1.0 - calibrated) * shares).scatter(1, top, calibrated)
+        # Of NaN there is a last bin and an even share: what is no distribution must not become one.
+        return ((1.0 - calibrated) * shares).scatter(1, top, calibrated).masked_fill(p.isnan(), torch.nan)
 
 
 def _check_steps(**steps: Tensor) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from robustft.clip.encoding import encode_images
+from robustft.clip.loading import move
 from robustft.clip.outputs import evaluating
 from robustft.clip.weights import fingerprint as model_fingerprint
+from robustft.data.classes import ClassNames, class_names
 from robustft.data.images import Skipped
 from robustft.data.sources import Source, fingerprint, image_statistics, takes_statistics
 from robustft.files import read_tensors, write_tensors
@@ -40,12 +42,14 @@ STANDARD_TRANSFORMS = frozenset(
 @dataclass(frozen=True)
 class Features:
     """Unit image features (N, D) in float32 with their labels (N,) int64 and, where a classifier was at hand,
-    logits (N, K); and the images of the set that could not be read, which have no row."""
+    logits (N, K); the images of the set that could not be read, which have no row; and the names of the classes that
+    labels mean, where the set tells them (`robustft.data.classes`)."""
 
     image_features: Tensor
     labels: Tensor
     logits: Tensor | None = None
     skipped: tuple[Skipped, ...] = ()
+    classes: ClassNames | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -92,10 +96,10 @@ def encode(
         parts = model_fingerprint(model), fingerprint(dataset), transforms, repr(statistics), str(dtype)
         path = Path(cache) / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.safetensors"
         if path.exists() and (stored := _read(path)) is not None:
-            return stored
+            return replace(stored, classes=class_names(dataset))
 
     device = torch.device(device) if device is not None else _device(model)
-    model.to(device)
+    move(model, device)
     features, labels = [], []
     source = Source(dataset, model, transform)
     batches = source.in_order(batch_size)
@@ -105,7 +109,8 @@ def encode(
                 encoded = encode_images(model, images.to(device))
             features.append(encoded.float().cpu())
             labels.append(target)
-    result = Features(torch.cat(features), torch.cat(labels), skipped=tuple(source.skipped.values()))
+    skipped = tuple(source.skipped.values())
+    result = Features(torch.cat(features), torch.cat(labels), skipped=skipped, classes=class_names(dataset))
     bad = int((~result.image_features.isfinite()).any(1).sum())
     if bad:
         raise ValueError(

@@ -93,7 +93,9 @@ def load(
 
 
 def move(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
-    """Puts a module on a device; ValueError, naming it, for one that is not there or that takes no values."""
+    """Puts a module on a device; ValueError, naming it, for one that is not there or that holds no values."""
+    if torch.device(device).type == "meta":
+        raise ValueError(f"device is {device!r}, where a model has no weights")
     try:
         module.to(device=device, dtype=dtype)
     # torch's own: AssertionError where it was built without CUDA, NotImplementedError for "meta".

@@ -50,6 +50,11 @@ class VRFFeatures:
         shapes = f"features {tuple(u.shape)}, zero-shot logits {tuple(zs.shape)}, fine-tuned logits {tuple(ft.shape)}"
         if u.ndim != 2 or zs.ndim != 2 or zs.shape != ft.shape or len(u) != len(zs):
             raise ValueError(f"expected features (N, D) and two logits (N, K) of the same samples, got {shapes}")
+        names = self.zero_shot.classes, self.fine_tuned.classes
+        if None not in names and names[0] != names[1]:
+            raise ValueError(
+                f"zero_shot and fine_tuned have other classes, or another order of them: {names[0]} and {names[1]}"
+            )
         if zs.shape[1] < 2:
             raise ValueError(f"with one class every probability is 1; expected at least 2 classes, got {shapes}")
         if not (u.is_floating_point() and zs.is_floating_point() and ft.is_floating_point()):

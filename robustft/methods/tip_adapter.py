@@ -26,6 +26,7 @@ from robustft.data.sources import check_labels
 from robustft.methods.base import Step
 from robustft.methods.frozen import FrozenModel, FrozenOptions
 from robustft.methods.options import check_weights
+from robustft.ops.kinds import checked
 from robustft.predictors.base import Classifier, FeaturePredictor
 from robustft.predictors.logits import accuracy_and_nll
 
@@ -51,6 +52,7 @@ class TipAdapter:
     alpha: float
     beta: float
 
+    @checked
     def __init__(self, zero_shot: Classifier, *, alpha: float = ALPHA, beta: float = BETA) -> None:
         if zero_shot.bias is not None:
             raise ValueError("zero_shot has a bias; a cache goes with a head of class embeddings alone")
@@ -58,6 +60,7 @@ class TipAdapter:
         self.zero_shot = zero_shot
         self.alpha, self.beta = alpha, beta
 
+    @checked
     def fit(
         self,
         train: Features | Any,
@@ -144,6 +147,7 @@ class TipAdapterF(FrozenModel):
             cache = cache_logits(u, self.keys, self.labels, len(self.class_names), float(self.beta))
         return Step(*self.objective.of_logits(z + float(self.alpha) * cache, labels, zero_shot_logits=z))
 
+    @checked
     def select(
         self, validation: Features | Any, *, alphas: Sequence[float] = ALPHAS, betas: Sequence[float] = BETAS
     ) -> TipAdapterF:
@@ -180,6 +184,7 @@ class CacheClassifier(FeaturePredictor):
     keys: Tensor
     labels: Tensor
 
+    @checked
     def __init__(
         self, model: nn.Module, classes: Sequence[str], *, alpha: float, beta: float, **tensors: Tensor
     ) -> None:
@@ -237,7 +242,7 @@ def search_shape(
     classifier: CacheClassifier, validation: Features | Any, alphas: Sequence[float], betas: Sequence[float]
 ) -> Search:
     """The alpha and beta of highest accuracy on `validation`; of equals the ones of lower NLL, then the first."""
-    if not alphas or not betas:
+    if not len(alphas) or not len(betas):
         raise ValueError(f"alphas and betas must not be empty, got {len(alphas)} and {len(betas)}")
     for alpha, beta in [*((alpha, BETA) for alpha in alphas), *((ALPHA, beta) for beta in betas)]:
         check_weights(alpha=alpha, beta=beta)
@@ -262,10 +267,13 @@ def search_shape(
 
 def _features(classifier: Classifier | CacheClassifier, data: Features | Any) -> tuple[Tensor, Tensor]:
     """Unit features (M, D) and labels (M,) among the classifier's classes, given or encoded by its model."""
+    matching = matching_of(data, classifier.classes, of="the predictor")
     if not isinstance(data, Features):
-        outputs, matching = classifier.predict(data), matching_of(data, classifier.classes, of="the predictor")
+        outputs = classifier.predict(data)
         labels = outputs.labels if matching is None else torch.tensor(matching.kept)[outputs.labels]
         data = Features(outputs.features, labels)
+    elif matching is not None:
+        data = Features(data.image_features, matching.of(data.labels))
     width = classifier.class_embeddings.shape[1]
     if data.image_features.ndim != 2 or data.image_features.shape[1] != width:
         raise ValueError(f"features must be (M, {width}), as the model's, got {tuple(data.image_features.shape)}")

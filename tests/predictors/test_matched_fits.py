@@ -9,7 +9,7 @@ from tiny_clip import NAMES
 from robustft import Detector
 from robustft.clip.features import encode
 from robustft.data.classes import _say
-from robustft.ensembles import Tempering, greedy_soup
+from robustft.ensembles import Tempering, VRFFeatures, greedy_soup
 from robustft.methods import DRM, TipAdapter, core_labels
 from robustft.predictors import Classifier, zero_shot_classifier
 
@@ -58,6 +58,24 @@ def test_tip_adapters_cache_holds_classes_whatever_their_order_in_the_data(class
     named = TipAdapter(zero_shot).fit(train, Named(validation, PERMUTED), alphas=(0.5, 1.0), betas=(1.0, 2.0))
     assert torch.equal(plain.labels_, named.labels_) and plain.accuracies_ == named.accuracies_
     torch.testing.assert_close(plain.keys_, named.keys_)
+
+
+@pytest.mark.parametrize("classes", [PERMUTED, SOME])
+def test_features_that_were_encoded_keep_what_their_labels_mean(classes, zero_shot, batches, tmp_path):
+    train = Named(batches[0], classes)
+    train.fingerprint = "train"
+    plain = TipAdapter(zero_shot).fit(train)
+    for _ in range(2):  # the second time from the cache
+        features = encode(zero_shot.model, train, cache=tmp_path)
+        assert features.classes == classes
+        named = TipAdapter(zero_shot).fit(features, features, alphas=(1.0,), betas=(1.0,))
+        assert torch.equal(plain.labels_, named.labels_)
+
+
+def test_logits_of_classes_in_two_orders_are_not_mixed(zero_shot, batches):
+    one, two = (zero_shot.restrict(order).predict(batches[0]) for order in ([0, 1, 2], [2, 0, 1]))
+    with pytest.raises(ValueError, match=r"another order of them: \('ant', 'bee', 'cow'\) and \('cow', 'ant', 'bee'\)"):
+        VRFFeatures(one, two)
 
 
 def test_tip_adapter_is_chosen_among_the_classes_of_the_validation_set(zero_shot, batches, validation):
