@@ -116,10 +116,11 @@ def failures(
             try:
                 with at_most(SECONDS):
                     function(*bound.args, **bound.kwargs)
-            except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
+            except (ValueError, TypeError, FileNotFoundError, FileExistsError, IsADirectoryError) as error:
                 # By its name, or, where two do not fit together, the other's; a file by its path.
                 names = "|".join([*bound.arguments, *PARTS])
-                place = re.escape(str(value)) if isinstance(value, str) and value else r"\b\B"
+                given = value if isinstance(value, list) else [value]
+                place = "|".join(re.escape(part) for part in given if isinstance(part, str) and part) or r"\b\B"
                 if not re.search(rf"\b({names})\b|{place}", str(error)):
                     yield f"{told}: {type(error).__name__}: {str(error)[:200]}"
             except TooLong:

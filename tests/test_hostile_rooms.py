@@ -5,22 +5,36 @@ A case is a function and a valid call of it. What `clip`, `data` or `predictors`
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import json
 
 import pytest
 import torch
 from hostile import failures, few
 from PIL import Image
+from small_options import PROMPTED
 
-from robustft import clip, data, detection, ensembles, evaluation, losses, predictors, training
+from robustft import clip, data, detection, ensembles, evaluation, losses, methods, predictors, training
+from robustft.calibration import conformal
 from robustft.clip import prompts
 from robustft.clip.outputs import Outputs, outputs_of
-from robustft.data import shards, splits, table
+from robustft.data import corruptions, shards, splits, table
 from robustft.ensembles.output_ensemble import Mixture
 from robustft.ensembles.tempering import Tempered
+from robustft.evaluation.results import read_evaluation
+from robustft.methods.objective import Objective
 from robustft.neighbors import NeighborIndex
 from robustft.ops.registry import Call
+from robustft.pipeline import serving
+from robustft.pipeline.checking import check_data
+from robustft.pipeline.evaluating import evaluate_runs
+from robustft.pipeline.exporting import export_run
+from robustft.pipeline.folder import PIPELINE_FILE
+from robustft.pipeline.predicting import predict_files
+from robustft.pipeline.reporting import report_runs
+from robustft.pipeline.train import train
 from robustft.testing import CLASSES, letters, tiny_world
 
 WORLD = tiny_world({"image_size": 8, "patch_size": 4, "width": 16, "head_width": 8, "layers": 1})
@@ -33,6 +47,7 @@ with torch.no_grad():
     FEATURES = clip.encode_images(MODEL, IMAGES)
 SOFT = HEAD[LABELS, :3].softmax(1)
 PAIR = IMAGES, LABELS
+MEMORY = data.ImageDataset(torch.randint(0, 256, (12, 8, 8, 3), dtype=torch.uint8).numpy(), LABELS, CLASSES)
 
 
 def all_batches(dataset, batch_size=256):
@@ -60,6 +75,17 @@ def cases(folder):
     probe = training_method()
     exported = zs.save(folder / "export", WORLD.config)
     suite = evaluation.Suite(outputs, {"a": outputs}, {})
+    measured = evaluation.evaluate({"zs": zs}, id=PAIR, shifts={"a": PAIR}, details=True)
+    (folder / "metrics.json").write_text(json.dumps(measured.to_dict()))
+    risk = evaluation.selective_risk(SOFT.amax(1), SOFT.argmax(1) == LABELS)
+    sets = conformal.ConformalSets("aps", 0.8).fit(SOFT, LABELS)
+    sized = {**WORLD.config, "preprocess_cfg": {**WORLD.config["preprocess_cfg"], "size": 8}}
+    run = zs.save(folder / "served", sized)
+    detector.save(run)
+    (run / PIPELINE_FILE).write_text("{}")
+    transform = clip.eval_transform(run)
+    pipeline = serving.Pipeline(zs, detector, transform)
+    image = tree / CLASSES[0] / "0.png"
     index = NeighborIndex(FEATURES)
     index.save(folder / "index.safetensors")
     names = folder / "names.txt"
@@ -147,6 +173,13 @@ def cases(folder):
             "PathDataset.subset": (opened.train.subset, Call(([0, 1],))),
             "PathDataset.renamed": (opened.train.renamed, Call((CLASSES,))),
             "PathDataset.relabelled": (opened.train.relabelled, Call((opened.classes,))),
+            "stress": (data.stress, Call((MEMORY,), {"severities": (1,), "names": ("grey", "hue")})),
+            "corrupt": (corruptions.corrupt, Call((MEMORY[0][0], "grey", 1, 0))),
+            "Stressed.tensors": (
+                data.stress(MEMORY, (1,), names=("grey",))["grey 1"].tensors,
+                Call(((0.5,) * 3, (0.5,) * 3)),
+            ),
+            "ImageDataset.subset": (MEMORY.subset, Call(([0, 1],))),
             "ImageDataset": (
                 data.ImageDataset,
                 Call((torch.zeros(12, 8, 8, 3, dtype=torch.uint8).numpy(), LABELS, CLASSES), {"groups": LABELS}),
@@ -196,6 +229,46 @@ def cases(folder):
             "VRFFeatures": (ensembles.VRFFeatures, Call((outputs, outputs))),
             "VRFFeatures.of": (ensembles.VRFFeatures.of, Call((zs, ft, PAIR))),
         },
+        "methods": {
+            **{name: (own_options(kind), Call((), options)) for name, (kind, options) in trainings().items()},
+            "Method": (methods.FLYP, Call((MODEL,), WORLD.prompts)),
+            "Method.begin_run": (probe.begin_run, Call((5,))),
+            "core_labels": (
+                methods.core_labels,
+                Call((MODEL, PAIR), {"tokenizer": letters, "class_names": CLASSES, "descriptions": TEXTS}),
+            ),
+            "Objective": (Objective, Call(())),
+            "CoreProxy": (methods.CoreProxy, Call(())),
+            "GroupDRO": (methods.GroupDRO, Call((2, 0.1))),
+            "WorstGroup": (methods.worst_case.WorstGroup, Call((2,))),
+            "CVaR": (methods.CVaR, Call((0.5,))),
+            "TipAdapter": (methods.TipAdapter, Call((zs,))),
+            "TipAdapter.fit": (methods.TipAdapter(zs).fit, Call((PAIR, PAIR), {"alphas": (1.0,), "betas": (1.0,)})),
+        },
+        "conformal": {
+            "ConformalSets": (conformal.ConformalSets, Call(("raps", 0.8))),
+            "ConformalSets.fit": (conformal.ConformalSets("aps", 0.8).fit, Call((SOFT, LABELS))),
+            "ConformalSets.sets": (sets.sets, Call((SOFT,))),
+            "ConformalSets.save": (sets.save, Call((folder / "sets.safetensors",))),
+            "ConformalSets.load": (conformal.ConformalSets.load, Call((sets.save(folder / "s.safetensors"),))),
+            "coverage_report": (conformal.coverage_report, Call((sets.sets(SOFT), LABELS, CLASSES))),
+            "minimum_count": (conformal.minimum_count, Call((0.9,))),
+        },
+        "serving": {
+            "Pipeline": (serving.Pipeline, Call((zs, detector, transform))),
+            "Pipeline()": (pipeline, Call((image,))),
+            "Pipeline() of several": (pipeline, Call(([image, image],))),
+            "Pipeline.stream": (streamed(pipeline), Call(([image],))),
+            "Pipeline.outputs": (pipeline.outputs, Call((IMAGES,))),
+            "load a run": (serving.load, Call((run,))),
+            # What is not there is said after all arguments have been looked at.
+            "train": (said(train), Call(("no data",), {"output": folder / "run", "pretrained": "no weights"})),
+            "evaluate_runs": (said(evaluate_runs), Call(("no data", [run]))),
+            "check_data": (said(check_data), Call(("no data",))),
+            "export_run": (said(export_run), Call(("no run",), {"to": "onnx", "output": folder / "onnx"})),
+            "report_runs": (said(report_runs), Call((["no run"],), {"output": folder / "reported"})),
+            "predict_files": (said(predict_files), Call(("no run", [str(image)]))),
+        },
         "detection": {
             "Detector": (detection.Detector, Call(("mcm",), {"tpr": 0.9, "temperature": 1.0})),
             "Detector.fit": (detection.Detector("mcm").fit, Call((zs, IMAGES))),
@@ -216,6 +289,15 @@ def cases(folder):
                 Call((ensembles.OutputEnsemble(zs, ft),), {"id": PAIR, "shifts": {"a": PAIR}, "alphas": (0.0, 1.0)}),
             ),
             "evaluate_predictions": (evaluation.evaluate_predictions, Call(({"zs": suite},))),
+            "Suite": (evaluation.Suite, Call((PAIR, {}, {}))),
+            "Evaluation.merge": (evaluation.Evaluation.merge, Call(({"a": measured, "b": measured},))),
+            "Evaluation.from_dict": (evaluation.Evaluation.from_dict, Call((measured.to_dict(),))),
+            "read_evaluation": (read_evaluation, Call((folder / "metrics.json",))),
+            "selective_risk": (evaluation.selective_risk, Call((SOFT.amax(1), SOFT.argmax(1) == LABELS))),
+            "SelectiveRisk.at_risk": (risk.at_risk, Call((0.5,))),
+            "SelectiveRisk.thinned": (risk.thinned, Call((2,))),
+            "worst_classes": (evaluation.worst_classes, Call((outputs, MEMORY))),
+            "groups_in": (evaluation.groups_in, Call((MEMORY,))),
             "macro_f1": (evaluation.macro_f1, Call((LABELS, LABELS))),
             "group_accuracy": (evaluation.group_accuracy, Call((LABELS, LABELS, LABELS), {"num_groups": 3})),
             "worst_group_accuracy": (evaluation.worst_group_accuracy, Call((LABELS, LABELS, LABELS))),
@@ -247,6 +329,50 @@ def cases(folder):
             "Method.step": (probe.step, Call((PAIR,))),
         },
     }
+
+
+def trainings():
+    """By name, every method and the options that it needs beside the shared ones."""
+    found = {name: (getattr(methods, name), {}) for name in methods.every_method()}
+    needed = {
+        "DRM": {"descriptions": TEXTS},
+        "WorstCaseFineTune": {"risk": methods.GroupDRO(2, 0.1)},
+        "LPFT": {"probe": fine_tuned()},
+        "TipAdapterF": {"train": PAIR},
+    }
+    prompted = {kind.__name__: options for kind, options in PROMPTED.items()}
+    return {name: (kind, needed.get(name) or prompted.get(name) or {}) for name, (kind, _) in found.items()}
+
+
+def own_options(kind):
+    """The constructor over the options that the shared ones of every method are not among."""
+
+    def make(**options):
+        return kind(MODEL, **WORLD.prompts, **options)
+
+    shared = ("model", *inspect.signature(methods.FLYP).parameters)
+    own = [p for name, p in inspect.signature(kind).parameters.items() if name not in shared or kind is methods.FLYP]
+    make.__signature__ = inspect.Signature([p for p in own if p.name not in (*WORLD.prompts, "model")])
+    return make
+
+
+def said(function):
+    """The function, for which what is not there is an answer."""
+
+    @functools.wraps(function)
+    def called(*args, **options):
+        with contextlib.suppress(FileNotFoundError):
+            return function(*args, **options)
+
+    return called
+
+
+def streamed(pipeline):
+    @functools.wraps(pipeline.stream)
+    def stream(*args, **options):
+        return list(pipeline.stream(*args, **options))
+
+    return stream
 
 
 def training_method():
@@ -310,7 +436,10 @@ def rooms(tmp_path_factory):
 
 
 SLOW = ("load", "export", "fit", "save", "greedy_soup", "WiSEFT.fit", "load_predictor", "Classifier.save", "encode")
-ROOMS = "clip prompts neighbors data predictors ensembles detection evaluation losses training".split()
+SLOW += ("train", "load a run", "TipAdapterF", "ProDA", "LoCoOp", "KgCoOp", "CoCoOp")
+ROOMS = (
+    "clip prompts neighbors data predictors ensembles methods conformal serving detection evaluation losses training"
+).split()
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -74,6 +74,7 @@ class ConformalSets:
     Vovk et al. 2005.
     """
 
+    @arguments.checked
     def __init__(
         self,
         rule: str = "thr",
@@ -137,6 +138,7 @@ class ConformalSets:
             )
         return self._sets(p, "sets", self.k_reg_, self.penalty_, self.threshold_)
 
+    @arguments.checked
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, whole or not at all, and returns its path; `load` gives the sets back.
 
@@ -152,6 +154,7 @@ class ConformalSets:
         return path
 
     @classmethod
+    @arguments.checked
     def load(cls, path: str | Path) -> ConformalSets:
         """What `save` wrote, bit for bit; ValueError for a damaged file, FileNotFoundError for none."""
         path = place(path, CONFORMAL_FILE)
@@ -267,14 +270,14 @@ def coverage_report(
     if sets.dtype != torch.bool:
         raise TypeError(f"sets must be bool, got {sets.dtype}")
     _, labels = check_labelled(sets.float(), labels, "sets")
-    if classes and len(classes) != sets.shape[1]:
+    if len(classes) and len(classes) != sets.shape[1]:
         raise ValueError(f"classes must be {sets.shape[1]} names, one for each column of sets, got {len(classes)}")
     y = labels.numpy()
     hit, size = sets.numpy()[np.arange(len(y)), y], sets.sum(1).numpy()
     ends = (*SIZES[1:], math.inf)
     labelled = [f"{low}-{end - 1}" for low, end in itertools.pairwise(SIZES)] + [f"over {SIZES[-1] - 1}"]
     strata = [(size >= low) & (size < end) for low, end in zip(SIZES, ends, strict=True)]
-    names = classes or [str(k) for k in range(sets.shape[1])]
+    names = list(classes) or [str(k) for k in range(sets.shape[1])]
     return CoverageReport(
         _coverage("all", np.ones(len(y), bool), hit, size),
         tuple(_coverage(label, rows, hit, size) for label, rows in zip(labelled, strata, strict=True) if rows.any()),
@@ -282,8 +285,11 @@ def coverage_report(
     )
 
 
+@arguments.checked
 def minimum_count(coverage: float) -> int:
     """The least n of held-out images for which the ceil((n + 1) c)-th smallest score exists: ceil(c / (1 - c))."""
+    if not 0.0 < coverage < 1.0:
+        raise ValueError(f"coverage must lie in (0, 1), got {coverage!r}")
     c = Fraction(str(coverage))
     return math.ceil(c / (1 - c))
 

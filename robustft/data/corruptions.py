@@ -38,6 +38,7 @@ from robustft.data.images import ImageDataset, normalized
 from robustft.data.paths import PathDataset
 from robustft.data.seeds import stateless_generator, stateless_seed
 from robustft.data.wrappers import group_names_of, groups_of, told
+from robustft.ops.kinds import checked, described
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,6 +64,7 @@ PARAMETERS: dict[str, tuple[float, ...]] = {
 }
 
 
+@checked
 def stress(
     dataset: Any,
     severities: Sequence[int] = (1, 3, 5),
@@ -85,7 +87,7 @@ def stress(
 
     ValueError for unknown names and severities; TypeError, when an item is read, for images that are no PIL images.
     """
-    if unknown := [name for name in names or () if name not in PARAMETERS]:
+    if unknown := [name for name in (() if names is None else names) if name not in PARAMETERS]:
         raise ValueError(f"names holds {unknown}; known are {list(PARAMETERS)}")
     if wrong := [severity for severity in severities if severity not in SEVERITIES]:
         raise ValueError(f"severities holds {wrong}, expected some of {list(SEVERITIES)}")
@@ -96,7 +98,7 @@ def stress(
     kind = StressedImages if isinstance(dataset, ImageDataset) else Stressed
     return {
         f"{name} {severity}": kind(dataset, name, severity, seed, size)
-        for name in names or PARAMETERS
+        for name in (PARAMETERS if names is None else names)
         for severity in severities
     }
 
@@ -169,6 +171,7 @@ class StressedImages(Stressed):
         return normalized(images, mean, std), self.plain.labels
 
 
+@checked
 def corrupt(image: Image, name: str, severity: int, seed: int, size: int = SIZE) -> Image:
     """One PIL image under a corruption of `PARAMETERS`; what is drawn is a function of (seed, name)."""
     import PIL.Image
@@ -178,8 +181,12 @@ def corrupt(image: Image, name: str, severity: int, seed: int, size: int = SIZE)
     import_open_clip()  # by which torchvision can be imported
     from torchvision.transforms.v2 import InterpolationMode, functional
 
+    if not isinstance(image, PIL.Image.Image):
+        raise TypeError(f"image is {described(image)}; expected a PIL image")
     if name not in PARAMETERS:
         raise ValueError(f"name must be one of {list(PARAMETERS)}, got {name!r}")
+    if severity not in SEVERITIES or size < 1:
+        raise ValueError(f"severity is {severity}, size is {size}; expected one of {list(SEVERITIES)}, at least 1")
     filters, bilinear = PIL.Image.Resampling, InterpolationMode.BILINEAR
     image, short = image.convert("RGB"), min(image.size)
     if short > size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustft.ops.kinds import check_fields, described, held
+from robustft.ops.kinds import array, check_fields, described, held
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -79,6 +80,11 @@ def read_image(path: str | Path, content: bytes | None = None) -> PIL.Image.Imag
 
 def normalized(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Images (N, H, W, 3) uint8 as float32 (N, 3, H, W), bit for bit torchvision's ToTensor and Normalize."""
+    for name, values in (("mean", mean), ("std", std)):
+        numbers = array(name, values)
+        possible = not numbers.is_complex() and numbers.isfinite().all() and (name == "mean" or numbers.gt(0).all())
+        if numbers.shape != (3,) or not possible:
+            raise ValueError(f"{name} is {described(values)}; expected three finite numbers, those of std positive")
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(torch.float32).div_(255)
     centre, scale = (torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) for values in (mean, std))
     return pixels.sub_(centre).div_(scale)
@@ -122,7 +128,7 @@ class ImageDataset:
     def __getitem__(self, index: int) -> tuple[Any, int]:
         from PIL import Image
 
-        image = Image.fromarray(self.images[index])
+        image = Image.fromarray(self.images[operator.index(index)])
         return image if self.transform is None else self.transform(image), int(self.labels[index])
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
@@ -138,8 +144,17 @@ class ImageDataset:
         return replace(self, transform=transform)
 
     def subset(self, indices: Sequence[int] | Tensor | np.ndarray) -> ImageDataset:
-        """The images at `indices`, in that order."""
-        rows = torch.as_tensor(indices, dtype=torch.int64)
+        """The images at `indices`, in that order; ValueError for what are no places of images."""
+        rows = array("indices", indices)
+        if not rows.numel():
+            rows = rows.long()
+        if rows.ndim != 1 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+            raise ValueError(f"indices is {described(indices)}; expected integers (n,)")
+        rows = rows.long().cpu()
+        if len(rows) and not -len(self) <= int(rows.min()) <= int(rows.max()) < len(self):
+            raise ValueError(
+                f"indices hold {int(rows.min())}..{int(rows.max())}; expected places of {len(self)} images"
+            )
         groups = None if self.groups is None else self.groups[rows]
         return replace(self, images=self.images[rows.numpy()], labels=self.labels[rows], groups=groups)
 
@@ -147,10 +162,10 @@ class ImageDataset:
     def fingerprint(self) -> str:
         """SHA-256 of images, labels, groups and class names, but not of the transform: a cache key."""
         digest = hashlib.sha256(repr((self.images.shape, self.classes, self.groups is None)).encode())
-        for array in (
+        for part in (
             self.images,
             self.labels.numpy(),
             *([] if self.groups is None else [self.groups.numpy()]),
         ):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()

@@ -403,7 +403,9 @@ MOST_WORKERS = 512
 
 
 def check_workers(workers: int) -> None:
-    """ValueError unless so many processes can be started."""
+    """ValueError unless so many processes can be started; TypeError for what is no number of them."""
+    if isinstance(workers, bool) or not isinstance(workers, (int, np.integer)):
+        raise TypeError(f"workers is {described(workers)}; expected an integer")
     if workers < 0:
         raise ValueError(f"workers must not be negative, got {workers}")
     if workers > MOST_WORKERS:

@@ -6,6 +6,7 @@ skipped) is asked of the parts that read the images.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,10 +46,9 @@ def skips_row(data: Any, row: int) -> bool:
         if isinstance(data, Subset):
             return skips_row(data.dataset, int(data.indices[row]))
         if isinstance(data, ConcatDataset):
-            for part in data.datasets:
-                if row < len(part):
-                    return skips_row(part, row)
-                row -= len(part)
+            place = bisect_right(data.cumulative_sizes, row)
+            before = data.cumulative_sizes[place - 1] if place else 0
+            return skips_row(data.datasets[place], row - before)
     return getattr(data, "on_error", "raise") == "skip"
 
 

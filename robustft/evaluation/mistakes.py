@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from robustft.clip.outputs import Outputs
+from robustft.ops.kinds import checked, described
 
 SIDE = 96
 
@@ -33,6 +34,7 @@ class WorstClass(NamedTuple):
     mistakes: tuple[Mistake, ...]
 
 
+@checked
 def worst_classes(outputs: Outputs, dataset: Any, *, classes: int = 10, each: int = 6) -> tuple[WorstClass, ...]:
     """The `classes` classes of lowest recall, the worst first, with `each` mistakes at most.
 
@@ -43,6 +45,8 @@ def worst_classes(outputs: Outputs, dataset: Any, *, classes: int = 10, each: in
     """
     if classes < 1 or each < 1:
         raise ValueError(f"classes and each must be at least 1, got {classes} and {each}")
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or getattr(dataset, "ndim", 1) == 0:
+        raise TypeError(f"dataset is {described(dataset)}; expected a map-style data set")
     if len(outputs.labels) != len(dataset):
         raise ValueError(f"outputs are of {len(outputs.labels)} images, but the data set has {len(dataset)}")
     confidence, predicted = (part.cpu() for part in outputs.probabilities.max(1))

@@ -24,6 +24,7 @@ from robustft.evaluation import tables
 from robustft.evaluation.selective import SelectiveRisk
 from robustft.evaluation.tables import listed, percent
 from robustft.files import read_json, refusing
+from robustft.ops.kinds import check_fields, checked
 
 TPR = 0.95
 
@@ -39,6 +40,9 @@ class Suite(Generic[T]):
     id: T
     shifts: Mapping[str, T]
     ood: Mapping[str, T]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def map(self, function: Callable[[T], U]) -> Suite[U]:
         """The same of a function of each."""
@@ -271,6 +275,7 @@ class Evaluation:
         }
 
     @classmethod
+    @checked
     def merge(cls, runs: Mapping[str, Evaluation]) -> Evaluation:
         """One Evaluation of those of several runs, by the runs' names, made at different times and on different sets.
 
@@ -280,7 +285,7 @@ class Evaluation:
         ValueError for no runs, and for different scores or numbers of bins: their numbers do not compare.
         """
         if not runs:
-            raise ValueError("there must be at least one run to merge")
+            raise ValueError("runs is empty: there must be at least one run to merge")
         for what in ("bins", "score"):
             found = {name: getattr(run, what) for name, run in runs.items()}
             if len(set(found.values())) > 1:
@@ -377,6 +382,7 @@ def _joined(a: ModelResult, b: ModelResult) -> ModelResult:
     return ModelResult(fuller(a.id, b.id), shifts, {**a.ood, **b.ood}, more_shifts.pooled, more_ood.scores)
 
 
+@checked
 def read_evaluation(path: str | Path) -> Evaluation:
     """The Evaluation in a report's metrics.json; ValueError, naming the file, for a damaged one."""
     path = Path(path)

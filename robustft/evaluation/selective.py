@@ -51,13 +51,17 @@ class SelectiveRisk:
     risk: tuple[float, ...]
     threshold: tuple[float, ...]
 
+    @arguments.checked
     def at_risk(self, bound: float) -> Operating:
         """The largest coverage whose risk is at most `bound`: on these images, which is no promise for others."""
         fit = [i for i, risk in enumerate(self.risk) if risk <= bound]
         return Operating(self.threshold[fit[-1]], self.coverage[fit[-1]], self.risk[fit[-1]]) if fit else NOTHING
 
+    @arguments.checked
     def thinned(self, points: int = 100) -> SelectiveRisk:
         """The same measures with a curve of at most so many of its points, evenly over coverage, and the last."""
+        if points < 1:
+            raise ValueError(f"points must be at least 1, got {points}")
         if len(self.coverage) <= points:
             return self
         wanted = np.searchsorted(self.coverage, np.arange(1, points + 1) / points - 1e-12)

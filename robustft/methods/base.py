@@ -30,6 +30,7 @@ from robustft.data.classes import ClassNames
 from robustft.data.sources import Batch, check_labels, unpack
 from robustft.losses import weighted_sum
 from robustft.methods.options import Configured, digest
+from robustft.ops.kinds import checked
 from robustft.predictors.base import Classifier, Predictor
 from robustft.predictors.zero_shot import zero_shot_classifier
 
@@ -141,6 +142,7 @@ class Method(Configured, nn.Module):
         """What the method is for: the first line of its docstring."""
         return (inspect.getdoc(cls) or "").partition("\n")[0]
 
+    @checked
     def begin_run(self, total_steps: int) -> None:
         """Tell the length of the run that begins, once, before its first step; `fit` does.
 

@@ -43,9 +43,9 @@ class CoCoOp(ContextMethod):
     """
 
     def __init__(self, model: nn.Module, *, context: int | str = 4, **options: Unpack[ContextOptions]) -> None:
-        if options.get("class_specific"):
-            raise ValueError("class_specific: the context of CoCoOp is one for all classes")
         super().__init__(model, context=context, **options)
+        if self.context.ndim == 3:
+            raise ValueError("class_specific: the context of CoCoOp is one for all classes")
         features, width = clip.text_projection(self.model).shape[1], self.context.shape[-1]
         narrow, generator = max(1, features // 16), stateless_generator(self.seed, "meta-net")
         self.narrow = seeded_linear(features, narrow, generator).to(self.context)

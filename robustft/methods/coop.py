@@ -25,6 +25,7 @@ from robustft.methods.prompt_learning import (
     ContextTexts,
     Position,
     check_chunk_size,
+    context_length,
     initial_context,
     random_context,
 )
@@ -75,8 +76,9 @@ class ContextMethod(FrozenModel):
     ) -> None:
         check_chunk_size(chunk_size)
         super().__init__(model, **options)
-        start, classes = initial_context(self.model, self.tokenizer, context, self.seed), len(self.class_names)
-        texts = ContextTexts(self.tokenizer, self.class_names, self.templates[0], len(start), position)
+        classes, length = len(self.class_names), context_length(self.tokenizer, context)
+        texts = ContextTexts(self.tokenizer, self.class_names, self.templates[0], length, position)
+        start = initial_context(self.model, self.tokenizer, context, self.seed)
         self.texts = texts.to(start.device)
         if class_specific and isinstance(context, int):
             start = random_context((classes, *start.shape), self.seed, start.dtype, start.device)

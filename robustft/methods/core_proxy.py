@@ -30,6 +30,7 @@ from robustft.clip.outputs import evaluating
 from robustft.clip.prompts import match_descriptions, split_names
 from robustft.data.classes import matching_of
 from robustft.data.sources import check_labels
+from robustft.ops.kinds import check_fields, checked
 
 
 class Ranges(NamedTuple):
@@ -63,6 +64,7 @@ class CoreProxy:
     spread: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.kind not in ("affinity", "soft"):
             raise ValueError(f'kind must be "affinity" or "soft", got {self.kind!r}')
         if not 0.0 < self.temperature < float("inf"):
@@ -99,6 +101,7 @@ class CoreProxy:
         return Ranges(torch.stack(bounds), torch.stack(similarities.aminmax(dim=0)))
 
 
+@checked
 def core_labels(
     model: nn.Module,
     data: Any,

@@ -20,6 +20,7 @@ from robustft import clip
 from robustft.methods.base import Method, Shared
 from robustft.methods.objective import Objective
 from robustft.methods.zero_shot_reference import ZeroShotReference
+from robustft.ops.kinds import described
 
 
 class FrozenOptions(Shared, total=False):
@@ -60,6 +61,8 @@ class FrozenModel(Method):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As any module's; the frozen model stays what it is."""
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict is {described(state_dict)}; expected what state_dict() gave")
         model = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         return super().load_state_dict({**state_dict, **model}, strict, assign)
 

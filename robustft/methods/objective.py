@@ -88,6 +88,7 @@ class Objective:
     rescale: Literal["zero_shot"] | None = None
 
     def __post_init__(self) -> None:
+        arguments.check_fields(self)
         arguments.check_smoothing(self.label_smoothing)
         arguments.check_variant(self.variant)
         if self.focal and self.label_smoothing:

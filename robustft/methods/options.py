@@ -26,6 +26,7 @@ from typing import Any, ClassVar, get_args
 from torch import Tensor, nn
 
 from robustft import clip
+from robustft.ops.kinds import checked
 
 
 class Configured:
@@ -124,8 +125,8 @@ def _unpacked(annotation: Any, init: Callable[..., None]) -> frozenset[str] | No
 
 
 def _recording(cls: type[Configured], init: Callable[..., None]) -> Callable[..., None]:
-    """The constructor, which then writes its own options into `config`."""
-    signature = inspect.signature(init)
+    """The constructor, of arguments of the kinds that it names, which then writes its own options into `config`."""
+    signature, init = inspect.signature(init), checked(init)
     own = [name for name, parameter in signature.parameters.items() if parameter.kind is not parameter.VAR_KEYWORD][1:]
 
     @functools.wraps(init)

@@ -32,8 +32,10 @@ from robustft.methods.prompt_learning import (
     initial_context,
     random_context,
 )
+from robustft.ops.arguments import check_count
 from robustft.predictors.base import Classifier
 
+MOST_PROMPTS = 100_000
 POSITIONS: tuple[Position, ...] = ("front", "middle", "end")  # of the name
 
 
@@ -76,8 +78,9 @@ class ProDA(FrozenModel):
         chunk_size: int | None = None,
         **options: Unpack[FrozenOptions],
     ) -> None:
-        if not (isinstance(context, int) and context >= 1):
+        if context < 1:
             raise ValueError(f"context must be a number of tokens, at least 1, got {context!r}")
+        check_count("prompts", prompts, MOST_PROMPTS)
         if prompt_batch < 2 or prompts < prompt_batch or prompts % prompt_batch:
             raise ValueError(
                 f"prompts must be a multiple of prompt_batch, which is at least 2, got {prompts} and {prompt_batch}"
@@ -85,11 +88,11 @@ class ProDA(FrozenModel):
         check_weights(weight=weight)
         check_chunk_size(chunk_size)
         super().__init__(model, **options)
+        texts = functools.partial(ContextTexts, self.tokenizer, self.class_names, self.templates[0], context)
+        layouts = [texts(place) for place in POSITIONS]
         one = initial_context(self.model, self.tokenizer, 1, self.seed)
         shape = (prompts, context, one.shape[1])
         self.contexts = nn.Parameter(random_context(shape, self.seed, one.dtype, one.device))
-        texts = functools.partial(ContextTexts, self.tokenizer, self.class_names, self.templates[0], context)
-        layouts = [texts(place) for place in POSITIONS]
         self.register_buffer("tokens", torch.stack([layout.tokens for layout in layouts]).to(one.device), False)
         self.register_buffer("positions", torch.stack([layout.positions for layout in layouts]).to(one.device), False)
         self.nameless = texts(nameless=True).to(one.device)

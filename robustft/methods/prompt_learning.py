@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from robustft import clip
 from robustft.clip.prompts import Template, Tokenizer, TokenLayout, format_template, tokenize, tokenize_classes
 from robustft.data.seeds import stateless_generator
+from robustft.ops.kinds import described
 
 Position = Literal["end", "middle", "front"]
 
@@ -101,23 +102,33 @@ def check_chunk_size(chunk_size: int | None) -> None:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
 
+def context_length(tokenizer: Tokenizer, context: int | str) -> int:
+    """Tokens of a context, of some words or a number of them; ValueError where there is not at least one."""
+    if isinstance(context, bool) or not isinstance(context, (int, str)):
+        raise TypeError(f"context is {described(context)}; expected some words or a number of tokens")
+    length = context if isinstance(context, int) else len(_words(tokenizer, context))
+    if length < 1:
+        raise ValueError(f"context: expected some words or at least one token, got {context!r}")
+    return length
+
+
+def _words(tokenizer: Tokenizer, context: str) -> list[int]:
+    return TokenLayout.of(tokenizer).content(tokenize(tokenizer, [context], names=["context"])[0].tolist())
+
+
 def initial_context(model: nn.Module, tokenizer: Tokenizer, context: int | str, seed: int) -> Tensor:
     """(n, width), at least float32: the embeddings of some words, or N(0, 0.02) for a number of tokens."""
     table = clip.token_embedding(model)
     dtype = torch.promote_types(table.weight.dtype, torch.float32)
     if isinstance(context, str):
-        words = TokenLayout.of(tokenizer).content(tokenize(tokenizer, [context], names=["context"])[0].tolist())
-        if not words:
-            raise ValueError(f"context: expected some words or a number of tokens, got {context!r}")
+        words = torch.tensor(_words(tokenizer, context), device=table.weight.device)
         with torch.no_grad():
-            return table(torch.tensor(words, device=table.weight.device)).to(dtype)
+            return table(words).to(dtype)
     return random_context((context, table.embedding_dim), seed, dtype, table.weight.device)
 
 
 def random_context(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """N(0, 0.02), a function of the seed. ValueError where a dimension is not at least 1."""
-    if not all(isinstance(size, int) and size >= 1 for size in shape):
-        raise ValueError(f"context: expected some words or at least one token, got {shape[-2]!r}")
+    """N(0, 0.02), a function of the seed."""
     drawn = torch.randn(shape, generator=stateless_generator(seed, "context"), dtype=torch.float64)
     return (0.02 * drawn).to(device, dtype)
 

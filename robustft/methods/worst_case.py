@@ -122,8 +122,6 @@ class WorstCaseFineTune(FineTune):
     """
 
     def __init__(self, model: nn.Module, *, risk: Risk, **options: Unpack[FineTuneOptions]) -> None:
-        if not isinstance(risk, Risk):
-            raise TypeError(f"risk must be a Risk, such as GroupDRO(num_groups), got {type(risk).__name__}")
         super().__init__(model, **options)
         if not self.objective.of_samples:
             raise ValueError(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
+from robustft.pipeline import flags
 
+
+@flags.checked
 def check_data(
     data: str | os.PathLike[str],
     *,
@@ -43,6 +46,7 @@ def check_data(
     from robustft.data.table import Columns
     from robustft.pipeline.opening import read_names
 
+    flags.check_source(data)
     found = open_data(
         data,
         shifts=shifts,

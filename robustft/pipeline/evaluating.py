@@ -8,12 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from robustft.pipeline import flags
+
 if TYPE_CHECKING:
     from robustft.data.opening import Data
     from robustft.evaluation.results import Evaluation, Suite
     from robustft.predictors.base import Predictor
 
 
+@flags.checked
 def evaluate_runs(
     data: str | os.PathLike[str] | Data,
     runs: Sequence[str | os.PathLike[str]] = (),
@@ -75,7 +78,8 @@ def evaluate_runs(
     from robustft.pipeline.opening import read_names
     from robustft.pipeline.training import transformed
 
-    if not runs and model is None:
+    flags.check_source(data)
+    if not len(runs) and model is None:
         raise ValueError("there is nothing to measure: name runs, or a zero-shot model (--model, --pretrained)")
     names = read_names(class_names) if class_names is not None else _names_of(runs)
     found = open_test(

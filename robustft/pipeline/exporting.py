@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from robustft.pipeline import flags
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -23,6 +25,7 @@ CHECKED = 8  # images
 TOLERANCE = 1e-4  # of probabilities and scores
 
 
+@flags.checked
 def export_run(
     run: str | os.PathLike[str],
     *,
@@ -44,6 +47,7 @@ def export_run(
     from robustft.files import new_folder
     from robustft.pipeline.serving import load
 
+    flags.check_word("to", to, Form)
     pipeline = load(run)
     images, told = _images(Path(run), pipeline)
     folder = Path(output)

@@ -9,16 +9,58 @@ So an option is known once. Nothing heavy is loaded: the function is not called 
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
+import os
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 HIDDEN = ("log", "progress")  # of callers in Python
 NAMES = {"methods": "method", "shifts": "shift"}  # flags that may be repeated are named in the singular
 POSITIONAL = ("data", "run")
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, whose arguments are held against its annotations at a call (`robustft.ops.kinds.checked`), which
+    loads torch then. A path may be given where text is asked for."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        from robustft.ops import kinds
+
+        taken: Any = kinds.checked(function)
+        return taken(*map(_text, args), **{name: _text(value) for name, value in kwargs.items()})
+
+    return wrapper
+
+
+def check_word(name: str, word: Any, words: Any) -> None:
+    """ValueError unless it is one of the words of a Literal."""
+    if word not in typing.get_args(words):
+        raise ValueError(f"{name} must be one of {', '.join(typing.get_args(words))}, got {word!r}")
+
+
+def check_source(data: Any) -> None:
+    """TypeError unless `data` is a place, or data that were opened."""
+    from robustft.data.opening import Data
+    from robustft.ops.kinds import described
+
+    if not isinstance(data, (str, Data)) or data == "":
+        raise TypeError(f"data is {described(data)}; expected a path, a pattern, or what robustft.data.open gave")
+
+
+def _text(value: Any) -> Any:
+    """Paths as text, in mappings too; anything else as it is."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return {name: _text(part) for name, part in value.items()} if isinstance(value, Mapping) else value
 
 
 class Option(NamedTuple):

@@ -30,6 +30,7 @@ import torch
 
 from robustft import methods
 from robustft.calibration.conformal import ConformalSets
+from robustft.clip.loading import move
 from robustft.clip.outputs import Outputs
 from robustft.data.corruptions import stress
 from robustft.data.images import ImageDataset
@@ -320,5 +321,5 @@ def to_device(bundle: Any, device: str) -> str:
     """Moves a bundle's model to a device, "auto" for the GPU if there is one, and says which it is."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    bundle.model.to(device)
+    move(bundle.model, device)
     return device

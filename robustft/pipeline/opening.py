@@ -102,6 +102,8 @@ def read_names(class_names: Any) -> Any:
         return tuple(clip.import_open_clip().IMAGENET_CLASSNAMES)
     if not isinstance(class_names, (str, os.PathLike)):
         return class_names
+    if class_names == "":
+        raise ValueError("class_names is an empty string; expected a file, or names")
     path = Path(class_names)
     if path.suffix.lower() == ".json":
         found = read_json(path, "class names: a list of them, or an object {folder: name}")

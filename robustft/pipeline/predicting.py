@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from robustft.data.folder import image_files
+from robustft.pipeline import flags
 from robustft.pipeline.serving import Pipeline, Prediction, Unreadable, load
 
 Form = Literal["table", "csv", "json"]
 COLUMNS = ("file", "label", "probability", "ood_score", "accepted")
 
 
+@flags.checked
 def predict_files(
     run: str,
     files: Sequence[str],
@@ -33,6 +35,7 @@ def predict_files(
 
     files: images, or folders of them. Memory: a few batches.
     """
+    flags.check_word("form", form, Form)
     out, log = out or sys.stdout, log or sys.stderr
     pipeline = load(run, device=device, batch_size=batch_size)
     names = list(_listed(files))

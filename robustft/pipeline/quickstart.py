@@ -19,9 +19,11 @@ from functools import partial
 from pathlib import Path
 
 from robustft import clip
+from robustft.clip import loading
 from robustft.data import glyphworld
 from robustft.data.pretrain import BATCH, PAIRS, Progress, pretrain
 from robustft.files import move
+from robustft.pipeline import flags
 from robustft.pipeline.job import FRONTIER_ALPHAS, Plan, Result, run
 from robustft.pipeline.recipes import QUICK_EPOCHS, RECIPES
 from robustft.pipeline.training import Materials
@@ -35,6 +37,7 @@ NOTE = (
 )
 
 
+@flags.checked
 def quickstart(
     output: str | os.PathLike[str] = "runs/quickstart",
     *,
@@ -92,7 +95,7 @@ def quickstart(
     folder = Path(output)
     # A device that is not there, or data that cannot be read, must not claim the folder.
     bundle = glyphworld.load_clip()
-    bundle.model.to(device)
+    loading.move(bundle.model, device)
     data = glyphworld.sets(200 if quick else None)
     plan = Plan(
         recipes,
@@ -119,7 +122,7 @@ def quickstart(
     with configured(folder, config, resume):
         if from_scratch:
             bundle = _pretrained(folder, seed, pretrain_pairs or PAIRS, log, progress)
-            bundle.model.to(device)
+            loading.move(bundle.model, device)
         return work(bundle, resume=resume, dry_run=False)
 
 

@@ -74,5 +74,5 @@ def recipe_named(name: str) -> tuple[str, Recipe]:
     plain = {key.lower(): key for key in OWN}
     key = plain.get(name.lower().replace("-", "").replace("_", ""))
     if key is None:
-        raise ValueError(f"method {name!r} is none of {', '.join(OWN)}")
+        raise ValueError(f"methods: {str(name)!r} is none of {', '.join(OWN)}")
     return key, OWN[key]

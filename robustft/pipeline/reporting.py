@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from robustft.pipeline import flags
 
+
+@flags.checked
 def report_runs(
     runs: Sequence[str | os.PathLike[str]],
     *,

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from robustft.data.images import read_image
 from robustft.data.sources import READ_TOGETHER, reading_workers
 from robustft.detection.detector import Detector
 from robustft.files import CONFORMAL_FILE, DETECTOR_FILE, read_json
+from robustft.ops.kinds import checked, described, held
 from robustft.pipeline.folder import MODEL_FOLDER, PIPELINE_FILE
 from robustft.predictors.base import Predictor
 from robustft.predictors.saving import ENSEMBLE_FILE, load_predictor
@@ -59,6 +60,7 @@ class Pipeline:
     Safe to be called from several threads, which take turns at the model.
     """
 
+    @checked
     def __init__(
         self,
         predictor: Predictor,
@@ -87,6 +89,7 @@ class Pipeline:
         """Where the model is."""
         return next((p.device for p in self.predictor.parameters()), torch.device("cpu"))
 
+    @checked
     def __call__(self, images: Any, *, top: int = 5) -> Any:
         """A `Prediction` for an image, a list of them for several.
 
@@ -94,8 +97,7 @@ class Pipeline:
         that the transform has made already, (C, H, W) or (N, C, H, W). top: how many classes to name. ValueError,
         naming the file, for one that is damaged; TypeError for what is no image.
         """
-        if top < 1:
-            raise ValueError(f"top must be at least 1, got {top}")
+        _check_top(top)
         if isinstance(images, Tensor) and images.is_floating_point():
             several = images.ndim == 4
             if images.ndim not in (3, 4):
@@ -111,6 +113,7 @@ class Pipeline:
             found += self._predict(torch.stack(chunk), top)
         return found
 
+    @checked
     def stream(
         self, files: Iterable[str | os.PathLike[str]], *, top: int = 5, workers: int | None = None
     ) -> Iterator[tuple[str, Prediction | Unreadable]]:
@@ -118,7 +121,15 @@ class Pipeline:
 
         workers: processes that read, as in `robustft.data.sources.reading_workers`.
         """
-        names = [os.fspath(file) for file in files]
+        _check_top(top)
+        names = list(files)
+        if wrong := [file for file in names if not isinstance(file, (str, os.PathLike))]:
+            raise TypeError(f"files holds {described(wrong[0])}; expected paths")
+        return self._stream([os.fspath(file) for file in names], top, workers)
+
+    def _stream(
+        self, names: Sequence[str], top: int, workers: int | None
+    ) -> Iterator[tuple[str, Prediction | Unreadable]]:
         count = reading_workers(_Files([], self.transform), len(names), workers)
         size = self.batch_size if count == 0 else min(self.batch_size, READ_TOGETHER)
         chunks = [names[start : start + size] for start in range(0, len(names), size)]
@@ -131,8 +142,10 @@ class Pipeline:
             for name, image in zip(chunk, read, strict=True):
                 yield name, next(found) if isinstance(image, Tensor) else Unreadable(image)
 
+    @checked
     def outputs(self, images: Tensor) -> Outputs:
         """`Outputs` of transformed images (N, C, H, W), on the CPU; logits are calibrated."""
+        held("images", images)
         with self._turn, torch.inference_mode():
             found = self.predictor.outputs(images.to(self.device))
         return found.map(lambda part: part.float().cpu())
@@ -167,18 +180,26 @@ class Pipeline:
         from PIL import Image
 
         if isinstance(image, (str, os.PathLike)):
+            if not os.fspath(image):
+                raise ValueError("images: an empty string is no path of an image")
             return self.transform(read_image(Path(image)))
         if isinstance(image, Tensor):
             if image.is_floating_point():
                 return image
             image = image.permute(1, 2, 0).numpy() if image.ndim == 3 and image.shape[0] in (1, 3) else image.numpy()
         if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim not in (2, 3):
-                raise TypeError(f"an array must be uint8 (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
+            channels = image.shape[2] if image.ndim == 3 else 1
+            if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4):
+                raise TypeError(f"images: arrays must be uint8 (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
             image = Image.fromarray(image.squeeze(2) if image.ndim == 3 and image.shape[2] == 1 else image)
         if not isinstance(image, Image.Image):
-            raise TypeError(f"expected a file, an image, an array or a tensor, got {type(image).__name__}")
+            raise TypeError(f"images: expected a file, an image, an array or a tensor, got {described(image)}")
         return self.transform(image.convert("RGB"))
+
+
+def _check_top(top: int) -> None:
+    if top < 1:
+        raise ValueError(f"top must be at least 1, got {top}")
 
 
 class _Files(torch.utils.data.Dataset[Any]):
@@ -202,10 +223,11 @@ class _Files(torch.utils.data.Dataset[Any]):
             return str(error)
 
 
+@checked
 def load(
     run: str | os.PathLike[str],
     *,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | Literal["auto"] = "cpu",
     transform: Callable[[Any], Tensor] | None = None,
     batch_size: int = 64,
 ) -> Pipeline:

@@ -5,15 +5,17 @@ Nothing heavy is loaded before it is called: the command line reads the signatur
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from robustft.machine import Decay, Precision
+from robustft.pipeline import flags
 from robustft.pipeline.recipes import NEEDS, OWN, Recipe, recipe_named
 
 if TYPE_CHECKING:
@@ -47,13 +49,14 @@ class Run:
         return load(self.folder, **options)
 
 
+@flags.checked
 def train(
     data: str | os.PathLike[str] | Data,
     *,
     output: str | os.PathLike[str],
     model: str = "ViT-B-16-quickgelu",
     pretrained: str | os.PathLike[str] | None = None,
-    methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("CaRot",),
+    methods: Sequence[str] | Mapping[str, Mapping[str, Any]] | str = ("CaRot",),
     shifts: Mapping[str, str] | None = None,
     ood: Mapping[str, str] | None = None,
     validation: str | None = None,
@@ -171,9 +174,9 @@ def train(
 
     started = time.monotonic()
     recipes = _recipes(arguments)
+    flags.check_source(data)
     for name, kind in (("ensemble", Ensemble), ("keep", Keep), ("sets", Sets), ("on_bad_image", OnBadImage)):
-        if arguments[name] not in get_args(kind):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {arguments[name]!r}")
+        flags.check_word(name, arguments[name], kind)
     check_arguments(schedule=schedule, precision=precision)
     if sets != "none":
         ConformalSets(sets, coverage)
@@ -233,6 +236,10 @@ def _recipes(arguments: Mapping[str, Any]) -> dict[str, Recipe]:
     fields = ("epochs", "batch_size", "lr", "weight_decay", "warmup")
     changes = {f: arguments[names.get(f, f)] for f in fields if arguments[names.get(f, f)] is not None}
     check = {**changes, "precision": arguments["precision"], "limit_batches": arguments["limit_batches"]}
+    if (wd := arguments["wd"]) is not None and not 0.0 <= wd < math.inf:
+        raise ValueError(f"wd must be finite and not negative, got {wd}")
+    if (share := arguments["warmup_fraction"]) is not None and not 0.0 <= share < 1.0:
+        raise ValueError(f"warmup_fraction is a share of all steps and must lie in [0, 1), got {share}")
     for name in ("epochs", "batch_size", "limit_batches"):
         if check.get(name) is not None and check[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {check[name]}")

@@ -150,7 +150,7 @@ def test_what_is_missing_or_out_of_range_is_said(clip_model, prompts, batches):
         dro.step(batches[0])
     with pytest.raises(ValueError, match="groups"):
         dro.step(grouped(batches)[0] | {"group": torch.full((6,), 4)})
-    with pytest.raises(TypeError, match="risk must be a Risk, .*got float"):
+    with pytest.raises(TypeError, match="risk is 0.5; expected a Risk"):
         WorstCaseFineTune(clip_model, risk=0.5, **prompts)
     name = next(iter(TERMS))
     for objective, message in (

@@ -117,8 +117,8 @@ def test_threads_take_turns_at_one_model(run):
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        (3, TypeError, "expected a file, an image, an array or a tensor, got int"),
-        (np.zeros((4, 4, 3)), TypeError, "an array must be uint8"),
+        (3, TypeError, "expected a file, an image, an array or a tensor, got 3"),
+        (np.zeros((4, 4, 3)), TypeError, "arrays must be uint8"),
         (torch.zeros(4, 4), ValueError, r"images must be a tensor \(C, H, W\)"),
         ("nowhere.jpg", FileNotFoundError, "nowhere.jpg"),
     ],
@@ -240,7 +240,7 @@ def test_a_run_is_not_resumed_on_other_images(run, own, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ["carrot"]}, "method 'carrot' is none of CaRot, FLYP"),
+        ({"methods": ["carrot"]}, "methods: 'carrot' is none of CaRot, FLYP"),
         ({"methods": ["DRM"]}, "DRM needs descriptions"),
         ({"methods": ["group-dro"]}, "this method needs groups"),
         ({"model": "ViT-B-32"}, "pretrained is missing: without it ViT-B-32 has random weights"),

@@ -21,6 +21,7 @@ import torch
 
 from robustft.files import write_file, write_json, write_text
 from robustft.machine import processor
+from robustft.pipeline import flags
 from robustft.pipeline.recipes import SEEDS
 from robustft.pipeline.study import calibration, carot, cmp, compositions, detection, drm, vrf
 from robustft.pipeline.study.findings import Measured
@@ -32,6 +33,7 @@ MODULES = (carot, vrf, drm, cmp, calibration, detection, compositions)
 SECTIONS = {module.SECTION.name: module.SECTION for module in MODULES}
 
 
+@flags.checked
 def study(
     output: str | os.PathLike[str] = "runs/study",
     *,
