@@ -419,7 +419,8 @@ class PromptTable:
 
 @checked
 def read_class_names(path: str | Path, *, dataset: str | None = None) -> tuple[str, ...]:
-    """Class names in label order: a text file, one a line, or JSON, a list of names or an object's keys.
+    """Class names in label order: a text file, one a line, or JSON, a list of names, an object's keys, {name: label} or
+    {label: name}.
 
     dataset: whose names, of an object of lists {data set: [names]} such as CLIP_benchmark's; not needed where the
     object holds one. ValueError, naming the file, for anything else.
@@ -561,7 +562,7 @@ def _strings(path: str | Path, expected: str, dataset: str | None) -> tuple[str,
                 raise ValueError(f"{path}: {len(lists)} lists, {_few(lists)}: say which, as dataset={lists[0]!r}")
             found = found[lists[0]]
         else:
-            found = list(found)
+            found = _of_object(path, found)
     elif dataset is not None:
         raise ValueError(f"{path}: dataset is {dataset!r}, but the file is no object of lists")
     try:
@@ -569,6 +570,22 @@ def _strings(path: str | Path, expected: str, dataset: str | None) -> tuple[str,
     except TypeError as error:
         raise ValueError(f"{error}; expected {expected}") from error
     return tuple(found)
+
+
+def _of_object(path: str | Path, found: dict[str, Any]) -> list[str]:
+    """The names that an object holds: its keys; in the order of {name: number}, and the values of {number: name}."""
+    values, numbers = list(found.values()), range(len(found))
+    if nested := [key for key, value in found.items() if isinstance(value, dict)]:
+        raise ValueError(
+            f"{path}: {nested[0]!r} holds {described(found[nested[0]])}: which names are meant is not known"
+        )
+    if set(found) == set(map(str, numbers)) and all(isinstance(value, str) for value in values):
+        return [found[str(number)] for number in numbers]
+    if values and all(type(value) is int for value in values):
+        if sorted(values) != list(numbers):
+            raise ValueError(f"{path}: the numbers of the names are not 0 to {len(values) - 1}, each once")
+        return sorted(found, key=found.__getitem__)
+    return list(found)
 
 
 def _read(path: str | Path, expected: str) -> Any:

@@ -34,7 +34,7 @@ import torch
 
 from robustft.data import sources
 from robustft.data.classes import class_names
-from robustft.data.images import ImageDataset, normalized
+from robustft.data.images import ImageDataset, as_rgb, normalized
 from robustft.data.paths import PathDataset
 from robustft.data.seeds import stateless_generator, stateless_seed
 from robustft.data.wrappers import group_names_of, groups_of, told
@@ -188,7 +188,8 @@ def corrupt(image: Image, name: str, severity: int, seed: int, size: int = SIZE)
     if severity not in SEVERITIES or size < 1:
         raise ValueError(f"severity is {severity}, size is {size}; expected one of {list(SEVERITIES)}, at least 1")
     filters, bilinear = PIL.Image.Resampling, InterpolationMode.BILINEAR
-    image, short = image.convert("RGB"), min(image.size)
+    image = as_rgb(image, "image")
+    short = min(image.size)
     if short > size:
         wanted = [round(side * size / short) for side in image.size]
         image, short = image.resize((wanted[0], wanted[1]), resample=filters.BICUBIC), size

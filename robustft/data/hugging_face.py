@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustft.data.classes import ClassNames
-from robustft.data.images import DamagedImageError, OnError, check_on_error
+from robustft.data.images import DamagedImageError, OnError, as_rgb, check_on_error
 
 IMAGE, LABEL, TEXT = ("image", "img"), ("label", "labels", "fine_label"), ("text", "caption", "title")
 
@@ -60,8 +60,8 @@ class HuggingFaceDataset:
     def __getitem__(self, index: int) -> Any:
         try:
             row = self.rows[int(index)]
-            image = row[self._column(IMAGE)].convert("RGB")
-        except IndexError:  # beyond the last row
+            image = as_rgb(row[self._column(IMAGE)], f"{self.where}, row {index}")
+        except (IndexError, DamagedImageError):  # beyond the last row; of pixels whose range nothing tells
             raise
         except Exception as error:  # of a damaged image or table, a decoder may raise anything
             raise DamagedImageError(f"{self.where}, row {index}: damaged, or no image: {error!r:.200}") from error

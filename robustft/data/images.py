@@ -52,26 +52,41 @@ def read_image(path: str | Path, content: bytes | None = None) -> PIL.Image.Imag
     pixels whose range nothing tells (floating point, more than 16 bits); OSError where the file cannot be opened.
     `content` is the file's, where it lies in an archive and `path` only names it.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as file:
-            image = ImageOps.exif_transpose(file)
+            image = upright(file)
     except Exception as error:  # of a damaged file, a decoder may raise anything
         if isinstance(error, OSError) and error.errno is not None:  # missing, or not to be read: damage has no number
             raise
         raise DamagedImageError(f"{path}: damaged, or no image: {error!r:.200}") from error
+    return as_rgb(image, str(path))
+
+
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """A copy of the image, decoded, turned as its EXIF orientation says."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image)
+
+
+def as_rgb(image: PIL.Image.Image, what: str) -> PIL.Image.Image:
+    """An image that somebody decoded as `read_image` gives it: upright, 8-bit RGB; its errors call the image `what`."""
+    from PIL import Image
+
+    image = upright(image)
     if image.mode.startswith("I"):
         pixels = np.asarray(image).astype(np.int64)
         if pixels.min() < 0 or pixels.max() > 0xFFFF:
             raise DamagedImageError(
-                f"{path}: pixels from {pixels.min()} to {pixels.max()}, of which nothing says what is white; expected "
+                f"{what}: pixels from {pixels.min()} to {pixels.max()}, of which nothing says what is white; expected "
                 "at most 16 bits: save it with 8"
             )
         image = Image.fromarray(((pixels * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
     if image.mode == "F":
         raise DamagedImageError(
-            f"{path}: floating point pixels, of which nothing says what is white: save it with 8 bits"
+            f"{what}: floating point pixels, of which nothing says what is white: save it with 8 bits"
         )
     if image.mode == "P":  # by way of its transparency, without which PIL warns
         image = image.convert("RGBA")

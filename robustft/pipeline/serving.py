@@ -21,7 +21,7 @@ from torch import Tensor
 from robustft import clip
 from robustft.calibration.conformal import ConformalSets
 from robustft.clip.outputs import Outputs
-from robustft.data.images import read_image
+from robustft.data.images import as_rgb, read_image
 from robustft.data.sources import READ_TOGETHER, reading_workers
 from robustft.detection.detector import Detector
 from robustft.files import CONFORMAL_FILE, DETECTOR_FILE, read_json
@@ -110,6 +110,8 @@ class Pipeline:
         found = []
         for start in range(0, len(images), self.batch_size):
             chunk = [self._tensor(image) for image in images[start : start + self.batch_size]]
+            if len(shapes := {tuple(image.shape) for image in chunk}) > 1:
+                raise ValueError(f"images become tensors of several shapes, {sorted(shapes)}; expected one")
             found += self._predict(torch.stack(chunk), top)
         return found
 
@@ -194,7 +196,7 @@ class Pipeline:
             image = Image.fromarray(image.squeeze(2) if image.ndim == 3 and image.shape[2] == 1 else image)
         if not isinstance(image, Image.Image):
             raise TypeError(f"images: expected a file, an image, an array or a tensor, got {described(image)}")
-        return self.transform(image.convert("RGB"))
+        return self.transform(as_rgb(image, "images"))
 
 
 def _check_top(top: int) -> None:

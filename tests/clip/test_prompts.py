@@ -446,3 +446,18 @@ def test_classes_of_equal_descriptions_are_named_in_a_warning(recwarn):
     recwarn.clear()
     match_descriptions(["x", "x", "y"], ["crane", "crane", "ant"])  # equal classes may well have equal descriptions
     assert not recwarn.list
+
+
+def test_objects_of_labels_give_names_in_the_order_of_the_labels(tmp_path):
+    """Keras' and Hugging Face's files: {"bee": 1, "ant": 0} and {"1": "bee", "0": "ant"}."""
+    file = tmp_path / "names.json"
+    for content in ({"bee": 1, "cow": 2, "ant": 0}, {"2": "cow", "0": "ant", "1": "bee"}):
+        file.write_text(json.dumps(content))
+        assert prompts.read_class_names(file) == ("ant", "bee", "cow")
+    for content, message in (
+        ({"bee": 1, "ant": 1}, "numbers of the names are not 0 to 1"),
+        ({"en": {"imagenet1k": ["ant"]}}, "'en' holds dict"),
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            prompts.read_class_names(file)

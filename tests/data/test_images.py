@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robustft.data.images import read_image
+from robustft.data.images import as_rgb, read_image
 from robustft.data.splits import PathDataset
 
 RAMP = np.linspace(0, 65535, 12 * 10).round().astype(np.uint16).reshape(12, 10)
@@ -96,3 +96,16 @@ def test_data_sets_of_paths_read_their_images_here(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="image.png"):
         data[0]
+
+
+def test_decoded_images_are_read_as_their_files_are(tmp_path):
+    """What a pipeline is given, and what Hugging Face decodes."""
+    sixteen = Image.fromarray(RAMP)
+    turned = saved(tmp_path, Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)), "turned.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(turned).save(turned, exif=exif)
+    for path in (saved(tmp_path, sixteen), turned):
+        assert np.array_equal(np.asarray(as_rgb(Image.open(path), "it")), np.asarray(read_image(path)))
+    with pytest.raises(ValueError, match="it: floating point pixels"):
+        as_rgb(Image.fromarray(np.zeros((2, 2), np.float32)), "it")

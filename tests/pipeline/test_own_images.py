@@ -341,3 +341,15 @@ def test_methods_are_listed_with_what_they_need(capsys):
     assert cli.main(["train", "--list-methods"]) == 0
     out = capsys.readouterr().out
     assert "DRM: " in out and "needs descriptions of the classes (--descriptions)" in out
+
+
+def test_images_of_other_modes_and_shapes_are_decided_as_files_or_refused(run, tmp_path):
+    pipeline = robustft.load(run.folder)
+    sixteen = Image.fromarray((np.random.default_rng(0).random((40, 40)) * 65535).astype(np.uint16))
+    sixteen.save(tmp_path / "a.png")
+    assert pipeline(sixteen) == pipeline(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="several shapes"):
+        pipeline([torch.zeros(3, 28, 28), torch.zeros(3, 28, 30)])
+    assert robustft.load(run.folder, device="auto").device.type in ("cpu", "cuda")
+    with pytest.raises(ValueError, match="top must be at least 1"):
+        pipeline.stream([tmp_path / "a.png"], top=0)
