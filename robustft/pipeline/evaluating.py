@@ -8,7 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import Unpack
+
 from robustft.pipeline import flags
+from robustft.pipeline.arguments import ImageSets, spelled_out
 
 if TYPE_CHECKING:
     from robustft.data.opening import Data
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from robustft.predictors.base import Predictor
 
 
+@spelled_out
 @flags.checked
 def evaluate_runs(
     data: str | os.PathLike[str] | Data,
@@ -25,14 +29,6 @@ def evaluate_runs(
     pretrained: str | os.PathLike[str] | None = None,
     templates: str | Sequence[str] = "photo",
     split: str | None = None,
-    shifts: Mapping[str, str] | None = None,
-    ood: Mapping[str, str] | None = None,
-    images: str | None = None,
-    csv_img_key: str | None = None,
-    csv_label_key: str | None = None,
-    csv_split_key: str | None = None,
-    csv_separator: str | None = None,
-    class_names: str | Mapping[str, str] | Sequence[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     score: str = "mcm",
     batch_size: int = 64,
@@ -40,6 +36,7 @@ def evaluate_runs(
     workers: int | None = None,
     progress: bool = True,
     log: Callable[[str], None] = print,
+    **where: Unpack[ImageSets],
 ) -> Evaluation:
     """Measures the models of runs on data: accuracy, calibration, and detection where there are OOD sets.
 
@@ -50,14 +47,6 @@ def evaluate_runs(
         pretrained: its weights.
         templates: its captions: photo, simple (7), imagenet (80), or a file with one a line.
         split: which set of the data to measure: test, validation or train.
-        shifts: further sets of the same classes, NAME=DATA.
-        ood: sets of other classes, NAME=DATA.
-        images: folder that the paths of a table or a split are relative to.
-        csv_img_key: column of a table with the image files.
-        csv_label_key: column of a table with the classes.
-        csv_split_key: column of a table that tells train, val and test.
-        csv_separator: between the columns of a table.
-        class_names: what the folders' names mean; by default as the first run was told.
         output: folder for a report with tables and pictures.
         score: OOD score of the tables.
         batch_size: images at a time.
@@ -66,31 +55,23 @@ def evaluate_runs(
         progress: say which set is being read.
         log: receives one line of text at a time.
 
-    Images are read once for all models that see them in the same way. ValueError for sets whose classes a model does
-    not know, and without any model; FileNotFoundError for runs that have not finished.
+    Classes are called what `class_names` says, by default what the first run was told. Images are read once for all
+    models that see them in the same way. ValueError for sets whose classes a model does not know, and without any
+    model; FileNotFoundError for runs that have not finished.
     """
     from robustft.data.opening import open_test
-    from robustft.data.table import Columns
     from robustft.evaluation.measure import evaluate_predictions, groups_in
     from robustft.evaluation.report import write_report
     from robustft.pipeline.folder import samples_of
     from robustft.pipeline.job import suite_of
-    from robustft.pipeline.opening import read_names
+    from robustft.pipeline.opening import places
     from robustft.pipeline.training import transformed
 
     flags.check_source(data)
     if not len(runs) and model is None:
         raise ValueError("there is nothing to measure: name runs, or a zero-shot model (--model, --pretrained)")
-    names = read_names(class_names) if class_names is not None else _names_of(runs)
-    found = open_test(
-        data,
-        split=split,
-        shifts=shifts,
-        ood=ood,
-        class_names=names,
-        columns=Columns(csv_img_key, "", csv_label_key, csv_split_key, (), csv_separator),
-        images=images,
-    )
+    named = {"class_names": _names_of(runs)} if where["class_names"] is None else {}
+    found = open_test(data, split=split, **places(where) | named)
     log(found.describe())
     if workers is not None:
         from robustft.pipeline.opening import read_by

@@ -18,9 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
+from robustft.pipeline.arguments import TrainingSets
+
 HIDDEN = ("log", "progress")  # of callers in Python
 NAMES = {"methods": "method", "shifts": "shift"}  # flags that may be repeated are named in the singular
-POSITIONAL = ("data", "run")
+POSITIONAL = ("data", "run", "runs")
 
 
 P = ParamSpec("P")
@@ -118,12 +120,12 @@ def described(function: Callable[..., Any]) -> dict[str, str]:
 
 def add_flags(parser: argparse.ArgumentParser, function: Callable[..., Any]) -> None:
     """Gives a parser the flags of a function's options. What is not given stays away, so that a file can say it."""
+    shared = parser.add_argument_group("images and tables")
     for option in options_of(function).values():
+        place = shared if option.name in TrainingSets.__annotations__ else parser
         help = option.help.rstrip(".") + _shown(option.default)
         if option.kind is bool:
-            parser.add_argument(
-                option.flag, dest=option.name, action="store_true", default=argparse.SUPPRESS, help=help
-            )
+            place.add_argument(option.flag, dest=option.name, action="store_true", default=argparse.SUPPRESS, help=help)
             continue
         arguments: dict[str, Any] = {"type": option.kind}
         if option.several:
@@ -134,7 +136,7 @@ def add_flags(parser: argparse.ArgumentParser, function: Callable[..., Any]) -> 
             arguments["choices"] = option.choices
         elif option.kind is not bool:
             arguments["metavar"] = NAMES.get(option.name, option.name).rpartition("_")[2].upper()
-        parser.add_argument(
+        place.add_argument(
             option.flag, dest=option.name, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **arguments
         )
 

@@ -51,24 +51,30 @@ def open_sets(arguments: Mapping[str, Any]) -> Data:
         arguments["data"],
         validation=arguments["validation"],
         test=arguments["test"],
-        shifts=arguments["shifts"],
-        ood=arguments["ood"],
-        class_names=read_names(arguments["class_names"]),
-        columns=Columns(
-            arguments["csv_img_key"],
-            arguments["csv_caption_key"],
-            arguments["csv_label_key"],
-            arguments["csv_split_key"],
-            tuple(arguments["groups"]),
-            arguments["csv_separator"],
-        ),
-        images=arguments["images"],
         shots=arguments["shots"],
         seed=arguments["seed"],
         on_error=arguments["on_bad_image"],
+        **places(arguments),
     )
     workers = arguments["workers"]
     return data if workers is None else data.map(lambda part: read_by(part, workers))
+
+
+def places(where: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `robustft.data.open` that say where images are, from `ImageSets` or `TrainingSets`.
+
+    Of the first, which name neither, captions and groups are not read.
+    """
+    columns = Columns(
+        image=where["csv_img_key"],
+        caption=where.get("csv_caption_key", ""),
+        label=where["csv_label_key"],
+        split=where["csv_split_key"],
+        groups=tuple(where.get("groups", ())),
+        separator=where["csv_separator"],
+    )
+    names = read_names(where["class_names"])
+    return {name: where[name] for name in ("shifts", "ood", "images")} | {"class_names": names, "columns": columns}
 
 
 def read_by(data: Any, workers: int) -> Any:

@@ -14,8 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from typing_extensions import Unpack
+
 from robustft.machine import Decay, Precision
 from robustft.pipeline import flags
+from robustft.pipeline.arguments import TrainingSets, spelled_out
 from robustft.pipeline.recipes import NEEDS, OWN, Recipe, recipe_named
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ class Run:
         return load(self.folder, **options)
 
 
+@spelled_out
 @flags.checked
 def train(
     data: str | os.PathLike[str] | Data,
@@ -57,18 +61,8 @@ def train(
     model: str = "ViT-B-16-quickgelu",
     pretrained: str | os.PathLike[str] | None = None,
     methods: Sequence[str] | Mapping[str, Mapping[str, Any]] | str = ("CaRot",),
-    shifts: Mapping[str, str] | None = None,
-    ood: Mapping[str, str] | None = None,
     validation: str | None = None,
     test: str | None = None,
-    images: str | None = None,
-    csv_img_key: str | None = None,
-    csv_label_key: str | None = None,
-    csv_caption_key: str | None = None,
-    csv_split_key: str | None = None,
-    groups: Sequence[str] = (),
-    csv_separator: str | None = None,
-    class_names: str | Mapping[str, str] | Sequence[str] | None = None,
     templates: str | Sequence[str] = "photo",
     descriptions: str | None = None,
     shots: int | None = None,
@@ -100,6 +94,7 @@ def train(
     dry_run: bool = False,
     progress: bool = True,
     log: Callable[[str], None] = print,
+    **where: Unpack[TrainingSets],
 ) -> Run | None:
     """Fine-tunes a model on your images, chooses on validation data, measures, and leaves a folder that serves.
 
@@ -109,19 +104,8 @@ def train(
         model: an architecture that open_clip knows, hf-hub:ORG/REPO or local-dir:FOLDER.
         pretrained: a tag of the architecture, or a file of weights.
         methods: how to fine-tune; several are compared. robustft train --list-methods names them.
-        shifts: further test sets of the same classes, NAME=DATA.
-        ood: sets of other classes, which should not be accepted, NAME=DATA.
         validation: labelled data to choose on, if DATA has none; else a part of the training images is held out.
         test: labelled data to measure on, if DATA has none.
-        images: folder that the paths of a table or a split are relative to.
-        csv_img_key: column of a table with the image files.
-        csv_label_key: column of a table with the classes.
-        csv_caption_key: column of a table with captions.
-        csv_split_key: column of a table that tells train, val and test.
-        groups: columns of a table that tell groups, such as the background.
-        csv_separator: between the columns of a table.
-        class_names: what the classes are called in captions: a file (lines, JSON list, JSON {folder: name}), or
-            imagenet.
         templates: of captions: photo, simple (7), imagenet (80), or a file with one a line.
         descriptions: JSON file {class: [descriptions]}; turns on DRM.
         shots: train on so many images of each class.
@@ -162,7 +146,8 @@ def train(
     FileExistsError for a folder that holds a run, BlockingIOError for one that another process works in,
     NonFiniteError from training. Nothing is written before all of it is known to fit.
     """
-    arguments = dict(locals())
+    arguments = {**locals(), **where}
+    del arguments["where"]
     from robustft.calibration.conformal import ConformalSets
     from robustft.detection.detector import Detector
     from robustft.evaluation.measure import check_score

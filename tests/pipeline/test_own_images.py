@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import threading
 from pathlib import Path
@@ -19,6 +20,8 @@ from robustft import cli, clip
 from robustft.data import glyphworld
 from robustft.evaluation import Evaluation
 from robustft.pipeline import flags
+from robustft.pipeline.arguments import ImageSets
+from robustft.pipeline.checking import check_data
 from robustft.pipeline.evaluating import evaluate_runs, run_names
 from robustft.pipeline.exporting import export_run
 from robustft.pipeline.serving import Unreadable
@@ -330,11 +333,14 @@ def test_other_peoples_images_go_through(own, tmp_path, capsys):
     assert cli.main(["predict", str(tmp_path / "run"), str(images / "local"), "--json"]) == 0
 
 
-def test_every_argument_of_train_is_a_described_flag():
-    options = flags.options_of(train)
-    hidden = {"data", "log", "progress"}
-    assert set(options) == set(train.__annotations__) - hidden - {"return"}
+@pytest.mark.parametrize("command", [train, evaluate_runs, check_data])
+def test_every_argument_of_a_command_is_a_described_flag(command):
+    options, parameters = flags.options_of(command), inspect.signature(command).parameters
+    assert set(options) == set(parameters) - {"data", "runs", "log", "progress"}
     assert all(option.help for option in options.values())
+    assert set(ImageSets.__annotations__) < set(options) and "where" not in parameters
+    with pytest.raises(TypeError, match=rf"{command.__name__}\(\) got an unexpected keyword argument 'csv_image'"):
+        command("nowhere", csv_image="file")
 
 
 def test_methods_are_listed_with_what_they_need(capsys):
