@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -87,21 +87,52 @@ def readable(mangled: str) -> str:
     return re.search(r"(\w+_kernel(?:<\w+>)?)\(", whole)[1]
 
 
-def count_instructions(compiled: Path) -> dict[tuple[str, str], dict[str, int]]:
-    """By mangled name and architecture; nothing where there is no cuobjdump."""
+def kernels_of(library: Path, counted: str = "") -> list[Kernel]:
+    """The kernels in a library, as cuobjdump tells them, with the instructions of those whose names hold `counted`."""
+    found = list(functions_of(library, "-res-usage"))
+    names = ",".join({name for _, name, _ in found if counted and counted in name})
+    instructions = count_instructions(library, "-fun", names) if names else {}
+    kernels = []
+    for architecture, mangled, told in found:
+        name, used = readable(mangled), {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", told)}
+        kernels.append(
+            Kernel(
+                library.name,
+                name,
+                architecture,
+                used["REG"],
+                used["STACK"],
+                used["LOCAL"],
+                used["SHARED"] + DYNAMIC_SHARED.get(name.split("<")[0], 0),
+                instructions.get((mangled, architecture), {}),
+            )
+        )
+    return kernels
+
+
+def cuobjdump() -> str | None:
+    """CUDA's, or the one that Triton brings."""
     triton = find_spec("triton")
     bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton else Path()
-    tool = shutil.which("cuobjdump") or (str(bundled) if bundled.is_file() else None)
-    if tool is None:
-        return {}
-    sass = subprocess.run([tool, "-sass", str(compiled)], capture_output=True, text=True).stdout
-    counts = {}
-    for part in re.split(r"(?=\n\s*arch = )", sass):
+    return shutil.which("cuobjdump") or (str(bundled) if bundled.is_file() else None)
+
+
+def functions_of(compiled: Path, *asked: str) -> Iterator[tuple[str, str, str]]:
+    """Architecture, mangled name and what cuobjdump tells of each function; nothing where there is no cuobjdump."""
+    tool = cuobjdump()
+    told = "" if tool is None else subprocess.run([tool, *asked, str(compiled)], capture_output=True, text=True).stdout
+    for part in re.split(r"(?=\n\s*arch = )", told):
         architecture = re.search(r"arch = (\w+)", part)
-        for function in re.split(r"(?=Function : )", part)[1:]:
-            name = re.search(r"Function : (\w+)", function)[1]
-            found = {op: len(re.findall(rf"\b{op}\b", function)) for op in INSTRUCTIONS}
-            counts[name, architecture[1]] = {op: count for op, count in found.items() if count}
+        for function in re.split(r"(?=Function )", part)[1:]:
+            yield architecture[1], re.match(r"Function :? ?(\w+)", function)[1], function
+
+
+def count_instructions(compiled: Path, *asked: str) -> dict[tuple[str, str], dict[str, int]]:
+    """By mangled name and architecture; nothing where there is no cuobjdump."""
+    counts = {}
+    for architecture, name, function in functions_of(compiled, "-sass", *asked):
+        found = {op: len(re.findall(rf"\b{op}\b", function)) for op in INSTRUCTIONS}
+        counts[name, architecture] = {op: count for op, count in found.items() if count}
     return counts
 
 

@@ -3,19 +3,30 @@
 A server that has imported these, and nothing of robustft, forks one process for each program. What it gives a program
 is what `python -c` or `python -m` would: its own modules, environment, folder, arguments, standard streams, and the
 functions registered for its end. Not for tests of PYTHONHASHSEED or TRITON_INTERPRET.
+
+A worker of `-n`, which needs the libraries anyway, forks its servers off itself while it has imported no more than
+these; elsewhere a server starts as a process of its own, with the first program.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import faulthandler
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO, NamedTuple, NoReturn
 
+BARE = "torch"
 LIBRARIES = "torch torchvision open_clip matplotlib.pyplot sklearn.metrics yaml"
 
 SERVER = """
@@ -23,6 +34,8 @@ import atexit, contextlib, gc, importlib, json, os, runpy, sys, traceback
 for name in sys.argv[1].split():
     with contextlib.suppress(ImportError):  # one that is not installed; who needs it will say so
         importlib.import_module(name)
+if sys.dont_write_bytecode:  # so that each program does not compile robustft again
+    sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[2]
 answers = os.fdopen(os.dup(1), "w")
 def answer(number):
     print(number, file=answers, flush=True)
@@ -72,6 +85,64 @@ os._exit(code)  # freeing what was imported would take longer than most programs
 """
 
 
+class Server(NamedTuple):
+    """The streams to it, and the number of its process."""
+
+    questions: IO[str]
+    answers: IO[str]
+    pid: int
+
+
+FORKED: dict[str, Server] = {}
+"""By their libraries, servers that this process has forked off itself."""
+BYTECODE = tempfile.TemporaryDirectory(prefix="robustft-pycache-")
+"""Of the programs of these, where none is written otherwise."""
+
+
+def import_and_fork() -> None:
+    """Imports the libraries and forks a server of each kind, before anything else is imported."""
+    command = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.path[1:]))"]
+    path = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    for libraries in (BARE, LIBRARIES):
+        for name in libraries.split():
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        asked, questions = os.pipe()
+        answers, told = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the thread that speaks with pytest's first process
+            pid = os.fork()
+        if pid == 0:
+            _serve(asked, told, path)
+        os.close(asked)
+        os.close(told)
+        FORKED[libraries] = Server(os.fdopen(questions, "w"), os.fdopen(answers), pid)
+        FORKED[libraries].answers.readline()
+
+
+def _serve(asked: int, told: int, path: list[str]) -> NoReturn:
+    """Makes what this fork has of pytest's process as in a new one, and is the server."""
+    try:
+        os.dup2(asked, 0)
+        os.dup2(told, 1)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            stream = open(number, "w" if number else "r", closefd=False)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+        faulthandler.disable()
+        atexit._clear()
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_pytest")]
+        for name, module in list(sys.modules.items()):
+            if Path(getattr(module, "__file__", None) or "/").parent == Path(__file__).parent:
+                del sys.modules[name]
+        sys.path[:] = path
+        sys.argv = ["-c", "", BYTECODE.name]
+        exec(compile(SERVER, "<server>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
+    finally:
+        os._exit(1)
+
+
 class Child:
     """A process that was started: as much of `subprocess.Popen` as the tests need."""
 
@@ -98,22 +169,24 @@ class Child:
 
 
 class Children:
-    """Starts the server at the first program."""
+    """Starts the server at the first program, if there is none."""
 
     def __init__(self, folder: Path, libraries: str = LIBRARIES) -> None:
         self.folder, self.libraries = folder, libraries
         self.started = 0
-        self.server: subprocess.Popen[str] | None = None
+        self.server = FORKED.get(libraries)
+        self.process: subprocess.Popen[str] | None = None
 
     def ask(self, **question: object) -> int:
         if self.server is None:
-            command = [sys.executable, "-c", SERVER, self.libraries]
-            self.server = subprocess.Popen(
+            command = [sys.executable, "-c", SERVER, self.libraries, str(self.folder / "pycache")]
+            self.process = subprocess.Popen(
                 command, cwd=self.folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
-            self.server.stdout.readline()
-        print(json.dumps(question), file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline())
+            self.server = Server(self.process.stdin, self.process.stdout, self.process.pid)
+            self.server.answers.readline()
+        print(json.dumps(question), file=self.server.questions, flush=True)
+        return int(self.server.answers.readline())
 
     def start(self, *command: object, folder: Path | None = None, environment: Mapping[str, str] | None = None):
         """`python COMMAND...`: `-c` and a program or `-m` and a module, and arguments."""
@@ -139,7 +212,7 @@ class Children:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.server is not None:
-            self.server.stdin.close()
-            self.server.stdout.close()
-            self.server.wait()
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.stdout.close()
+            self.process.wait()

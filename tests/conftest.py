@@ -10,13 +10,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # `benchmarks` beside the tests; last, so that robustft is the installed one.
 sys.path.append(str(Path(__file__).parent.parent))
 
+import children  # noqa: E402
 import pytest  # noqa: E402  (the environment above must come first)
-from children import Children  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """The process of `-n` that hands out the tests runs none: it need not wait for torch."""
     if not getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput"):
+        if hasattr(config, "workerinput"):
+            children.import_and_fork()
         import tiny_clip
         import torch_fixtures
 
@@ -35,15 +37,15 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(scope="session")
 def python(tmp_path_factory):
     """Runs `python -c` and `python -m` in processes of their own: see children.py."""
-    with Children(tmp_path_factory.mktemp("python")) as children:
-        yield children
+    with children.Children(tmp_path_factory.mktemp("python")) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")
 def bare_python(tmp_path_factory):
     """The same where torch alone is imported, for tests of what imports the other libraries, and when."""
-    with Children(tmp_path_factory.mktemp("python"), "torch") as children:
-        yield children
+    with children.Children(tmp_path_factory.mktemp("python"), children.BARE) as started:
+        yield started
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import errno
 import functools
@@ -72,6 +73,26 @@ def load(
     another architecture; FileNotFoundError for a missing file; ImportError when open_clip, or what a tokenizer
     needs, is not installed.
     """
+    bundle = load_model(name, pretrained, device=device, dtype=dtype, cache_dir=cache_dir)
+    tokenizer_name = name if ":" in name else name.replace("/", "-")
+    try:
+        with _naming_config(name) if name.startswith("local-dir:") else contextlib.nullcontext():
+            tokenizer = _tokenizer(tokenizer_name, bundle.config, cache_dir)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{name}: its tokenizer needs {error.name}: pip install {error.name}") from error
+    return bundle._replace(tokenizer=tokenizer)
+
+
+def load_model(
+    name: str,
+    pretrained: str | Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    cache_dir: str | Path | None = None,
+) -> Bundle:
+    """As `load`, but for the tokenizer, in whose place is `no_tokenizer`: reading its vocabulary takes longer than a
+    small model does."""
     open_clip = import_open_clip()
     config, checkpoint = _resolve(open_clip, name, pretrained, None if cache_dir is None else str(cache_dir))
     directory = name.startswith("local-dir:")
@@ -82,14 +103,28 @@ def load(
     config["preprocess_cfg"] = json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model)))
     if checkpoint is not None:
         _load_weights(open_clip, model, checkpoint)
-    tokenizer_name = name if ":" in name else name.replace("/", "-")
-    try:
-        with _naming_config(name) if directory else contextlib.nullcontext():
-            tokenizer = open_clip.get_tokenizer(tokenizer_name, cache_dir=cache_dir)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{name}: its tokenizer needs {error.name}: pip install {error.name}") from error
     move(model, device, dtype)
-    return Bundle(model.eval(), tokenizer, train_transform, eval_transform, config)
+    return Bundle(model.eval(), no_tokenizer, train_transform, eval_transform, config)
+
+
+def no_tokenizer(texts: Any) -> Any:
+    """Of a model that was loaded to see images alone."""
+    raise TypeError("this model was loaded without its tokenizer: robustft.clip.load gives both")
+
+
+_TOKENIZERS: dict[tuple[str, str], Any] = {}
+"""open_clip's own tokenizers, by what tells which; of a directory its configuration alone."""
+
+
+def _tokenizer(name: str, config: Mapping[str, Any], cache_dir: str | Path | None) -> Tokenizer:
+    open_clip = import_open_clip()
+    told = "" if name.startswith("local-dir:") else name, json.dumps(config["model_cfg"].get("text_cfg"))
+    if told not in _TOKENIZERS:
+        found: Tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
+        if type(found) is not open_clip.SimpleTokenizer:  # others have files of their own
+            return found
+        _TOKENIZERS[told] = found
+    return copy.copy(_TOKENIZERS[told])
 
 
 def move(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
@@ -152,17 +187,25 @@ def _check_size(config: Mapping[str, Any], weights: Path) -> None:
 
 
 def build_on_meta(config: Mapping[str, Any]) -> nn.Module:
-    """The model that a configuration describes, without weights, and with no draw from torch's generator.
+    """The model that a configuration describes, without weights, and with no draw from torch's generator. It is kept,
+    to be looked at only.
 
     ValueError where open_clip builds none from it."""
+    try:
+        return _on_meta(json.dumps(config))
+    except (TypeError, KeyError, AttributeError, AssertionError) as error:
+        raise ValueError(f"config: open_clip builds no model from it: {error!r:.200}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _on_meta(told: str) -> nn.Module:
+    config = json.loads(told)
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
                 return _built(import_open_clip(), config, "meta")[0]
         except (NotImplementedError, RuntimeError):  # a tower that reads a number off a tensor while it is built
             return _built(import_open_clip(), config)[0].to("meta")
-        except (TypeError, KeyError, AttributeError, AssertionError) as error:
-            raise ValueError(f"config: open_clip builds no model from it: {error!r:.200}") from error
 
 
 def _built(open_clip: ModuleType, config: Mapping[str, Any], device: str = "cpu") -> tuple[nn.Module, Any, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,13 @@ def save(path: str | Path, model: nn.Module, token_rows: Tensor, metadata: Mappi
     write_tensors(Path(path), weights, {"robustft": json.dumps({"config": CONFIG, **metadata})})
 
 
+@cache
+def _tokenizer() -> Any:
+    from robustft.clip import import_open_clip
+
+    return import_open_clip().SimpleTokenizer(context_length=CONFIG["model_cfg"]["text_cfg"]["context_length"])
+
+
 def load_clip(path: str | Path | None = None) -> Bundle:
     """The bundled CLIP, or one that `robustft.data.pretrain` wrote to `path`, in fp32 and evaluation mode.
 
@@ -93,7 +101,7 @@ def load_clip(path: str | Path | None = None) -> Bundle:
     open_clip.set_model_preprocess_cfg(model, config["preprocess_cfg"])  # where `sources.image_statistics` looks
     return Bundle(
         model.eval(),
-        open_clip.SimpleTokenizer(context_length=config["model_cfg"]["text_cfg"]["context_length"]),
+        copy.copy(_tokenizer()),
         open_clip.transform.image_transform_v2(preprocess, is_train=True),
         open_clip.transform.image_transform_v2(preprocess, is_train=False),
         config,

@@ -127,6 +127,9 @@ def patterns(kinds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     x, y = np.meshgrid(np.arange(SIZE), np.arange(SIZE))
     angle, width = rng.uniform(0, 2 * np.pi, (n, 1, 1)), rng.uniform(2.2, 4.5, (n, 1, 1))
     offset = rng.integers(0, 8, (2, n, 1, 1))
+    noise = rng.random((n, SIZE, SIZE))
+    if not kinds.any():
+        return np.zeros((n, SIZE, SIZE))
     along = x * np.cos(angle) + y * np.sin(angle)
     cell = np.maximum(2, np.floor(width + 0.5))
     ramp = along - along.min((1, 2), keepdims=True)
@@ -134,7 +137,7 @@ def patterns(kinds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         np.zeros((n, SIZE, SIZE)),
         (along / width % 2 < 1).astype(np.float64),
         ((x + offset[0]) // cell + (y + offset[1]) // cell) % 2,
-        rng.random((n, SIZE, SIZE)),
+        noise,
         ramp / ramp.max((1, 2), keepdims=True),
     )
     return np.choose(kinds[:, None, None], choices)
@@ -156,7 +159,8 @@ def paint(
     pattern, mask = patterns(kinds, rng)[..., None], masks[..., None]
     back = ground[:, None, None] * (1 - pattern) + np.clip(alternate, 0, 255)[:, None, None] * pattern
     image = back * (1 - mask) + glyph[:, None, None] * mask
-    image = image + rng.normal(0, 1, image.shape) * np.broadcast_to(noise, len(masks))[:, None, None, None]
+    if np.any(noise):
+        image = image + rng.normal(0, 1, image.shape) * np.broadcast_to(noise, len(masks))[:, None, None, None]
     return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
 

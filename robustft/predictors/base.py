@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from robustft import clip
+from robustft.clip.loading import load_model
 from robustft.clip.outputs import Outputs, evaluating, similarities
 from robustft.data.classes import ClassNames, Matching, matching_of
 from robustft.data.images import Skipped
@@ -334,7 +335,7 @@ class ModelPredictor(Predictor):
                     raise ValueError(f"{name} must be finite, but holds NaN or infinity")
                 if name == "logit_scale" and not float(value) > 0.0:
                     raise ValueError(f"logit_scale must be positive, got {float(value)}")
-        model = clip.load(f"local-dir:{directory}", device=device, dtype=dtype).model
+        model = load_model(f"local-dir:{directory}", device=device, dtype=dtype).model
         with refusing(path, cls.kind):
             predictor = cls(model=model, classes=classes, **tensors, **settings)
             predictor.check_fits()

@@ -15,6 +15,7 @@ from targets import exhaustive
 from torch import nn
 
 from robustft import clip
+from robustft.clip import loading
 from robustft.ensembles import WiSEFT, uniform_soup
 from robustft.methods import FLYP
 from robustft.predictors import zero_shot
@@ -560,6 +561,7 @@ def test_a_tokenizer_without_its_package_says_what_to_install(tiny_architectures
         raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
 
     monkeypatch.setattr(open_clip, "get_tokenizer", missing)
+    monkeypatch.setattr(loading, "_TOKENIZERS", {})
     with pytest.raises(ImportError, match="tiny-vit: its tokenizer needs transformers: pip install transformers"):
         clip.load("tiny-vit")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 
 import pytest
 import torch
 from damage import change
+from tiny_clip import CONFIG
 
 import robustft
 from robustft import clip, methods
@@ -70,15 +73,25 @@ def test_a_head_of_impossible_values_is_refused_with_the_files_name(bundle, tmp_
         robustft.load_predictor(path.parent)
 
 
-def ensembles(model):
-    one, other = (methods.Classifier(model, torch.randn(3, 64), ["a", "b", "c"]) for _ in range(2))
-    u = torch.nn.functional.normalize(torch.randn(60, 64), dim=1)
+@pytest.fixture(scope="module")
+def saved_ensembles(tmp_path_factory):
+    """By kind, the folder of one."""
+    torch.manual_seed(0)
+    model = clip.import_open_clip().CLIP(**copy.deepcopy(CONFIG["model_cfg"])).eval()
+    one, other = (methods.Classifier(model, torch.randn(3, 8), ["a", "b", "c"]) for _ in range(2))
+    u = torch.nn.functional.normalize(torch.randn(60, 8), dim=1)
     zs, ft = one.head_outputs(u), other.head_outputs(u)
     labels = torch.where(torch.arange(60) % 3 > 0, ft.logits.argmax(1), zs.logits.argmax(1))
     data = methods.VRFFeatures(zs.only("logits"), ft.replace(labels=labels))
     mixture = methods.OutputEnsemble(one, other, (1.5, 2.0)).at(0.3)
-    vrf = methods.VRF(temperatures=(1.2, 0.8)).fit(data, data).classifier(one, other)
-    return {"mixture": mixture, "tempered": methods.Tempering(mixture).at(2.0), "vrf": vrf}
+    with pytest.warns(RuntimeWarning, match="the failure set has"):
+        vrf = methods.VRF(temperatures=(1.2, 0.8)).fit(data, data).classifier(one, other)
+    made = {"mixture": mixture, "tempered": methods.Tempering(mixture).at(2.0), "vrf": vrf}
+    folder = tmp_path_factory.mktemp("ensembles")
+    saved = {kind: predictor.save(folder / kind, CONFIG) for kind, predictor in made.items()}
+    for path in saved.values():
+        robustft.load_predictor(path)
+    return saved
 
 
 @pytest.mark.parametrize(
@@ -101,11 +114,8 @@ def ensembles(model):
         ("vrf", "validation_distances", torch.inf),
     ],
 )
-@pytest.mark.filterwarnings("ignore:the failure set has")
-def test_an_ensemble_of_impossible_values_is_refused_with_the_files_name(bundle, tmp_path, kind, name, value):
-    torch.manual_seed(0)
-    saved = ensembles(bundle.model)[kind].save(tmp_path / "ensemble", bundle.config)
-    robustft.load_predictor(saved)
+def test_an_ensemble_of_impossible_values_is_refused_with_the_files_name(saved_ensembles, tmp_path, kind, name, value):
+    saved = shutil.copytree(saved_ensembles[kind], tmp_path / "ensemble")
     change(saved / ENSEMBLE_FILE, name, value)
     with pytest.raises(ValueError, match=f"{ENSEMBLE_FILE}: "):
         robustft.load_predictor(saved)
