@@ -18,13 +18,11 @@ import robustft
 from robustft.data import glyphworld
 
 def some(make):
-    def made(name, **how):
-        return make(name, **how).subset(range({"train": 140, "validation": 60}.get(name, 30)))
+    return lambda name, **how: make(name, **how).subset(range(30))
 
-    return made
-
-for name in ("digits", "shift", "ood", "spurious"):
-    setattr(glyphworld, name, some(getattr(glyphworld, name)))
+glyphworld.SPLITS = {"train": slice(0, 140), "validation": slice(1000, 1060), "test": slice(1297, 1327)}
+glyphworld.ood = some(glyphworld.ood)
+glyphworld.shift = some(glyphworld.shift)
 fit = robustft.fit
 robustft.fit = lambda method, data, **how: fit(method, data, **how | {"epochs": 1})
 """
@@ -58,6 +56,8 @@ def test_a_page_runs_as_shown(small, page, tmp_path, python):
         code += program(page)
     run = python.run("-c", code, folder=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
+    if page.stem == "README":
+        assert re.search(r"accuracy 0\.\d+, ECE 0\.\d+ \(noise floor 0\.\d+\)", run.stdout)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *FRONT], ids=lambda page: page.stem)

@@ -6,6 +6,8 @@ Threads run in another order with every seed: a result that needs a barrier that
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import inspect
 import os
 import shutil
 import subprocess
@@ -30,17 +32,31 @@ pytestmark = [
 
 
 @pytest.fixture(scope="session")
-def operators(tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # the run's, in which every worker has a folder
-    library = folder / "operators_of_cuda_emulation.so"
-    with open(library.with_suffix(".lock"), "w") as lock:
+def operators(request, tmp_path_factory):
+    """Compiled once for all workers, and for later runs that have the same sources."""
+    if cache := getattr(request.config, "cache", None):
+        folder = cache.mkdir("cuda_emulation")
+    else:
+        folder = tmp_path_factory.getbasetemp()
+        folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # in which every worker has a folder
+    library = folder / f"{digest()}.so"
+    with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one worker compiles, the others wait for it
         if not library.exists():
+            for earlier in folder.glob("*.so"):
+                earlier.unlink()
             compile_to(library)
     torch.ops.load_library(str(library))
     return torch.ops.robustft_emulation
+
+
+def digest() -> str:
+    """Of all that the library is made of."""
+    files = sorted(file for place in (SOURCES.parent, TESTS / "cuda_emulation") for file in place.rglob("*.*"))
+    content = [file.read_bytes() for file in files]
+    return hashlib.sha256(
+        b"".join((*content, torch.__version__.encode(), inspect.getsource(compile_to).encode()))
+    ).hexdigest()[:16]
 
 
 def compile_to(library: Path) -> None:
@@ -48,10 +64,11 @@ def compile_to(library: Path) -> None:
     command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
     command += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     command += ["-I", str(TESTS / "cuda_emulation"), "-isystem", str(torch_dir / "include")]
-    command += [str(TESTS / "cuda_emulation" / "operators.cpp"), "-o", str(library)]
+    command += [str(TESTS / "cuda_emulation" / "operators.cpp"), "-o", f"{library}.new"]
     command += ["-L", str(torch_dir / "lib"), "-Wl,--no-as-needed", "-ltorch_cpu"]
     build = subprocess.run(command, capture_output=True, text=True)
     assert build.returncode == 0, build.stderr[-4000:]
+    os.replace(f"{library}.new", library)
 
 
 @pytest.fixture(params=[1, *exhaustive(2)], autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -84,7 +85,8 @@ def saved_ensembles(tmp_path_factory):
     labels = torch.where(torch.arange(60) % 3 > 0, ft.logits.argmax(1), zs.logits.argmax(1))
     data = methods.VRFFeatures(zs.only("logits"), ft.replace(labels=labels))
     mixture = methods.OutputEnsemble(one, other, (1.5, 2.0)).at(0.3)
-    with pytest.warns(RuntimeWarning, match="the failure set has"):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the failure set has")
         vrf = methods.VRF(temperatures=(1.2, 0.8)).fit(data, data).classifier(one, other)
     made = {"mixture": mixture, "tempered": methods.Tempering(mixture).at(2.0), "vrf": vrf}
     folder = tmp_path_factory.mktemp("ensembles")
