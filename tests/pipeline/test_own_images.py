@@ -18,7 +18,7 @@ from targets import exhaustive
 import robustft
 from robustft import cli, clip
 from robustft.data import glyphworld
-from robustft.evaluation import Evaluation
+from robustft.evaluation import Evaluation, report
 from robustft.pipeline import flags
 from robustft.pipeline.arguments import ImageSets
 from robustft.pipeline.checking import check_data
@@ -56,6 +56,12 @@ def own(tmp_path_factory):
 @pytest.fixture(scope="session")
 def run(own):
     return train(own / "photos", model=f"local-dir:{own / 'clip'}", output=own / "run", **RATE)
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """The pictures of all reports but `run`'s are blank: drawing takes most of the time of a small run."""
+    monkeypatch.setattr(report, "render", lambda drawing: (b"\x89PNG", "<svg></svg>"))
 
 
 def test_a_run_explains_itself(run, own):
