@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         description=f"Fine-tunes a tiny bundled CLIP on handwritten digits by {names}, mixes each with "
         "zero-shot (WiSE-FT, OSE), measures all on ID, shifts and OOD sets, and writes a report. Works offline.",
     )
-    quickstart.add_argument("--output", default="runs/quickstart", help="folder to write (default: %(default)s)")
+    _add_bundled(quickstart, "run")
     quickstart.add_argument("--seed", type=int, default=0, help="of the fine-tuning (default: %(default)s)")
     quickstart.add_argument(
         "--methods", nargs="+", default=tuple(RECIPES), metavar="NAME", help=f"some of {names} (default: all)"
@@ -46,8 +46,6 @@ def parser() -> argparse.ArgumentParser:
     quickstart.add_argument(
         "--precision", default=PRECISIONS[0], choices=PRECISIONS, help="of the training (default: %(default)s)"
     )
-    quickstart.add_argument("--quick", action="store_true", help="fewer epochs and test images")
-    quickstart.add_argument("--resume", action="store_true", help="continue the run that the folder holds")
     quickstart.add_argument("--from-scratch", action="store_true", help="pre-train a model first")
     quickstart.add_argument("--pretrain-pairs", type=int, metavar="N", help="how long, in image-caption pairs")
     quickstart.add_argument("--limit-batches", type=int, metavar="N", help="at most N batches an epoch")
@@ -59,19 +57,25 @@ def parser() -> argparse.ArgumentParser:
         description="Runs every method on GlyphWorld with several seeds, mixing weights chosen on ID validation, and "
         "writes study.html and study.md: tables, and for each claim of a paper whether it appears. Works offline.",
     )
-    study.add_argument("--output", default="runs/study", help="folder to write (default: %(default)s)")
+    _add_bundled(study, "study")
     seeds = " ".join(map(str, SEEDS))
     study.add_argument(
         "--seeds", type=int, nargs="+", default=SEEDS, metavar="N", help=f"of the fine-tuning (default: {seeds})"
     )
     study.add_argument("--sections", nargs="+", metavar="NAME", help="some of the questions (default: all)")
-    study.add_argument("--quick", action="store_true", help="fewer epochs and test images")
-    study.add_argument("--resume", action="store_true", help="continue the study that the folder holds")
 
     commands.add_parser("bench", help="measure every reduction against its peers on this machine", add_help=False)
     commands.add_parser("doctor", help="check the installation; exit code 1 when something is wrong")
     commands.add_parser("info", help="print what was compiled, as JSON")
     return top
+
+
+def _add_bundled(command: argparse.ArgumentParser, held: str) -> None:
+    """What the commands on the bundled data share; `held` is what their folder holds."""
+    folder = f"runs/{command.prog.split()[-1]}"
+    command.add_argument("--output", default=folder, help="folder to write (default: %(default)s)")
+    command.add_argument("--quick", action="store_true", help="fewer epochs and test images")
+    command.add_argument("--resume", action="store_true", help=f"continue the {held} that the folder holds")
 
 
 def _add_own_data(commands: Any) -> None:

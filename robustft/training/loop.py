@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,32 +143,16 @@ def fit(
         FileExistsError, FileNotFoundError, BlockingIOError, OSError: `output` holds a run, has none to
             resume, is in use by another process, or cannot be written.
     """
-    started = time.monotonic()
+    arguments, started = dict(locals()), time.monotonic()
     with ExitStack() as held:
         held.enter_context(closed(on_record))
         check_single_process("robustft.fit")
-        settings = Settings(
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            schedule=schedule,
-            clip=clip,
-            precision=precision,
-            seed=seed,
-            limit_batches=limit_batches,
-            max_logit_scale=max_logit_scale,
-        )
+        settings = Settings(**{field.name: arguments[field.name] for field in fields(Settings)})
         check_arguments(log_every=log_every, validate_every=validate_every)
         check_workers(workers)
         if resume and output is None:
             raise ValueError("resume=True needs output, the folder of the run to continue")
-        check_trainable_precision(method)
-        if device is not None:
-            move(method, device)
-        source = Source(data, method.model, name="data", classes=method.classes, of=f"the {type(method).__name__}")
-        described = source.check_training(len(method.class_names), method.takes_features)
+        source, described = _prepared(method, data, device)
         if dry_run:
             settings = replace(settings, epochs=1, limit_batches=1)
             held.enter_context(restored(method))
@@ -188,15 +172,13 @@ def fit(
         )
         _begin(method, planned.total, dry_run)
         optimization = Optimization(method, settings)
-        run, step = None, 0
-        records: list[Record] = []
+        run = None
         if output is not None:
             held.enter_context(opened(Path(output), resume))
-        if output is not None and not dry_run:
-            config = {"method": method.config, "data": described}
-            run = Run(Path(output), method, optimization, planned, measured, config)
-            step, records = run.resume() if resume else run.start()
-        shown = held.enter_context(Progress(type(method).__name__, planned.total, step, progress, log))
+            if not dry_run:
+                config = {"method": method.config, "data": described}
+                run = Run(Path(output), method, optimization, planned, measured, config)
+        step, records = (0, []) if run is None else run.resume() if resume else run.start()
         training = Training(
             method=method,
             source=source,
@@ -204,7 +186,7 @@ def fit(
             optimization=optimization,
             validation=measured,
             run=run,
-            shown=shown,
+            shown=held.enter_context(Progress(type(method).__name__, planned.total, step, progress, log)),
             on_record=None if dry_run else on_record,
             log_every=log_every,
             step=step,
@@ -213,9 +195,23 @@ def fit(
         training.steps(workers)
         if restore_best and not dry_run:
             training.restore_best()
-    stopped = measured is not None and measured.exhausted and training.step < planned.total
+    return _history(training, time.monotonic() - started)
+
+
+def _prepared(method: Method, data: Any, device: torch.device | str | None) -> tuple[Source, Any]:
+    """The method on its device, and what it trains on, with what a checkpoint says of that."""
+    check_trainable_precision(method)
+    if device is not None:
+        move(method, device)
+    source = Source(data, method.model, name="data", classes=method.classes, of=f"the {type(method).__name__}")
+    return source, source.check_training(len(method.class_names), method.takes_features)
+
+
+def _history(training: Training, seconds: float) -> History:
+    """What was done, and how it ended."""
+    measured, skipped = training.validation, tuple(training.source.skipped.values())
+    stopped = measured is not None and measured.exhausted and training.step < training.schedule.total
     best = None if measured is None else measured.best
-    seconds, skipped = time.monotonic() - started, tuple(source.skipped.values())
     return History(training.records, training.step, seconds, best=best, stopped_early=stopped, skipped=skipped)
 
 
