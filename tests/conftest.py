@@ -11,13 +11,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.append(str(Path(__file__).parent.parent))
 
 import children  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 import pytest  # noqa: E402  (the environment above must come first)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """The process of `-n` that hands out the tests runs none: it need not wait for torch."""
     if not getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput"):
-        if hasattr(config, "workerinput"):
+        if hasattr(config, "workerinput") and not INTERPRETED:
             children.import_and_fork()
         import tiny_clip
         import torch_fixtures
@@ -48,7 +50,6 @@ def bare_python(tmp_path_factory):
         yield started
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SUITES = ["test_contrastive.py", "test_class_losses.py", "test_scores.py", "test_risks.py", "ops/test_offsets.py"]
 """What the Triton kernels compute too. Under the interpreter these are collected and its own, of both kinds the tests
 that are for it (targets.py); elsewhere all but its own."""

@@ -68,3 +68,15 @@ def _run(number: int, strike: Callable[[], None], write: Callable[[], object]) -
         patch.setattr(Path, "write_bytes", write_bytes)
         patch.setattr(safetensors.torch, "save_file", save_file)
         write()
+
+
+def interrupt(method, step: int) -> None:
+    """Makes the step of this number, from 0, raise InterruptedError."""
+    original = method.step
+
+    def interrupted(batch):
+        if int(method.steps) == step:
+            raise InterruptedError
+        return original(batch)
+
+    method.step = interrupted

@@ -73,28 +73,28 @@ def load(
     another architecture; FileNotFoundError for a missing file; ImportError when open_clip, or what a tokenizer
     needs, is not installed.
     """
-    bundle = load_model(name, pretrained, device=device, dtype=dtype, cache_dir=cache_dir)
+    place = None if cache_dir is None else str(cache_dir)
+    model, transforms, config = _load_model(name, pretrained, device, dtype, place)
     tokenizer_name = name if ":" in name else name.replace("/", "-")
     try:
         with _naming_config(name) if name.startswith("local-dir:") else contextlib.nullcontext():
-            tokenizer = _tokenizer(tokenizer_name, bundle.config, cache_dir)
+            tokenizer = _tokenizer(tokenizer_name, config, cache_dir)
     except ModuleNotFoundError as error:
         raise ImportError(f"{name}: its tokenizer needs {error.name}: pip install {error.name}") from error
-    return bundle._replace(tokenizer=tokenizer)
+    return Bundle(model, tokenizer, *transforms, config)
 
 
-def load_model(
-    name: str,
-    pretrained: str | Path | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    cache_dir: str | Path | None = None,
-) -> Bundle:
-    """As `load`, but for the tokenizer, in whose place is `no_tokenizer`: reading its vocabulary takes longer than a
-    small model does."""
+def load_model(directory: str | Path, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """The model alone of an exported directory, as `load` gives it: a tokenizer takes longer than a small model."""
+    return _load_model(f"local-dir:{directory}", None, device, dtype, None)[0]
+
+
+def _load_model(
+    name: str, pretrained: str | Path | None, device: torch.device | str, dtype: torch.dtype, cache_dir: str | None
+) -> tuple[nn.Module, tuple[Any, Any], dict[str, Any]]:
+    """The model, its transforms for training and evaluation, and its configuration."""
     open_clip = import_open_clip()
-    config, checkpoint = _resolve(open_clip, name, pretrained, None if cache_dir is None else str(cache_dir))
+    config, checkpoint = _resolve(open_clip, name, pretrained, cache_dir)
     directory = name.startswith("local-dir:")
     with _naming_config(name) if directory else contextlib.nullcontext():
         if directory and checkpoint is not None:
@@ -104,12 +104,7 @@ def load_model(
     if checkpoint is not None:
         _load_weights(open_clip, model, checkpoint)
     move(model, device, dtype)
-    return Bundle(model.eval(), no_tokenizer, train_transform, eval_transform, config)
-
-
-def no_tokenizer(texts: Any) -> Any:
-    """Of a model that was loaded to see images alone."""
-    raise TypeError("this model was loaded without its tokenizer: robustft.clip.load gives both")
+    return model.eval(), (train_transform, eval_transform), config
 
 
 _TOKENIZERS: dict[tuple[str, str], Any] = {}

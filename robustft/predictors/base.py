@@ -335,7 +335,7 @@ class ModelPredictor(Predictor):
                     raise ValueError(f"{name} must be finite, but holds NaN or infinity")
                 if name == "logit_scale" and not float(value) > 0.0:
                     raise ValueError(f"logit_scale must be positive, got {float(value)}")
-        model = load_model(f"local-dir:{directory}", device=device, dtype=dtype).model
+        model = load_model(directory, device, dtype)
         with refusing(path, cls.kind):
             predictor = cls(model=model, classes=classes, **tensors, **settings)
             predictor.check_fits()

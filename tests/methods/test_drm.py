@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from faulty import interrupt
 
 from robustft import clip
 from robustft.clip.prompts import read_descriptions
@@ -220,14 +221,7 @@ def test_run_that_stops_resumes_bit_for_bit(clip_model, described, batches, tmp_
     whole = make().prepare(data)
     history = fit(whole, data, output=tmp_path / "whole", **settings)
     broken = make().prepare(data)
-    original = broken.step
-
-    def step(batch):
-        if int(broken.steps) == 6:
-            raise InterruptedError
-        return original(batch)
-
-    broken.step = step
+    interrupt(broken, 6)
     with pytest.raises(InterruptedError):
         fit(broken, data, output=tmp_path / "broken", **settings)
     resumed = make()  # its ranges come with the checkpoint

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from faulty import interrupt
 
 from robustft.data import ImageDataset
 from robustft.methods import Classifier, CVaR, FineTune, GroupDRO, WorstCaseFineTune, WorstGroup
@@ -108,14 +109,7 @@ def test_run_that_stops_resumes_bit_for_bit(clip_model, prompts, batches, tmp_pa
     whole = make()
     history = fit(whole, data, output=tmp_path / "whole", **settings)
     broken = make()
-    original = broken.step
-
-    def step(batch):
-        if int(broken.steps) == 6:
-            raise InterruptedError
-        return original(batch)
-
-    broken.step = step
+    interrupt(broken, 6)
     with pytest.raises(InterruptedError):
         fit(broken, data, output=tmp_path / "broken", **settings)
     resumed = make()
