@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -10,15 +11,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # `benchmarks` beside the tests; last, so that robustft is the installed one.
 sys.path.append(str(Path(__file__).parent.parent))
 
-import children  # noqa: E402
+import children  # noqa: E402  (the environment above must come first)
+import pytest  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-import pytest  # noqa: E402  (the environment above must come first)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """The process of `-n` that hands out the tests runs none: it need not wait for torch."""
     if not getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput"):
+        gc.disable()  # what is imported stays; to look through it again and again takes a tenth of the time
         if hasattr(config, "workerinput") and not INTERPRETED:
             children.import_and_fork()
         import tiny_clip
@@ -26,6 +28,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
         config.pluginmanager.register(torch_fixtures)
         config.pluginmanager.register(tiny_clip)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
