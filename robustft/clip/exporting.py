@@ -45,7 +45,7 @@ def export(
     if not all(isinstance(config.get(key), Mapping) for key in ("model_cfg", "preprocess_cfg")):
         raise ValueError(f"config: expected the mappings 'model_cfg' and 'preprocess_cfg', got {config!r:.80}")
     model = unwrap(model)
-    _check_described(model, config)
+    check_described(model, config)
     directory = Path(directory).resolve()
     with new_folder(directory) as fresh:
         write_json(fresh / CONFIG_FILE, config, indent=2)
@@ -59,7 +59,7 @@ def export(
     return directory
 
 
-def _check_described(model: nn.Module, config: Mapping[str, Any]) -> None:
+def check_described(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Raises ValueError unless the model that `config` builds has the weights of `model` and computes with them what
     it does. A text tower of Hugging Face's is not checked: building it may need the network."""
     if "hf_model_name" in config["model_cfg"].get("text_cfg", {}):

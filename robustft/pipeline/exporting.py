@@ -1,17 +1,18 @@
 """`export`: the model of a run for other programs, held against ours on real images before it is said to be done.
 
 open_clip       a folder that open_clip loads, with the head in classifier.safetensors: one model, no ensemble
+transformers    a folder that transformers' CLIPModel and CLIPProcessor load, with the head   extra `transformers`
 torch-export    model.pt2 for torch.export.load: images -> probabilities, ood_score
-onnx            model.onnx for onnxruntime and others: the same                            extra `onnx`
+onnx            model.onnx for onnxruntime and others: the same                               extra `onnx`
 """
 
 from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from robustft.pipeline import flags
 
@@ -20,9 +21,18 @@ if TYPE_CHECKING:
 
     from robustft.pipeline.serving import Pipeline
 
-Form = Literal["open_clip", "torch-export", "onnx"]
+Form = Literal["open_clip", "transformers", "torch-export", "onnx"]
 CHECKED = 8  # images
 TOLERANCE = 1e-4  # of probabilities and scores
+PIXEL_LEVELS = 2  # of 255, by which another library's resizing may differ
+
+
+class Checks(NamedTuple):
+    """What an export is held against the run on: transformed images (N, C, H, W), what they are, and their files."""
+
+    images: Tensor
+    told: str
+    files: list[str]
 
 
 @flags.checked
@@ -36,7 +46,7 @@ def export_run(
     """Writes the model of a run in another form and returns its path.
 
     Args:
-        to: open_clip, torch-export or onnx.
+        to: open_clip, transformers, torch-export or onnx.
         output: folder to write.
         log: receives one line of text at a time.
 
@@ -49,24 +59,23 @@ def export_run(
 
     flags.check_word("to", to, Form)
     pipeline = load(run)
-    images, told = _images(Path(run), pipeline)
+    checks = _checks(Path(run), pipeline)
     folder = Path(output)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: is not empty; choose another folder")
-    write = {"open_clip": _open_clip, "torch-export": _torch_export, "onnx": _onnx}[to]
+    write = {"open_clip": _open_clip, "transformers": _transformers, "torch-export": _torch_export, "onnx": _onnx}[to]
     with new_folder(folder) as fresh:
-        difference = write(pipeline, fresh, images, Path(run))
+        difference = write(pipeline, fresh, checks, Path(run))
         if not difference <= TOLERANCE:
             raise ValueError(
-                f"the export differs from the run by {difference:.2g} on {told}, expected at most {TOLERANCE:g}: "
-                "nothing was written"
+                f"the export differs from the run by {difference:.2g} on {checks.told}, expected at most "
+                f"{TOLERANCE:g}: nothing was written"
             )
-    log(f"{folder}: {to}, within {difference:.2g} of the run on {told}")
+    log(f"{folder}: {to}, within {difference:.2g} of the run on {checks.told}")
     return folder
 
 
-def _images(run: Path, pipeline: Pipeline) -> tuple[Tensor, str]:
-    """Transformed images to check with, and what they are."""
+def _checks(run: Path, pipeline: Pipeline) -> Checks:
     import torch
 
     from robustft.data.images import read_image
@@ -80,11 +89,12 @@ def _images(run: Path, pipeline: Pipeline) -> tuple[Tensor, str]:
     if files:
         chosen = files[:: max(1, len(files) // CHECKED)][:CHECKED]
         images = torch.stack([pipeline.transform(read_image(name)) for name in chosen])
-        return images, f"{len(chosen)} images of the run"
+        return Checks(images, f"{len(chosen)} images of the run", chosen)
     from PIL import Image
 
     size = pipeline.transform(Image.new("RGB", (512, 512))).shape
-    return torch.randn(CHECKED, *size, generator=torch.Generator().manual_seed(0)), "noise, for want of the run's files"
+    noise = torch.randn(CHECKED, *size, generator=torch.Generator().manual_seed(0))
+    return Checks(noise, "noise, for want of the run's files", [])
 
 
 def _decisions(pipeline: Pipeline) -> Any:
@@ -117,7 +127,7 @@ def _differences(pipeline: Pipeline, images: Tensor, probabilities: Tensor, scor
     return max(float(shares), float((pipeline.detector.scores(outputs).double() - scores.double()).abs().max()))
 
 
-def _open_clip(pipeline: Pipeline, folder: Path, images: Tensor, run: Path) -> float:
+def _open_clip(pipeline: Pipeline, folder: Path, checks: Checks, run: Path) -> float:
     import shutil
 
     import torch
@@ -137,23 +147,110 @@ def _open_clip(pipeline: Pipeline, folder: Path, images: Tensor, run: Path) -> f
     if repr(transform) != repr(pipeline.transform):
         raise ValueError(f"open_clip transforms images by {transform}, the run by {pipeline.transform}")
     with torch.inference_mode():
-        ours = clip.encode_images(pipeline.predictor.model, images)
-        return float((clip.encode_images(theirs.eval(), images) - ours).abs().max())
+        ours = clip.encode_images(pipeline.predictor.model, checks.images)
+        return float((clip.encode_images(theirs.eval(), checks.images) - ours).abs().max())
 
 
-def _torch_export(pipeline: Pipeline, folder: Path, images: Tensor, run: Path) -> float:
+def _transformers(pipeline: Pipeline, folder: Path, checks: Checks, run: Path) -> float:
+    import torch
+
+    from robustft import clip
+    from robustft.clip import prompts
+    from robustft.clip.as_transformers import differences, write_transformers
+    from robustft.files import read_json, write_tensors, write_text
+    from robustft.pipeline.serving import about, model_folder
+    from robustft.predictors.base import Classifier
+
+    predictor = pipeline.predictor
+    if not isinstance(predictor, Classifier):
+        raise ValueError(
+            f"the run's model is a {type(predictor).__name__}, not one model with one head, as transformers could hold "
+            "it: export it to torch-export or onnx"
+        )
+    source = model_folder(run)
+    config = read_json(source / clip.CONFIG_FILE, "an object with 'model_cfg'")
+    tokenizer = clip.import_open_clip().get_tokenizer(f"local-dir:{source}")
+    write_transformers(predictor.model, folder, config, tokenizer, pipeline.classes)
+    head = {"class_embeddings": predictor.class_embeddings, "logit_scale": predictor.logit_scale}
+    head |= {} if predictor.bias is None else {"bias": predictor.bias}
+    write_tensors(folder / clip.CLASSIFIER_FILE, head)
+    whole = _check_processor(pipeline, folder, checks, config["preprocess_cfg"])
+    write_text(folder / "README.md", _card(predictor.bias is not None, whole))
+    texts = prompts.captions(pipeline.classes[:CHECKED], about(run)["templates"][:1])
+    captions = [caption for of_class in texts for caption in of_class]
+    difference, features = differences(predictor.model, folder, checks.images, captions, tokenizer)
+    with torch.inference_mode():
+        ours = pipeline.outputs(checks.images).probabilities
+        theirs = predictor.head_outputs(features).probabilities
+    return max(difference, float((ours - theirs).abs().max()))
+
+
+def _check_processor(pipeline: Pipeline, folder: Path, checks: Checks, transform: Mapping[str, Any]) -> float | None:
+    """By how much probabilities of the run's files differ if transformers prepares the images, None without files.
+
+    transformers halves an odd margin downwards where torchvision rounds, and so may crop one pixel aside. Hence
+    ValueError only where images without an odd margin come out otherwise.
+    """
+    import torch
+
+    from robustft.clip.as_transformers import processed
+    from robustft.data.images import read_image
+
+    if not checks.files:
+        return None
+    files = [read_image(name) for name in checks.files]
+    side = checks.images.shape[-1]
+    even = [image.resize((2 * side, 2 * (side + 2 * (side // 4)))) for image in files]
+    ours = torch.stack([pipeline.transform(image) for image in even])
+    if (apart := float((processed(folder, even) - ours).abs().max())) > PIXEL_LEVELS / 255 / min(transform["std"]):
+        raise ValueError(f"transformers' processor makes other images than the run's transform, by {apart:.2g}")
+    shares = [pipeline.outputs(images).probabilities for images in (checks.images, processed(folder, files))]
+    return float((shares[0] - shares[1]).abs().max())
+
+
+def _card(bias: bool, whole: float | None) -> str:
+    told = "" if whole is None else f", within {whole:.2g} of the run's probabilities on images of its test set"
+    return f"""---
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+---
+A CLIP model fine-tuned and exported by robustft, and its head.
+
+```python
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPModel, CLIPProcessor
+
+folder = "path/to/this/folder"
+model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
+head = load_file(f"{{folder}}/classifier.safetensors")
+
+inputs = processor(images=Image.open("image.jpg"), return_tensors="pt")
+features = torch.nn.functional.normalize(model.get_image_features(**inputs).pooler_output, dim=-1)
+logits = head["logit_scale"] * features @ head["class_embeddings"].T{' + head["bias"]' if bias else ""}
+print(model.config.id2label[int(logits.argmax())], float(logits.softmax(-1).max()))
+```
+
+The head's logits are calibrated: the temperature of the run is in `logit_scale`. Captions of the classes, encoded by
+the text tower, give a zero-shot head, which the training may have left behind. The processor resizes images as the
+run does, and crops some of them one pixel aside{told}.
+"""
+
+
+def _torch_export(pipeline: Pipeline, folder: Path, checks: Checks, run: Path) -> float:
     import torch
 
     module = _decisions(pipeline)
     batch = torch.export.Dim("batch", min=1, max=4096)
-    program = torch.export.export(module, (images[:2],), dynamic_shapes=({0: batch},))
+    program = torch.export.export(module, (checks.images[:2],), dynamic_shapes=({0: batch},))
     torch.export.save(program, folder / "model.pt2")
     loaded = torch.export.load(folder / "model.pt2").module()
     with torch.inference_mode():
-        return _differences(pipeline, images, *loaded(images))
+        return _differences(pipeline, checks.images, *loaded(checks.images))
 
 
-def _onnx(pipeline: Pipeline, folder: Path, images: Tensor, run: Path) -> float:
+def _onnx(pipeline: Pipeline, folder: Path, checks: Checks, run: Path) -> float:
     from importlib import import_module
 
     import torch
@@ -166,7 +263,7 @@ def _onnx(pipeline: Pipeline, folder: Path, images: Tensor, run: Path) -> float:
     path = folder / "model.onnx"
     torch.onnx.export(
         _decisions(pipeline),
-        (images[:2],),
+        (checks.images[:2],),
         path,
         dynamo=True,
         input_names=["images"],
@@ -176,5 +273,5 @@ def _onnx(pipeline: Pipeline, folder: Path, images: Tensor, run: Path) -> float:
         verbose=False,
     )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    probabilities, scores = session.run(None, {"images": images.numpy()})
-    return _differences(pipeline, images, torch.from_numpy(probabilities), torch.from_numpy(scores))
+    probabilities, scores = session.run(None, {"images": checks.images.numpy()})
+    return _differences(pipeline, checks.images, torch.from_numpy(probabilities), torch.from_numpy(scores))

@@ -203,7 +203,7 @@ def test_names_of_runs_are_the_shortest_that_tell_them_apart():
     assert list(run_names(["a/x", "b/x"])) == ["a/x", "b/x"] and list(run_names(["a/x", "b/y"])) == ["x", "y"]
 
 
-@pytest.mark.parametrize("form", ["open_clip", *exhaustive("torch-export", "onnx")])
+@pytest.mark.parametrize("form", ["open_clip", *exhaustive("transformers", "torch-export", "onnx")])
 def test_an_export_is_held_against_the_run(run, tmp_path, form):
     told: list[str] = []
     folder = export_run(run.folder, to=form, output=tmp_path / "out", log=told.append)
