@@ -89,12 +89,13 @@ class Data:
         counts = ", ".join(f"{name} {len(data):,}" for name, data in self.sets().items())
         return "\n".join([*self.understood, f"{len(self.classes)} classes: {few(self.classes)}", f"images: {counts}"])
 
-    def split_table(self) -> str:
-        """split.csv: which image is in which set; itself a source."""
+    def split_table(self, content: Callable[[Path], str] | None = None) -> str:
+        """split.csv: which image is in which set; itself a source. `content` of each file makes a further column."""
         sets = {name: data for name, data in self.sets().items() if isinstance(data, PathDataset)}
         return write_table(
             {name.replace("shifts/", "shift:").replace("ood/", "ood:"): d for name, d in sets.items()},
             self.root or Path("."),
+            content,
         )
 
 
@@ -264,7 +265,8 @@ def _open_file(path: Path, columns: Columns, root: Path | None) -> Data:
             split = read_split(path, path.parent if root is None else root)
             validation = split.val if len(split.val) else None
             told = f"{path}: the prompt learners' split file"
-            return Data(split.train, validation, split.test, split.train.classes, understood=(told,))
+            below = path.parent if root is None else root
+            return Data(split.train, validation, split.test, split.train.classes, understood=(told,), root=below)
     raise ValueError(
         f"{path}: a file of no known kind; expected .csv, .tsv, .jsonl, a split in .json, or shards in .tar"
     )

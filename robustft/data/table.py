@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,15 +82,17 @@ def read_table(path: Path, columns: Columns = Columns(), root: Path | None = Non
     return Table(images, tuple(row[split] for row in rows) if split else None, understood)
 
 
-def write_table(images: Mapping[str, PathDataset], root: Path) -> str:
-    """A table with a split column, of data sets by the name of their split; paths relative to `root` where below it."""
+def write_table(images: Mapping[str, PathDataset], root: Path, content: Callable[[Path], str] | None = None) -> str:
+    """A table with a split column, of data sets by the name of their split; paths relative to `root` where below it,
+    else absolute. `content` of each file is a further column."""
     lines = []
     for split, dataset in images.items():
         for file, label in dataset.samples:
-            file_path = Path(str(file))
-            name = file_path.relative_to(root) if file_path.is_relative_to(root) else file_path
-            lines.append((name.as_posix(), dataset.classes[label] if label != UNLABELLED else "", split))
-    return csv_text(("filepath", "label", "split"), lines)
+            path = Path(str(file))
+            name = path.relative_to(root) if path.is_relative_to(root) else Path(os.path.abspath(path))
+            row = (name.as_posix(), dataset.classes[label] if label != UNLABELLED else "", split)
+            lines.append(row if content is None else (*row, content(path)))
+    return csv_text(("filepath", "label", "split", *(() if content is None else ("content",))), lines)
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

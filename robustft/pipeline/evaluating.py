@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,12 +42,13 @@ def evaluate_runs(
     """Measures the models of runs on data: accuracy, calibration, and detection where there are OOD sets.
 
     Args:
-        data: as for train. Its test set is measured, or all of it where it is one set.
+        data: as for train. Its test set is measured, or all of it where it is one set, without the images that a run
+            was trained or chosen on.
         runs: folders that robustft train wrote.
         model: a zero-shot model beside them, as for train.
         pretrained: its weights.
         templates: its captions: photo, simple (7), imagenet (80), or a file with one a line.
-        split: which set of the data to measure: test, validation or train.
+        split: which set of the data to measure, whole: test, validation or train.
         output: folder for a report with tables and pictures.
         score: OOD score of the tables.
         batch_size: images at a time.
@@ -65,6 +67,7 @@ def evaluate_runs(
     from robustft.pipeline.folder import samples_of
     from robustft.pipeline.job import suite_of
     from robustft.pipeline.opening import places
+    from robustft.pipeline.seen import unseen
     from robustft.pipeline.training import transformed
 
     flags.check_source(data)
@@ -73,6 +76,11 @@ def evaluate_runs(
     named = {"class_names": _names_of(runs)} if where["class_names"] is None else {}
     found = open_test(data, split=split, **places(where) | named)
     log(found.describe())
+    if split is None:
+        found, left_out = unseen(found, data, run_names(runs))
+        found = replace(found, understood=(*found.understood, *left_out))
+        for line in left_out:
+            log(line)
     if workers is not None:
         from robustft.pipeline.opening import read_by
 
@@ -163,15 +171,11 @@ def run_names(runs: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
 
 def _names_of(runs: Sequence[str | os.PathLike[str]]) -> Any:
     """The class names that the first run was told, which its data may need again."""
-    import yaml
-
     from robustft.pipeline.opening import read_names
-    from robustft.training.run import CONFIG_FILE
+    from robustft.pipeline.seen import config_of_run
 
     for run in runs:
-        path = Path(run) / CONFIG_FILE
-        if path.is_file():
-            config = yaml.safe_load(path.read_bytes())
-            names = read_names(config.get("class_names")) if isinstance(config, dict) else None
+        if config := config_of_run(Path(run)):
+            names = read_names(config.get("class_names"))
             return names if isinstance(names, Mapping) else None
     return None

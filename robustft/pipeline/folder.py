@@ -31,7 +31,6 @@ from robustft.predictors.base import Predictor
 MODEL_FOLDER = "model"
 PIPELINE_FILE = "pipeline.json"
 PREDICTIONS_FILE = "predictions.csv"
-SPLIT_FILE = "split.csv"
 SAMPLES = 12  # images of each set in the report
 SAMPLE_SIZE = 96  # pixels of their sides
 

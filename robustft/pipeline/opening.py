@@ -14,9 +14,8 @@ from robustft.data.checking import no_word
 from robustft.data.classes import few
 from robustft.data.opening import Data
 from robustft.data.opening import open as open_data
-from robustft.data.paths import Member, PathDataset
 from robustft.data.table import Columns
-from robustft.files import read_json, write_text
+from robustft.files import read_json
 from robustft.pipeline.job import to_device
 from robustft.pipeline.recipes import NEEDS, Recipe
 from robustft.pipeline.training import Materials, number_of_groups
@@ -147,7 +146,7 @@ def spoken_names(classes: Sequence[str], log: Callable[[str], None]) -> Any:
 def config_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What config.yaml keeps of the arguments: all that says what the run computes, in types that YAML has."""
     data = arguments["data"]
-    told = {"data": list(data.understood) if isinstance(data, Data) else os.fspath(data)}
+    told = {"data": list(data.understood) if isinstance(data, Data) else os.path.abspath(data)}
     kept = {name: value for name, value in arguments.items() if name not in NOT_OF_THE_RUN}
     return {**told, **{name: _plain(value) for name, value in kept.items()}}
 
@@ -160,14 +159,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
     return value
-
-
-def keep_split(path: Path, data: Data) -> None:
-    """Writes split.csv, which image is in which set; ValueError where a run is resumed on other images."""
-    parts = [part for part in data.sets().values() if isinstance(part, PathDataset)]
-    if any(isinstance(file, Member) for part in parts for file, _ in part.samples[:1]) or not parts:
-        return
-    text = data.split_table()
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{path}: the data are not those of the run that is resumed: images were added or taken away")
-    write_text(path, text)

@@ -152,7 +152,7 @@ def train(
     from robustft.detection.detector import Detector
     from robustft.evaluation.measure import check_score
     from robustft.pipeline import job, opening
-    from robustft.pipeline.folder import SPLIT_FILE
+    from robustft.pipeline.seen import SPLIT_FILE, keep_split
     from robustft.training.reporting import REPORTERS
     from robustft.training.run import configured
     from robustft.training.schedule import check_arguments
@@ -207,7 +207,7 @@ def train(
         work(dry_run=True)
         return None
     with configured(folder, config, resume):
-        opening.keep_split(folder / SPLIT_FILE, opened.data)
+        keep_split(folder / SPLIT_FILE, opened.data)
         result = work(resume=resume)
     if result is None:
         raise AssertionError("only a dry run has no result")

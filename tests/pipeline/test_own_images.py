@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import shutil
+import tarfile
 import threading
 from pathlib import Path
 
@@ -280,6 +282,39 @@ def test_a_plain_tree_is_split_and_measured_on_its_own_part(own, tmp_path):
     splits = [row["split"] for row in csv.DictReader((tmp_path / "out" / "split.csv").open())]
     assert sorted(set(splits)) == ["test", "train", "validation"] and len(splits) == 80
     assert not run.evaluation.shifts and not run.evaluation.ood
+    told: list[str] = []
+    measured = [evaluate_runs(own / "photos" / "train", [run.folder], log=told.append, progress=False)]
+    shutil.copytree(own / "photos" / "train", tmp_path / "moved" / "again")
+    measured.append(evaluate_runs(tmp_path / "moved" / "again", [run.folder], log=told.append, progress=False))
+    for again in measured:  # on the images that the run held out, wherever the tree lies
+        assert again.models["out"].id_accuracy == run.evaluation.models[run.chosen].id_accuracy
+        assert again.models["out"].id.calibration.count == splits.count("test")
+    kept = splits.count("test")
+    left_out = f"{80 - kept} of 80 images are left out, because out was trained or chosen on them"
+    assert sum(left_out in line for line in told) == 2
+    whole = evaluate_runs(own / "photos" / "train", [run.folder], split="test", log=told.append, progress=False)
+    assert whole.models["out"].id_accuracy != measured[0].models["out"].id_accuracy
+
+
+def test_images_of_a_runs_training_are_no_test_of_it(run, own, tmp_path):
+    with pytest.raises(ValueError, match="was trained or chosen on every image of the test set"):
+        evaluate_runs(own / "photos" / "train", [run.folder], log=lambda _: None)
+    other = tree(tmp_path / "train", glyphworld.digits("test"), 40)  # other images under the same names
+    again = evaluate_runs(other, [run.folder], log=lambda _: None, progress=False)
+    assert again.models["run"].id_accuracy == run.evaluation.models[run.chosen].id_accuracy
+
+
+def test_shards_without_a_list_of_their_images_are_no_test_of_a_run_on_them(run, own, tmp_path):
+    shard = tmp_path / "000.tar"
+    with tarfile.open(shard, "w") as archive:
+        for number, image in enumerate(sorted((own / "photos" / "test").rglob("*.png"))[:4]):
+            (tmp_path / "label").write_text(str(number % 2))
+            archive.add(image, f"{number}.png")
+            archive.add(tmp_path / "label", f"{number}.cls")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"data": str(shard)}))
+    with pytest.raises(ValueError, match="000.tar: run was trained on these data, and has no list of which images"):
+        evaluate_runs(shard, [tmp_path / "run"], log=lambda _: None)
 
 
 @pytest.mark.parametrize(
