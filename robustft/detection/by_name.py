@@ -179,6 +179,11 @@ class Entry:
         """Whether the outputs of any predictor are all it needs: nothing learnt, no patches, no option."""
         return not self.learns and not self.needs_options and "patch_cosines" not in self.reads
 
+    @property
+    def of_fit(self) -> bool:
+        """Whether the outputs of training images are all it learns from, and those of others all it needs then."""
+        return self.learns and not self.needs_options and "patch_cosines" not in self.reads
+
 
 def _entry(make: Callable[..., Tensor] | type[Score], reads: tuple[str, ...] = (), **words: Any) -> Entry:
     """The entry of a subclass of `Score`, or of a function, which reads its arguments without a default."""

@@ -20,6 +20,7 @@ from robustft.calibration.measures import calibration_report, top_label_ece
 from robustft.clip.outputs import Outputs
 from robustft.data.wrappers import group_names_of, groups_of
 from robustft.detection.by_name import SCORES
+from robustft.detection.detector import Detector
 from robustft.detection.metrics import ood_metrics
 from robustft.ensembles.wise_ft import ALPHAS, WiSEFT, check_alphas
 from robustft.evaluation.groups import group_accuracy
@@ -180,17 +181,21 @@ def evaluate_predictions(
     details: bool = False,
     conformal: Mapping[str, ConformalSets] | None = None,
     groups: Suite[Groups | None] | None = None,
+    detectors: Mapping[str, Detector] | None = None,
 ) -> Evaluation:
     """`evaluate` from ready outputs with labels, one `Suite` of them per model.
 
     They need the logits. AUROC and FPR95 need the part that the score reads, for MCM the cosines; a model whose outputs
     lack it, as somebody else's logits do, has none. Logits of several widths need `Outputs.classes`, their columns'
     names; ValueError where they have none. `details` and `conformal` as in `evaluate`; `groups` are those of the sets,
-    as `groups_in` finds them: `suite_of_data.map(groups_in)`.
+    as `groups_in` finds them: `suite_of_data.map(groups_in)`. `detectors` are fitted ones of models, by name, for a
+    `score` that learns: a model without one has no AUROC and FPR95.
     """
-    check_score(score)
+    check_score(score, fitted=detectors is not None)
     _check_conformal(conformal, predictions)
-    extras = Extras(details, conformal or {}, groups)
+    if wrong := {name: one.score for name, one in (detectors or {}).items() if one.score != score}:
+        raise ValueError(f"detectors score by {wrong}, expected {score!r}, as the table")
+    extras = Extras(details, conformal or {}, groups, detectors or {})
     models = {name: _measure(name, suite, bins, score, extras) for name, suite in predictions.items()}
     return _evaluation(models, bins, score)
 
@@ -208,6 +213,7 @@ class Extras(NamedTuple):
     details: bool
     conformal: Mapping[str, ConformalSets]
     groups: Suite[Groups | None] | None
+    detectors: Mapping[str, Detector]
 
 
 def groups_in(dataset: Any) -> Groups | None:
@@ -228,9 +234,10 @@ def accuracy(outputs: Outputs) -> float:
     return float((outputs.logits.argmax(-1) == outputs.labels).double().mean())
 
 
-def check_score(name: str) -> None:
-    """ValueError unless this is a score that can be computed from outputs alone."""
-    usable = sorted(name for name, entry in SCORES.items() if entry.of_outputs)
+def check_score(name: str, *, fitted: bool = False) -> None:
+    """ValueError unless this is a score that can be computed from outputs alone, or one that learns from training
+    images' outputs where it is to be `fitted`."""
+    usable = sorted(name for name, entry in SCORES.items() if entry.of_outputs or (fitted and entry.of_fit))
     if name not in usable:
         raise ValueError(
             f"score must be one of {usable}, got {name!r}; for one that learns, or reads patches or negative texts, "
@@ -241,9 +248,11 @@ def check_score(name: str) -> None:
 def _measure(model: str, suite: Suite[Outputs], bins: int, score: str, extras: Extras) -> ModelResult:
     shifts = list(suite.shifts.values())
     ood_scores: dict[str, Tensor] = {}
-    reads = SCORES[score].reads
-    if suite.ood and all(outputs.has(part) for outputs in (suite.id, *suite.ood.values()) for part in reads):
-        scores_of = SCORES[score]()
+    entry = SCORES[score]
+    detector = extras.detectors.get(model)
+    ready = detector is not None or not entry.learns
+    if suite.ood and ready and all(o.has(part) for o in (suite.id, *suite.ood.values()) for part in entry.reads):
+        scores_of = entry() if detector is None else detector.scores
         id_scores, ood_scores = scores_of(suite.id), {k: scores_of(p) for k, p in suite.ood.items()}
     groups = extras.groups or Suite(None, {}, {})
 

@@ -36,6 +36,7 @@ from robustft.data.corruptions import stress
 from robustft.data.images import ImageDataset
 from robustft.data.opening import Data
 from robustft.data.paths import PathDataset
+from robustft.detection.by_name import SCORES, label
 from robustft.detection.detector import Detector
 from robustft.ensembles.tempering import Tempering
 from robustft.evaluation.measure import accuracy, evaluate_predictions, groups_in, predict_sets
@@ -144,7 +145,7 @@ def run(
     log("mixing with zero-shot (weights chosen on ID validation) and measuring")
     data = materials.data
     settings, curves = mix_all(plan, predictors, data.validation)
-    chosen, model = choose(plan, predictors, data.validation, log)
+    chosen, model = choose(plan, predictors, data.validation, materials.plain, log)
     log(f"chosen on ID validation: {chosen}")
     settings["model"] = {"name": chosen, **model.settings()}
 
@@ -161,6 +162,9 @@ def run(
         notes.append(f"{MODEL} is {chosen} with its temperature, {model.temperature:.3f}: what the folder serves.")
         extras = {"details": True, "groups": tests.map(groups_in)}
         extras |= {} if model.conformal is None else {"conformal": {MODEL: model.conformal}}
+    if SCORES[plan.score].learns:
+        extras["detectors"] = {MODEL if plan.details else chosen: model.detector}
+        notes.append(f"The {label(plan.score)} score learns from training images: only the chosen model's has done so.")
     evaluation = evaluate_predictions(suites, score=plan.score, **extras)
     stressed = _stressed(plan, predictors, model, tests) if plan.stress else None
 
@@ -247,9 +251,11 @@ def mix_all(
 
 
 def choose(
-    plan: Plan, predictors: Mapping[str, Predictor], validation: Any, log: Callable[[str], None]
+    plan: Plan, predictors: Mapping[str, Predictor], validation: Any, train: Any, log: Callable[[str], None]
 ) -> tuple[str, Model]:
-    """The predictor of highest accuracy on validation, of equals that of lower NLL, with temperature and threshold."""
+    """The predictor of highest accuracy on validation, of equals that of lower NLL, with temperature and threshold.
+
+    train: the training images without augmentation, from which a score may learn."""
     outputs = dict(zip(predictors, predict_each(tuple(predictors.values()), validation), strict=True))
     scores = {name: accuracy_and_nll(found.logits, found.labels) for name, found in outputs.items()}
     name = min(scores, key=lambda key: (-scores[key][0], scores[key][1]))
@@ -266,7 +272,11 @@ def choose(
             sets = ConformalSets(plan.sets, plan.coverage).fit(cooled)
         except ValueError as error:
             log(f"no sets of classes: {error}")
-    return name, Model(predictor, Detector(plan.score, tpr=plan.tpr).fit(cooled), temperature, sets)
+    detector = Detector(plan.score, tpr=plan.tpr)
+    if SCORES[plan.score].learns:
+        (learnt,) = predict_each((predictor,), train, parts=("logits", "labels", *detector.reads))
+        return name, Model(predictor, detector.fit(learnt, validation=cooled), temperature, sets)
+    return name, Model(predictor, detector.fit(cooled), temperature, sets)
 
 
 def _stressed(plan: Plan, predictors: Mapping[str, Predictor], model: Model, tests: Suite[Any]) -> Evaluation | None:
@@ -275,7 +285,7 @@ def _stressed(plan: Plan, predictors: Mapping[str, Predictor], model: Model, tes
         return None
     sets = Suite(tests.id, stress(tests.id), {})
     found = {ZERO_SHOT: predictors[ZERO_SHOT], MODEL: model.predictor}
-    return evaluate_predictions(predict_sets(found, sets, parts=("logits", "labels")), score=plan.score)
+    return evaluate_predictions(predict_sets(found, sets, parts=("logits", "labels")), score=plan.score, detectors={})
 
 
 @contextmanager

@@ -124,7 +124,8 @@ def train(
         report_to: where records go too: tensorboard, wandb, mlflow, trackio, jsonl.
         limit_batches: at most so many batches an epoch.
         ensemble: mix with zero-shot: wise (weights), ose (probabilities), both, none; auto takes what a method allows.
-        score: OOD score of the detector; robustft.detection.table() tells them.
+        score: OOD score of the detector; one that learns (knn, mahalanobis) does from the training images.
+            robustft.detection.table() tells them all.
         tpr: share of in-distribution images that the threshold keeps.
         sets: sets of classes that hold the true one with a guarantee (conformal): thr, aps, raps, none.
         coverage: how often a set is to hold the true class.
@@ -167,7 +168,7 @@ def train(
         ConformalSets(sets, coverage)
     if unknown := [kind for kind in report_to if kind not in REPORTERS]:
         raise ValueError(f"report_to holds {unknown}; expected some of {', '.join(REPORTERS)}")
-    check_score(score)
+    check_score(score, fitted=True)
     Detector(score, tpr=tpr)
     opened = opening.open_materials(arguments, log)
     opening.check_needs(recipes, opened)

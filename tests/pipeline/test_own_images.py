@@ -332,6 +332,24 @@ def test_methods_that_want_more_are_given_it(own, tmp_path, methods):
     assert robustft.load(run.folder)(next((own / "photos" / "ood" / "letters").iterdir())).label
 
 
+@pytest.mark.parametrize("score", exhaustive("knn", "mahalanobis"))
+def test_a_score_that_learns_does_so_from_the_training_images(own, tmp_path, score):
+    settings = {"model": f"local-dir:{own / 'clip'}", "methods": ["LinearProbe"], "ensemble": "none", **RATE}
+    run = train(own / "photos", output=tmp_path / "out", score=score, sets="none", **settings)
+    assert 0.0 < run.evaluation.models["model"].auroc < 1.0
+    assert not run.evaluation.models["zero-shot"].ood and run.evaluation.score == score
+    pipeline = robustft.load(run.folder)
+    parts = robustft.data.open(own / "photos").map(lambda part: part.with_transform(pipeline.transform))
+    found = {name: pipeline.predictor.predict(part, labelled="ood" not in name) for name, part in parts.sets().items()}
+    by_hand = robustft.Detector(score).fit(found["train"], validation=found["validation"])
+    assert pipeline.detector.threshold_ == pytest.approx(by_hand.threshold_, abs=1e-5)
+    scores = by_hand.scores(found["ood/letters"])
+    files = [file for file, _ in parts.ood["letters"].samples]
+    assert [one.ood_score for one in pipeline(files)] == pytest.approx(scores.tolist(), abs=1e-5)
+    rows = [row for row in csv.DictReader((run.folder / "predictions.csv").open()) if row["set"] == "ood/letters"]
+    assert [float(row["ood_score"]) for row in rows] == pytest.approx(scores.tolist(), abs=1e-5)
+
+
 def test_options_come_from_a_file_with_flags_above_it(own, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("data: photos\nlr: 0.1\nmethods: [flyp]\nshifts: {night: night}\n")
     assert cli.main(["train", "--config", str(tmp_path / "run.yaml"), "--lr", "0.2", "--print-config"]) == 0
