@@ -1,20 +1,19 @@
 """Encode once, keep, reuse: the features of a data set under one model, on disk under a key that says what
 they are.
 
-    key = sha256(model, data set, transforms, dtype)    ->    <cache>/<key>.safetensors holding u (N, D), labels (N,)
+    key = sha256(model, data set, transforms, dtype)    ->    u (N, D), labels (N,) in the files of `robustft.clip.kept`
 
 Zero-shot heads, ensembles, temperatures, OOD scores and linear probes all run from the same features. The key
-holds whatever the features depend on, so a second checkpoint never meets the first one's features. A file is
-written under another name and then renamed; one that turns out to be cut off is written anew.
+holds whatever the features depend on, so a second checkpoint never meets the first one's features.
 """
 
 from __future__ import annotations
 
-import hashlib
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from robustft.clip.encoding import encode_images
+from robustft.clip.kept import Kept, Known
 from robustft.clip.loading import move
 from robustft.clip.outputs import evaluating
 from robustft.clip.weights import fingerprint as model_fingerprint
 from robustft.data.classes import ClassNames, class_names
 from robustft.data.images import Skipped
-from robustft.data.sources import Source, fingerprint, image_statistics, takes_statistics
-from robustft.files import read_tensors, write_tensors
+from robustft.data.sources import Source, fingerprint, image_statistics, row_fingerprints, takes_statistics
 from robustft.ops.kinds import checked
 
 # The parts of open_clip's evaluation transforms: deterministic, and told wholly by their attributes.
@@ -37,6 +36,9 @@ STANDARD_TRANSFORMS = frozenset(
     | {f"open_clip.transform.{name}" for name in ("CenterCropOrPad", "MaybeConvertMode", "MaybeToTensor")}
     | {f"open_clip.transform.{name}" for name in ("ResizeKeepRatio", "_convert_to_rgb")}
 )
+
+SECONDS_BETWEEN_PARTS = 60.0
+"""What a kill can lose of an extraction with a cache."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ def encode(
     runs in evaluation mode and gets its modes back. `dtype` float32 runs it as it is, bfloat16 or float16 under
     autocast. `cache` is a folder; a file found there is used instead of the model. It needs a data set that can be
     told from others: tensors, `.fingerprint`, `.samples` (files, told by path, size and time of change) or `.data`
-    and `.targets`; or a `Subset` or `ConcatDataset` of such.
+    and `.targets`; or a `Subset` or `ConcatDataset` of such. Images that the cache knows from another set, one that
+    holds this one or that this one has grown from, are not encoded again. What is done is written every minute, so that
+    a killed process goes on where it was.
 
     `transform_key` names what the transforms do, and has to change with them. It is needed with `cache` when
     `transform`, or the data set's own `transform`, `target_transform` or `transforms`, is anything but None or
@@ -89,38 +93,78 @@ def encode(
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
-    path = None
+    kept = None
     if cache is not None:
         statistics = image_statistics(model) if takes_statistics(dataset, transform) else None
         transforms = _transforms(dataset, transform, transform_key)
-        parts = model_fingerprint(model), fingerprint(dataset), transforms, repr(statistics), str(dtype)
-        path = Path(cache) / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.safetensors"
-        if path.exists() and (stored := _read(path)) is not None:
-            return replace(stored, classes=class_names(dataset))
+        of = model_fingerprint(model), transforms, repr(statistics), str(dtype)
+        kept = Kept.under(Path(cache), of, fingerprint(dataset), row_fingerprints(dataset))
+        if (stored := kept.whole()) is not None:
+            return Features(*stored, classes=class_names(dataset))
+        if (gathered := kept.gathered()) is not None:
+            known, have = gathered
+            if bool(have.all()):
+                return Features(*known, classes=class_names(dataset))
+            if statistics is None:
+                again = partial(
+                    encode,
+                    model,
+                    transform=transform,
+                    batch_size=batch_size,
+                    device=device,
+                    dtype=dtype,
+                    cache=cache,
+                    transform_key=transform_key,
+                    progress=progress,
+                )
+                return _completed(dataset, known, have, again)
 
     device = torch.device(device) if device is not None else _device(model)
     move(model, device)
-    features, labels = [], []
     source = Source(dataset, model, transform)
-    batches = source.in_order(batch_size)
+    done = [] if kept is None else list(kept.parts())
+    start = fresh = sum(len(part.labels) for part in done)
+    batches = source.in_order(batch_size, start=start)
+    written = time.monotonic()
+    new: list[Known] = []
     with evaluating(model):
-        for images, target in _shown(batches, -(-len(source) // batch_size)) if progress else batches:
+        for images, target in _shown(batches, -(-(len(source) - start) // batch_size)) if progress else batches:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 encoded = encode_images(model, images.to(device))
-            features.append(encoded.float().cpu())
-            labels.append(target)
-    skipped = tuple(source.skipped.values())
-    result = Features(torch.cat(features), torch.cat(labels), skipped=skipped, classes=class_names(dataset))
+            new.append(Known(encoded.float().cpu(), target))
+            start += len(target)
+            if kept is not None and not source.skipped and time.monotonic() - written >= SECONDS_BETWEEN_PARTS:
+                kept.keep_part(fresh, _joined(new))
+                done, new, fresh, written = [*done, *new], [], start, time.monotonic()
+    whole = _joined([*done, *new])
+    result = Features(*whole, skipped=tuple(source.skipped.values()), classes=class_names(dataset))
     bad = int((~result.image_features.isfinite()).any(1).sum())
     if bad:
         raise ValueError(
             f"{bad} of {len(result)} image features hold NaN or infinity: check the weights "
             f"and, if the images are fine, encode with another dtype than {dtype}"
         )
-    if path is not None and not result.skipped:
-        tensors = {"image_features": result.image_features, "labels": result.labels}
-        write_tensors(path, tensors, {"sha256": _checksum(result)})
+    if kept is not None and not result.skipped:
+        kept.finish(whole)
     return result
+
+
+def _joined(parts: Sequence[Known]) -> Known:
+    return Known(torch.cat([part.image_features for part in parts]), torch.cat([part.labels for part in parts]))
+
+
+def _completed(dataset: Any, known: Known, have: Tensor, encode_rest: Callable[[Any], Features]) -> Features:
+    """The features of a set of which some are known; the others are encoded as a subset, and kept as one."""
+    places = (~have).nonzero()[:, 0]
+    rest = dataset.subset(places) if hasattr(dataset, "subset") else torch.utils.data.Subset(dataset, places.tolist())
+    found = encode_rest(rest)
+    lost = {int(places[one.row]): one for one in found.skipped}
+    read = torch.tensor([place for place in places.tolist() if place not in lost], dtype=torch.int64)
+    known.image_features[read], known.labels[read] = found.image_features, found.labels
+    rows = torch.tensor([row for row in range(len(have)) if row not in lost])
+    skipped = tuple(one._replace(row=row) for row, one in lost.items())
+    features, labels = known.image_features[rows], known.labels[rows]
+    return Features(features, labels, skipped=skipped, classes=class_names(dataset))
 
 
 def _transforms(dataset: Any, transform: Any, transform_key: str | None) -> str:
@@ -133,6 +177,9 @@ def _transforms(dataset: Any, transform: Any, transform_key: str | None) -> str:
             f"{' and '.join(unclear)} cannot be told from other transforms: pass transform_key, a string that changes "
             "with what it does, or encode without cache"
         )
+    while isinstance(dataset, torch.utils.data.Subset) and not hasattr(dataset, "transform"):
+        dataset = dataset.dataset  # in the words of the whole set, whose features serve it
+    words = {name: _describe(value) for name, value in {"transform": transform, **_own_transforms(dataset)}.items()}
     return repr((words, transform_key))
 
 
@@ -184,30 +231,3 @@ def _shown(batches: Iterator[tuple[Tensor, Tensor]], total: int) -> Iterator[tup
 def _device(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _checksum(features: Features) -> str:
-    digest = hashlib.sha256(repr(tuple(features.image_features.shape)).encode())
-    for part in (features.image_features, features.labels):
-        digest.update(part.contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def _read(path: Path) -> Features | None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        stored = read_tensors(path)
-        features, labels = stored["image_features"], stored["labels"]
-        if (features.ndim, features.dtype) != (2, torch.float32) or not bool(features.isfinite().all()):
-            raise ValueError(f"features are {tuple(features.shape)} {features.dtype}; expected finite float32 (N, D)")
-        if (labels.shape, labels.dtype) != (features.shape[:1], torch.int64):
-            raise ValueError(f"labels are {tuple(labels.shape)} {labels.dtype}; expected int64 ({len(features)},)")
-        found = Features(features, labels)
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("sha256") != _checksum(found):
-                raise ValueError("its content has another checksum than it holds")
-        return found
-    except (SafetensorError, KeyError, ValueError) as error:
-        warnings.warn(f"{path} is damaged ({error}); encoding again", RuntimeWarning, stacklevel=4)
-        return None

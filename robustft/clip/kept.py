@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from robustft.data.sources import ROW_BYTES
 from robustft.files import read_tensors, write_tensors
-
-ROW_BYTES = 16
 
 
 class Known(NamedTuple):
@@ -71,6 +70,8 @@ class Kept:
         found: Known | None = None
         have = torch.zeros(len(self.rows), dtype=torch.bool)
         for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name.startswith(self.key):
+                continue
             pairs = [
                 (place, there)
                 for there, row in enumerate(_rows_in(path, self.of))
@@ -115,17 +116,18 @@ class Kept:
     def _write(self, path: Path, known: Known, rows: Tensor) -> None:
         of = torch.tensor(list(bytes.fromhex(self.of)), dtype=torch.uint8)
         tensors = {**known._asdict(), "rows": rows, "of": of}
-        write_tensors(path, tensors, {"sha256": _checksum(known)})
+        write_tensors(path, tensors, {"sha256": _checksum(tensors)})
 
 
 def _sha256(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _checksum(known: Known) -> str:
-    digest = hashlib.sha256(repr(tuple(known.image_features.shape)).encode())
-    for part in known:
-        digest.update(part.contiguous().numpy().data)
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in ("image_features", "labels", "rows", "of"):
+        digest.update(f"{name} {tuple(tensors[name].shape)}\0".encode())
+        digest.update(tensors[name].contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -154,11 +156,14 @@ def _read(path: Path) -> Known | None:
             raise ValueError(f"features are {tuple(features.shape)} {features.dtype}; expected finite float32 (N, D)")
         if (labels.shape, labels.dtype) != (features.shape[:1], torch.int64):
             raise ValueError(f"labels are {tuple(labels.shape)} {labels.dtype}; expected int64 ({len(features)},)")
-        found = Known(features, labels)
+        if (rows := stored["rows"]).shape != (len(features), ROW_BYTES) or rows.dtype != torch.uint8:
+            raise ValueError(
+                f"rows are {tuple(rows.shape)} {rows.dtype}; expected uint8 ({len(features)}, {ROW_BYTES})"
+            )
         with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("sha256") != _checksum(found):
+            if (file.metadata() or {}).get("sha256") != _checksum(stored):
                 raise ValueError("its content has another checksum than it holds")
-        return found
+        return Known(features, labels)
     except (SafetensorError, KeyError, ValueError) as error:
         warnings.warn(f"{path} is damaged ({error}); encoding again", RuntimeWarning, stacklevel=5)
         return None

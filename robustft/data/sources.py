@@ -102,29 +102,29 @@ class Source:
     def __len__(self) -> int:
         return len(self.data if self.columns is None else self.columns["image"])
 
-    def in_order(self, batch_size: int, workers: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (n, C, H, W), floating point, and labels (n,) int64, from the first to the last; a warning where the
-        images are plainly pixels, not normalised ones. Items are made by `workers` processes, None: as
+    def in_order(self, batch_size: int, workers: int | None = None, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (n, C, H, W), floating point, and labels (n,) int64, from the row `start` to the last; a warning where
+        the images are plainly pixels, not normalised ones. Items are made by `workers` processes, None: as
         `reading_workers` says; the same whatever their number."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         pair = None if self.columns is None else _image_tensors(self.columns, self.name)
         if pair is not None and self.transform is not None:
             raise ValueError("transform must be None for images that are tensors already: they are taken as they are")
-        starts = range(0, len(self), batch_size)
+        starts = range(start, len(self), batch_size)
         found: Iterator[tuple[Tensor, Tensor]]
         if pair is not None:
             images, labels = pair
             found = ((images[i : i + batch_size], labels[i : i + batch_size].long()) for i in starts)
         else:
-            found = self._read(batch_size, reading_workers(self.data, len(self), workers))
+            found = self._read(batch_size, reading_workers(self.data, len(self) - start, workers), starts)
         return warning_of_raw_pixels(found, self.statistics)
 
-    def _read(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, batch_size: int, workers: int, starts: range) -> Iterator[tuple[Tensor, Tensor]]:
         part = batch_size if workers == 0 else min(batch_size, READ_TOGETHER)
         spans = [
             range(start, min(start + part, first + batch_size, len(self)))
-            for first in range(0, len(self), batch_size)
+            for first in starts
             for start in range(first, min(first + batch_size, len(self)), part)
         ]
         if workers == 0:
@@ -152,7 +152,7 @@ class Source:
             if items is not None:
                 images.append(items[0])
                 labels.append(items[1])
-            if images and (span.stop % batch_size == 0 or span.stop == len(self)):
+            if images and (span.stop in starts or span.stop == len(self)):
                 yield torch.cat(images), torch.cat(labels)
                 images, labels = [], []
         self._tell_skipped()
@@ -388,6 +388,39 @@ def fingerprint(dataset: Any) -> str:
             "attribute (a string that changes with its images), or encode without cache"
         )
     return digest.hexdigest()
+
+
+ROW_BYTES = 16
+
+
+def row_fingerprints(dataset: Any) -> Tensor:
+    """(N, 16) bytes of what tells each image, with its label, from others, also in a subset of the data set.
+
+    A file is told by path, size and time of change, an image of another set by the set's `fingerprint` and its place.
+    """
+    digests = (hashlib.blake2b(row.encode(), digest_size=ROW_BYTES).digest() for row in _row_keys(dataset))
+    return torch.from_numpy(np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, ROW_BYTES).copy())
+
+
+def _row_keys(dataset: Any) -> list[str]:
+    if isinstance(dataset, torch.utils.data.Subset):
+        inner = _row_keys(dataset.dataset)
+        return [inner[index] for index in dataset.indices]
+    if isinstance(dataset, torch.utils.data.ConcatDataset):
+        return [row for part in dataset.datasets for row in _row_keys(part)]
+    if (samples := getattr(dataset, "samples", None)) is not None:
+        return [_file_key(file, label) for file, label in samples]
+    whole, columns = fingerprint(dataset), _columns(dataset, "dataset")
+    return [f"{whole}\0{place}" for place in range(len(dataset if columns is None else columns["image"]))]
+
+
+def _file_key(file: Any, label: int) -> str:
+    archive, offset = getattr(file, "archive", file), getattr(file, "offset", 0)  # of a file inside an archive
+    try:
+        status = os.stat(archive)
+    except OSError:
+        return f"{file}\0missing"
+    return f"{file}\0{offset}\0{label}\0{status.st_size}\0{status.st_mtime_ns}"
 
 
 class Batch(NamedTuple):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 from torchvision import transforms
 
 from robustft.clip.features import Features, encode
+from robustft.data.paths import PathDataset
 from robustft.data.sources import batches, fingerprint, image_statistics
 
 
@@ -183,6 +185,97 @@ def test_a_truncated_cache_file_is_rebuilt_with_one_warning(data, tmp_path, dama
         model = Tower()
         encode(model, data, cache=tmp_path)
     assert model.calls == 0
+
+
+def seen_by(model):
+    """The number of images that a tower is shown, as a list of batches."""
+    batches, encode_image = [], model.encode_image
+    model.encode_image = lambda images: batches.append(len(images)) or encode_image(images)
+    return batches
+
+
+def test_a_killed_extraction_goes_on_where_it_was(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("robustft.clip.features.SECONDS_BETWEEN_PARTS", 0.0)
+    whole = encode(Tower(), data, batch_size=2)
+    for kill_at in (3, 1):  # a second kill, too, and a machine of another batch size in the end
+        model = Tower()
+        seen, encode_image = seen_by(model), model.encode_image
+
+        def killed(images, seen=seen, kill_at=kill_at, encode_image=encode_image):
+            if len(seen) == kill_at:
+                raise KeyboardInterrupt
+            return encode_image(images)
+
+        model.encode_image = killed
+        with pytest.raises(KeyboardInterrupt):
+            encode(model, data, batch_size=2, cache=tmp_path)
+    model = Tower()
+    seen = seen_by(model)
+    found = encode(model, data, batch_size=5, cache=tmp_path)
+    assert seen == [3] and torch.equal(found.image_features, whole.image_features)
+    assert torch.equal(found.labels, whole.labels) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_damaged_part_is_encoded_again(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("robustft.clip.features.SECONDS_BETWEEN_PARTS", 0.0)
+    monkeypatch.setattr("robustft.clip.kept.Kept.finish", lambda *_: None)
+    whole = encode(Tower(), data, batch_size=4, cache=tmp_path)
+    (second,) = tmp_path.glob("*-4.safetensors")
+    content = bytearray(second.read_bytes())
+    content[-3] ^= 1
+    second.write_bytes(content)
+    model = Tower()
+    seen = seen_by(model)
+    with pytest.warns(RuntimeWarning, match="is damaged"):
+        found = encode(model, data, batch_size=4, cache=tmp_path)
+    assert seen == [4, 3] and torch.equal(found.image_features, whole.image_features)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Twelve images in files, as a data set."""
+    samples = []
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        samples.append((tmp_path / f"{number}.png", number % 3))
+    return PathDataset(tuple(samples), ("a", "b", "c"), transforms.Compose([transforms.ToTensor()]))
+
+
+@pytest.mark.filterwarnings("ignore:images hold 255ths")
+def test_a_subset_of_a_cached_set_is_not_encoded_again(files, tmp_path):
+    whole = encode(Tower(), files, cache=tmp_path / "cache")
+    rows = [7, 2, 2, 11]
+    for part in (files.subset(rows), torch.utils.data.Subset(files, rows)):
+        model = Tower()
+        found = encode(model, part, cache=tmp_path / "cache")
+        assert model.calls == 0 and torch.equal(found.image_features, whole.image_features[rows])
+        assert found.labels.tolist() == [1, 2, 2, 2]
+    for other in ({"model": Tower(seed=1)}, {"dtype": torch.bfloat16}):
+        model = other.pop("model", Tower())
+        encode(model, files.subset(rows), cache=tmp_path / "cache", **other)
+        assert model.calls == 1
+
+
+@pytest.mark.filterwarnings("ignore:images hold 255ths")
+def test_of_a_set_that_has_grown_or_changed_only_what_is_new_is_encoded(files, tmp_path):
+    encode(Tower(), files.subset([0, 4, 8]), cache=tmp_path / "cache")
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "4.png")
+    model = Tower()
+    seen = seen_by(model)
+    found = encode(model, files, cache=tmp_path / "cache")
+    expected = encode(Tower(), files)
+    assert seen == [10] and torch.equal(found.labels, expected.labels)
+    torch.testing.assert_close(found.image_features, expected.image_features)
+    (tmp_path / "5.png").write_bytes(b"")
+    model = Tower()
+    seen = seen_by(model)
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / "6.png")
+    with pytest.warns(UserWarning, match="1 of 2 images could not be read"):
+        found = encode(model, replace(files, on_error="skip"), cache=tmp_path / "cache")
+    assert seen == [1] and [one.row for one in found.skipped] == [5] and len(found) == 11
+    torch.testing.assert_close(
+        found.image_features, encode(Tower(), files.subset([*range(5), *range(6, 12)])).image_features
+    )
 
 
 def test_a_failed_write_leaves_nothing_behind(data, tmp_path, monkeypatch):

@@ -126,9 +126,10 @@ def test_features_of_a_subset_are_kept_under_its_data_set_and_indices(model, val
     assert encode(model, first, cache=tmp_path).labels.tolist() == [data[3][1], data[1][1]]
     encode(model, again, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
-    encode(model, other, cache=tmp_path)
+    assert encode(model, other, cache=tmp_path).labels.tolist() == [data[1][1], data[3][1]]
+    assert len(list(tmp_path.iterdir())) == 1  # the same images
     encode(model, torch.utils.data.ConcatDataset([first, other]), cache=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 2
     data.transform = lambda image: image
     with pytest.raises(ValueError, match=r"dataset\.dataset\.transform \(function\) cannot be told"):
         encode(model, first, cache=tmp_path)
