@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -99,17 +99,26 @@ def group_captions(
 
 @checked
 def grouped_embeddings(
-    model: nn.Module, groups: CaptionGroups, *, batch_size: int = 256, checkpoint: bool = False
+    model: nn.Module,
+    groups: CaptionGroups,
+    *,
+    batch_size: int = 256,
+    checkpoint: bool = False,
+    progress: bool = False,
 ) -> Tensor:
-    """`caption_embeddings` of captions that are tokenised already, to be encoded again at every step of a training."""
-    features = encode_captions(model, groups.tokens, batch_size=batch_size, checkpoint=checkpoint)
+    """`caption_embeddings` of captions that are tokenised already, to be encoded again at every step of a training.
+
+    progress: a bar on a terminal, where there are several batches."""
+    features = encode_captions(model, groups.tokens, batch_size=batch_size, checkpoint=checkpoint, progress=progress)
     means = torch.stack([group.mean(dim=0) for group in features.split(groups.sizes)])
     # F.embedding, because the gradient of means[rows] adds up in no fixed order on several threads.
     return F.embedding(groups.rows.to(means.device), F.normalize(means, dim=-1))
 
 
 @checked
-def encode_captions(model: nn.Module, tokens: Tensor, *, batch_size: int = 256, checkpoint: bool = False) -> Tensor:
+def encode_captions(
+    model: nn.Module, tokens: Tensor, *, batch_size: int = 256, checkpoint: bool = False, progress: bool = False
+) -> Tensor:
     """Unit text features (P, D) of tokenised captions (P, L) on any device, `batch_size` of them at a time.
 
     checkpoint: in a training, keep no activations of the tower and encode each batch once more in the backward, under
@@ -121,7 +130,11 @@ def encode_captions(model: nn.Module, tokens: Tensor, *, batch_size: int = 256, 
     if tokens.ndim != 2 or tokens.is_meta:
         raise ValueError(f"tokens: expected (P, L) integers, got {described(tokens)} on {tokens.device}")
     device = next(model.parameters()).device
-    chunks = [chunk.to(device) for chunk in tokens.split(batch_size)]
+    chunks: Iterable[Tensor] = [chunk.to(device) for chunk in tokens.split(batch_size)]
+    if progress and len(tokens) > batch_size:
+        from tqdm.auto import tqdm
+
+        chunks = tqdm(chunks, desc="captions", unit="batch", disable=None)
     if not (checkpoint and torch.is_grad_enabled()):
         return torch.cat([encode_texts(model, chunk) for chunk in chunks])
     again = functools.partial(recomputed, encode_texts, model, use_reentrant=False)

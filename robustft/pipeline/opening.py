@@ -20,7 +20,7 @@ from robustft.pipeline.job import to_device
 from robustft.pipeline.recipes import NEEDS, Recipe
 from robustft.pipeline.training import Materials, number_of_groups
 
-NOT_OF_THE_RUN = ("data", "output", "resume", "dry_run", "progress", "log", "workers")
+NOT_OF_THE_RUN = ("data", "output", "resume", "dry_run", "progress", "log", "workers", "cache")
 """Arguments of `train` that may change when a run is resumed; the data are told by what was found."""
 TEMPLATES = {"photo": "SIMPLE_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES", "imagenet": "IMAGENET_TEMPLATES"}
 
@@ -41,7 +41,8 @@ def open_materials(arguments: Mapping[str, Any], log: Callable[[str], None]) -> 
     bundle = clip.load(arguments["model"], arguments["pretrained"])
     to_device(bundle, arguments["device"])
     materials = Materials.of(bundle, data, captions, descriptions=described, seed=arguments["seed"])
-    return replace(materials, prompts={**materials.prompts, "class_names": spoken})
+    cache = None if arguments["cache"] is None else Path(arguments["cache"])
+    return replace(materials, prompts={**materials.prompts, "class_names": spoken}, cache=cache)
 
 
 def open_sets(arguments: Mapping[str, Any]) -> Data:

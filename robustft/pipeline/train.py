@@ -90,6 +90,7 @@ def train(
     device: str = "auto",
     workers: int | None = None,
     on_bad_image: OnBadImage = "raise",
+    cache: str | os.PathLike[str] | None = None,
     resume: bool = False,
     dry_run: bool = False,
     progress: bool = True,
@@ -134,6 +135,7 @@ def train(
         device: cpu, cuda, cuda:1, ...; auto takes the GPU if there is one.
         workers: processes that read images; by default one a core.
         on_bad_image: raise stops at an image that cannot be read; skip goes on without it, and counts.
+        cache: folder that keeps zero-shot heads, and the image features of methods with a frozen tower, for other runs.
         resume: continue the run that the output folder holds.
         dry_run: one batch through every method, write nothing.
         progress: show bars or lines during training.

@@ -29,7 +29,8 @@ class Materials:
     """What the methods of a run are made of.
 
     data: with the model's transforms, or of tensors. plain: its training set without augmentation, for features.
-    prompts: the tokenizer, class names and templates. descriptions: of the classes, for DRM.
+    prompts: the tokenizer, class names and templates. descriptions: of the classes, for DRM. cache: folder that keeps
+    zero-shot heads and features, if any.
     """
 
     bundle: clip.Bundle
@@ -38,6 +39,7 @@ class Materials:
     plain: Any = None
     descriptions: Sequence[Sequence[str]] | None = None
     seed: int = 0
+    cache: Path | None = None
 
     @classmethod
     def of(
@@ -58,7 +60,7 @@ class Materials:
 
     def zero_shot(self) -> Classifier:
         """The zero-shot classifier."""
-        return methods.zero_shot_classifier(self.bundle.model, **self.prompts)
+        return methods.zero_shot_classifier(self.bundle.model, **self.prompts, cache=self.cache, progress=True)
 
 
 def transformed(data: Any, transform: Any) -> Any:
@@ -146,7 +148,7 @@ FOR_IMAGES = ("workers", "grad_checkpointing")
 
 def encoded(materials: Materials, data: Any) -> clip.Features:
     """Unit features and labels of a set's images, without augmentation."""
-    return clip.encode(materials.bundle.model, data)
+    return clip.encode(materials.bundle.model, data, cache=materials.cache)
 
 
 def built_options(options: Mapping[str, Any], train: Any) -> dict[str, Any]:
