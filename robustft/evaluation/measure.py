@@ -104,17 +104,19 @@ def predict_sets(
     workers: int | None = None,
     parts: Sequence[str] = Outputs.PARTS,
     progress: Callable[[int, int, str], None] | None = None,
+    predict: Callable[..., tuple[Outputs, ...]] = predict_each,
 ) -> dict[str, Suite[Outputs]]:
     """What each classifier makes of each set, which is read once for all of them; arguments as of `evaluate`.
 
-    parts: of the outputs, those to keep. Memory: these, of all classifiers on all sets.
+    parts: of the outputs, those to keep. Memory: these, of all classifiers on all sets. predict: `predict_each`, or
+    what does the same.
     """
     predictors = tuple(classifiers.values())
     total, done = len(predictors) * (1 + len(sets.shifts) + len(sets.ood)), 0
 
     def run(dataset: Any, what: str, used: Sequence[Predictor], labelled: bool = True) -> tuple[Outputs, ...]:
         nonlocal done
-        found = predict_each(used, dataset, batch_size, labelled=labelled, workers=workers, parts=parts)
+        found = predict(used, dataset, batch_size, labelled=labelled, workers=workers, parts=parts)
         for name in classifiers:
             done += 1
             if progress is not None:

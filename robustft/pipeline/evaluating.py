@@ -16,7 +16,7 @@ from robustft.pipeline.arguments import ImageSets, spelled_out
 
 if TYPE_CHECKING:
     from robustft.data.opening import Data
-    from robustft.evaluation.results import Evaluation, Suite
+    from robustft.evaluation.results import Evaluation
     from robustft.predictors.base import Predictor
 
 
@@ -35,6 +35,7 @@ def evaluate_runs(
     batch_size: int = 64,
     device: str = "auto",
     workers: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
     log: Callable[[str], None] = print,
     **where: Unpack[ImageSets],
@@ -54,6 +55,8 @@ def evaluate_runs(
         batch_size: images at a time.
         device: cpu, cuda, cuda:1, ...; auto takes the GPU if there is one.
         workers: processes that read images; by default one a core.
+        cache: folder for what the models make of image files: a command that was killed goes on there, and images that
+            are known are not read again. It also keeps zero-shot heads.
         progress: say which set is being read.
         log: receives one line of text at a time.
 
@@ -62,15 +65,20 @@ def evaluate_runs(
     model; FileNotFoundError for runs that have not finished.
     """
     from robustft.data.opening import open_test
-    from robustft.evaluation.measure import evaluate_predictions, groups_in
+    from robustft.detection.by_name import SCORES
+    from robustft.evaluation.measure import check_score, evaluate_predictions, groups_in, predict_sets
     from robustft.evaluation.report import write_report
     from robustft.pipeline.folder import samples_of
     from robustft.pipeline.job import suite_of
+    from robustft.pipeline.kept import predict_kept
     from robustft.pipeline.opening import places
     from robustft.pipeline.seen import unseen
     from robustft.pipeline.training import transformed
+    from robustft.predictors.base import predict_each
 
     flags.check_source(data)
+    check_score(score)
+    kept = tuple(dict.fromkeys(("logits", "labels", *SCORES[score].reads)))
     if not len(runs) and model is None:
         raise ValueError("there is nothing to measure: name runs, or a zero-shot model (--model, --pretrained)")
     named = {"class_names": _names_of(runs)} if where["class_names"] is None else {}
@@ -87,9 +95,10 @@ def evaluate_runs(
         found = found.map(lambda part: read_by(part, workers))
     tell = (lambda done, total, what: log(f"{done}/{total}: {what}")) if progress else None
     suites: dict[str, Any] = {}
-    for transform, predictors in _models(runs, model, pretrained, templates, found, device, log):
+    for transform, predictors in _models(runs, model, pretrained, templates, found, device, cache, progress, log):
         shown = suite_of(found.map(partial(transformed, transform=transform)))
-        suites |= _predict(predictors, shown, batch_size, score, tell)
+        predict = predict_each if cache is None else predict_kept(Path(cache), repr(transform))
+        suites |= predict_sets(predictors, shown, batch_size=batch_size, parts=kept, progress=tell, predict=predict)
     details: dict[str, Any] = {} if output is None else {"details": True, "groups": suite_of(found).map(groups_in)}
     evaluation = evaluate_predictions(suites, score=score, **details)
     log("")
@@ -108,17 +117,6 @@ def evaluate_runs(
     return evaluation
 
 
-def _predict(
-    predictors: Mapping[str, Predictor], sets: Suite[Any], batch_size: int, score: str, tell: Any
-) -> dict[str, Any]:
-    from robustft.detection.by_name import SCORES
-    from robustft.evaluation.measure import check_score, predict_sets
-
-    check_score(score)
-    kept = tuple(dict.fromkeys(("logits", "labels", *SCORES[score].reads)))
-    return predict_sets(predictors, sets, batch_size=batch_size, parts=kept, progress=tell)
-
-
 def _models(
     runs: Sequence[str | os.PathLike[str]],
     model: str | None,
@@ -126,6 +124,8 @@ def _models(
     templates: str | Sequence[str],
     data: Data,
     device: str,
+    cache: Any,
+    progress: bool,
     log: Callable[[str], None],
 ) -> list[tuple[Any, dict[str, Predictor]]]:
     """The predictors by name, together where their images are made in the same way, and how."""
@@ -150,6 +150,8 @@ def _models(
             tokenizer=bundle.tokenizer,
             class_names=spoken_names(data.classes, log),
             templates=read_templates(templates),
+            cache=cache,
+            progress=progress,
         )
         add("zero-shot", bundle.eval_transform, zero_shot)
     for name, run in run_names(runs).items():

@@ -20,6 +20,7 @@ from targets import exhaustive
 import robustft
 from robustft import cli, clip
 from robustft.data import glyphworld
+from robustft.data.images import read_image
 from robustft.evaluation import Evaluation, report
 from robustft.pipeline import flags
 from robustft.pipeline.arguments import ImageSets
@@ -28,6 +29,7 @@ from robustft.pipeline.evaluating import evaluate_runs, run_names
 from robustft.pipeline.exporting import export_run
 from robustft.pipeline.serving import Unreadable
 from robustft.pipeline.train import train
+from robustft.predictors.base import predict_each
 
 RATE = {"lr": 3e-3, "epochs": 1, "batch_size": 20, "log": lambda _: None, "progress": False}
 
@@ -175,6 +177,44 @@ def test_runs_are_measured_again_beside_zero_shot(run, own, tmp_path):
     assert ours.accuracy == theirs.accuracy and ours.ece == pytest.approx(theirs.ece, abs=1e-6)
     whole = evaluate_runs(own / "photos" / "test", [run.folder], log=told.append, progress=False)
     assert whole.models["run"].id_accuracy == again.models["run"].id_accuracy
+
+
+def test_a_killed_measurement_goes_on_where_it_was(run, own, tmp_path, monkeypatch):
+    monkeypatch.setattr("robustft.pipeline.kept.CHUNK", 16)
+    settings = {"log": lambda _: None, "progress": False, "cache": tmp_path / "cache"}
+    read: list[str] = []
+    monkeypatch.setattr("robustft.data.paths.read_file", lambda file: read.append(file) or read_image(file))
+    monkeypatch.setattr("robustft.pipeline.kept.predict_each", killed := Killed(2))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_runs(own / "photos", [run.folder], **settings)
+    killed.after = 100
+    found = evaluate_runs(own / "photos", [run.folder], **settings)
+    assert len(read) == 40 + 30 + 20
+    again = evaluate_runs(own / "photos", [run.folder], **settings)
+    assert len(read) == 40 + 30 + 20 and again.models == found.models
+    whole = evaluate_runs(own / "photos", [run.folder], log=lambda _: None, progress=False)
+    assert found.models["run"].id_accuracy == whole.models["run"].id_accuracy
+    assert found.models["run"].id.calibration.nll == pytest.approx(whole.models["run"].id.calibration.nll, abs=1e-6)
+    assert found.models["run"].auroc == pytest.approx(whole.models["run"].auroc, abs=1e-6)
+    for path in (tmp_path / "cache").iterdir():
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+    with pytest.warns(RuntimeWarning, match="predicting again"):
+        assert evaluate_runs(own / "photos", [run.folder], **settings).models == found.models
+
+
+class Killed:
+    """`predict_each`, until it has been called so often."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def __call__(self, *arguments, **options):
+        self.after -= 1
+        if self.after < 0:
+            raise KeyboardInterrupt
+        return predict_each(*arguments, **options)
 
 
 def test_reports_of_runs_stand_on_one_page(run, own, tmp_path, capsys):
