@@ -107,6 +107,8 @@ def _add_own_data(commands: Any) -> None:
     predict.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
     predict.add_argument("--device", default="auto", help="cpu, cuda, ...; auto takes the GPU if there is one")
     predict.add_argument("--workers", type=int, metavar="N", help="processes that read images; by default one a core")
+    predict.add_argument("--output", metavar="FILE", help="write to this file, which must not be there")
+    predict.add_argument("--resume", action="store_true", help="go on behind the last line of the output file")
 
     evaluate = commands.add_parser("evaluate", help="measure runs, or a zero-shot model, on your data")
     evaluate.add_argument("data", metavar="DATA", help="as for train")

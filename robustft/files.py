@@ -2,7 +2,7 @@
 
     write_file, write_text, write_json, write_tensors    one file
     new_folder                                           a folder, of whatever is written into it
-    append_line, move                                    a record more; a whole file under another name
+    append_line, growing, move                           a record more; lines as they come; another name for a file
     locked                                               one process at a time
 
 A file is written under another name in its folder, synced and renamed, so that a kill, a full disk or a cut of power
@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 from torch import Tensor
@@ -123,6 +123,26 @@ def append_line(path: Path, line: str) -> None:
     """Adds a line to a file: all that a kill can leave of it is a last line cut short."""
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+@contextmanager
+def growing(path: Path) -> Iterator[TextIO]:
+    """A text file that is added to as its lines are made: all that a kill can leave of it is a last line cut short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", newline="", buffering=1) as file:
+        yield file
+
+
+def cut_to_lines(path: Path, expected: str) -> list[str]:
+    """The whole lines of a file that `growing` wrote; a last one that is cut short is taken from it."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        os.truncate(path, end)
+    try:
+        return content[:end].decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no UTF-8 text; expected {expected}") from error
 
 
 def move(source: Path, target: Path) -> None:

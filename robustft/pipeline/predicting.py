@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from robustft.data.folder import image_files
+from robustft.files import cut_to_lines, growing
 from robustft.pipeline import flags
 from robustft.pipeline.serving import Pipeline, Prediction, Unreadable, load
 
@@ -28,20 +29,47 @@ def predict_files(
     batch_size: int = 64,
     device: str = "auto",
     workers: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     out: TextIO | None = None,
     log: TextIO | None = None,
 ) -> int:
-    """Writes to `out` what a run's model says of files, and to `log` what could not be read; how many could not.
+    """Writes what a run's model says of files, and to `log` what could not be read; how many could not.
 
-    files: images, or folders of them. Memory: a few batches.
+    files: images, or folders of them. output: a file for the lines, in the place of `out`, which grows as they are
+    made; it must not be there, unless `resume` goes on behind its last whole line. Memory: a few batches.
     """
     flags.check_word("form", form, Form)
     out, log = out or sys.stdout, log or sys.stderr
-    pipeline = load(run, device=device, batch_size=batch_size)
+    if resume and (output is None or form == "table"):
+        raise ValueError("resume needs an output file with CSV or JSON, whose lines tell what is done")
     names = list(_listed(files))
     if not names:
         raise ValueError(f"{', '.join(files[:3])}: no image files")
-    lines = {"table": _table, "csv": _csv, "json": _json}[form](pipeline, names, out)
+    done = _done(Path(output), form) if output is not None and resume else None
+    if done:
+        print(f"{output}: {len(done)} files are done", file=log)
+        names = [name for name in names if name not in done]
+    if output is not None and not resume and Path(output).exists():
+        raise FileExistsError(f"{output} is there already: resume goes on in it, or choose another file")
+    pipeline = load(run, device=device, batch_size=batch_size)
+    if output is None:
+        return _predict(pipeline, names, form, top, workers, out, log, header=True)
+    with growing(Path(output)) as file:
+        return _predict(pipeline, names, form, top, workers, file, log, header=done is None)
+
+
+def _predict(
+    pipeline: Pipeline,
+    names: Sequence[str],
+    form: Form,
+    top: int,
+    workers: int | None,
+    out: TextIO,
+    log: TextIO,
+    header: bool,
+) -> int:
+    lines = {"table": _table, "csv": _csv, "json": _json}[form](pipeline, names, out, header)
     failed = 0
     for name, found in pipeline.stream(names, top=top, workers=workers):
         if isinstance(found, Unreadable):
@@ -53,6 +81,22 @@ def predict_files(
     return failed
 
 
+def _done(path: Path, form: Form) -> set[str] | None:
+    """The files that whole lines of an earlier output tell, behind which it is cut; None where it has no line."""
+    if not path.is_file():
+        return None
+    whole = cut_to_lines(path, "predictions")
+    try:
+        if form == "json":
+            return {str(json.loads(line)["file"]) for line in whole}
+        rows = list(csv.reader(whole))
+    except (ValueError, LookupError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path}: no {form} that predict wrote: {error!r:.100}") from error
+    if rows and tuple(rows[0]) != COLUMNS:
+        raise ValueError(f"{path}: no csv that predict wrote: its first line is {','.join(rows[0])[:100]!r}")
+    return {row[0] for row in rows[1:]} if rows else None
+
+
 def _listed(files: Sequence[str]) -> Iterator[str]:
     for name in files:
         path = Path(name)
@@ -62,10 +106,11 @@ def _listed(files: Sequence[str]) -> Iterator[str]:
             yield name
 
 
-def _table(pipeline: Pipeline, names: Sequence[str], out: TextIO) -> Any:
-    wide = max(len("file"), *(len(name) for name in names))
+def _table(pipeline: Pipeline, names: Sequence[str], out: TextIO, header: bool) -> Any:
+    wide = max(len("file"), *map(len, names))
     classes = max(len("label"), *(len(name) for name in pipeline.classes))
-    print(f"{'file':{wide}}  {'label':{classes}}  probability  ood_score  accepted", file=out)
+    if header:
+        print(f"{'file':{wide}}  {'label':{classes}}  probability  ood_score  accepted", file=out)
 
     def line(name: str, found: Prediction | Unreadable) -> None:
         if isinstance(found, Prediction):
@@ -75,9 +120,10 @@ def _table(pipeline: Pipeline, names: Sequence[str], out: TextIO) -> Any:
     return line
 
 
-def _csv(pipeline: Pipeline, names: Sequence[str], out: TextIO) -> Any:
+def _csv(pipeline: Pipeline, names: Sequence[str], out: TextIO, header: bool) -> Any:
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    if header:
+        writer.writerow(COLUMNS)
 
     def line(name: str, found: Prediction | Unreadable) -> None:
         if isinstance(found, Prediction):
@@ -86,7 +132,7 @@ def _csv(pipeline: Pipeline, names: Sequence[str], out: TextIO) -> Any:
     return line
 
 
-def _json(pipeline: Pipeline, names: Sequence[str], out: TextIO) -> Any:
+def _json(pipeline: Pipeline, names: Sequence[str], out: TextIO, header: bool) -> Any:
     def line(name: str, found: Prediction | Unreadable) -> None:
         told: dict[str, Any] = {"file": name}
         if isinstance(found, Unreadable):

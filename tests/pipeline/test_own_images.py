@@ -159,6 +159,27 @@ def test_predict_streams_files_and_says_what_it_could_not_read(run, own, tmp_pat
     assert len(capsys.readouterr().out.splitlines()) == 21
 
 
+@pytest.mark.parametrize("form", ["--csv", "--json"])
+def test_a_killed_prediction_goes_on_behind_its_last_line(run, own, tmp_path, capsys, form):
+    command = ["predict", str(run.folder), str(own / "photos" / "ood" / "letters"), form, "--workers", "0"]
+    output = ["--output", str(tmp_path / "new" / "found")]
+    assert cli.main([*command, *output]) == 0
+    whole = (tmp_path / "new" / "found").read_text()
+    assert cli.main(command) == 0 and capsys.readouterr().out == whole
+    assert cli.main([*command, *output]) == 1 and "is there already" in capsys.readouterr().err
+    for kept in (len(whole) // 2, 3, 0):  # a kill in the middle, in the first line, before it
+        (tmp_path / "new" / "found").write_text(whole[:kept])
+        assert cli.main([*command, *output, "--resume"]) == 0
+        found = (tmp_path / "new" / "found").read_text().splitlines()
+        assert [line.split(",")[:2] for line in found] == [line.split(",")[:2] for line in whole.splitlines()]
+    assert cli.main([*command, *output, "--resume"]) == 0
+    assert (tmp_path / "new" / "found").read_text().splitlines() == found
+    (tmp_path / "new" / "found").write_text("something, else\n")
+    assert cli.main([*command, *output, "--resume"]) == 1
+    assert "that predict wrote" in capsys.readouterr().err
+    assert cli.main([*command, "--resume"]) == 1 and "resume needs an output file" in capsys.readouterr().err
+
+
 def test_unreadable_files_do_not_stop_a_stream(run, own, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"")
     good = sorted((own / "photos" / "ood" / "letters").iterdir())[0]
