@@ -63,7 +63,7 @@ def risk(models: Mapping[str, ModelResult], sets: Sequence[str]) -> Figure:
             if result is not None and result.selective is not None:
                 curve = result.selective
                 x, y = 100 * np.array(curve.coverage), 100 * np.array(curve.risk)
-                ax.plot(x, y, **line_of(k, len(x)))
+                ax.plot(x, y, **line_of(k, len(x)), clip_on=False)
         fit_title(ax.set_title(name, parse_math=False), ax)
         ax.set(xlim=(0, 100), ylim=(0, None), xticks=(0, 50, 100))
         ax.locator_params(axis="y", nbins=4)

@@ -95,7 +95,7 @@ summary { cursor: pointer; font-weight: 600; margin-top: 1.6rem; }
   th, td { padding: .15rem .35rem; white-space: normal; }
   table { font-size: .75rem; }
   figure, tr, .worst { break-inside: avoid; }
-  h2, h3, summary, .worst { break-after: avoid; }
+  h2, h3, summary, .worst, h2 + p { break-after: avoid; }
   thead { display: table-header-group; }
   details::details-content { content-visibility: visible; height: auto; }
 }
