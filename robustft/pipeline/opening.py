@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +14,19 @@ from robustft import clip
 from robustft.clip import prompts
 from robustft.data.checking import no_word
 from robustft.data.classes import few
+from robustft.data.families import imagenet_names, imagenet_synsets
 from robustft.data.opening import Data
 from robustft.data.opening import open as open_data
 from robustft.data.table import Columns
 from robustft.files import read_json
 from robustft.pipeline.job import to_device
 from robustft.pipeline.recipes import NEEDS, Recipe
-from robustft.pipeline.training import Materials, number_of_groups
+from robustft.pipeline.training import Materials, method_class, number_of_groups
 
 NOT_OF_THE_RUN = ("data", "output", "resume", "dry_run", "progress", "log", "workers", "cache")
 """Arguments of `train` that may change when a run is resumed; the data are told by what was found."""
 TEMPLATES = {"photo": "SIMPLE_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES", "imagenet": "IMAGENET_TEMPLATES"}
+_WITH_SYNSET = re.compile(r" \(n\d{8}\)$")  # of names that two classes of ImageNet share
 
 
 def open_materials(arguments: Mapping[str, Any], log: Callable[[str], None]) -> Materials:
@@ -95,6 +99,7 @@ def check_pretrained(model: str, pretrained: Any) -> None:
 def check_needs(recipes: Mapping[str, Recipe], materials: Materials) -> None:
     """ValueError where a method asks for more than the data have, before anything is trained."""
     for name, recipe in recipes.items():
+        method_class(recipe)
         if recipe.method == "DRM" and materials.descriptions is None:
             raise ValueError(f"{name} needs {NEEDS['DRM']}")
         risk = recipe.options.get("risk", {})
@@ -105,7 +110,7 @@ def check_needs(recipes: Mapping[str, Recipe], materials: Materials) -> None:
 def read_names(class_names: Any) -> Any:
     """Class names as `robustft.data.open` takes them: of a file, of "imagenet", or as they are given."""
     if class_names == "imagenet":
-        return tuple(clip.import_open_clip().IMAGENET_CLASSNAMES)
+        return _imagenet_labels()
     if not isinstance(class_names, (str, os.PathLike)):
         return class_names
     if class_names == "":
@@ -116,6 +121,14 @@ def read_names(class_names: Any) -> Any:
         if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
             return found
     return prompts.read_class_names(path)
+
+
+def _imagenet_labels() -> dict[str, str]:
+    """ImageNet's names by synset and by number; of those that two classes share, with the synset behind."""
+    synsets, names = imagenet_synsets(), imagenet_names()
+    count = Counter(names)
+    labels = [name if count[name] == 1 else f"{name} ({synset})" for synset, name in zip(synsets, names, strict=True)]
+    return dict(zip(synsets, labels, strict=True)) | {str(place): label for place, label in enumerate(labels)}
 
 
 def read_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
@@ -138,9 +151,14 @@ def spoken_names(classes: Sequence[str], log: Callable[[str], None]) -> Any:
             "--class-names"
         )
     spoken = {name: " ".join(name.replace("_", " ").split()) or name for name in classes}
-    if all(name == word for name, word in spoken.items()) or len(set(spoken.values())) < len(spoken):
+    if len(set(spoken.values())) < len(spoken):
+        spoken = {name: name for name in classes}
+    spoken = {name: _WITH_SYNSET.sub("", word) for name, word in spoken.items()}
+    if all(name == word for name, word in spoken.items()):
         return tuple(classes)
-    log(f"captions say {few([word for name, word in spoken.items() if name != word])}, with spaces for underscores")
+    changed = [word for name, word in spoken.items() if word != _WITH_SYNSET.sub("", name)]
+    if changed:
+        log(f"captions say {few(changed)}, with spaces for underscores")
     return spoken
 
 

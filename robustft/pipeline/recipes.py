@@ -9,7 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one method is trained: the method's class, its own options, and the loop's."""
+    """How one method is trained: the method's class, one of robustft.methods or "module:Class" of your own, its own
+    options, and the loop's."""
 
     method: str
     lr: float
@@ -70,9 +71,12 @@ NEEDS: Mapping[str, str] = {
 
 
 def recipe_named(name: str) -> tuple[str, Recipe]:
-    """A recipe of `OWN` and its name there, of "carot", "lp-ft", "CoOp"; ValueError naming those there are."""
+    """A recipe of `OWN` and its name there, of "carot", "lp-ft", "CoOp"; that of a method of one's own, "module:Class",
+    as a fine-tuning of both towers. ValueError naming those there are."""
+    if ":" in name:
+        return name.partition(":")[2], Recipe(name, **_TOWERS)
     plain = {key.lower(): key for key in OWN}
     key = plain.get(name.lower().replace("-", "").replace("_", ""))
     if key is None:
-        raise ValueError(f"methods: {str(name)!r} is none of {', '.join(OWN)}")
+        raise ValueError(f"methods: {str(name)!r} is none of {', '.join(OWN)}; your own is module:Class")
     return key, OWN[key]

@@ -104,7 +104,8 @@ def train(
         output: folder for everything; it must not hold another run, unless it is resumed.
         model: an architecture that open_clip knows, hf-hub:ORG/REPO or local-dir:FOLDER.
         pretrained: a tag of the architecture, or a file of weights.
-        methods: how to fine-tune; several are compared. robustft train --list-methods names them.
+        methods: how to fine-tune; several are compared. robustft train --list-methods names them, and module:Class is
+            one of your own.
         validation: labelled data to choose on, if DATA has none; else a part of the training images is held out.
         test: labelled data to measure on, if DATA has none.
         templates: of captions: photo, simple (7), imagenet (80), or a file with one a line.

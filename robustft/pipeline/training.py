@@ -7,6 +7,7 @@ frozen is trained on features, of one pass over the images.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,6 +71,20 @@ def transformed(data: Any, transform: Any) -> Any:
     return data.with_transform(transform)
 
 
+def method_class(recipe: Recipe) -> Any:
+    """The recipe's class: one of robustft.methods, or your own, which is imported; ValueError where it is none."""
+    module, colon, name = recipe.method.rpartition(":")
+    if not colon:
+        return getattr(methods, recipe.method)
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"method {recipe.method!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, methods.Method)):
+        raise ValueError(f"method {recipe.method!r} is {found!r:.80}, expected a subclass of robustft.methods.Method")
+    return found
+
+
 def make_method(recipe: Recipe, materials: Materials, **arguments: Any) -> methods.Method:
     """The recipe's method on a copy of the model; `arguments` go to it beside the recipe's options."""
     options = built_options(recipe.options, materials.data.train)
@@ -77,7 +92,7 @@ def make_method(recipe: Recipe, materials: Materials, **arguments: Any) -> metho
         if materials.descriptions is None:
             raise ValueError("DRM needs descriptions of the classes, and there are none")
         arguments["descriptions"] = materials.descriptions
-    method: methods.Method = getattr(methods, recipe.method)(
+    method: methods.Method = method_class(recipe)(
         materials.bundle.model, **materials.prompts, seed=materials.seed, **options, **arguments
     )
     return method
@@ -122,7 +137,7 @@ def train_recipe(
         )
         arguments["probe"] = probe.classifier()
     features = None
-    if getattr(methods, recipe.method).takes_features:
+    if method_class(recipe).takes_features:
         features = encoded(materials, materials.plain)
     if recipe.method == "TipAdapterF":
         arguments["train"] = features
