@@ -8,7 +8,9 @@ import json
 import shutil
 import tarfile
 import threading
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -313,6 +315,8 @@ def test_a_run_is_not_resumed_on_other_images(run, own, capsys):
     ("changes", "message"),
     [
         ({"methods": ["carrot"]}, "methods: 'carrot' is none of CaRot, FLYP"),
+        ({"methods": ["nowhere:Mine"]}, "method 'nowhere:Mine' cannot be imported: No module named 'nowhere'"),
+        ({"methods": ["pathlib:Path"]}, "expected a subclass of robustft.methods.Method"),
         ({"methods": ["DRM"]}, "DRM needs descriptions"),
         ({"methods": ["group-dro"]}, "this method needs groups"),
         ({"model": "ViT-B-32"}, "pretrained is missing: without it ViT-B-32 has random weights"),
@@ -451,6 +455,30 @@ def test_other_peoples_images_go_through(own, tmp_path, capsys):
     models = Evaluation.from_dict(json.loads((tmp_path / "run" / "metrics.json").read_text())).models
     assert models["LinearProbe"].id_accuracy > models["zero-shot"].id_accuracy + 0.1
     assert cli.main(["predict", str(tmp_path / "run"), str(images / "local"), "--json"]) == 0
+
+
+@pytest.mark.exhaustive
+def test_drawings_of_two_studios_go_through(tmp_path, capsys):
+    with zipfile.ZipFile(Path(__file__).parent.parent / "drawings" / "drawings.zip") as archive:
+        archive.extractall(tmp_path / "drawings")
+    from open_clip.push_to_hf_hub import save_for_hf
+
+    bundle = glyphworld.load_clip()  # as open_clip itself saves a model
+    silent = SimpleNamespace(save_pretrained=lambda folder: None)
+    save_for_hf(bundle.model, silent, bundle.config["model_cfg"], tmp_path / "clip", True)
+    drawings, other = tmp_path / "drawings" / "noto", tmp_path / "drawings" / "shifts" / "fluent"
+    cli.main(["check", str(drawings), "--shift", f"fluent={other}"])
+    assert "food_prepared" in capsys.readouterr().out
+    arguments = ["train", str(drawings), "--model", f"local-dir:{tmp_path / 'clip'}", "--method", "linear-probe"]
+    arguments += ["--shift", f"fluent={other}", "--ensemble", "none", "--output", str(tmp_path / "run")]
+    assert cli.main([*arguments, "--epochs", "60", "--validate-every", "20"]) == 0
+    models = Evaluation.from_dict(json.loads((tmp_path / "run" / "metrics.json").read_text())).models
+    probe, zero_shot = models["LinearProbe"], models["zero-shot"]
+    drawn_by_others = probe.shifts["fluent"].calibration
+    assert drawn_by_others.count == 4 * 34
+    assert drawn_by_others.accuracy > zero_shot.shifts["fluent"].calibration.accuracy + 0.1
+    assert cli.main(["predict", str(tmp_path / "run"), str(other), "--json"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 4 * 34
 
 
 @pytest.mark.parametrize("command", [train, evaluate_runs, check_data])
