@@ -95,6 +95,11 @@ def encode(
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     kept = None
     if cache is not None:
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            raise ValueError(
+                f"cache goes with a data set whose images can be told one from the other, and an iterable "
+                f"{type(dataset).__name__} has no places: encode it without cache"
+            )
         statistics = image_statistics(model) if takes_statistics(dataset, transform) else None
         transforms = _transforms(dataset, transform, transform_key)
         of = model_fingerprint(model), transforms, repr(statistics), str(dtype)
@@ -128,7 +133,9 @@ def encode(
     written = time.monotonic()
     new: list[Known] = []
     with evaluating(model):
-        for images, target in _shown(batches, -(-(len(source) - start) // batch_size)) if progress else batches:
+        if progress:
+            batches = _shown(batches, None if source.streams else -(-(len(source) - start) // batch_size))
+        for images, target in batches:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 encoded = encode_images(model, images.to(device))
             new.append(Known(encoded.float().cpu(), target))
@@ -222,7 +229,7 @@ def _is_plain(value: Any) -> bool:
     return all(v is None or isinstance(v, (bool, int, float, str, Enum)) for v in values)
 
 
-def _shown(batches: Iterator[tuple[Tensor, Tensor]], total: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _shown(batches: Iterator[tuple[Tensor, Tensor]], total: int | None) -> Iterator[tuple[Tensor, Tensor]]:
     from tqdm.auto import tqdm
 
     return iter(tqdm(batches, total=total, desc="encode", unit="batch", disable=None))

@@ -91,6 +91,9 @@ class Source:
         self.data = data
         self.skips = wrappers.skips(data)
         self.skipped: dict[int, Skipped] = {}
+        self.streams = isinstance(data, torch.utils.data.IterableDataset)
+        if self.streams:
+            return
         if self.columns is None and not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
             raise TypeError(
                 f"{name} must be (images, labels) tensors, have .tensors(mean, std), or be a map-style data set "
@@ -111,6 +114,8 @@ class Source:
         pair = None if self.columns is None else _image_tensors(self.columns, self.name)
         if pair is not None and self.transform is not None:
             raise ValueError("transform must be None for images that are tensors already: they are taken as they are")
+        if self.streams:
+            return warning_of_raw_pixels(self._stream(batch_size), self.statistics)
         starts = range(start, len(self), batch_size)
         found: Iterator[tuple[Tensor, Tensor]]
         if pair is not None:
@@ -119,6 +124,20 @@ class Source:
         else:
             found = self._read(batch_size, reading_workers(self.data, len(self) - start, workers), starts)
         return warning_of_raw_pixels(found, self.statistics)
+
+    def _stream(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of an iterable data set, holding one batch at a time."""
+        pairs: list[tuple[Any, int]] = []
+        number = -1
+        for number, item in enumerate(self.data):
+            pairs.append(image_and_label(item, f"{self.name}[{number}]"))
+            if len(pairs) == batch_size:
+                yield self._batch(pairs)
+                pairs = []
+        if pairs:
+            yield self._batch(pairs)
+        if number < 0:
+            raise ValueError(f"{self.name} is empty")
 
     def _read(self, batch_size: int, workers: int, starts: range) -> Iterator[tuple[Tensor, Tensor]]:
         part = batch_size if workers == 0 else min(batch_size, READ_TOGETHER)
@@ -182,14 +201,15 @@ class Source:
                 if not wrappers.skips_row(self.data, row):
                     raise
                 skipped.append(Skipped(row, str(error)))
-        if not pairs:
-            return None, skipped
+        return (self._batch(pairs) if pairs else None), skipped
+
+    def _batch(self, pairs: Sequence[tuple[Any, int]]) -> tuple[Tensor, Tensor]:
         images = [image if self.transform is None else self.transform(image) for image, _ in pairs]
         if not isinstance(images[0], Tensor) or not images[0].is_floating_point():
             got = images[0].dtype if isinstance(images[0], Tensor) else type(images[0]).__name__
             raise TypeError(f"images must be floating point tensors, got {got}: pass the model's transform")
         labels = torch.tensor([label for _, label in pairs])
-        return (torch.stack(images), labels if self.matching is None else self.matching.of(labels)), skipped
+        return torch.stack(images), labels if self.matching is None else self.matching.of(labels)
 
     def batches(
         self, chunks: Iterable[tuple[int, Tensor]], *, seed: int, workers: int = 0, pinned: bool = False
@@ -231,6 +251,11 @@ class Source:
         ValueError for tensors without labels, labels out of [0, classes), images that are not finite and columns
         without a row for each image. Items are looked at when they are loaded.
         """
+        if self.streams:
+            raise TypeError(
+                f"{self.name} must be (images, labels) tensors, have .tensors(mean, std), or be a map-style data set, "
+                f"to be shuffled, got an iterable {type(self.data).__name__}"
+            )
         if self.columns is None:
             matched = {}
             if self.matching is not None and self.matching.changes:

@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+import robustft
+from robustft import clip
 from robustft.data import sources
 from robustft.data.sources import Source, batches, image_batches
+from robustft.evaluation import evaluate
+from robustft.predictors import zero_shot_classifier
 
 N = 11
 
@@ -179,3 +183,47 @@ def test_only_sets_that_say_so_are_read_by_workers_unasked(monkeypatch):
     assert sources.reading_workers(torch.utils.data.Subset(declared, [0]), 1) == 2
     with pytest.raises(ValueError, match="workers must not be negative, got -1"):
         sources.reading_workers(foreign, 10, -1)
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    """Items as they come, which counts how many have been asked for."""
+
+    def __init__(self, images, labels, classes=None):
+        self.images, self.labels, self.given = images, labels, 0
+        if classes is not None:
+            self.classes = classes
+
+    def __iter__(self):
+        for image, label in zip(self.images, self.labels, strict=True):
+            self.given += 1
+            yield image, int(label)
+
+
+def test_an_iterable_set_is_read_a_batch_at_a_time(validation):
+    data = Streamed(*validation)
+    first = next(found := sources.batches(data, batch_size=8))
+    assert data.given == 8 and torch.equal(first[0], validation[0][:8])
+    rest = list(found)
+    assert torch.equal(torch.cat([first[1], *(labels for _, labels in rest)]), validation[1])
+    with pytest.raises(ValueError, match="dataset is empty"):
+        list(sources.batches(Streamed([], [])))
+
+
+def test_an_iterable_set_gives_what_its_items_would(clip_model, prompts, validation):
+    classifier = zero_shot_classifier(clip_model, **prompts)
+    names = tuple(reversed(prompts["class_names"]))
+    whole = classifier.predict((validation[0], 2 - validation[1]))
+    streamed = classifier.predict(Streamed(*validation, classes=names))
+    assert torch.equal(whole.labels, streamed.labels)
+    torch.testing.assert_close(whole.logits, streamed.logits)
+    encoded = clip.encode(clip_model, Streamed(*validation), batch_size=7, progress=True)
+    torch.testing.assert_close(encoded.image_features, whole.features.float())
+    evaluation = evaluate({"zero-shot": classifier}, id=Streamed(*validation, classes=names), details=True)
+    assert evaluation.models["zero-shot"].id.calibration.count == len(validation[1])
+
+
+def test_an_iterable_set_is_not_trained_on_nor_cached(clip_model, prompts, validation, tmp_path):
+    with pytest.raises(TypeError, match="to be shuffled, got an iterable Streamed"):
+        robustft.fit(robustft.FineTune(clip_model, **prompts), Streamed(*validation), epochs=1, batch_size=8, lr=1e-3)
+    with pytest.raises(ValueError, match="encode it without cache"):
+        clip.encode(clip_model, Streamed(*validation), cache=tmp_path)
