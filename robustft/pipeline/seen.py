@@ -18,6 +18,7 @@ from robustft.data.opening import Data
 from robustft.data.opening import open as open_data
 from robustft.data.paths import Member, PathDataset
 from robustft.files import read_text, write_text
+from robustft.pipeline.folder import MODEL_FOLDER
 from robustft.training.run import CONFIG_FILE
 
 SPLIT_FILE = "split.csv"
@@ -54,7 +55,8 @@ def unseen(data: Data, source: str | os.PathLike[str] | Data, runs: Mapping[str,
     set and the run no list of its images, as one that was trained on shards.
     """
     known: dict[str, set[str]] = {}
-    for name, run in runs.items():
+    for name, folder in runs.items():
+        run = folder.parent if folder.name == MODEL_FOLDER else folder
         if (run / SPLIT_FILE).is_file():
             for path, held in _used(run / SPLIT_FILE):
                 known.setdefault(path, set()).add(held)

@@ -161,7 +161,7 @@ def test_predict_streams_files_and_says_what_it_could_not_read(run, own, tmp_pat
     assert len(capsys.readouterr().out.splitlines()) == 21
 
 
-@pytest.mark.parametrize("form", ["--csv", "--json"])
+@pytest.mark.parametrize("form", ["--csv", *exhaustive("--json")])
 def test_a_killed_prediction_goes_on_behind_its_last_line(run, own, tmp_path, capsys, form):
     command = ["predict", str(run.folder), str(own / "photos" / "ood" / "letters"), form, "--workers", "0"]
     output = ["--output", str(tmp_path / "new" / "found")]
@@ -362,8 +362,9 @@ def test_a_plain_tree_is_split_and_measured_on_its_own_part(own, tmp_path):
 
 
 def test_images_of_a_runs_training_are_no_test_of_it(run, own, tmp_path):
-    with pytest.raises(ValueError, match="was trained or chosen on every image of the test set"):
-        evaluate_runs(own / "photos" / "train", [run.folder], log=lambda _: None)
+    for folder in (run.folder, run.folder / "model"):
+        with pytest.raises(ValueError, match="was trained or chosen on every image of the test set"):
+            evaluate_runs(own / "photos" / "train", [folder], log=lambda _: None)
     other = tree(tmp_path / "train", glyphworld.digits("test"), 40)  # other images under the same names
     again = evaluate_runs(other, [run.folder], log=lambda _: None, progress=False)
     assert again.models["run"].id_accuracy == run.evaluation.models[run.chosen].id_accuracy
