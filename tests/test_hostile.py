@@ -6,6 +6,7 @@ without a valid call here fails.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 
@@ -148,6 +149,15 @@ def test_torch_func_transforms_the_losses_by_the_reference_and_a_named_kernel_sa
         torch.testing.assert_close(found, leaf.grad)
         each = torch.func.vmap(functional.contrastive_loss, in_dims=(0, None, None))(torch.stack([x, 2 * x]), t, 2.0)
         torch.testing.assert_close(each[1], functional.contrastive_loss(2 * x, t, 2.0))
+        w, tangent = x[:, :3], t[:, :3]
+        for squared in (False, True):
+            penalty = functools.partial(functional.orthogonality_penalty, squared=squared)
+            both = torch.func.vmap(penalty)(torch.stack([w, tangent]))
+            torch.testing.assert_close(both, torch.stack([penalty(w), penalty(tangent)]))
+            leaf = w.clone().requires_grad_()
+            penalty(leaf).backward()
+            _, slope = torch.func.jvp(penalty, (w,), (tangent,))
+            torch.testing.assert_close(slope, (leaf.grad * tangent).sum())
     with robustft.backend("native"), pytest.raises(RuntimeError, match="reference"):
         torch.func.grad(functional.contrastive_loss)(x, t, 2.0)
 

@@ -75,7 +75,7 @@ class Source:
         of: str = "the model",
     ) -> None:
         self.matching = None if classes is None else matching_of(data, classes, of=of)
-        self.name, self.transform, self.statistics = name, transform, _stated(model)
+        self.name, self.transform, self.statistics = name, transform, stated_by(model)
         self.groups = groups_of(data)
         if takes_statistics(data, transform):
             data = data.tensors(*image_statistics(model))
@@ -360,7 +360,7 @@ def image_statistics(model: Any) -> Statistics:
     ValueError when the model does not say: images normalised in another way than in pre-training are no error that
     anything would notice.
     """
-    if statistics := _stated(model):
+    if statistics := stated_by(model):
         return statistics
     raise ValueError(
         "the model carries no image statistics; open_clip's factories and robustft.clip.load set them "
@@ -368,7 +368,8 @@ def image_statistics(model: Any) -> Statistics:
     )
 
 
-def _stated(model: Any) -> Statistics | None:
+def stated_by(model: Any) -> Statistics | None:
+    """(mean, std) of an open_clip model, or of the first one inside a predictor; None where it does not say."""
     for owner in (model, getattr(model, "model", None)):
         for module in owner.modules() if isinstance(owner, nn.Module) else ():
             if statistics := stated_statistics(getattr(module, "visual", None)):

@@ -23,7 +23,7 @@ from torch import Tensor
 from robustft.calibration.measures import fit_temperature, temperature_matching_confidence
 from robustft.clip.outputs import Outputs
 from robustft.ensembles.composite import Composite
-from robustft.ensembles.wise_ft import ALPHAS, best_alpha, check_alpha, check_alphas, check_classes
+from robustft.ensembles.wise_ft import ALPHAS, best_alpha, check_alpha, check_alphas, check_members
 from robustft.ops.kinds import checked, described
 from robustft.predictors.base import Predictor, outputs_of_each, predict_each
 from robustft.predictors.logits import accuracy_and_nll, mixture_log_probabilities
@@ -57,7 +57,7 @@ class OutputEnsemble:
         fine_tuned: Predictor,
         temperatures: Literal["fit"] | TemperatureRule | tuple[float, float] | None = None,
     ) -> None:
-        check_classes(zero_shot, fine_tuned)
+        check_members(zero_shot, fine_tuned)
         self.zero_shot = zero_shot
         self.fine_tuned = fine_tuned
         self.temperatures = "confidence" if temperatures == "fit" else check_temperatures(temperatures)
@@ -105,7 +105,7 @@ class PairPredictor(Composite):
     @checked
     def __init__(self, zero_shot: Predictor, fine_tuned: Predictor) -> None:
         super().__init__()
-        check_classes(zero_shot, fine_tuned)
+        check_members(zero_shot, fine_tuned)
         self.zero_shot = zero_shot
         self.fine_tuned = fine_tuned
         self.classes = fine_tuned.classes

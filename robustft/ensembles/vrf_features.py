@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from robustft.clip.outputs import Outputs
-from robustft.ensembles.wise_ft import check_classes
+from robustft.ensembles.wise_ft import check_members
 from robustft.ops.kinds import check_fields, checked
 from robustft.predictors.base import Predictor, each_batch
 
@@ -84,7 +84,7 @@ class VRFFeatures:
 
         Use the evaluation transform, also on training data. Memory: N (D + 2 K) floats.
         """
-        check_classes(zero_shot, fine_tuned)
+        check_members(zero_shot, fine_tuned)
         parts = [
             (zs.only("logits"), ft.only("features", "logits", "labels"))
             for zs, ft in each_batch((zero_shot, fine_tuned), data, batch_size)

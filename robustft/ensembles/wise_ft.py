@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from robustft import clip
 from robustft.clip.outputs import Outputs
+from robustft.data.sources import stated_by
 from robustft.ops.kinds import checked
 from robustft.predictors.base import Classifier, Predictor, predict_each
 from robustft.predictors.logits import accuracy_and_nll
@@ -44,7 +45,7 @@ class WiSEFT:
                     f"{name} must be a Classifier, weights and a head to interpolate, got {type(value).__name__}; "
                     "OutputEnsemble mixes the probabilities of any two predictors"
                 )
-        check_classes(zero_shot, fine_tuned)
+        check_members(zero_shot, fine_tuned)
         self.zero_shot = zero_shot
         self.fine_tuned = fine_tuned
 
@@ -141,7 +142,14 @@ def check_alphas(alphas: Sequence[float]) -> None:
         raise ValueError(f"alphas must be numbers in [0, 1], at least one, got {alphas!r:.80}")
 
 
-def check_classes(zero_shot: Any, fine_tuned: Any) -> None:
+def check_members(zero_shot: Any, fine_tuned: Any) -> None:
+    """ValueError for members over other classes, and for those of images normalised in two ways: both see the same."""
+    statistics = [stated_by(member) for member in (zero_shot, fine_tuned)]
+    if None not in statistics and statistics[0] != statistics[1]:
+        raise ValueError(
+            "zero_shot and fine_tuned are of images normalised by other means and standard deviations, "
+            f"{statistics[0]} and {statistics[1]}: one set of images cannot be shown to both"
+        )
     if zero_shot.classes != fine_tuned.classes:
         differing = [c for c in zero_shot.classes if c not in fine_tuned.classes]
         raise ValueError(

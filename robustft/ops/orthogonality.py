@@ -25,7 +25,13 @@ def orthogonality_penalty(w: Tensor, squared: bool) -> Tensor:
     """f, 0-d, of a floating W, in float32 or float64. Can be differentiated any number of times."""
     if w.is_cpu and body_of("orthogonality_penalty", w) != "reference":
         return call("orthogonality_penalty", w, squared)[0]
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _penalty(_residual(at_least_float32(w)), squared)  # torch.func transforms no autograd.Function like ours
     return _Composed.apply(at_least_float32(w), squared)[0]
+
+
+def _penalty(residual: Tensor, squared: bool) -> Tensor:
+    return residual.square().sum() if squared else torch.linalg.vector_norm(residual)
 
 
 def _gradient(g: Tensor, w: Tensor, squared: bool, residual: Tensor | None = None) -> Tensor:
@@ -47,8 +53,7 @@ class _Composed(torch.autograd.Function):
     @staticmethod
     def forward(w: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
         residual = _residual(w)
-        norm = residual.square().sum() if squared else torch.linalg.vector_norm(residual)
-        return norm, residual
+        return _penalty(residual, squared), residual
 
     @staticmethod
     def setup_context(ctx, inputs, output):

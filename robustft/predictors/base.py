@@ -113,7 +113,7 @@ class Predictor(nn.Module):
         `classes`, and their `classes` tell which. labelled: False for a set of other classes, such as an
         out-of-distribution one: labels and names are not looked at. workers: processes that read images, as
         `robustft.data.sources.reading_workers` says. ValueError for names that are not among the classes, for images
-        without a label, and for NaN or infinite logits, saying how many rows. Images that `data` wants skipped
+        without a label or with one beyond the classes, and for NaN or infinite logits. Images that `data` wants skipped
         (`robustft.data.open`, on_error) have no row; `Outputs.skipped` has them.
         """
         (outputs,) = predict_each((self,), data, batch_size, labelled=labelled, workers=workers)
@@ -195,10 +195,21 @@ def each_batch(
             if labelled and (missing := int((labels < 0).sum())):
                 raise ValueError(f"{missing} of {len(labels)} images of a batch have no label: expected a labelled set")
             found = outputs_of_each(used, images.to(device))
+            for out, (_, matching) in zip(found, pairs, strict=True):
+                if labelled and matching is None:
+                    _check_labels(labels, out)
             yield tuple(
                 _kept(out, getattr(predictor, "classes", None), _read(labels.cpu(), matching) if labelled else None)
                 for out, (predictor, matching) in zip(found, pairs, strict=True)
             )
+
+
+def _check_labels(labels: Tensor, outputs: Outputs) -> None:
+    """ValueError for labels that are no column of the logits: every prediction of theirs would count as wrong."""
+    if outputs.has("logits") and len(labels) and int(labels.max()) >= outputs.logits.shape[1]:
+        raise ValueError(
+            f"labels must lie in [0, {outputs.logits.shape[1] - 1}], numbers of classes, got {int(labels.max())}"
+        )
 
 
 def _kept(outputs: Outputs, classes: Sequence[str] | None, labels: Tensor | None) -> Outputs:

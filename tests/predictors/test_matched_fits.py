@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny_clip import NAMES
@@ -9,7 +11,8 @@ from tiny_clip import NAMES
 from robustft import Detector
 from robustft.clip.features import encode
 from robustft.data.classes import _say
-from robustft.ensembles import Tempering, VRFFeatures, greedy_soup
+from robustft.ensembles import OutputEnsemble, Tempering, VRFFeatures, greedy_soup
+from robustft.evaluation import frontier
 from robustft.methods import DRM, TipAdapter, core_labels
 from robustft.predictors import Classifier, zero_shot_classifier
 
@@ -133,3 +136,28 @@ def test_features_of_a_subset_are_kept_under_its_data_set_and_indices(model, val
     data.transform = lambda image: image
     with pytest.raises(ValueError, match=r"dataset\.dataset\.transform \(function\) cannot be told"):
         encode(model, first, cache=tmp_path)
+
+
+def test_labels_beyond_the_classes_are_an_error_and_no_accuracy(zero_shot, validation):
+    images, labels = validation
+    wrong = images, labels + 1  # counted from 1
+    ensemble = OutputEnsemble(zero_shot, zero_shot)
+    for work in (
+        zero_shot.predict,
+        ensemble.fit,
+        lambda data: greedy_soup([zero_shot], data),
+        lambda data: frontier(ensemble, id=validation, shifts={"a": data}, alphas=(0.0,)),
+    ):
+        with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\], numbers of classes, got 3"):
+            work(wrong)
+
+
+def test_members_of_images_that_are_normalised_otherwise_are_not_mixed(model, prompts):
+    members = []
+    for mean in (0.5, 0.1):
+        other = copy.deepcopy(model)
+        other.visual.image_mean, other.visual.image_std = (mean,) * 3, (0.25,) * 3
+        members.append(zero_shot_classifier(other, **prompts))
+    OutputEnsemble(members[0], members[0])
+    with pytest.raises(ValueError, match="one set of images cannot be shown to both"):
+        OutputEnsemble(*members)

@@ -389,5 +389,5 @@ def test_groups_of_images_that_were_left_out_are_no_guess():
     images, labels = held_out()
     found = Validation(make(FineTune), {"image": images, "label": labels, "group": torch.arange(20) // 5})
     found.data = images[1:], labels[1:]
-    with pytest.raises(ValueError, match="groups of 20 images, of which 19 could be read"):
+    with pytest.raises(ValueError, match="groups are of 20 images, but the outputs of 19"):
         found.measure(1)
