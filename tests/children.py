@@ -120,6 +120,15 @@ def import_and_fork() -> None:
         FORKED[libraries].answers.readline()
 
 
+def end_forked() -> None:
+    """Ends the servers that were forked off, and waits for them."""
+    while FORKED:
+        _, server = FORKED.popitem()
+        server.questions.close()
+        server.answers.close()
+        os.waitpid(server.pid, 0)
+
+
 def _serve(asked: int, told: int, path: list[str]) -> NoReturn:
     """Makes what this fork has of pytest's process as in a new one, and is the server."""
     try:

@@ -30,6 +30,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(tiny_clip)
 
 
+def pytest_unconfigure() -> None:
+    children.end_forked()
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
