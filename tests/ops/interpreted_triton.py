@@ -55,7 +55,7 @@ def test_panels_of_rows_add_up(request):
 def library(panels, monkeypatch):
     """Products by the library, in pieces of a few tiles of 32 x 32."""
     monkeypatch.setattr(configs, "by_library", lambda *_: True)
-    monkeypatch.setattr(configs, "STRIPS", dict.fromkeys((1, 2), configs.Strip(32, 32, 2, 1)))
+    monkeypatch.setattr(configs, "STRIPS", dict.fromkeys(configs.STRIPS, configs.Strip(32, 32, 2, 1)))
     monkeypatch.setattr(configs, "WEIGHTS", configs.Tile(32, 32, 16, 1, 1))
     monkeypatch.setattr(configs, "FORWARD_PIECE", configs.Sides(64, 64))
     monkeypatch.setattr(configs, "BACKWARD_PIECE", configs.Sides(64, 64))

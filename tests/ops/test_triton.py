@@ -17,9 +17,10 @@ import torch
 from targets import case, exhaustive
 
 import robustft
+import robustft.functional  # declares the operators
 from benchmarks import triton_resources as resources
 from robustft.ops import accelerator, dispatch, layouts, registry
-from robustft.ops.triton import table
+from robustft.ops.triton import configs, table
 
 TESTS = Path(__file__).parent.parent
 pytestmark = [
@@ -176,12 +177,41 @@ def test_every_row_is_in_one_panel_and_every_class_in_one_stretch():
             assert a["DW"].shape == (a["SPLITS"], 1000, 512) and a["SPLITS"] <= configs.SPLIT_BLOCKS // blocks
 
 
-def test_every_row_is_in_one_panel():
+def test_every_row_is_in_one_panel(monkeypatch):
+    monkeypatch.setattr(configs, "LIBRARY_FROM", {})
     for keep in (True, False):
         forward, backward = recorded(50_001, keep=keep)
         for kernel, of in (("statistics_kernel", forward), ("gradient_kernel", backward)):
             panels = [(a["row0"], a["rows"]) for name, _, a, _ in of if name.__name__ == kernel]
             assert [row0 + rows for row0, rows in panels] == [*(row0 for row0, _ in panels[1:]), 50_001]
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("n", [8192, 50_001])
+def test_every_entry_of_a_large_matrix_is_in_one_strip_and_one_piece(n, labels, teacher):
+    for keep in (True, False):
+        forward, backward = recorded(n, teacher=teacher, labels=labels, keep=keep)
+        names = [launch.kernel.__name__ for launch in (*forward, *backward)]
+        assert set(names) == {"strips_kernel", "combine_kernel", "weights_kernel", "finish_kernel"}
+        seen = dict.fromkeys(("strips_kernel", "weights_kernel"), 0)
+        for kernel, programs, a, _ in (*forward, *backward):
+            if kernel.__name__ == "strips_kernel":
+                width = a["BN"] * a["CHUNKS"]
+                assert programs == -(-a["piece_rows"] // a["BM"]) * -(-a["piece_cols"] // width)
+                assert a["row_tile"] * a["BM"] + a["piece_rows"] <= a["rows"] and a["row0"] % 64 == 0
+                assert a["col_tile"] * width + a["piece_cols"] <= n
+                seen["strips_kernel"] += a["piece_rows"] * a["piece_cols"]
+                sides = a["BM"], width
+            elif kernel.__name__ == "weights_kernel":
+                assert programs == -(-a["rows"] // a["BM"]) * -(-a["cols"] // a["BN"])
+                # Each of its tiles lies in one strip, by whose record it reads.
+                assert (a["TILE_M"], a["TILE_N"]) == sides
+                assert (
+                    a["TILE_M"] % a["BM"] == a["TILE_N"] % a["BN"] == 0 == a["row0"] % sides[0] == a["col0"] % sides[1]
+                )
+                seen["weights_kernel"] += a["rows"] * a["cols"]
+        assert set(seen.values()) == {n * n}
 
 
 @pytest.mark.parametrize("teacher", [False, True])

@@ -146,11 +146,18 @@ FORWARD_PIECE = Sides(8192, 8192)
 """Whole strips. Smaller ones stay in L2, but the library multiplies them more slowly."""
 BACKWARD_PIECE = Sides(8192, 8192)
 """A multiple of every tile. G t and G^T x of it are 128 tiles of 128 x 256 each, one for each processor of an H100."""
-STRIPS = {1: Strip(64, 128, 8, 4), 2: Strip(32, 128, 16, 4)}
-"""By matrices, the teacher's counted: divide both pieces. A teacher's of 64 rows would spill."""
+STRIPS = {"least": Strip(64, 128, 8, 4), "more": Strip(32, 128, 16, 4), "most": Strip(32, 128, 16, 8)}
+"""Divide both pieces. The least that a strip holds is one matrix of bfloat16 without labels or uniform targets, the
+most a teacher's with them; larger ones would spill."""
 WEIGHTS = Tile(32, 128, 16, 4, 1)
 """Of G; divides a strip."""
 FINISH = Block(32, 128, 1, 4, 1)
+
+
+def strip(architecture: str, dtype: torch.dtype, load: int) -> Strip:
+    """Of matrices of that dtype; the load is that of a tile."""
+    least = dtype == torch.bfloat16 and load == 1 and architecture != "sm_100"
+    return STRIPS["least" if least else "most" if load == 3 else "more"]
 
 
 def strip_rows(m: int, kinds: int, bm: int) -> int:

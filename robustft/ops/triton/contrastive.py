@@ -87,9 +87,12 @@ class Matrices(NamedTuple):
         factors = [f for f in (self.x, self.t, self.x_teacher, self.t_teacher) if f is not None]
         return configs.by_library(self.x.shape[0], self.t.shape[0], factors)
 
+    def strip(self, load: int) -> configs.Strip:
+        return configs.strip(architecture(self.x.device), self.x.dtype, load)
+
     def tile(self, load: int) -> configs.Tile:
         if self.by_library:  # the tile of its records; no more than its sides is asked for
-            strip = configs.STRIPS[self.heads]
+            strip = self.strip(load)
             return configs.Tile(strip.bm, strip.width, 16, strip.warps, 1)
         return configs.tile(self.x.shape[1], *self.row(self.arithmetic, load))
 
@@ -144,9 +147,9 @@ def _similarities(of: Matrices, part: products.Piece, given: Sequence[Tensor | N
         products.multiply(x, t.T, S[: part.rows, : part.cols], of.precision)
 
 
-def _strips(of: Matrices, panel_rows: int) -> Callable[[dict[str, Any]], None]:
+def _strips(of: Matrices, strip: configs.Strip, panel_rows: int) -> Callable[[dict[str, Any]], None]:
     """Likewise the library's products and strips_kernel, piece by piece of a panel."""
-    m, strip = of.t.shape[0], configs.STRIPS[of.heads]
+    m = of.t.shape[0]
     sides = [min(a, b) for a, b in zip(configs.FORWARD_PIECE, (panel_rows, m), strict=True)]
     given = [of.x.new_empty(sides, dtype=torch.float32) for _ in range(of.heads)]
     pairs = of.targets != RECTANGLE.value
@@ -186,7 +189,7 @@ def _forward(of: Matrices, totals: bool, smoothing: float, keep: bool) -> Result
     kinds = 3 * heads + (of.targets != PAIRS.value) + totals
     if of.by_library:
         panel = min(configs.strip_rows(m, kinds, tile.bm), n)
-        statistics = _strips(of, panel)
+        statistics = _strips(of, of.strip(of.load(totals)), panel)
     else:
         panel = min(configs.panel_rows(m, kept.element_size()), n)
         statistics = _tiles(of, tile)
@@ -296,7 +299,7 @@ def _backward_by_library(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`_backward` of a large matrix."""
     (n, d), m, heads = of.x.shape, of.t.shape[0], of.heads
-    keep, tile, weigh = len(kept) > 0, of.tile(0), configs.WEIGHTS
+    keep, tile, weigh = len(kept) > 0, of.tile(of.load(totals)), configs.WEIGHTS
     rows, cols = (min(a, b) for a, b in zip(configs.BACKWARD_PIECE, (n, m), strict=True))
     new, f32 = of.x.new_empty, torch.float32
     x_sums, t_sums = new(n, d, dtype=f32), new(m, d, dtype=f32)
