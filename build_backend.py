@@ -75,10 +75,13 @@ def floor(file: str, pattern: str) -> str:
 
 
 def torch_dir() -> Path | None:
-    """The torch package of the environment being installed into, or of the build environment; headers suffice."""
-    candidates = []
-    if named := os.environ.get("ROBUSTFT_TORCH_DIR"):
-        candidates.append(Path(named))
+    """The torch package of the environment being installed into, or of the build environment; headers suffice.
+
+    Headers of the same version that were taken out of its wheel before are as good. What was compiled with them needs
+    not be compiled again, as it would with the same headers in another place.
+    """
+    named = os.environ.get("ROBUSTFT_TORCH_DIR")
+    candidates = [Path(named)] if named else []
     spec = importlib.util.find_spec("torch")
     if spec and spec.submodule_search_locations:
         candidates.append(Path(list(spec.submodule_search_locations)[0]))
@@ -87,8 +90,14 @@ def torch_dir() -> Path | None:
     for candidate in candidates:
         header = candidate / "include/torch/csrc/stable/library.h"
         if header.exists() and version_of(candidate) >= tuple(map(int, torch_floor().split("."))):
-            return candidate
+            return candidate if named else _unpacked(candidate)
     return None
+
+
+def _unpacked(torch: Path) -> Path:
+    """HEADERS if they are this torch's, else itself."""
+    here, there = (folder / "version.py" for folder in (HEADERS, torch))
+    return HEADERS if here.exists() and here.read_bytes() == there.read_bytes() else torch
 
 
 def fetch_headers() -> Path | None:

@@ -110,6 +110,18 @@ def test_where_there_is_no_torch_its_headers_come_out_of_a_wheel_or_torch_is_req
         assert sorted(path.name for path in backend.HEADERS.iterdir()) == ["include", "version.py"]
 
 
+def test_headers_of_the_installed_torch_are_those_that_lie_here(backend, monkeypatch):
+    installed = backend.torch_dir()
+    assert installed is not None and installed != backend.HEADERS
+    for version, expected in (("0", installed), (None, backend.HEADERS)):
+        backend.HEADERS.mkdir(parents=True, exist_ok=True)
+        said = (installed / "version.py").read_text() if version is None else f"__version__ = '{version}'"
+        (backend.HEADERS / "version.py").write_text(said)
+        assert backend.torch_dir() == expected
+    monkeypatch.setenv("ROBUSTFT_TORCH_DIR", str(installed))
+    assert backend.torch_dir() == installed
+
+
 # In the source tree after `pip install .`: Python finds the tree's modules first, which nothing has compiled.
 
 
