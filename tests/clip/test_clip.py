@@ -567,8 +567,10 @@ def test_a_tokenizer_without_its_package_says_what_to_install(tiny_architectures
 
 
 def test_device_and_dtype_are_obeyed(tiny_architectures):
-    model = clip.load("tiny-vit", device="meta", dtype=torch.bfloat16).model
-    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    model = clip.load("tiny-vit", device="cpu", dtype=torch.bfloat16).model
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("cpu", torch.bfloat16)}
+    with pytest.raises(ValueError, match="device is 'meta', where a model has no weights"):
+        clip.load("tiny-vit", device="meta")
 
 
 def test_unknown_architectures_suggest_close_names(tmp_path):
