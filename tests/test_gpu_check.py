@@ -106,6 +106,7 @@ def collected(suites: list[str], python) -> list[str]:
     return [line for line in run.stdout.splitlines() if "::" in line]
 
 
+@pytest.mark.exhaustive
 def test_every_gpu_test_is_in_one_part(python):
     from _pytest.mark.expression import Expression
 

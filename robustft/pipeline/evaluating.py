@@ -164,7 +164,7 @@ def run_names(runs: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
     """Runs by the shortest ends of their paths that tell them apart."""
     paths = [Path(run).resolve() for run in runs]
     if len(set(paths)) < len(paths):
-        raise ValueError("a run is named twice")
+        raise ValueError("runs: one is named twice")
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1

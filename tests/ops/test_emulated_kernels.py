@@ -25,6 +25,7 @@ from robustft.ops import dispatch
 TESTS = Path(__file__).parent.parent
 SOURCES = TESTS.parent / "csrc" / "cuda"
 pytestmark = [
+    pytest.mark.exhaustive,  # the properties are those of the CPU's tests; to compile the sources takes 12 s a worker
     pytest.mark.skipif(not SOURCES.exists(), reason="csrc/ is not beside the tests"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"),
     pytest.mark.skipif(dispatch.LIBRARIES["cpu"] != "loaded", reason="installed without compiled code"),

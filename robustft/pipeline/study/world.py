@@ -157,7 +157,9 @@ class World:
     def suite(self, predictor: methods.Predictor) -> Suite[Outputs]:
         """A predictor's outputs on all test sets."""
         if id(predictor) not in self._suites:  # kept beside its result: an id is only unique while its owner lives
-            self._suites[id(predictor)] = predictor, self.tests.map(predictor.predict)
+            labelled = Suite(self.tests.id, self.tests.shifts, {}).map(predictor.predict)
+            ood = {name: predictor.predict(part, labelled=False) for name, part in self.tests.ood.items()}
+            self._suites[id(predictor)] = predictor, replace(labelled, ood=ood)
         return self._suites[id(predictor)][1]
 
     def validation(self, predictor: methods.Predictor) -> Outputs:
