@@ -244,6 +244,7 @@ def test_memory_counts_what_a_run_holds_and_takes_its_results_off():
     assert 2 * 4 * 2048**2 <= taken["extra_bytes"] <= 12 * 4 * 2048**2
 
 
+@pytest.mark.exhaustive
 def test_memory_of_a_failing_run_is_a_message():
     assert memory.measure(Row("contrastive", 64), "nobody", 1)["failed"].startswith("StopIteration")
 

@@ -72,7 +72,7 @@ def test_the_umask_of_the_process_is_never_touched(tmp_path, writer, monkeypatch
     writer(tmp_path / "it")
 
 
-@pytest.mark.parametrize("others", [1, *exhaustive(3)])
+@pytest.mark.parametrize("others", exhaustive(1, 3))
 def test_equal_content_is_equal_bytes_in_any_process(others, tmp_path):
     for name, write in WRITERS.items():
         write(tmp_path / "own" / name)

@@ -223,6 +223,7 @@ def test_every_job_of_a_step_ends_and_says_how(capfd):
     assert job.result()["status"] == "cut off" and "begun" not in capfd.readouterr().out
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_claimed(python):
     root = Path(gpu_check.__file__).parent.parent

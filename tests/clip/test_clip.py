@@ -900,6 +900,7 @@ def test_clip_imports_without_open_clip_and_says_what_to_install_when_it_is_need
     assert bare_python.run("-c", textwrap.dedent(code)).returncode == 0
 
 
+@pytest.mark.exhaustive
 def test_torchvision_without_its_operators_is_imported_under_cpu_torch(bare_python):
     # Simulates PyPI's torchvision under a CPU-only torch: its compiled library does not load.
     code = """

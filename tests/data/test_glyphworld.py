@@ -39,6 +39,7 @@ def accuracy(bundle, head, dataset):
 # The benchmark
 
 
+@pytest.mark.exhaustive
 def test_equal_calls_give_equal_bytes_and_another_seed_gives_others():
     for make in (
         lambda seed: world.digits("test", seed=seed),

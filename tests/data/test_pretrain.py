@@ -34,6 +34,7 @@ def whole(tmp_path_factory):
     return digest(run(tmp_path_factory.mktemp("pretrain") / "whole"))
 
 
+@pytest.mark.exhaustive
 def test_equal_seeds_give_equal_weights_and_another_seed_others(tmp_path, whole):
     same, other = digest(run(tmp_path / "same")), digest(run(tmp_path / "other", seed=1))
     assert all(torch.equal(whole[name], same[name]) for name in whole)
