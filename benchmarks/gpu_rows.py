@@ -586,12 +586,7 @@ def values(name: str) -> None:
     from robustft.ops import accelerator, registry
 
     def outcomes(source: registry.Source) -> list[Tensor]:
-        found = []
-        for arguments, options in registry.PUBLIC[name](source):
-            out = tensors(getattr(rf, name)(*arguments, **options))
-            leaves = [a for a in (*arguments, *options.values()) if isinstance(a, Tensor) and a.requires_grad]
-            sums = [term.double().sum() for term in out if term.requires_grad]
-            found += [*out, *(torch.autograd.grad(torch.stack(sums).sum(), leaves) if sums else ())]
+        found = registry.outcomes(getattr(rf, name), registry.PUBLIC[name](source))
         return [a.detach().cpu().double() for a in found]
 
     for dtype in accelerator.DTYPES:

@@ -146,21 +146,13 @@ def _operator(name: str, device: str, function: Callable, examples: Callable) ->
     import torch
 
     import robustft
+    from robustft.ops import registry
     from robustft.ops.dispatch import body_of
-    from robustft.ops.registry import Source
 
     line = f"{name} ({device})"
 
     def outcomes() -> list[torch.Tensor]:
-        found = []
-        for call in examples(Source(device, torch.float32)):
-            out = function(*call.arguments, **call.options)
-            out = [out] if isinstance(out, torch.Tensor) else list(out)
-            inputs = (*call.arguments, *call.options.values())
-            leaves = [a for a in inputs if isinstance(a, torch.Tensor) and a.requires_grad]
-            sums = [term.sum() for term in out if term.requires_grad]
-            found += [*out, *(torch.autograd.grad(torch.stack(sums).sum(), leaves) if sums else ())]
-        return found
+        return registry.outcomes(function, examples(registry.Source(device, torch.float32)))
 
     try:
         with warnings.catch_warnings():

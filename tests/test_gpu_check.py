@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check, gpu_rows
+from robustft.ops import dispatch
 
 
 def values(run) -> list[torch.Tensor]:
@@ -211,6 +212,19 @@ def test_a_wrong_result_is_an_error_and_not_a_time(wrong, monkeypatch):
         result = wrong(result) if isinstance(result, torch.Tensor) else [result[0], wrong(result[1]), *result[2:]]
         with pytest.raises(AssertionError, match="relative error"):
             candidates.check(result)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1, float("nan")])
+def test_a_function_whose_values_are_wrong_is_said_to_be(factor, monkeypatch, capsys):
+    right = gpu_rows.rf.cvar
+
+    def wrong(*arguments, **options):
+        return right(*arguments, **options) * (1.0 if dispatch.chosen() == "reference" else factor)
+
+    monkeypatch.setattr(gpu_rows.rf, "cvar", wrong)
+    gpu_rows.values("cvar")
+    said = [json.loads(line)["right"] for line in capsys.readouterr().out.splitlines()]
+    assert said == 3 * [factor == 1.0]
 
 
 def test_every_job_of_a_step_ends_and_says_how(capfd):

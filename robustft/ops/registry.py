@@ -164,6 +164,18 @@ def call(name: str, *inputs: Any) -> Any:
     return _direct[name].apply(*inputs)
 
 
+def outcomes(function: Callable[..., Any], calls: Iterable[Call]) -> list[Tensor]:
+    """What a function of PUBLIC gives when it is called so, and the gradients of its results' sum."""
+    found: list[Tensor] = []
+    for arguments, options in calls:
+        out = function(*arguments, **options)
+        out = [out] if isinstance(out, Tensor) else list(out)
+        leaves = [a for a in (*arguments, *options.values()) if isinstance(a, Tensor) and a.requires_grad]
+        sums = [term.double().sum() for term in out if term.requires_grad]
+        found += [*out, *(torch.autograd.grad(torch.stack(sums).sum(), leaves) if sums else ())]
+    return found
+
+
 def _tell_torch(op: Op) -> None:
     torch.library.register_fake(f"robustft::{op.name}", op.fake, lib=library)
     if op.body is not None:
