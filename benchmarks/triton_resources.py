@@ -1,6 +1,6 @@
 """What every shipped Triton configuration takes of a GPU that need not be there: registers, spills, shared memory.
 
-    python -m benchmarks.triton_resources          # compiles all of them, writes results/triton_resources.json
+    python -m benchmarks.triton_resources          # compiles what changed, writes results/triton_resources.json
     python -m benchmarks.triton_resources --table  # prints that file as a table
 
 The launches are those of the operators in robustft/ops/triton themselves, recorded on meta tensors instead of run, and
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -193,13 +194,39 @@ def resources(architecture: str, launch) -> dict[str, int]:
     return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared, **counts}
 
 
-def measure(case: Case, only: str | None = None) -> dict[str, dict[str, object]]:
-    """By kernel: its resources and its configuration."""
+def origin(launch) -> str:
+    """A fingerprint of all that the compiler is given: the kernel, the functions and constants that it names, and the
+    launch's types, constants and options."""
+    texts, seen = [], set()
+
+    def collect(function) -> None:
+        if id(function) in seen:
+            return
+        seen.add(id(function))
+        texts.append(function.src)
+        for name in function.fn.__code__.co_names:
+            of = function.fn.__globals__.get(name)
+            if hasattr(of, "src"):
+                collect(of)
+            elif of is not None and not callable(of) and not inspect.ismodule(of):
+                texts.append(f"{name} = {of!r}")
+
+    collect(launch.kernel)
+    given = source(launch)
+    texts += [repr((given.signature, sorted(map(repr, given.constants.items())), given.attrs, dict(launch.options)))]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def measure(case: Case, known: dict[str, dict] | None = None) -> dict[str, dict[str, object]]:
+    """By kernel: its resources, its configuration, and what it was compiled from. What is known of the same is kept."""
     result = {}
     for name, launch in launches(case).items():
-        if only is None or name == only:
-            sides = {k: launch.arguments[k] for k in ("BM", "BN", "BD", "BK") if k in launch.arguments}
-            result[name] = {**sides, **launch.options, **resources(case.architecture, launch)}
+        before, of = (known or {}).get(name, {}), origin(launch)
+        if before.get("origin") == of:
+            result[name] = before
+            continue
+        sides = {k: launch.arguments[k] for k in ("BM", "BN", "BD", "BK") if k in launch.arguments}
+        result[name] = {**sides, **launch.options, **resources(case.architecture, launch), "origin": of}
     return result
 
 
@@ -233,14 +260,17 @@ def main() -> None:
         return
     import triton
 
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known = before["cases"] if before.get("triton") == triton.__version__ else {}
     wanted = list(cases())
     found = {}
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        for case, result in zip(wanted, pool.map(measure, wanted), strict=True):
+        results = pool.map(measure, wanted, [known.get(case.name) for case in wanted])
+        for case, result in zip(wanted, results, strict=True):
             found[case.name] = result
             print(table({"cases": {case.name: result}}).split("\n", 2)[2], file=sys.stderr, flush=True)
-    results = {"command": "python -m benchmarks.triton_resources", "triton": triton.__version__, "sources": sources()}
-    write_json(RESULTS, {**results, "cases": found})
+    head = {"command": "python -m benchmarks.triton_resources", "triton": triton.__version__, "sources": sources()}
+    write_json(RESULTS, {**head, "cases": found})
 
 
 if __name__ == "__main__":

@@ -269,6 +269,18 @@ def test_blocks_divide_the_tiles_that_they_read(architecture):
     assert all(configs.PANEL_ROWS % row.bs == 0 for row in table.COMBINES.values())
 
 
+def test_a_backward_reads_its_forwards_records_whatever_has_become_of_the_precision():
+    from robustft.ops.triton import autotune, configs
+
+    for work in (1, 2, 3, "classes", "heads"):
+        rows = [configs.tiles("sm_90", arithmetic, work, True) for arithmetic in ("ieee", "tf32x3", "tf32")]
+        first = 1 if isinstance(work, str) else 0  # of classes, records are of columns
+        assert len({rows[key][first:2] for rows, key in rows}) == 1
+        for row in rows:
+            sides = {tile[:2] for tile in autotune.tiles(row)}
+            assert sides == {row[0][row[1]][:2]}
+
+
 def test_a_block_that_was_tuned_beside_larger_tiles_is_cut_to_smaller_ones(monkeypatch):
     from robustft.ops.triton import configs
 

@@ -28,8 +28,12 @@ def _sums(rows: int, columns: int, warps: int) -> bool:
     return 8 <= rows * columns // (32 * warps) <= 128
 
 
-def tiles() -> Iterator[Tile]:
+def tiles(row: tuple[dict, object]) -> Iterator[Tile]:
+    """Those that may take the row's place. float32's keep its sides, which other arithmetics share (table.py)."""
+    rows, key = row
     for bm, bn in ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 64), (256, 128)):
+        if rows is table.FLOAT_TILES and (bm, bn) != (rows[key].bm, rows[key].bn):
+            continue
         for bk in (16, 32, 64):
             for warps in (4, 8):
                 for stages in (2, 3, 4):

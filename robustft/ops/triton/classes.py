@@ -206,7 +206,8 @@ def _backward(
 def _tuned(of: Classes, forward: Callable, backward: Callable) -> tuple[Tensor, Tensor]:
     """What `forward` returns, after a search for better rows where ROBUSTFT_AUTOTUNE asks for it."""
     if autotune.WANTED:
-        autotune.tune(configs.tiles(*of.row(of.arithmetic)), autotune.tiles(), forward)
+        choice = configs.tiles(*of.row(of.arithmetic))
+        autotune.tune(choice, autotune.tiles(choice), forward)
         autotune.tune(configs.combines("classes"), autotune.combines(), forward)
         row, kept = forward()
         blocks = configs.blocks(*of.row(of.gradient_arithmetic))

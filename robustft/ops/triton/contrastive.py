@@ -368,7 +368,8 @@ def _tune(of: Matrices, totals: bool, smoothing: float, keep: bool) -> None:
     def forward() -> object:
         return _forward(of, totals, smoothing, keep)
 
-    autotune.tune(configs.tiles(*of.row(of.arithmetic, load)), autotune.tiles(), forward)
+    choice = configs.tiles(*of.row(of.arithmetic, load))
+    autotune.tune(choice, autotune.tiles(choice), forward)
     autotune.tune(configs.combines("contrastive"), autotune.combines(), forward)
     row, col, tiles, kept, losses, by_scale = _forward(of, totals, smoothing, keep)
     g = [torch.ones_like(loss) for loss in losses]
@@ -378,7 +379,8 @@ def _tune(of: Matrices, totals: bool, smoothing: float, keep: bool) -> None:
         return _backward(of, row, col, tiles, kept, totals, smoothing, g[0], h, by_scale)
 
     if not keep:
-        autotune.tune(configs.tiles(*of.row(of.arithmetic, 1)), autotune.tiles(), backward)
+        choice = configs.tiles(*of.row(of.arithmetic, 1))
+        autotune.tune(choice, autotune.tiles(choice), backward)
     blocks = autotune.blocks(of.tile(load if keep else 1))
     autotune.tune(configs.blocks(*of.row(of.gradient_arithmetic, load)), blocks, backward)
 

@@ -85,6 +85,7 @@ def class_scores(x, w, temperature, scale, precision) -> tuple[Tensor, Tensor]:
         )  # fmt: skip
 
     if autotune.WANTED:
-        autotune.tune(configs.tiles(*of), autotune.tiles(), run)
+        choice = configs.tiles(*of)
+        autotune.tune(choice, autotune.tiles(choice), run)
     run()
     return scores, prediction

@@ -15,7 +15,9 @@ kernels take.
 
 Half-precision factors: by architecture, work (configs.py) and whether the matrices are small. float32 factors, on any
 architecture and of any size: by arithmetic and work. Combining: by family of losses. The penalty: by architecture. A
-block's BM and BK divide both sides of the tiles that it reads.
+block's BM and BK divide both sides of the tiles that it reads. What a forward keeps is by tile, and
+torch.get_float32_matmul_precision() may be another when the backward reads it: float32 tiles of one work have the same
+sides (of classes, the same BN) in every arithmetic.
 
 `ROBUSTFT_AUTOTUNE=1` times candidates where a loss first meets a row, and prints, when the process ends, all that
 follows the line of dashes below as it should be on that device.
@@ -134,8 +136,8 @@ HALF_BLOCKS = {
 }
 FLOAT_TILES = {
     ("tf32", 1): Tile(64, 64, 32, 4, 3),
-    ("tf32", 2): Tile(64, 64, 32, 8, 3),
-    ("tf32", 3): Tile(64, 64, 32, 8, 3),
+    ("tf32", 2): Tile(32, 64, 32, 8, 3),
+    ("tf32", 3): Tile(32, 64, 32, 8, 3),
     ("tf32", "classes"): Tile(64, 64, 32, 8, 3),
     ("tf32", "heads"): Tile(64, 64, 32, 8, 3),
     ("tf32", "scores"): Tile(64, 64, 32, 8, 3),
@@ -146,15 +148,15 @@ FLOAT_TILES = {
     ("tf32x3", "heads"): Tile(32, 64, 32, 8, 2),
     ("tf32x3", "scores"): Tile(32, 64, 32, 8, 2),
     ("ieee", 1): Tile(64, 64, 16, 8, 2),
-    ("ieee", 2): Tile(64, 64, 16, 8, 2),
-    ("ieee", 3): Tile(64, 64, 16, 8, 2),
+    ("ieee", 2): Tile(32, 64, 16, 8, 2),
+    ("ieee", 3): Tile(32, 64, 16, 8, 2),
     ("ieee", "classes"): Tile(64, 64, 16, 8, 2),
     ("ieee", "heads"): Tile(64, 64, 16, 8, 2),
     ("ieee", "scores"): Tile(64, 64, 16, 8, 2),
 }
 FLOAT_BLOCKS = {
     ("tf32", 1): Block(64, 64, 32, 4, 3),
-    ("tf32", 2): Block(64, 64, 32, 4, 3),
+    ("tf32", 2): Block(32, 64, 16, 4, 3),
     ("tf32", 3): Block(32, 64, 32, 4, 3),
     ("tf32", "classes"): Block(32, 64, 32, 4, 3),
     ("tf32", "heads"): Block(32, 32, 32, 4, 3),
