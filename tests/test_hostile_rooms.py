@@ -107,6 +107,7 @@ def cases(folder):
             "encode_patches": (clip.encode_patches, Call((MODEL, IMAGES))),
             "encode_images_and_patches": (clip.encode_images_and_patches, Call((MODEL, IMAGES))),
             "encode_texts": (clip.encode_texts, Call((MODEL, TOKENS))),
+            "trim_padding": (clip.trim_padding, Call((MODEL, TOKENS), {"multiple": 4})),
             "encode_embedded_texts": (clip.encode_embedded_texts, Call((MODEL, embedded, TOKENS))),
             "token_embedding": (clip.token_embedding, Call((MODEL,))),
             "text_projection": (clip.text_projection, Call((MODEL,))),

@@ -26,6 +26,7 @@ from robustft.clip.encoding import (
     text_projection,
     text_tower,
     token_embedding,
+    trim_padding,
     unwrap,
     visual_projection,
 )
@@ -94,6 +95,7 @@ __all__ = [
     "text_projection",
     "text_tower",
     "token_embedding",
+    "trim_padding",
     "unwrap",
     "visual_projection",
 ]

@@ -6,6 +6,8 @@ u = normalise(f(x))     image features (N, D)         v = normalise(g(t))     te
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from robustft.clip import patches
 from robustft.ops.arguments import check_range
-from robustft.ops.kinds import checked
+from robustft.ops.kinds import checked, has_numbers
 from robustft.ops.precision import at_least_float32
 
 
@@ -81,16 +83,48 @@ def encode_images_and_patches(model: nn.Module, images: Tensor, *, normalize: bo
 
 @checked
 def encode_texts(model: nn.Module, tokens: Tensor, *, normalize: bool = True) -> Tensor:
-    """Text features (M, D) of tokenised captions (M, L), with `normalize` as in `encode_images`."""
+    """Text features (M, D) of tokenised captions (M, L), with `normalize` as in `encode_images`.
+
+    Where nothing after the place of pooling matters, padding is not computed: the tower runs to the longest caption of
+    the batch (`trim_padding`). On an accelerator that waits for the tokens, unless they were trimmed before they got
+    there. Under `torch.compile` and in a CUDA graph the tower runs whole, or as far as trimmed tokens go.
+    """
     _check_tokens(model, tokens)
-    context = getattr(text_tower(model), "context_length", None) or tokens.shape[1]
+    tower = text_tower(model)
+    context = getattr(tower, "context_length", None) or tokens.shape[1]
     if tokens.shape[1] > context:
         raise ValueError(
             f"tokens: (M, {tokens.shape[1]}) are longer than the model's context of {context}: use the tokenizer that "
             "was loaded with it"
         )
-    features = _encoded(model, "encode_text", "tokens", tokens)
+    if tokens.shape[1] == context:
+        tokens = trim_padding(model, tokens)
+    with contextlib.ExitStack() as hooks:
+        if (length := tokens.shape[1]) < context and _pools_early(tower):
+            hooks.callback(_cut_transformer(tower, length))
+            tokens = F.pad(tokens, (0, context - length))
+        features = _encoded(model, "encode_text", "tokens", tokens)
     return F.normalize(at_least_float32(features), dim=-1) if normalize else features
+
+
+@checked
+def trim_padding(model: nn.Module, tokens: Tensor, *, multiple: int = 1) -> Tensor:
+    """Tokens (M, L) without the columns at their end that no feature depends on: a view (M, L') that `encode_texts`
+    takes like the whole.
+
+    L' is where the longest text is pooled, rounded up to a `multiple`: 8 lets compiled code and an accelerator's caches
+    meet few shapes. All columns stay where the tower has no causal mask, or pools elsewhere than at the end of the text
+    (SigLIP, Hugging Face, CoCa), and where tokens cannot be looked at: meta tensors, `torch.compile`, CUDA graphs. Trim
+    on the CPU, before the tokens go to an accelerator, which would have to be waited for.
+    """
+    if multiple < 1:
+        raise ValueError(f"multiple: expected at least 1, got {multiple}")
+    _check_token_numbers(tokens)
+    tower = text_tower(model)
+    if not (_pools_early(tower) and tokens.numel() and _may_be_looked_at(tokens)):
+        return tokens
+    length = int(_pooled_at(tower, tokens).max()) + 1
+    return tokens[:, : -(-length // multiple) * multiple]
 
 
 @checked
@@ -125,19 +159,18 @@ def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, 
             f"embeddings: expected (M, L, {table.embedding_dim}) for tokens (M, L), got {tuple(embeddings.shape)} "
             f"for {tuple(tokens.shape)}"
         )
-    tower = text_tower(model)
-    length = _pooled_length(tower, tokens)
+    thread = threading.get_ident()
 
-    def cut(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any]:
-        mask = keywords["attn_mask"][..., :length, :length].contiguous()
-        return (arguments[0][:, :length].contiguous(), *arguments[1:]), {**keywords, "attn_mask": mask}
+    def replace(_module: nn.Module, _tokens: Any, found: Tensor) -> Tensor | None:
+        if threading.get_ident() != thread:
+            return None
+        return F.pad(embeddings.to(found.dtype), (0, 0, 0, found.shape[1] - embeddings.shape[1]))
 
-    with contextlib.ExitStack() as hooks:
-        replaced = table.register_forward_hook(lambda _module, _tokens, found: embeddings.to(found.dtype))
-        hooks.callback(replaced.remove)
-        if length is not None:
-            hooks.callback(tower.transformer.register_forward_pre_hook(cut, with_kwargs=True).remove)
+    hook = table.register_forward_hook(replace)
+    try:
         return encode_texts(model, tokens, normalize=normalize)
+    finally:
+        hook.remove()
 
 
 def text_tower(model: nn.Module) -> Any:
@@ -146,14 +179,40 @@ def text_tower(model: nn.Module) -> Any:
     return getattr(model, "text", model)
 
 
-def _pooled_length(tower: nn.Module, tokens: Tensor) -> int | None:
-    """How many leading tokens the pooled features of a batch depend on, None if that is not known to be less than all.
-
-    CLIP pools at the largest token, and a causal mask lets nothing after it matter.
-    """
-    pooling = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+def _pools_early(tower: nn.Module) -> bool:
+    """Whether features are pooled at the end of each text, under a causal mask that lets nothing after it matter."""
     causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
-    return int(tokens.argmax(-1).max()) + 1 if causal and pooling == "argmax" else None
+    return causal and not getattr(tower, "use_pad_mask", False) and _pooling(tower) in ("argmax", "eos")
+
+
+def _pooling(tower: nn.Module) -> str | None:
+    return getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+
+
+def _may_be_looked_at(tokens: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not has_numbers(tokens):
+        return False
+    return not (tokens.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _pooled_at(tower: nn.Module, tokens: Tensor) -> Tensor:
+    """The position (M,) that a text's feature is taken from: CLIP's end of text is its largest token."""
+    if _pooling(tower) == "eos":
+        tokens = tokens.eq(getattr(tower, "text_eos_id", getattr(tower, "eos_id", -1))).int()
+    return tokens.argmax(-1)
+
+
+def _cut_transformer(tower: Any, length: int) -> Callable[[], None]:
+    """Lets this thread's next calls of the transformer see `length` positions; returns what ends that."""
+    thread = threading.get_ident()
+
+    def cut(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any] | None:
+        if threading.get_ident() != thread:
+            return None
+        mask = keywords["attn_mask"][..., :length, :length].contiguous()
+        return (arguments[0][:, :length].contiguous(), *arguments[1:]), {**keywords, "attn_mask": mask}
+
+    return tower.transformer.register_forward_pre_hook(cut, with_kwargs=True).remove
 
 
 @checked
@@ -205,8 +264,7 @@ def _first_parameter(module: nn.Module, otherwise: Tensor) -> Tensor:
 
 def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
     """ValueError unless they are (M, L) numbers of tokens, on the model's device and in its vocabulary."""
-    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"tokens: expected (M, L) integers, int64 or int32, got {tuple(tokens.shape)} {tokens.dtype}")
+    _check_token_numbers(tokens)
     tower = text_tower(model)
     device = _first_parameter(tower, tokens).device
     if tokens.device != device:
@@ -214,6 +272,11 @@ def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
     table = getattr(tower, "token_embedding", None)
     if isinstance(table, nn.Embedding) and tokens.numel():
         check_range("tokens", tokens, table.num_embeddings, ", the model's vocabulary")
+
+
+def _check_token_numbers(tokens: Tensor) -> None:
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"tokens: expected (M, L) integers, int64 or int32, got {tuple(tokens.shape)} {tokens.dtype}")
 
 
 def _encoded(model: nn.Module, encode: str, name: str, given: Tensor) -> Tensor:

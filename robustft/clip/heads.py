@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from robustft.clip.encoding import encode_texts
+from robustft.clip.encoding import encode_texts, trim_padding
 from robustft.clip.prompts import Template, Tokenizer, captions, check_captions, split_names, tokenize_classes
 from robustft.ops.kinds import checked, described
 
@@ -130,7 +130,7 @@ def encode_captions(
     if tokens.ndim != 2 or tokens.is_meta:
         raise ValueError(f"tokens: expected (P, L) integers, got {described(tokens)} on {tokens.device}")
     device = next(model.parameters()).device
-    chunks: Iterable[Tensor] = [chunk.to(device) for chunk in tokens.split(batch_size)]
+    chunks: Iterable[Tensor] = [trim_padding(model, chunk).to(device) for chunk in tokens.split(batch_size)]
     if progress and len(tokens) > batch_size:
         from tqdm.auto import tqdm
 

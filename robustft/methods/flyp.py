@@ -83,10 +83,12 @@ class CaptionMethod(Method):
         if texts is None:
             assert labels is not None  # a batch has one of both
             tokens, rows = self.prompts.sample(labels, stateless_generator(self.seed, "captions", int(self.steps)))
-            rows = rows.to(images.device)
         else:
-            tokens = texts if isinstance(texts, Tensor) else tokenize(self.tokenizer, texts)
-        return Pairs(images, tokens.to(images.device), rows, labels if self.targets == "label" else None, labels)
+            tokens, rows = distinct(texts if isinstance(texts, Tensor) else tokenize(self.tokenizer, texts))
+        multiple = 1 if images.device.type == "cpu" else 8
+        tokens = clip.trim_padding(self.model, tokens, multiple=multiple).to(images.device)
+        rows = None if rows is None else rows.to(images.device)
+        return Pairs(images, tokens, rows, labels if self.targets == "label" else None, labels)
 
     @staticmethod
     def features(model: nn.Module, pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -107,6 +109,15 @@ class CaptionMethod(Method):
         # A product, because index_add adds up in no fixed order on several threads.
         w = F.normalize(F.one_hot(classes, len(present)).to(t).T @ t, dim=-1)
         return classification_loss(u, w, classes, clip.logit_scale(self.model), variant=variant).misalignment
+
+
+def distinct(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Rows (U, L) of tokens that differ, and the row (N,) of each text among them: None where all N differ, or where
+    an accelerator would have to be waited for."""
+    if not arguments.readable(tokens):
+        return tokens, None
+    found, rows = tokens.unique(dim=0, return_inverse=True)
+    return (tokens, None) if len(found) == len(tokens) else (found, rows)
 
 
 class FLYP(CaptionMethod):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from robustft.methods import FLYP, CaRot
+from robustft.methods import FLYP, CaRot, flyp
 
 
 def train(method, batches):
@@ -53,10 +53,26 @@ def test_captions_are_of_the_labels_and_use_every_template(clip_model, prompts):
         {tuple(row) for row in prompts["tokenizer"]([t.format(name) for t in prompts["templates"]]).tolist()}
         for name in prompts["class_names"]
     ]
-    drawn = [tuple(row) for row in pairs.tokens[pairs.rows].tolist()]
-    assert len(pairs.tokens) == 9
+    length = len(next(iter(of_class[0])))
+    drawn = [tuple(row) for row in F.pad(pairs.tokens, (0, length - pairs.tokens.shape[1]))[pairs.rows].tolist()]
+    assert len(pairs.tokens) == 9 and pairs.tokens.shape[1] < length
     assert all(row in of_class[label] for row, label in zip(drawn, labels.tolist(), strict=True))
     assert all(100 > drawn.count(row) > 10 for row in set(drawn))
+
+
+def test_captions_that_repeat_in_a_batch_are_encoded_once(clip_model, prompts, batches, monkeypatch):
+    images, texts = batches[0][0], ["a bee", "ant", "a bee", "ant", "the cow here"]
+    images = images.repeat(3, 1, 1, 1)[:5]
+    for method in (FLYP(clip_model, **prompts), CaRot(clip_model, total_steps=9, **prompts)):
+        encoded = []
+        tower = method.model.transformer.register_forward_hook(lambda _m, _i, out, seen=encoded: seen.append(len(out)))
+        found = method.step((images, texts)).loss
+        assert encoded == [3]
+        tower.remove()
+        with monkeypatch.context() as patched:
+            patched.setattr(flyp, "distinct", lambda tokens: (tokens, None))
+            expected = method.step((images, texts)).loss
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_captions_are_a_function_of_seed_and_step(clip_model, prompts, batches):

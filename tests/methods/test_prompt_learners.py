@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import open_clip
 import pytest
@@ -416,6 +417,44 @@ def test_embedded_tokens_are_encoded_as_the_tokens_in_every_layout(prompts):
         other[0, 1, 0] += 1.0
         moved = (clip.encode_embedded_texts(model, other, tokens) - clip.encode_texts(model, tokens)).norm(dim=1)
         assert moved[0] > 1e-3 and moved[1:].max() < 1e-12, name
+
+
+def test_texts_are_encoded_to_their_ends_as_by_the_whole_tower(prompts):
+    tokens = prompts["tokenizer"](["ant", "a bee", "bee"])
+    for name, model in towers():
+        model = model.double()
+        lengths = []
+        model_blocks = clip.text_tower(model).transformer.resblocks
+        model_blocks[0].register_forward_hook(lambda _m, _i, out, seen=lengths: seen.append(out.shape[1]))
+        whole = model.encode_text(tokens)
+        for given in (tokens, clip.trim_padding(model, tokens), clip.trim_padding(model, tokens, multiple=4)):
+            found = clip.encode_texts(model, given, normalize=False)
+            torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12, msg=name)
+        early = name in ("CLIP", "custom")
+        ends = int(tokens.argmax(-1).max()) + 1
+        assert ends == 6 and len(tokens[0]) == 15
+        assert lengths[1:] == ([6, 6, 8] if early else [lengths[0]] * 3), name
+        assert clip.trim_padding(model, tokens).shape == ((3, 6) if early else (3, 15)), name
+        found, whole = (
+            torch.autograd.grad(features.square().sum(), clip.token_embedding(model).weight)[0]
+            for features in (clip.encode_texts(model, tokens, normalize=False), model.encode_text(tokens))
+        )
+        torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_what_cannot_be_looked_at_is_not_trimmed(clip_model, prompts):
+    tokens = prompts["tokenizer"](["ant", "a bee"])
+    assert clip.trim_padding(clip_model, tokens.to("meta")).shape == tokens.shape
+    assert clip.encode_texts(clip_model.to("meta"), tokens.to("meta")).shape == (2, 8)
+
+
+def test_texts_of_several_lengths_may_be_encoded_by_several_threads(clip_model, prompts):
+    texts = [["ant"], ["the cow here"], ["a bee"], ["ant the cow here"]] * 8
+    tokens = [prompts["tokenizer"](some) for some in texts]
+    alone = [clip.encode_texts(clip_model, some).detach() for some in tokens]
+    with ThreadPoolExecutor(4) as pool:
+        beside = list(pool.map(lambda some: clip.encode_texts(clip_model, some).detach(), tokens))
+    torch.testing.assert_close(beside, alone, rtol=0, atol=0)
 
 
 def test_the_gradient_of_embedded_texts_is_that_of_the_written_out_tower(clip_model, prompts):
