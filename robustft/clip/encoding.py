@@ -5,9 +5,6 @@ u = normalise(f(x))     image features (N, D)         v = normalise(g(t))     te
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -99,11 +96,9 @@ def encode_texts(model: nn.Module, tokens: Tensor, *, normalize: bool = True) ->
         )
     if tokens.shape[1] == context:
         tokens = trim_padding(model, tokens)
-    with contextlib.ExitStack() as hooks:
-        if (length := tokens.shape[1]) < context and _pools_early(tower):
-            hooks.callback(_cut_transformer(tower, length))
-            tokens = F.pad(tokens, (0, context - length))
-        features = _encoded(model, "encode_text", "tokens", tokens)
+    if tokens.shape[1] < context and _pools_early(tower):
+        model = _with_text_tower(model, _shortened(tower, tokens.shape[1]))
+    features = _encoded(model, "encode_text", "tokens", tokens)
     return F.normalize(at_least_float32(features), dim=-1) if normalize else features
 
 
@@ -159,18 +154,10 @@ def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, 
             f"embeddings: expected (M, L, {table.embedding_dim}) for tokens (M, L), got {tuple(embeddings.shape)} "
             f"for {tuple(tokens.shape)}"
         )
-    thread = threading.get_ident()
-
-    def replace(_module: nn.Module, _tokens: Any, found: Tensor) -> Tensor | None:
-        if threading.get_ident() != thread:
-            return None
-        return F.pad(embeddings.to(found.dtype), (0, 0, 0, found.shape[1] - embeddings.shape[1]))
-
-    hook = table.register_forward_hook(replace)
-    try:
-        return encode_texts(model, tokens, normalize=normalize)
-    finally:
-        hook.remove()
+    tower, tokens = text_tower(model), trim_padding(model, tokens)
+    given = _Given(embeddings[:, : tokens.shape[1]].to(table.weight.dtype))
+    replaced = _shared(tower, _modules={**tower._modules, "token_embedding": given})
+    return encode_texts(_with_text_tower(model, replaced), tokens, normalize=normalize)
 
 
 def text_tower(model: nn.Module) -> Any:
@@ -182,7 +169,14 @@ def text_tower(model: nn.Module) -> Any:
 def _pools_early(tower: nn.Module) -> bool:
     """Whether features are pooled at the end of each text, under a causal mask that lets nothing after it matter."""
     causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
-    return causal and not getattr(tower, "use_pad_mask", False) and _pooling(tower) in ("argmax", "eos")
+    if not causal or getattr(tower, "use_pad_mask", False) or _pooling(tower) not in ("argmax", "eos"):
+        return False
+    # One that is sharded, or called in a way of its own, is left whole.
+    own, sharded = (
+        {"encode_text", "forward"} & tower.__dict__.keys(),
+        hasattr(tower.positional_embedding, "device_mesh"),
+    )
+    return not own and not sharded
 
 
 def _pooling(tower: nn.Module) -> str | None:
@@ -202,17 +196,39 @@ def _pooled_at(tower: nn.Module, tokens: Tensor) -> Tensor:
     return tokens.argmax(-1)
 
 
-def _cut_transformer(tower: Any, length: int) -> Callable[[], None]:
-    """Lets this thread's next calls of the transformer see `length` positions; returns what ends that."""
-    thread = threading.get_ident()
+class _Given(nn.Module):
+    """In place of a table: the embeddings of the tokens that it will be asked for."""
 
-    def cut(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any] | None:
-        if threading.get_ident() != thread:
-            return None
-        mask = keywords["attn_mask"][..., :length, :length].contiguous()
-        return (arguments[0][:, :length].contiguous(), *arguments[1:]), {**keywords, "attn_mask": mask}
+    def __init__(self, embeddings: Tensor) -> None:
+        super().__init__()
+        self.embeddings = embeddings
 
-    return tower.transformer.register_forward_pre_hook(cut, with_kwargs=True).remove
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.embeddings
+
+
+def _shared(module: nn.Module, **others: dict[str, Any]) -> Any:
+    """A module of the same class with the same parts but for some of its dictionaries. Hooks would be seen by other
+    threads that use the module; this is not."""
+    view = module.__new__(type(module))
+    view.__dict__ = module.__dict__ | others
+    return view
+
+
+def _shortened(tower: Any, length: int) -> Any:
+    """The tower for texts of that many tokens: its table of positions and its mask are cut."""
+    positions, mask = tower.positional_embedding[:length], tower.attn_mask[:length, :length]
+    return _shared(
+        tower,
+        _parameters={**tower._parameters, "positional_embedding": positions},
+        _buffers={**tower._buffers, "attn_mask": mask},
+    )
+
+
+def _with_text_tower(model: nn.Module, tower: Any) -> Any:
+    """The model with another tower in place of its `text_tower`."""
+    model = unwrap(model)
+    return _shared(model, _modules={**model._modules, "text": tower}) if "text" in model._modules else tower
 
 
 @checked
