@@ -11,6 +11,15 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "similarity_gradient(Tensor x, Tensor t, Tensor scale, Tensor x_labels, Tensor t_labels, "
       "Tensor? x_teacher, Tensor? t_teacher, Tensor? teacher_scale, Tensor row, Tensor col, Tensor centers, "
       "Tensor kept, bool totals, str precision) -> (Tensor dx, Tensor dt)");
+  // Both and the losses between them in one, cpu/similarity/pair_losses.cpp
+  m.def(
+      "pair_losses(Tensor x, Tensor t, Tensor scale, Tensor? x_teacher, Tensor? t_teacher, Tensor? teacher_scale, "
+      "Tensor? labels, float label_smoothing, bool keep, str precision) -> (Tensor contrastive, Tensor distillation, "
+      "Tensor by_scale, Tensor row, Tensor col, Tensor centers, Tensor kept)");
+  m.def(
+      "pair_gradients(Tensor g, Tensor? h, Tensor x, Tensor t, Tensor scale, Tensor? x_teacher, Tensor? t_teacher, "
+      "Tensor? teacher_scale, Tensor? labels, float label_smoothing, Tensor by_scale, Tensor row, Tensor col, "
+      "Tensor centers, Tensor kept, str precision) -> (Tensor dx, Tensor dt, Tensor ds)");
   // For the tests, cpu/similarity/gradient.cpp: the kernels' exp; cpu/tile.cpp: a tile's products and their arithmetic
   m.def("vector_exp(Tensor x) -> Tensor");
   m.def("tile_products(Tensor x, Tensor t, Tensor g, str precision) -> (Tensor s, Tensor dx, Tensor dt)");

@@ -211,7 +211,7 @@ def scale_tensor(logit_scale: Tensor | float, device: torch.device, name: str = 
         logit_scale = logit_scale.double()
     if readable(logit_scale) and logit_scale.item() < 0:
         raise ValueError(f"{name} is {logit_scale.item()}; expected the multiplied-out scale exp(...), not negative")
-    return logit_scale.reshape(())
+    return logit_scale.reshape(()) if logit_scale.dim() else logit_scale
 
 
 def sample_labels(labels: Tensor | None, n: int, device: torch.device) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 The kernels know two things of S = x t^T: softmax statistics of its rows and columns, and the gradient that coefficients
 of rows and columns lead to (similarity.py). A loss is a few lines of N-vector algebra between the two, and these are
-those lines; Triton's bodies (triton/combine.py, triton/gradient.py) have the same ones within. With q the targets and,
+those lines; the bodies that compute it whole (csrc/cpu/similarity/pair_losses.cpp; triton/combine.py and gradient.py)
+have the same ones within. With q the targets and,
 per row i, the statistics max, log_sum, gap = E_p[S] - max and teacher_gap = E_teacher[S] - max (primes: by columns)
 
     contrastive_i   = 1/2 [log_sum + s (max - (q S)_i)  +  log_sum' + s (max' - (q S^T)_i)]
@@ -27,7 +28,7 @@ from torch import Tensor
 from robustft.ops import layouts, reference, registry, similarity
 from robustft.ops.dispatch import body_of
 from robustft.ops.registry import Backward, Call, Op, Source, accumulation_dtype, both, call, register
-from robustft.ops.similarity import Coefficients, Matrices, Softmaxes, Statistics
+from robustft.ops.similarity import Coefficients, Softmaxes, Statistics
 
 
 def contrastive_loss(
@@ -106,41 +107,44 @@ def kept_softmaxes(of: Statistics) -> Tensor:
     return Softmaxes(of.max, of.log_sum, of.teacher_max, of.teacher_log_sum).rows()
 
 
-def _scale_gradient(scale, *parts):
-    """ds of the scale's shape and dtype, from per-sample gradients times derivatives by the scale."""
-    return sum(part.sum() for part in parts).to(scale.dtype).reshape(scale.shape)
+# csrc/cpu/similarity/pair_losses.cpp has both losses in one operator each way.
 
 
 def _contrastive_loss(x, t, scale, labels, label_smoothing, keep):
-    index, counts = label_counts(labels, len(x), x.device, accumulation_dtype(x.dtype))
-    row, col, *kept = similarity.statistics(Matrices(x, t, scale), index, index, label_smoothing > 0, keep)
-    of_rows, of_cols = Statistics(*row), Statistics(*col)
-    terms = contrastive_terms(of_rows, of_cols, scale.to(row.dtype), counts, len(t), label_smoothing)
-    return *terms, kept_softmaxes(of_rows), kept_softmaxes(of_cols), *kept
+    precision = torch.get_float32_matmul_precision()
+    contrastive, _, by_scale, *kept = torch.ops.robustft.pair_losses(
+        x, t, scale, None, None, None, labels, label_smoothing, keep, precision
+    )
+    return contrastive, by_scale[0], *kept
 
 
-def _contrastive_gradient(grad, x, t, scale, labels, label_smoothing, by_scale, row, col, *kept):
-    index, counts = label_counts(labels, len(x), x.device, row.dtype)
-    of_rows, of_cols = (coefficients(Softmaxes(*side), grad, counts, len(t), label_smoothing) for side in (row, col))
-    dx, dt = similarity.gradient(Matrices(x, t, scale), index, index, of_rows, of_cols, kept, label_smoothing > 0)
-    return dx, dt, _scale_gradient(scale, grad * by_scale)
+def _contrastive_gradient(grad, x, t, scale, labels, label_smoothing, *kept):
+    precision = torch.get_float32_matmul_precision()
+    return torch.ops.robustft.pair_gradients(
+        grad, None, x, t, scale, None, None, None, labels, label_smoothing, *kept, precision
+    )
 
 
 def _contrastive_distillation_loss(x, t, scale, xt, tt, st, labels, keep):
-    index, counts = label_counts(labels, len(x), x.device, accumulation_dtype(x.dtype))
-    row, col, *kept = similarity.statistics(Matrices(x, t, scale, xt, tt, st), index, index, False, keep)
-    of_rows, of_cols, s = Statistics(*row), Statistics(*col), scale.to(row.dtype)
-    contrastive, by_scale = contrastive_terms(of_rows, of_cols, s, counts, len(t), 0.0)
-    distillation, distillation_by_scale = distillation_terms(of_rows, of_cols, s)
-    scale_gradients = torch.stack((by_scale, distillation_by_scale))
-    return contrastive, distillation, scale_gradients, kept_softmaxes(of_rows), kept_softmaxes(of_cols), *kept
+    precision = torch.get_float32_matmul_precision()
+    return torch.ops.robustft.pair_losses(x, t, scale, xt, tt, st, labels, 0.0, keep, precision)
 
 
-def _contrastive_distillation_gradient(g, h, x, t, scale, xt, tt, st, labels, by_scale, row, col, *kept):
-    index, counts = label_counts(labels, len(x), x.device, row.dtype)
-    of_rows, of_cols = (coefficients(Softmaxes(*side), g, counts, len(t), 0.0, h) for side in (row, col))
-    dx, dt = similarity.gradient(Matrices(x, t, scale, xt, tt, st), index, index, of_rows, of_cols, kept, False)
-    return dx, dt, _scale_gradient(scale, g * by_scale[0], h * by_scale[1])
+def _contrastive_distillation_gradient(g, h, x, t, scale, xt, tt, st, labels, *kept):
+    precision = torch.get_float32_matmul_precision()
+    return torch.ops.robustft.pair_gradients(g, h, x, t, scale, xt, tt, st, labels, 0.0, *kept, precision)
+
+
+def _fake_pair_losses(x, t, scale, xt, tt, st, labels, label_smoothing, keep, precision):
+    dtype, heads = accumulation_dtype(x.dtype), 1 if xt is None else 2
+    contrastive = x.new_empty(len(x), dtype=dtype)
+    sides = (contrastive.new_empty(2 * heads, len(x)) for _ in range(2))
+    kept = layouts.similarities("compiled", len(x), len(t), heads, keep, x.dtype).like(x)
+    return contrastive, contrastive.new_empty(len(x) * (heads - 1)), contrastive.new_empty(heads, len(x)), *sides, *kept
+
+
+def _fake_pair_gradients(g, h, x, t, scale, *_):
+    return *similarity.fake_gradient(x, t), torch.empty_like(scale)
 
 
 def _fake_kept(op: str, x: Tensor, t: Tensor, heads: int, keep: bool) -> tuple[Tensor, ...]:
@@ -206,6 +210,21 @@ def _sample_distillation(source: Source) -> Iterator[tuple]:
     yield *student, *teacher, None, True
 
 
+def _sample_pair_losses(source: Source) -> Iterator[tuple]:
+    for x, t, scale, labels, label_smoothing, keep in _sample_contrastive(source):
+        yield x.detach(), t.detach(), scale.detach(), None, None, None, labels, label_smoothing, keep, "highest"
+    for *matrices, labels, keep in _sample_distillation(source):
+        yield *(of.detach() for of in matrices), labels, 0.0, keep, "highest"
+
+
+def _sample_pair_gradients(source: Source) -> Iterator[tuple]:
+    for *matrices, labels, label_smoothing, keep, precision in _sample_pair_losses(source):
+        found = torch.ops.robustft.pair_losses(*matrices, labels, label_smoothing, keep, precision)
+        contrastive, distillation, *kept = found
+        g, h = torch.ones_like(contrastive), torch.ones_like(distillation) if len(distillation) else None
+        yield g, h, *matrices, labels, label_smoothing, *kept, precision
+
+
 def _call_contrastive(source: Source) -> Iterator[Call]:
     for x, t, scale, labels, label_smoothing, keep in _sample_contrastive(source):
         options = {"labels": labels, "label_smoothing": label_smoothing, "memory": "auto" if keep else 0}
@@ -217,13 +236,15 @@ def _call_distillation(source: Source) -> Iterator[Call]:
         yield Call(tuple(matrices), {"labels": labels, "memory": "auto" if keep else 0})
 
 
+register(Op("pair_losses", _fake_pair_losses, _sample_pair_losses))
+register(Op("pair_gradients", _fake_pair_gradients, _sample_pair_gradients))
 register(
     Op(
         "contrastive_loss",
         _fake_contrastive_loss,
         _sample_contrastive,
         body=_contrastive_loss,
-        kernel="similarity_statistics",
+        kernel="pair_losses",
         backward=Backward(
             _setup_contrastive,
             _backward_contrastive,
@@ -240,7 +261,7 @@ register(
         _fake_contrastive_distillation_loss,
         _sample_distillation,
         body=_contrastive_distillation_loss,
-        kernel="similarity_statistics",
+        kernel="pair_losses",
         backward=Backward(
             _setup_distillation,
             _backward_distillation,

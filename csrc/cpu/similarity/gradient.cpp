@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../dispatch.h"
+#include "operators.h"
 #include "similarity.h"
 #include "tiles.h"
 
@@ -74,7 +75,7 @@ std::tuple<Tensor, Tensor> gradient(const Inputs& in, const Tensor& row, const T
     });
   };
   tournament(all.panels, all.tiles, prepare, [&](int64_t p, int64_t q) {
-    auto work = pool.take([&] { return Workspace<T>(all.shape, teacher && !keep); });
+    auto work = pool.take([&] { return Workspace<T>(in, all.shape, teacher && !keep); });
     const Tile<T> tile = all.at(p, q, work->s.get(), teacher && !keep ? work->teacher.get() : nullptr, work->cols);
     GradientTile<T> out{};
     out.g = work->s.get(), out.g_ld = work->cols;
@@ -105,6 +106,8 @@ std::tuple<Tensor, Tensor> gradient(const Inputs& in, const Tensor& row, const T
   return {contiguous_as(dx, dtype), contiguous_as(dt, dtype)};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> similarity_gradient(const Tensor& x, const Tensor& t, const Tensor& scale,
                                                const Tensor& x_labels, const Tensor& t_labels,
                                                const std::optional<Tensor>& x_teacher,
@@ -129,6 +132,8 @@ std::tuple<Tensor, Tensor> similarity_gradient(const Tensor& x, const Tensor& t,
   return dtype == ScalarType::Double ? gradient<double>(in, row, col, c, k, totals)
                                      : gradient<float>(in, row, col, c, k, totals);
 }
+
+namespace {
 
 // The exponential of the kernels, for its error-bound test.
 Tensor vector_exp(const Tensor& x) {

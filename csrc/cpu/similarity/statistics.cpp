@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "../dispatch.h"
+#include "operators.h"
 #include "similarity.h"
 #include "tiles.h"
 
@@ -113,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Inputs& in, bool kee
   Pool<Workspace<T>> pool;
   auto prepare = [&](int64_t first, int64_t last) { all.release(first), all.prepare(first, last); };
   tournament(all.panels, all.tiles, prepare, [&](int64_t p, int64_t q) {
-    auto work = pool.take([&] { return Workspace<T>(all.shape, teacher); });
+    auto work = pool.take([&] { return Workspace<T>(in, all.shape, teacher); });
     // S is never multiplied into where e is kept: rows that lie a power of 2 apart share few lines of the caches.
     Tile<T> tile = all.at(p, q, work->s.get(), teacher ? work->teacher.get() : nullptr, work->cols);
     if (keep) {
@@ -145,6 +146,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Inputs& in, bool kee
   return {row.finish(in.x), col.finish(in.x), centers, kept};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_statistics(const Tensor& x, const Tensor& t, const Tensor& scale,
                                                                  const Tensor& x_labels, const Tensor& t_labels,
                                                                  const std::optional<Tensor>& x_teacher,
@@ -157,7 +160,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_statistics(const Tensor& x
                                                : statistics<float>(in, keep, totals);
 }
 
-}  // namespace
 }  // namespace similarity
 }  // namespace robustft
 

@@ -216,17 +216,18 @@ struct Tiles {
   }
 };
 
-// Memory of one thread: tiles and per-row and per-column vectors.
+// Memory of one thread: tiles and per-row and per-column vectors. No more than a small matrix takes: fresh pages for a
+// whole tile cost more than 32 x 32 entries do.
 template <class T>
 struct Workspace {
-  static constexpr int64_t kVectors = 7;
+  static constexpr int64_t kVectors = 7, kBlock = 64;
   int64_t rows, cols;
   Buffer<T> s, teacher, vectors;
   Scratch scratch;
 
-  Workspace(const TileShape& shape, bool teacher)
-      : rows(shape.rows),
-        cols(shape.cols),
+  Workspace(const Inputs& in, const TileShape& shape, bool teacher)
+      : rows(std::min(shape.rows, ceil_div(in.n(), kBlock) * kBlock)),
+        cols(std::min(shape.cols, ceil_div(in.m(), kBlock) * kBlock)),
         s(rows * cols),
         teacher(teacher ? rows * cols : 0),
         vectors(kVectors * (rows + cols)) {}

@@ -1,0 +1,204 @@
+// The contrastive losses of pairs (x_i, t_i) and their gradients: the algebra of N-vectors between statistics.cpp and
+// gradient.cpp, which robustft/ops/contrastive.py writes out. One operator for all of it: at N = 32 thirty calls of
+// torch cost ten times the arithmetic.
+//
+//   labels        (n) or none: a sample's own;  counts_i how many share that of i
+//   losses        contrastive_i, and with a teacher distillation_i;  by_scale (heads, n) their derivatives
+//   row, col      softmaxes of the sides for the backward, (2, n), with a teacher (4, n): `Softmaxes` in similarity.py
+//   centers, kept as similarity_statistics returns them
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "../dispatch.h"
+#include "operators.h"
+#include "similarity.h"
+
+namespace robustft {
+namespace similarity {
+namespace {
+
+struct Groups {
+  Tensor index;                 // (n) labels renumbered from 0: the kernels compare 32 bits
+  std::vector<int64_t> counts;  // (n) how often each sample's occurs
+};
+
+Groups groups_of(const Tensor& like, int64_t n, const std::optional<Tensor>& labels) {
+  Groups groups{torch::stable::new_empty(like, {n}, ScalarType::Long), std::vector<int64_t>(n, 1)};
+  int64_t* index = groups.index.mutable_data_ptr<int64_t>();
+  if (!labels) {
+    std::iota(index, index + n, int64_t(0));
+    return groups;
+  }
+  const Tensor given = contiguous_as(*labels, ScalarType::Long);
+  const int64_t* y = given.const_data_ptr<int64_t>();
+  std::vector<int64_t> values(y, y + n);
+  std::sort(values.begin(), values.end());
+  values.erase(std::unique(values.begin(), values.end()), values.end());
+  std::vector<int64_t> count(values.size(), 0);
+  for (int64_t i = 0; i < n; ++i) {
+    index[i] = std::lower_bound(values.begin(), values.end(), y[i]) - values.begin();
+    ++count[index[i]];
+  }
+  for (int64_t i = 0; i < n; ++i) groups.counts[i] = count[index[i]];
+  return groups;
+}
+
+// torch.lerp
+template <class T>
+T between(T a, T b, T weight) {
+  return weight < T(0.5) ? a + weight * (b - a) : b - (b - a) * (T(1) - weight);
+}
+
+// One side's statistics of a sample.
+template <class T>
+struct Sample {
+  T max, log_sum, gap, target, total, teacher_gap;
+
+  Sample(const T* of, int64_t n, int64_t i, bool teacher)
+      : max(of[similarity_statistic::kMax * n + i]),
+        log_sum(of[similarity_statistic::kLogSum * n + i]),
+        gap(of[similarity_statistic::kGap * n + i]),
+        target(of[similarity_statistic::kTarget * n + i]),
+        total(of[similarity_statistic::kTotal * n + i]),
+        teacher_gap(teacher ? of[similarity_statistic::kTeacherGap * n + i] : T(0)) {}
+
+  // max - (q S), exactly 0 for constant S
+  T target_gap(int64_t count, int64_t entries, T smoothing) const {
+    const T of_targets = max - target / T(count);
+    return smoothing == 0 ? of_targets : between(of_targets, max - total / T(entries), smoothing);
+  }
+};
+
+template <class T>
+Tensor softmaxes_of(const Tensor& statistics, bool teacher) {
+  namespace stat = similarity_statistic;
+  const int64_t n = statistics.size(1), wanted[] = {stat::kMax, stat::kLogSum, stat::kTeacherMax, stat::kTeacherLogSum};
+  Tensor out = torch::stable::new_empty(statistics, {teacher ? 4 : 2, n});
+  for (int64_t k = 0; k < out.size(0); ++k)
+    std::copy_n(statistics.const_data_ptr<T>() + wanted[k] * n, n, out.mutable_data_ptr<T>() + k * n);
+  return out;
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> losses_of(const Tensor& row, const Tensor& col, const Tensor& scale,
+                                                             const Groups& groups, bool teacher, T smoothing) {
+  const int64_t n = row.size(1);
+  const T s = T(*contiguous_as(scale, ScalarType::Double).template const_data_ptr<double>());
+  Tensor contrastive = torch::stable::new_empty(row, {n});
+  Tensor distillation = torch::stable::new_empty(row, {teacher ? n : 0});
+  Tensor by_scale = torch::stable::new_empty(row, {teacher ? 2 : 1, n});
+  const T *const of_rows = row.const_data_ptr<T>(), *const of_cols = col.const_data_ptr<T>();
+  T *const c = contrastive.mutable_data_ptr<T>(), *const q = distillation.mutable_data_ptr<T>();
+  T* const by = by_scale.mutable_data_ptr<T>();
+  for (int64_t i = 0; i < n; ++i) {
+    const Sample<T> r(of_rows, n, i, teacher), k(of_cols, n, i, teacher);
+    const T row_gap = r.target_gap(groups.counts[i], n, smoothing);
+    const T col_gap = k.target_gap(groups.counts[i], n, smoothing);
+    c[i] = T(0.5) * ((r.log_sum + s * row_gap) + (k.log_sum + s * col_gap));
+    by[i] = T(0.5) * ((r.gap + row_gap) + (k.gap + col_gap));
+    if (!teacher) continue;
+    q[i] = (r.log_sum - s * r.teacher_gap) + (k.log_sum - s * k.teacher_gap);
+    by[n + i] = (r.gap - r.teacher_gap) + (k.gap - k.teacher_gap);
+  }
+  return {contrastive, distillation, by_scale, softmaxes_of<T>(row, teacher), softmaxes_of<T>(col, teacher)};
+}
+
+void check_pairs(const char* op, const Tensor& x, const Tensor& t, const std::optional<Tensor>& labels) {
+  STD_TORCH_CHECK(x.dim() == 2 && t.dim() == 2 && x.size(0) == t.size(0), op, ": x and t must be (n, d)");
+  STD_TORCH_CHECK(!labels || labels->numel() == x.size(0), op, ": labels must be (n,)");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_losses(
+    const Tensor& x, const Tensor& t, const Tensor& scale, const std::optional<Tensor>& x_teacher,
+    const std::optional<Tensor>& t_teacher, const std::optional<Tensor>& teacher_scale,
+    const std::optional<Tensor>& labels, double label_smoothing, bool keep, std::string precision) {
+  check_pairs("pair_losses", x, t, labels);
+  const Groups groups = groups_of(x, x.size(0), labels);
+  const auto [row, col, centers, kept] =
+      similarity_statistics(x, t, scale, groups.index, groups.index, x_teacher, t_teacher, teacher_scale,
+                            label_smoothing > 0, keep, std::move(precision));
+  const bool teacher = x_teacher.has_value();
+  const auto [contrastive, distillation, by_scale, of_rows, of_cols] =
+      x.scalar_type() == ScalarType::Double
+          ? losses_of<double>(row, col, scale, groups, teacher, label_smoothing)
+          : losses_of<float>(row, col, scale, groups, teacher, float(label_smoothing));
+  return {contrastive, distillation, by_scale, of_rows, of_cols, centers, kept};
+}
+
+// Rows of similarity_coefficient of one side, from its softmaxes and the gradients g, h by the samples' losses.
+template <class T>
+Tensor coefficients_of(const Tensor& softmaxes, const T* g, const T* h, const Groups& groups, T smoothing) {
+  namespace coefficient = similarity_coefficient;
+  const int64_t n = softmaxes.size(1);
+  const T* p = softmaxes.const_data_ptr<T>();
+  Tensor out = torch::stable::new_empty(softmaxes, {coefficient::count(h != nullptr), n});
+  T* const o = out.mutable_data_ptr<T>();
+  for (int64_t i = 0; i < n; ++i) {
+    const T half = T(0.5) * g[i], count = T(groups.counts[i]), target = (T(1) - smoothing) * half / count;
+    o[coefficient::kMax * n + i] = p[i];
+    o[coefficient::kLogSum * n + i] = p[n + i];
+    o[coefficient::kSoftmax * n + i] = h ? half + h[i] : half;
+    o[coefficient::kTarget * n + i] = target;
+    // What target leaves of half, rather than smoothing * half: where p equals q the gradient is then exactly 0.
+    o[coefficient::kUniform * n + i] = smoothing == 0 ? T(0) : (half - target * count) / T(n);
+    if (!h) continue;
+    o[coefficient::kTeacherMax * n + i] = p[2 * n + i];
+    o[coefficient::kTeacherLogSum * n + i] = p[3 * n + i];
+    o[coefficient::kTeacher * n + i] = h[i];
+  }
+  return out;
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> coefficients(const Tensor& g, const std::optional<Tensor>& h, const Tensor& row,
+                                                const Tensor& col, const Tensor& by_scale, const Groups& groups,
+                                                T smoothing, const Tensor& scale) {
+  const int64_t n = row.size(1);
+  const Tensor of_g = contiguous_as(g, scalar_type<T>()), by = contiguous_as(by_scale, scalar_type<T>());
+  const Tensor of_h = h ? contiguous_as(*h, scalar_type<T>()) : of_g;
+  const T *const pg = of_g.const_data_ptr<T>(), *const ph = h ? of_h.const_data_ptr<T>() : nullptr;
+  const T* const b = by.const_data_ptr<T>();
+  double ds = 0;
+  for (int64_t i = 0; i < n; ++i) ds += double(pg[i]) * b[i] + (ph ? double(ph[i]) * b[n + i] : 0.0);
+  Tensor by_s = torch::stable::new_empty(scale, scale.sizes(), ScalarType::Double);
+  *by_s.mutable_data_ptr<double>() = ds;
+  const Tensor r = contiguous_as(row, scalar_type<T>()), c = contiguous_as(col, scalar_type<T>());
+  return {coefficients_of<T>(r, pg, ph, groups, smoothing), coefficients_of<T>(c, pg, ph, groups, smoothing),
+          contiguous_as(by_s, scale.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> pair_gradients(const Tensor& g, const std::optional<Tensor>& h, const Tensor& x,
+                                                  const Tensor& t, const Tensor& scale,
+                                                  const std::optional<Tensor>& x_teacher,
+                                                  const std::optional<Tensor>& t_teacher,
+                                                  const std::optional<Tensor>& teacher_scale,
+                                                  const std::optional<Tensor>& labels, double label_smoothing,
+                                                  const Tensor& by_scale, const Tensor& row, const Tensor& col,
+                                                  const Tensor& centers, const Tensor& kept, std::string precision) {
+  check_pairs("pair_gradients", x, t, labels);
+  const int64_t n = x.size(0), heads = x_teacher ? 2 : 1;
+  auto softmaxes = [&](const Tensor& of) { return of.dim() == 2 && of.size(0) == 2 * heads && of.size(1) == n; };
+  STD_TORCH_CHECK(softmaxes(row) && softmaxes(col) && by_scale.numel() == heads * n && scale.numel() == 1,
+                  "pair_gradients: row, col and by_scale must be what pair_losses returned");
+  STD_TORCH_CHECK(g.numel() == n && h.has_value() == x_teacher.has_value() && (!h || h->numel() == n),
+                  "pair_gradients: g, and h with a teacher, must be (n,)");
+  const Groups groups = groups_of(x, n, labels);
+  const auto [of_rows, of_cols, ds] =
+      x.scalar_type() == ScalarType::Double
+          ? coefficients<double>(g, h, row, col, by_scale, groups, label_smoothing, scale)
+          : coefficients<float>(g, h, row, col, by_scale, groups, float(label_smoothing), scale);
+  const auto [dx, dt] =
+      similarity_gradient(x, t, scale, groups.index, groups.index, x_teacher, t_teacher, teacher_scale, of_rows,
+                          of_cols, centers, kept, label_smoothing > 0, std::move(precision));
+  return {dx, dt, ds};
+}
+
+}  // namespace
+}  // namespace similarity
+}  // namespace robustft
+
+STABLE_TORCH_LIBRARY_IMPL(robustft, CPU, m) {
+  m.impl("pair_losses", TORCH_BOX(&robustft::similarity::pair_losses));
+  m.impl("pair_gradients", TORCH_BOX(&robustft::similarity::pair_gradients));
+}
