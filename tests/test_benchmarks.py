@@ -13,7 +13,7 @@ import pytest
 import torch
 from targets import exhaustive
 
-from benchmarks import bar, machine, memory, show, store, timing
+from benchmarks import bar, machine, memory, show, step, store, timing
 from benchmarks.__main__ import works
 from benchmarks.work import Candidate, Row, forward
 
@@ -338,3 +338,19 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, bench):
 def test_a_pattern_without_rows_lists_those_that_there_are(tmp_path, bench):
     done = bench("--quick", "--only", "nothing like it", cwd=tmp_path)
     assert done.returncode == 1 and "contrastive N=512 D=512 float32 highest" in done.stderr
+
+
+@pytest.mark.exhaustive
+def test_whole_steps_have_the_losses_of_the_plain_loops():
+    for method in ("FLYP", "CaRot", "DRM", "FineTune"):
+        found = step.measure(step.Case(method, "bundled", 4, 3), steps=1)
+        assert found["losses_differ"] < 1e-4 and found["ratio"] > 0
+        assert 0.3 < sum(found["shares"].values()) <= 1.0
+    found = step.measure(step.Case("CaRot", "bundled", 4, None), steps=1)
+    assert found["losses_differ"] < 1e-4 and found["shares"]["teacher"] > 0
+
+
+def test_a_step_that_learns_something_else_is_an_error(monkeypatch):
+    monkeypatch.setattr(step, "CROSS_WEIGHT", 0.0)
+    with pytest.raises(AssertionError, match="the losses differ by"):
+        step.measure(step.Case("CaRot", "bundled", 4, 3), steps=1)
