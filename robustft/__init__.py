@@ -16,7 +16,7 @@ _ROOMS = {
     "calibration": "HistogramBinning IsotonicCalibration TemperatureScaling VectorScaling "
     "calibration_report fit_temperature",
     "detection": "Detector ood_metrics",
-    "ensembles": "VRF OutputEnsemble Tempering VRFFeatures WiSEFT greedy_soup uniform_soup",
+    "ensembles": "VRF LiNeS OutputEnsemble Tempering VRFFeatures WiSEFT greedy_soup model_stock uniform_soup",
     "evaluation": "macro_f1 worst_group_accuracy",
     "losses": "CaRotLoss ClassificationLoss ContrastiveLoss DualRiskLoss",
     "methods": "CaRot CLIPAdapter CoCoOp CoOp DRM FineTune FLYP KgCoOp LinearProbe LoCoOp LPFT MaPLe ProDA "
@@ -62,11 +62,13 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors; a test holds
     from robustft.detection import Detector as Detector
     from robustft.detection import ood_metrics as ood_metrics
     from robustft.ensembles import VRF as VRF
+    from robustft.ensembles import LiNeS as LiNeS
     from robustft.ensembles import OutputEnsemble as OutputEnsemble
     from robustft.ensembles import Tempering as Tempering
     from robustft.ensembles import VRFFeatures as VRFFeatures
     from robustft.ensembles import WiSEFT as WiSEFT
     from robustft.ensembles import greedy_soup as greedy_soup
+    from robustft.ensembles import model_stock as model_stock
     from robustft.ensembles import uniform_soup as uniform_soup
     from robustft.evaluation import macro_f1 as macro_f1
     from robustft.evaluation import worst_group_accuracy as worst_group_accuracy

@@ -116,6 +116,12 @@ def cases(folder):
             "encode": (clip.encode, Call((MODEL, PAIR), {"cache": folder / "cache"})),
             "interpolate": (clip.interpolate, Call((MODEL, MODEL, 0.5))),
             "interpolate_state": (clip.interpolate_state, Call((MODEL.state_dict(), MODEL.state_dict(), 0.5))),
+            "interpolate_entries": (
+                clip.interpolate_entries,
+                Call((MODEL.state_dict(), MODEL.state_dict(), dict.fromkeys(MODEL.state_dict(), 0.5))),
+            ),
+            "stock_state": (clip.stock_state, Call((MODEL.state_dict(), [MODEL.state_dict(), MODEL.state_dict()]))),
+            "depths": (clip.depths, Call((MODEL,))),
             "average_states": (clip.average_states, Call(([MODEL.state_dict(), MODEL.state_dict()],))),
             "fingerprint": (clip.fingerprint, Call((MODEL,))),
             "check_same_computation": (clip.check_same_computation, Call((MODEL, MODEL, "a", "b"))),
@@ -214,6 +220,7 @@ def cases(folder):
             "Tempering.at": (ensembles.Tempering(zs).at, Call((2.0,))),
             "Tempered": (Tempered, Call((zs, 2.0))),
             "uniform_soup": (ensembles.uniform_soup, Call(([zs, ft],))),
+            "model_stock": (ensembles.model_stock, Call((zs, [ft, zs]))),
             "greedy_soup": (ensembles.greedy_soup, Call(([zs, ft], PAIR))),
             "VRF": (ensembles.VRF, Call((1, 1.0, 1.0))),
             "VRF.fit": (

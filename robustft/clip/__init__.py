@@ -14,6 +14,7 @@ activation, the context length, the image statistics) is left to be guessed from
 """
 
 from robustft.clip.computation import check_same_computation
+from robustft.clip.depth import depths
 from robustft.clip.encoding import (
     LocalFeatures,
     encode_embedded_texts,
@@ -49,7 +50,9 @@ from robustft.clip.weights import (
     fingerprint,
     half_precision_parameters,
     interpolate,
+    interpolate_entries,
     interpolate_state,
+    stock_state,
 )
 from robustft.data.sources import batches, image_statistics
 
@@ -69,6 +72,7 @@ __all__ = [
     "check_same_computation",
     "check_trainable_precision",
     "class_embeddings",
+    "depths",
     "encode",
     "encode_captions",
     "encode_embedded_texts",
@@ -87,11 +91,13 @@ __all__ = [
     "image_statistics",
     "import_open_clip",
     "interpolate",
+    "interpolate_entries",
     "interpolate_state",
     "load",
     "logit_scale",
     "outputs_of",
     "similarities",
+    "stock_state",
     "text_projection",
     "text_tower",
     "token_embedding",

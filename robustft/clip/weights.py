@@ -1,14 +1,15 @@
 """Arithmetic of weights, and their fingerprint.
 
 theta = (1 - a) theta_zs + a theta_ft       WiSE-FT
-theta = mean of theta_m                     soups
+theta = mean of theta_m                     soups; between it and theta_zs by their angles, Model Stock
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +58,48 @@ def interpolate_state(
         return torch.lerp(zs.detach().to(ft.device, wide), ft.detach().to(wide), float(alpha)).to(ft.dtype)
 
     return {key: mix(zero_shot[key], ft) for key, ft in fine_tuned.items()}
+
+
+@checked
+def interpolate_entries(
+    zero_shot: Mapping[str, Tensor], fine_tuned: Mapping[str, Tensor], alphas: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """`interpolate_state` with an alpha of its own for each entry; ValueError where one is missing."""
+    _check_match(zero_shot, fine_tuned, "zero_shot", "fine_tuned")
+    if missing := [key for key in fine_tuned if key not in alphas]:
+        raise ValueError(f"alphas: {few(missing, 'no value for')}")
+    return {
+        key: interpolate_state({key: zero_shot[key]}, {key: ft}, alphas[key])[key] for key, ft in fine_tuned.items()
+    }
+
+
+@checked
+def stock_state(zero_shot: Mapping[str, Tensor], fine_tuned: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Model Stock (arXiv 2403.19522): each entry as near to the centre of its fine-tunings as their angles say.
+
+    With cos the mean cosine of the pairs of w_i - w_0 and k fine-tunings, t = k cos / ((k - 1) cos + 1) and the entry
+    is (1 - t) w_0 + t mean_i w_i: their mean where all moved alike, w_0 where they moved at right angles or, which the
+    paper leaves open, against each other. Computed in float64, entry by entry; new tensors on the first's devices;
+    integer entries are the first fine-tuning's, and entries that no run moved stay as they are. ValueError for fewer
+    than two fine-tunings, or keys, shapes or dtypes that differ, naming them.
+    """
+    if len(fine_tuned) < 2:
+        raise ValueError(f"fine_tuned: expected at least two states, which have an angle, got {len(fine_tuned)}")
+    for place, state in enumerate(fine_tuned):
+        _check_match(zero_shot, _state(state, place), "zero_shot", f"fine_tuned[{place}]")
+
+    def entry(key: str) -> Tensor:
+        first = fine_tuned[0][key]
+        if not first.is_floating_point():
+            return first.detach().clone()
+        start = zero_shot[key].detach().to(first.device)
+        moves = [state[key].detach().to(first.device).double() - start.double() for state in fine_tuned]
+        pairs = [(a * b).sum() / (a.norm() * b.norm()) for a, b in itertools.combinations(moves, 2)]
+        cosine = torch.stack(pairs).nan_to_num(0.0).mean().clamp(0.0, 1.0)
+        ratio = len(moves) * cosine / ((len(moves) - 1) * cosine + 1)
+        return (start.double() + ratio * torch.stack(moves).mean(0)).to(first.dtype)
+
+    return {key: entry(key) for key in fine_tuned[0]}
 
 
 @checked

@@ -1,7 +1,8 @@
-"""Mixtures of models: of their weights (WiSE-FT, soups) and of their outputs (OSE, tempering, VRF)."""
+"""Mixtures of models: of weights (WiSE-FT, LiNeS, soups, Model Stock) and of outputs (OSE, tempering, VRF)."""
 
+from robustft.ensembles.lines import LiNeS
 from robustft.ensembles.output_ensemble import Mixture, OutputEnsemble
-from robustft.ensembles.soups import GreedySoup, greedy_soup, uniform_soup
+from robustft.ensembles.soups import GreedySoup, greedy_soup, model_stock, uniform_soup
 from robustft.ensembles.tempering import Tempering
 from robustft.ensembles.vrf import VRF, VRFClassifier
 from robustft.ensembles.vrf_features import RatioBin, VRFFeatures
@@ -9,6 +10,7 @@ from robustft.ensembles.wise_ft import WiSEFT
 
 __all__ = [
     "GreedySoup",
+    "LiNeS",
     "Mixture",
     "OutputEnsemble",
     "RatioBin",
@@ -18,5 +20,6 @@ __all__ = [
     "VRFFeatures",
     "WiSEFT",
     "greedy_soup",
+    "model_stock",
     "uniform_soup",
 ]

@@ -8,7 +8,7 @@ a is chosen by accuracy on held-out in-distribution data, never on a test set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,13 +39,7 @@ class WiSEFT:
     """
 
     def __init__(self, zero_shot: Classifier, fine_tuned: Classifier) -> None:
-        for name, value in (("zero_shot", zero_shot), ("fine_tuned", fine_tuned)):
-            if not isinstance(value, Classifier):
-                raise TypeError(
-                    f"{name} must be a Classifier, weights and a head to interpolate, got {type(value).__name__}; "
-                    "OutputEnsemble mixes the probabilities of any two predictors"
-                )
-        check_members(zero_shot, fine_tuned)
+        check_classifiers(zero_shot, fine_tuned)
         self.zero_shot = zero_shot
         self.fine_tuned = fine_tuned
 
@@ -57,26 +51,15 @@ class WiSEFT:
         return Classifier(model, classes=self.zero_shot.classes, **self._head(alpha))
 
     def _head(self, alpha: float) -> dict[str, Any]:
-        zs, ft = self.zero_shot, self.fine_tuned
-        mix = _mix(alpha)
-        scale = mix(zs.logit_scale, ft.logit_scale)
-        head = mix(zs.logit_scale * zs.class_embeddings, ft.logit_scale * ft.class_embeddings)
-        bias = None
-        if zs.bias is not None or ft.bias is not None:
-            zero = head.new_zeros(len(head))
-            bias = mix(zero if zs.bias is None else zs.bias, zero if ft.bias is None else ft.bias)
-        return {"class_embeddings": head / scale, "logit_scale": scale, "bias": bias}
+        return mixed_head(self.zero_shot, self.fine_tuned, alpha)
 
     def along(self, alphas: Sequence[float]) -> tuple[Predictor, ...]:
         """Predictors at several alphas for reading a set once: they share one model, whose weights each makes its own
         before it looks at a batch. Memory: one copy of the model. For `predict_each`, and not to be kept."""
         for alpha in alphas:
             check_alpha(alpha)
-        walk = _Walk(self.zero_shot.model, self.fine_tuned.model)
-        return tuple(
-            _Point(walk.model, classes=self.zero_shot.classes, walk=walk, alpha=alpha, **self._head(alpha))
-            for alpha in alphas
-        )
+        walk = Walk(self.zero_shot.model, self.fine_tuned.model, clip.interpolate_state)
+        return tuple(walk.at(alpha, self.zero_shot.classes, self._head(alpha)) for alpha in alphas)
 
     @checked
     def fit(self, validation: Any, alphas: Sequence[float] = ALPHAS) -> WiSEFT:
@@ -99,37 +82,66 @@ class WiSEFT:
         return self.at(self.alpha_)
 
 
-class _Walk:
-    """One model on its way between two: `to(alpha)` gives it the weights there."""
+def mixed_head(zero_shot: Classifier, fine_tuned: Classifier, alpha: float) -> dict[str, Any]:
+    """(1 - alpha) s_zs w_zs + alpha s_ft w_ft, in the parts that a Classifier takes."""
+    zs, ft = zero_shot, fine_tuned
+    mix = _mix(alpha)
+    scale = mix(zs.logit_scale, ft.logit_scale)
+    head = mix(zs.logit_scale * zs.class_embeddings, ft.logit_scale * ft.class_embeddings)
+    bias = None
+    if zs.bias is not None or ft.bias is not None:
+        zero = head.new_zeros(len(head))
+        bias = mix(zero if zs.bias is None else zs.bias, zero if ft.bias is None else ft.bias)
+    return {"class_embeddings": head / scale, "logit_scale": scale, "bias": bias}
 
-    def __init__(self, zero_shot: nn.Module, fine_tuned: nn.Module) -> None:
+
+class Walk:
+    """One model on its way between two: `to(place)` gives it the weights `state_at(zero_shot, fine_tuned, place)`."""
+
+    def __init__(self, zero_shot: nn.Module, fine_tuned: nn.Module, state_at: Callable[..., dict[str, Tensor]]) -> None:
         self.ends = clip.unwrap(zero_shot).state_dict(), clip.unwrap(fine_tuned).state_dict()
-        self.model, self.alpha = clip.interpolate(zero_shot, fine_tuned, 1.0), 1.0
+        self.model, self.state_at = clip.interpolate(zero_shot, fine_tuned, 1.0), state_at
+        self.place: Any = None
 
-    def to(self, alpha: float) -> None:
-        if alpha != self.alpha:
-            self.model.load_state_dict(clip.interpolate_state(*self.ends, alpha))
-            self.alpha = alpha
+    def to(self, place: Any) -> None:
+        if place != self.place:
+            self.model.load_state_dict(self.state_at(*self.ends, place))
+            self.place = place
+
+    def at(self, place: Any, classes: Sequence[str], head: dict[str, Any]) -> Predictor:
+        """The classifier there, of the model that all places share."""
+        return _Point(self.model, classes=classes, walk=self, place=place, **head)
 
 
 class _Point(Classifier):
-    """The classifier at one alpha, of a model that is elsewhere in between."""
+    """The classifier at one place, of a model that is elsewhere in between."""
 
-    def __init__(self, model: nn.Module, *, walk: _Walk, alpha: float, **parts: Any) -> None:
+    def __init__(self, model: nn.Module, *, walk: Walk, place: Any, **parts: Any) -> None:
         super().__init__(model, **parts)
-        self.walk, self.alpha = walk, alpha
+        self.walk, self.place = walk, place
 
     @property
     def encoder(self) -> None:
-        """None: the features of one alpha are not another's."""
+        """None: the features of one place are not another's."""
         return None
 
     def outputs(self, images: Tensor) -> Outputs:
-        self.walk.to(self.alpha)
+        self.walk.to(self.place)
         return super().outputs(images)
 
     def _with(self, classes: Sequence[str], **changed: Tensor) -> _Point:
-        return _Point(self.model, classes=classes, walk=self.walk, alpha=self.alpha, **self._held() | changed)
+        return _Point(self.model, classes=classes, walk=self.walk, place=self.place, **self._held() | changed)
+
+
+def check_classifiers(zero_shot: Any, fine_tuned: Any) -> None:
+    """TypeError for what has no weights and head to interpolate; otherwise as `check_members`."""
+    for name, value in (("zero_shot", zero_shot), ("fine_tuned", fine_tuned)):
+        if not isinstance(value, Classifier):
+            raise TypeError(
+                f"{name} must be a Classifier, weights and a head to interpolate, got {type(value).__name__}; "
+                "OutputEnsemble mixes the probabilities of any two predictors"
+            )
+    check_members(zero_shot, fine_tuned)
 
 
 def check_alpha(alpha: float) -> None:
