@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robustft.ops import arguments, classification, contrastive, neighbors, orthogonality, risks, scores
+from robustft.ops import arguments, classification, contrastive, neighbors, orthogonality, risks, scores, sigmoid
 from robustft.ops.precision import at_least_float32
 
 
 class ContrastiveTerms(NamedTuple):
-    """Un-weighted terms of `contrastive_distillation_loss`: add them with your own weights."""
+    """Un-weighted terms of `contrastive_distillation_loss` and of its sigmoid form: add them with your own weights."""
 
     contrastive: Tensor
     distillation: Tensor
@@ -223,6 +223,128 @@ def contrastive_distillation_loss(
         )
     matrices, labels = _distillation_arguments(student, teacher, labels, weight, reduction, memory)
     terms = contrastive.contrastive_distillation_loss(*matrices, labels, memory)
+    return ContrastiveTerms(*(_reduce(term, weight, reduction) for term in terms))
+
+
+def _sigmoid_arguments(
+    pair: _Pair,
+    logit_bias: Tensor | float,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    memory: str | int,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None]:
+    """Features, scale and bias, and the labels, after the checks of all arguments."""
+    x, t, s, labels = _contrastive_arguments(*pair, labels, 0.0, weight, reduction, memory)
+    return (x, t, s, arguments.bias_tensor(logit_bias, x.device)), labels
+
+
+def _sigmoid_distillation_arguments(
+    student: _Pair,
+    logit_bias: Tensor | float,
+    teacher: _Pair,
+    teacher_logit_bias: Tensor | float,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    memory: str | int,
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Features, scale and bias of the student and of the teacher, in one dtype, and the labels, after all checks."""
+    (*pair, xt, tt, st), labels = _distillation_arguments(student, teacher, labels, weight, reduction, memory)
+    device = pair[0].device
+    b = arguments.bias_tensor(logit_bias, device)
+    bt = arguments.bias_tensor(teacher_logit_bias, device, "teacher_logit_bias")
+    return (*pair, b, xt, tt, st, bt.detach()), labels
+
+
+@arguments.own_precision
+def sigmoid_contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    labels: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
+    memory: str | int = "auto",
+) -> Tensor:
+    """SigLIP's loss: of every image with every text, whether they belong together, by the sigmoid of their logit.
+
+        loss_i = sum_j softplus(-y_ij (logit_scale x_i . t_j + logit_bias)),    y = 1 for pairs, else -1
+
+    Args:
+        image_features, text_features: (N, D), row i of each belonging together.
+        logit_scale, logit_bias: of the similarities; floats or one-element tensors. SigLIP begins at 10 and -10.
+        labels: (N,) integers. Images and texts of one label then all belong together.
+        weight: (N,) of the images' losses, multiplied onto them before the reduction.
+        reduction: "mean" (sum over images / N, weighted or not), "sum" or "none" (N,), an image's loss being its sum
+            over all texts.
+        group: a process group over which the batch is spread, as in `contrastive_loss`: every image meets the texts of
+            all ranks, and "mean" and "sum" are those of all images.
+        memory: bytes that may be kept from the forward to the backward, or "auto", 512 MiB, on a GPU 4 GiB. If the
+            features' gradients (8 N D bytes, 16 for float64) fit, "mean" and "sum" compute them in the forward, while
+            they have the similarities: 6 N^2 D flops in all. If not, as with 0, and for "none", the backward computes
+            the similarities again: 8 N^2 D flops. Nothing grows with N^2 at any `memory`.
+
+    Gradients reach both features, `logit_scale`, `logit_bias` and `weight`.
+    Memory: what `memory` allows, the features' gradients, O(N), and a tile of 512 KB a thread; half-precision features
+    once more in float32.
+    Source: SigLIP, Zhai et al. 2023 (arXiv 2303.15343), equation 1 and algorithm 1.
+    Raises: ValueError or TypeError naming the argument.
+    """
+    pair = image_features, text_features, logit_scale
+    given = pair, logit_bias, labels, weight, reduction, memory
+    if group is not None:
+        raise ValueError("group is given; expected None: the sigmoid losses are those of one process")
+    matrices, labels = _sigmoid_arguments(*given)
+    return sigmoid.contrastive_loss(*matrices, labels, weight, reduction, memory)
+
+
+@arguments.own_precision
+def sigmoid_contrastive_distillation_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    teacher_image_features: Tensor,
+    teacher_text_features: Tensor,
+    teacher_logit_scale: Tensor | float,
+    teacher_logit_bias: Tensor | float,
+    *,
+    labels: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
+    memory: str | int = "auto",
+) -> ContrastiveTerms:
+    """`sigmoid_contrastive_loss` together with the cross-entropy against a teacher's own probabilities, in one pass.
+
+    The distillation term of image i is `-sum_j [P_ij log sigmoid(z_ij) + (1 - P_ij) log sigmoid(-z_ij)]` with P the
+    sigmoid of the teacher's logits. It is a cross-entropy, not a divergence: its minimum is the teacher's entropy, its
+    gradient the divergence's.
+
+    Args:
+        image_features, text_features, logit_scale, logit_bias, labels, weight, reduction, group, memory: as in
+            `sigmoid_contrastive_loss`; the backward computes both similarities again, 12 N^2 D flops in all.
+        teacher_image_features, teacher_text_features: (N, D'), D' of the teacher's own.
+        teacher_logit_scale, teacher_logit_bias: the teacher's.
+
+    Gradients reach the student's features, `logit_scale`, `logit_bias` and `weight`; nothing of the teacher gets one.
+    Memory: as `sigmoid_contrastive_loss`, and a second tile a thread.
+    Source: the self-distillation of CaRot, Oh et al. 2024 (arXiv 2311.01723), with SigLIP's probabilities of pairs.
+    Raises: ValueError or TypeError naming the argument.
+    """
+    student, teacher = (
+        (image_features, text_features, logit_scale),
+        (teacher_image_features, teacher_text_features, teacher_logit_scale),
+    )
+    given = student, logit_bias, teacher, teacher_logit_bias, labels, weight, reduction, memory
+    if group is not None:
+        raise ValueError("group is given; expected None: the sigmoid losses are those of one process")
+    matrices, labels = _sigmoid_distillation_arguments(*given)
+    terms = sigmoid.contrastive_distillation_loss(*matrices, labels)
     return ContrastiveTerms(*(_reduce(term, weight, reduction) for term in terms))
 
 

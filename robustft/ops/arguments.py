@@ -201,17 +201,29 @@ def scale_tensor(logit_scale: Tensor | float, device: torch.device, name: str = 
         # float64: a Python float is not to be rounded to bfloat16 on its way
         # filled rather than copied: a copy to a GPU waits for it
         logit_scale = torch.full((), float(logit_scale), dtype=torch.float64, device=device)
-    if logit_scale.numel() != 1:
-        raise ValueError(f"{name} has shape {tuple(logit_scale.shape)}; expected one element")
-    if logit_scale.device != device:
-        raise ValueError(f"{name} is on {logit_scale.device}; expected {device}, as the features")
-    if logit_scale.dtype == torch.bool or logit_scale.dtype.is_complex:
-        raise TypeError(f"{name} is {logit_scale.dtype}; expected a floating number")
-    if not logit_scale.dtype.is_floating_point:
-        logit_scale = logit_scale.double()
-    if readable(logit_scale) and logit_scale.item() < 0:
-        raise ValueError(f"{name} is {logit_scale.item()}; expected the multiplied-out scale exp(...), not negative")
-    return logit_scale.reshape(()) if logit_scale.dim() else logit_scale
+    scale = _one_number(logit_scale, device, name)
+    if readable(scale) and scale.item() < 0:
+        raise ValueError(f"{name} is {scale.item()}; expected the multiplied-out scale exp(...), not negative")
+    return scale
+
+
+def bias_tensor(logit_bias: Tensor | float, device: torch.device, name: str = "logit_bias") -> Tensor:
+    """Checked, as a tensor on the device, 0-d; any sign."""
+    if not isinstance(logit_bias, Tensor):
+        logit_bias = torch.full((), float(logit_bias), dtype=torch.float64, device=device)
+    return _one_number(logit_bias, device, name)
+
+
+def _one_number(number: Tensor, device: torch.device, name: str) -> Tensor:
+    if number.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(number.shape)}; expected one element")
+    if number.device != device:
+        raise ValueError(f"{name} is on {number.device}; expected {device}, as the features")
+    if number.dtype == torch.bool or number.dtype.is_complex:
+        raise TypeError(f"{name} is {number.dtype}; expected a floating number")
+    if not number.dtype.is_floating_point:
+        number = number.double()
+    return number.reshape(()) if number.dim() else number
 
 
 def sample_labels(labels: Tensor | None, n: int, device: torch.device) -> Tensor | None:

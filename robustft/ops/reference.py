@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy, log_softmax, logsigmoid
 
 from robustft.ops.precision import at_least_float32
 from robustft.ops.similarity import Coefficients, Statistics
@@ -41,6 +41,26 @@ def contrastive_distillation_loss(
     z, zt = logits(x, t, s), logits(xt, tt, st).detach()
     image, text = zt.softmax(1) * log_softmax(z, 1), zt.T.softmax(1) * log_softmax(z.T, 1)
     return contrastive_loss(x, t, s, labels, 0.0), -(image.sum(1) + text.sum(1))
+
+
+def sigmoid_signs(x_labels: Tensor, t_labels: Tensor, like: Tensor) -> Tensor:
+    """(N, M): 1 where image and text have the same label, else -1."""
+    return 2 * (x_labels[:, None] == t_labels[None, :]).to(like.dtype) - 1
+
+
+def sigmoid_contrastive_loss(x: Tensor, t: Tensor, s: Tensor, b: Tensor, x_labels: Tensor, t_labels: Tensor) -> Tensor:
+    """(N,): the sum over an image's pairs with all texts of softplus(-y (z + b))."""
+    z = logits(x, t, s) + b.to(at_least_float32(x).dtype)
+    return -logsigmoid(sigmoid_signs(x_labels, t_labels, z) * z).sum(1)
+
+
+def sigmoid_distillation_loss(
+    x: Tensor, t: Tensor, s: Tensor, b: Tensor, xt: Tensor, tt: Tensor, st: Tensor, bt: Tensor
+) -> Tensor:
+    """(N,): the sum over an image's pairs of the cross-entropy against the teacher's probability of the pair."""
+    z = logits(x, t, s) + b.to(at_least_float32(x).dtype)
+    zt = (logits(xt, tt, st) + bt.to(at_least_float32(x).dtype)).detach()
+    return -(zt.sigmoid() * logsigmoid(z) + (-zt).sigmoid() * logsigmoid(-z)).sum(1)
 
 
 def group_sums(values: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
