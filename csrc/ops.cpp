@@ -20,8 +20,13 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "pair_gradients(Tensor g, Tensor? h, Tensor x, Tensor t, Tensor scale, Tensor? x_teacher, Tensor? t_teacher, "
       "Tensor? teacher_scale, Tensor? labels, float label_smoothing, Tensor by_scale, Tensor row, Tensor col, "
       "Tensor centers, Tensor kept, str precision) -> (Tensor dx, Tensor dt, Tensor ds)");
-  // For the tests, cpu/similarity/gradient.cpp: the kernels' exp; cpu/tile.cpp: a tile's products and their arithmetic
+  m.def(
+      "sigmoid_sweep(Tensor x, Tensor t, Tensor scale, Tensor bias, Tensor x_labels, Tensor t_labels, "
+      "Tensor? x_teacher, Tensor? t_teacher, Tensor? teacher_scale, Tensor? teacher_bias, Tensor? weight, "
+      "str precision) -> (Tensor sums, Tensor dx, Tensor dt)");
+  // For the tests, cpu/similarity/: the kernels' exp and softplus; cpu/tile.cpp: a tile's products and their arithmetic
   m.def("vector_exp(Tensor x) -> Tensor");
+  m.def("vector_softplus(Tensor z) -> (Tensor softplus, Tensor sigmoid)");
   m.def("tile_products(Tensor x, Tensor t, Tensor g, str precision) -> (Tensor s, Tensor dx, Tensor dt)");
   m.def("product_arithmetic(Tensor x, str precision) -> Tensor");
   // cpu/classes.cpp
@@ -82,6 +87,21 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "contrastive_distillation_loss_backward(Tensor g, Tensor h, Tensor x, Tensor t, Tensor scale, Tensor x_teacher, "
       "Tensor t_teacher, Tensor teacher_scale, Tensor? labels, Tensor scale_gradients, Tensor row, Tensor col, "
       "Tensor centers, Tensor kept) -> (Tensor dx, Tensor dt, Tensor ds)");
+  m.def(
+      "sigmoid_contrastive_loss(Tensor x, Tensor t, Tensor scale, Tensor bias, Tensor? labels, Tensor? weight, "
+      "bool total) -> (Tensor loss, Tensor sums, Tensor dx, Tensor dt)");
+  m.def(
+      "sigmoid_contrastive_loss_backward(Tensor grad, Tensor x, Tensor t, Tensor scale, Tensor bias, Tensor? labels, "
+      "Tensor? weight, Tensor sums, Tensor kept_dx, Tensor kept_dt) "
+      "-> (Tensor dx, Tensor dt, Tensor ds, Tensor db, Tensor dweight)");
+  m.def(
+      "sigmoid_contrastive_distillation_loss(Tensor x, Tensor t, Tensor scale, Tensor bias, Tensor x_teacher, "
+      "Tensor t_teacher, Tensor teacher_scale, Tensor teacher_bias, Tensor? labels) "
+      "-> (Tensor contrastive, Tensor distillation, Tensor sums)");
+  m.def(
+      "sigmoid_contrastive_distillation_loss_backward(Tensor g, Tensor h, Tensor x, Tensor t, Tensor scale, "
+      "Tensor bias, Tensor x_teacher, Tensor t_teacher, Tensor teacher_scale, Tensor teacher_bias, Tensor? labels, "
+      "Tensor sums) -> (Tensor dx, Tensor dt, Tensor ds, Tensor db)");
   m.def(
       "classification_loss(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, str variant, bool top1, "
       "float label_smoothing, bool keep) "

@@ -18,7 +18,7 @@ _ROOMS = {
     "detection": "Detector ood_metrics",
     "ensembles": "VRF LiNeS OutputEnsemble Tempering VRFFeatures WiSEFT greedy_soup model_stock uniform_soup",
     "evaluation": "macro_f1 worst_group_accuracy",
-    "losses": "CaRotLoss ClassificationLoss ContrastiveLoss DualRiskLoss",
+    "losses": "CaRotLoss ClassificationLoss ContrastiveLoss DualRiskLoss SigmoidContrastiveLoss",
     "methods": "CaRot CLIPAdapter CoCoOp CoOp DRM FineTune FLYP KgCoOp LinearProbe LoCoOp LPFT MaPLe ProDA "
     "TipAdapter TipAdapterF WorstCaseFineTune",
     "methods.objective": "Objective",
@@ -76,6 +76,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors; a test holds
     from robustft.losses import ClassificationLoss as ClassificationLoss
     from robustft.losses import ContrastiveLoss as ContrastiveLoss
     from robustft.losses import DualRiskLoss as DualRiskLoss
+    from robustft.losses import SigmoidContrastiveLoss as SigmoidContrastiveLoss
     from robustft.methods import DRM as DRM
     from robustft.methods import FLYP as FLYP
     from robustft.methods import LPFT as LPFT

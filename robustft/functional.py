@@ -297,9 +297,14 @@ def sigmoid_contrastive_loss(
     pair = image_features, text_features, logit_scale
     given = pair, logit_bias, labels, weight, reduction, memory
     if group is not None:
-        raise ValueError("group is given; expected None: the sigmoid losses are those of one process")
+        from robustft.ops import ranks, sharded
+
+        ranks.check_group(group)
+        matrices, labels = ranks.checked(group, lambda: _sigmoid_arguments(*given))
+        return sharded.sharded_sigmoid_contrastive_loss(*matrices, labels, weight, reduction, group, memory)
     matrices, labels = _sigmoid_arguments(*given)
-    return sigmoid.contrastive_loss(*matrices, labels, weight, reduction, memory)
+    losses = sigmoid.contrastive_loss(*matrices, labels, weight, reduction != "none", memory)
+    return losses / len(image_features) if reduction == "mean" else losses
 
 
 @arguments.own_precision
@@ -342,7 +347,13 @@ def sigmoid_contrastive_distillation_loss(
     )
     given = student, logit_bias, teacher, teacher_logit_bias, labels, weight, reduction, memory
     if group is not None:
-        raise ValueError("group is given; expected None: the sigmoid losses are those of one process")
+        from robustft.ops import ranks, sharded
+
+        ranks.check_group(group)
+        matrices, labels = ranks.checked(group, lambda: _sigmoid_distillation_arguments(*given))
+        return ContrastiveTerms(
+            *sharded.sharded_sigmoid_contrastive_distillation_loss(*matrices, labels, weight, reduction, group, memory)
+        )
     matrices, labels = _sigmoid_distillation_arguments(*given)
     terms = sigmoid.contrastive_distillation_loss(*matrices, labels)
     return ContrastiveTerms(*(_reduce(term, weight, reduction) for term in terms))

@@ -24,6 +24,7 @@ from robustft.functional import (
     cross_penalty,
     dual_risk,
     orthogonality_penalty,
+    sigmoid_contrastive_loss,
 )
 from robustft.ops.kinds import checked
 
@@ -55,6 +56,17 @@ def _all_ranks(world_size: int) -> torch.distributed.ProcessGroup:
             f"world_size is {world_size}, but torch.distributed runs no processes: init_process_group first"
         )
     return group
+
+
+def _checked_ranks(world_size: int, group: torch.distributed.ProcessGroup | None) -> int:
+    if world_size < 1 or (world_size > 1 and group is not None):
+        raise ValueError(f"world_size is {world_size}; expected at least 1, and 1 where a group is given")
+    return world_size
+
+
+def _to_be_averaged(loss: Tensor, world_size: int) -> Tensor:
+    """The value as it is, the gradient as often as it will be divided."""
+    return loss if world_size == 1 else loss + (world_size - 1) * (loss - loss.detach())
 
 
 class _Terms(nn.Module):
@@ -101,11 +113,9 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         if use_horovod:
             raise ValueError("use_horovod is True; expected False: processes are those of torch.distributed")
-        if world_size < 1 or (world_size > 1 and group is not None):
-            raise ValueError(f"world_size is {world_size}; expected at least 1, and 1 where a group is given")
         self.label_smoothing = label_smoothing
         self.group = group
-        self.world_size = world_size
+        self.world_size = _checked_ranks(world_size, group)
 
     def rank_group(self) -> torch.distributed.ProcessGroup | None:
         """The group over which the batch is spread, if it is."""
@@ -132,10 +142,65 @@ class ContrastiveLoss(nn.Module):
             weight=weight,
             group=self.rank_group(),
         )
-        if self.world_size > 1:  # the value as it is, the gradient as often as it will be divided
-            loss = loss + (self.world_size - 1) * (loss - loss.detach())
+        loss = _to_be_averaged(loss, self.world_size)
         if isinstance(logit_bias, Tensor):
             loss = loss + 0.0 * logit_bias.sum()
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigmoidContrastiveLoss(nn.Module):
+    """SigLIP's loss, streamed: drop-in for open_clip's `SigLipLoss`. See `functional.sigmoid_contrastive_loss`.
+
+    Takes SigLipLoss's arguments too. With `world_size` above 1 the batch is the one of all ranks of the default process
+    group, and gradients are those that DistributedDataParallel, which averages, turns into the exact ones of the
+    global loss, as SigLipLoss's are; the loss returned is always the global one. `rank`, `cache_labels` and
+    `dist_impl` change nothing. With `group` instead, gradients are as in `functional.sigmoid_contrastive_loss`, to be
+    summed. A `logit_bias` of None is 0. ValueError for a `dist_impl` that SigLipLoss does not have, and for both kinds
+    of groups.
+    """
+
+    @checked
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        group: torch.distributed.ProcessGroup | None = None,
+    ):
+        super().__init__()
+        if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
+            raise ValueError(f"dist_impl is {dist_impl!r}; expected bidir, shift, reduce, gather or None")
+        self.group = group
+        self.world_size = _checked_ranks(world_size, group)
+
+    def rank_group(self) -> torch.distributed.ProcessGroup | None:
+        """The group over which the batch is spread, if it is."""
+        return self.group if self.world_size == 1 else _all_ranks(self.world_size)
+
+    @checked
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None,
+        output_dict: bool = False,
+        *,
+        labels: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        loss = sigmoid_contrastive_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            0.0 if logit_bias is None else logit_bias,
+            labels=labels,
+            weight=weight,
+            group=self.rank_group(),
+        )
+        loss = _to_be_averaged(loss, self.world_size)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

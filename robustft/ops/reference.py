@@ -63,6 +63,28 @@ def sigmoid_distillation_loss(
     return -(zt.sigmoid() * logsigmoid(z) + (-zt).sigmoid() * logsigmoid(-z)).sum(1)
 
 
+def sigmoid_sweep(
+    x: Tensor, t: Tensor, s: Tensor, b: Tensor, x_labels: Tensor, t_labels: Tensor,
+    xt: Tensor | None, tt: Tensor | None, st: Tensor | None, bt: Tensor | None, weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The rows of `Sums`, (3 or 6, n), and dx and dt of the losses weighted by row, from materialised matrices."""
+    wide, wide_t = at_least_float32(x), at_least_float32(t)
+    similarity = wide @ wide_t.T
+    z = s.to(similarity.dtype) * similarity + b.to(similarity.dtype)
+    signs = sigmoid_signs(x_labels, t_labels, z)
+    slopes, losses = [-signs * (-signs * z).sigmoid()], [sigmoid_contrastive_loss(x, t, s, b, x_labels, t_labels)]
+    if xt is not None and tt is not None and st is not None and bt is not None:
+        slopes.append(z.sigmoid() - (logits(xt, tt, st) + bt.to(z.dtype)).sigmoid())
+        losses.append(sigmoid_distillation_loss(x, t, s, b, xt, tt, st, bt))
+    sums = [(loss, (g * similarity).sum(1), g.sum(1)) for loss, g in zip(losses, slopes, strict=True)]
+    rows = torch.stack([part for of_loss in sums for part in of_loss])
+    if weight is None:
+        return rows, wide[:0], wide_t[:0]
+    of_rows = weight.to(z.dtype)[:, :, None]
+    g = s.to(z.dtype) * sum(w * slope for w, slope in zip(of_rows, slopes, strict=True))
+    return rows, g @ wide_t, g.T @ wide
+
+
 def group_sums(values: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     """(G,) sums of the values of each group and (G,) how many there are."""
     sums = at_least_float32(values).new_zeros(num_groups).index_add(0, groups, at_least_float32(values))

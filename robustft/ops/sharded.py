@@ -3,16 +3,18 @@
 Each rank multiplies its own n images with all M = W n texts. Row statistics are then complete; column statistics are
 partial and a few M-vectors of them are exchanged. In the backward each rank has its images' gradient complete and a
 part of every text's, which a reduce-scatter adds up. Images are never gathered, and each rank does 1/W of the work,
-half of what gathering both sides costs.
+half of what gathering both sides costs. The sigmoid losses have no statistics of columns, and exchange none.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from robustft.ops import layouts, ranks, reference, similarity
+from robustft.ops import layouts, ranks, reference, sigmoid, similarity
 from robustft.ops.contrastive import (
     coefficients,
     contrastive_terms,
@@ -125,14 +127,64 @@ class _ShardedTerms(torch.autograd.Function):
         return dx, dt_local.to(dt.dtype), ds.to(scale.dtype).reshape(scale.shape), *[None] * 9
 
 
+class _ShardedSigmoid(torch.autograd.Function):
+    """Local losses (n,) of the global matrix, contrastive and, with a teacher, distillation; or, of `total`, the local
+    contrastive ones times their weights, added up, whose gradients the forward computes (sigmoid.py)."""
+
+    @staticmethod
+    def forward(ctx, x, t, scale, bias, labels, weight, xt, tt, st, bt, total, group, function, call):
+        n, rank, world = len(x), dist.get_rank(group), dist.get_world_size(group)
+        texts, teacher_texts = _gather(t, group), None if tt is None else _gather(tt, group)
+        others = sigmoid.indices(None if labels is None else _gather(labels, group), world * n, x.device)
+        of = x, texts, scale, bias, others[rank * n : (rank + 1) * n], others, xt, teacher_texts, st, bt
+        rows = sigmoid.row_gradient(x.new_ones((), dtype=accumulation_dtype(x.dtype)), weight, n) if total else None
+        sums, dx, dt = _sigmoid_sweep(of, rows)
+        ctx.save_for_backward(*of, weight, sums, dx, dt)
+        ctx.total, ctx.group = total, group
+        ctx.description = {"function": f"backward of {function}", "the loss to differentiate": call}
+        if total:
+            return (sums[0] if weight is None else sums[0] * weight).sum()
+        return sums[0].clone() if xt is None else (sums[0].clone(), sums[3].clone())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        ranks.agree(ctx.description, ctx.group)
+        *of, weight, sums, dx, dt = ctx.saved_tensors
+        x, t, scale, bias, *_ = of
+        if ctx.total:
+            rows = sigmoid.row_gradient(grads[0], weight, len(x))
+            dx, dt = dx * grads[0], dt * grads[0]
+        else:
+            rows = torch.stack(grads)
+            _, dx, dt = _sigmoid_sweep(of, rows)
+        dt_local = dt.new_empty(len(x), dt.shape[1])
+        dist.reduce_scatter_tensor(dt_local, dt, group=ctx.group)
+        ds, db = (sigmoid.sum_of(number, rows * sums[k::3]) for k, number in ((1, scale), (2, bias)))
+        dweight = None if weight is None else (grads[0] * sums[0]).to(weight.dtype)
+        return dx.to(x.dtype), dt_local.to(t.dtype), ds, db, None, dweight, *[None] * 8
+
+
+def _sigmoid_sweep(of: Sequence[Tensor | None], rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`sigmoid.sweep` by whatever computes it."""
+    x, t, scale, bias, x_labels, t_labels, *teacher = of
+    assert x is not None and t is not None and scale is not None and bias is not None
+    assert x_labels is not None and t_labels is not None
+    if body_of("sigmoid_sweep", x) == "reference":
+        return reference.sigmoid_sweep(x, t, scale, bias, x_labels, t_labels, *teacher, rows)
+    return sigmoid.sweep(sigmoid.Matrices(x, t, scale, bias, *teacher), x_labels, t_labels, rows)
+
+
 def _reduce(losses: Tensor, weight: Tensor | None, reduction: str, group: dist.ProcessGroup) -> Tensor:
     if weight is not None:
         losses = losses * weight
-    if reduction == "none":
-        return losses
-    local = losses.sum()
+    return losses if reduction == "none" else _over_ranks(losses.sum(), len(losses), reduction, group)
+
+
+def _over_ranks(local: Tensor, n: int, reduction: str, group: dist.ProcessGroup) -> Tensor:
+    """The sum of all ranks' sums, or the mean, of n each."""
     if reduction == "mean":
-        local = local / (len(losses) * dist.get_world_size(group))
+        local = local / (n * dist.get_world_size(group))
     total = local.detach().clone()
     dist.all_reduce(total, group=group)
     return local + (total - local.detach())  # the global value, the local part's gradient
@@ -154,4 +206,31 @@ def sharded_contrastive_distillation_loss(
     options = {**teacher, "reduction": reduction, "memory": memory}
     call = ranks.agree(_description(name, x, t, s, labels, weight, options), group)
     terms = _ShardedTerms.apply(x, t, s, labels, 0.0, xt, tt, st, group, memory, name, call)
+    return tuple(_reduce(term, weight, reduction, group) for term in terms)
+
+
+def sharded_sigmoid_contrastive_loss(x, t, s, b, labels, weight, reduction, group, memory) -> Tensor:
+    name = "sigmoid_contrastive_loss"
+    options = {"logit_bias": float(b), "reduction": reduction, "memory": memory}
+    call = ranks.agree(_description(name, x, t, s, labels, weight, options), group)
+    total = reduction != "none" and sigmoid.in_forward(memory, x, t, dist.get_world_size(group))
+    by_total = weight if total else None
+    losses = _ShardedSigmoid.apply(x, t, s, b, labels, by_total, *[None] * 4, total, group, name, call)
+    if total:
+        return _over_ranks(losses, len(x), reduction, group)
+    return _reduce(losses, weight, reduction, group)
+
+
+def sharded_sigmoid_contrastive_distillation_loss(
+    x, t, s, b, xt, tt, st, bt, labels, weight, reduction, group, memory
+) -> tuple[Tensor, ...]:
+    name = "sigmoid_contrastive_distillation_loss"
+    teacher = {
+        "teacher_image_features": tuple(xt.shape),
+        "teacher_logit_scale": float(st),
+        "teacher_logit_bias": float(bt),
+    }
+    options = {"logit_bias": float(b), **teacher, "reduction": reduction, "memory": memory}
+    call = ranks.agree(_description(name, x, t, s, labels, weight, options), group)
+    terms = _ShardedSigmoid.apply(x, t, s, b, labels, None, xt, tt, st, bt, False, group, name, call)
     return tuple(_reduce(term, weight, reduction, group) for term in terms)

@@ -1,14 +1,55 @@
-"""SigLIP's loss over the similarity tiles: every pair of an image and a text is a decision of its own.
+"""The sigmoid losses over the similarity tiles (csrc/cpu/similarity/sigmoid.cpp, triton/sigmoid.py).
 
-z = s x t^T + b,    loss_i = sum_j softplus(-y_ij z_ij),    y = 1 where image and text have the same label, else -1
+Every pair of an image and a text is a decision of its own: with z = s x t^T + b, y = 1 where the labels are the same,
+else -1, and the teacher's logits zt
+
+    contrastive_i  = sum_j softplus(-y_ij z_ij)                      G = sigmoid(z) - [same label]
+    distillation_i = sum_j softplus(z_ij) - sigmoid(zt_ij) z_ij      H = sigmoid(z) - sigmoid(zt)
+
+    dx = s (g G + h H) t,   dt = s (g G + h H)^T x,   ds = sum_i g_i (sum_j G_ij S_ij) + ...,   db likewise of G alone
+
+with gradients g and h of the images' losses. A row's gradient needs nothing but its own pairs, so one sweep computes
+losses and, for given g, gradients: for a total of the losses, whose g is known up to a factor, in the forward already.
+Of the single losses only the backward knows g, and sweeps again. Nothing is kept of S. The gradients themselves cannot
+be differentiated again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from robustft.ops import reference
+from robustft.ops import arguments, reference
+from robustft.ops.dispatch import body_of
+from robustft.ops.registry import Backward, Call, Op, Source, accumulation_dtype, both, call, contiguous_like, register
+
+
+class Sums(NamedTuple):
+    """Of the rows of S, each (n,): the fields in the order of sigmoid_sum in csrc/cpu/similarity/sigmoid.h."""
+
+    loss: Tensor
+    by_scale: Tensor
+    """The loss's derivatives by the scale and by the bias."""
+    by_bias: Tensor
+    teacher_loss: Tensor | None = None
+    teacher_by_scale: Tensor | None = None
+    teacher_by_bias: Tensor | None = None
+
+
+class Matrices(NamedTuple):
+    """The factors of S (n, m), and of the teacher's if there is one, each with its scale and bias."""
+
+    x: Tensor
+    t: Tensor
+    scale: Tensor
+    bias: Tensor
+    x_teacher: Tensor | None = None
+    t_teacher: Tensor | None = None
+    teacher_scale: Tensor | None = None
+    teacher_bias: Tensor | None = None
 
 
 def contrastive_loss(
@@ -18,14 +59,19 @@ def contrastive_loss(
     bias: Tensor,
     labels: Tensor | None,
     weight: Tensor | None,
-    reduction: str,
+    total: bool,
     memory: str | int,
 ) -> Tensor:
-    """The loss of each image, (n,), or reduced, 0-d."""
-    of_rows = _indices(labels, x)
-    losses = reference.sigmoid_contrastive_loss(x, t, scale, bias, of_rows, of_rows)
+    """(n,) losses times their weights, or the total of them, 0-d."""
+    if body_of("sigmoid_contrastive_loss", x) == "reference":
+        same = indices(labels, len(x), x.device)
+        losses = reference.sigmoid_contrastive_loss(x, t, scale, bias, same, same)
+    elif total and in_forward(memory, x, t):
+        return call("sigmoid_contrastive_loss", x, t, scale, bias, labels, weight, True)[0]
+    else:
+        losses = call("sigmoid_contrastive_loss", x, t, scale, bias, labels, None, False)[0]
     losses = losses if weight is None else losses * weight
-    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+    return losses.sum() if total else losses
 
 
 def contrastive_distillation_loss(
@@ -40,10 +86,221 @@ def contrastive_distillation_loss(
     labels: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Two (n,): contrastive and distillation."""
-    of_rows = _indices(labels, x)
-    contrastive = reference.sigmoid_contrastive_loss(x, t, scale, bias, of_rows, of_rows)
-    return contrastive, reference.sigmoid_distillation_loss(x, t, scale, bias, xt, tt, st, bt)
+    name = "sigmoid_contrastive_distillation_loss"
+    if body_of(name, x) == "reference":
+        same = indices(labels, len(x), x.device)
+        contrastive = reference.sigmoid_contrastive_loss(x, t, scale, bias, same, same)
+        return contrastive, reference.sigmoid_distillation_loss(x, t, scale, bias, xt, tt, st, bt)
+    contrastive, distillation, _ = call(name, x, t, scale, bias, xt, tt, st, bt, labels)
+    return contrastive, distillation
 
 
-def _indices(labels: Tensor | None, x: Tensor) -> Tensor:
-    return torch.arange(len(x), device=x.device) if labels is None else labels
+def in_forward(memory: str | int, x: Tensor, t: Tensor, ranks: int = 1) -> bool:
+    """Whether the gradients of x and of all ranks' t, which will be asked for, may be kept until they are."""
+    wanted = torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)
+    kept = (x.numel() + ranks * t.numel()) * accumulation_dtype(x.dtype).itemsize
+    return wanted and kept <= arguments.memory_budget(memory, x.device)
+
+
+def indices(labels: Tensor | None, n: int, device: torch.device) -> Tensor:
+    """Labels, on the CPU renumbered from 0, since its kernels compare 32 bits."""
+    if labels is None:
+        return torch.arange(n, device=device)
+    return torch.unique(labels, return_inverse=True)[1] if device.type == "cpu" else labels
+
+
+def sweep(
+    of: Matrices, x_labels: Tensor, t_labels: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of `Sums`, and dx (n, d) and dt (m, d) in the sums' dtype, by the weights (1, n), with a teacher (2, n), of
+    the rows' losses; empty without weights."""
+    x, t, scale, bias, *teacher = of
+    precision = torch.get_float32_matmul_precision()
+    return torch.ops.robustft.sigmoid_sweep(x, t, scale, bias, x_labels, t_labels, *teacher, weight, precision)
+
+
+def sum_of(number: Tensor, *parts: Tensor) -> Tensor:
+    """The gradient by the scale, or the bias, in its dtype, from per-sample ones."""
+    return sum(part.sum() for part in parts).to(number.dtype)  # type: ignore[union-attr]
+
+
+def _contrastive_loss(x, t, scale, bias, labels, weight, total):
+    same = indices(labels, len(x), x.device)
+    rows = row_gradient(x.new_ones((), dtype=accumulation_dtype(x.dtype)), weight, len(x)) if total else None
+    sums, dx, dt = sweep(Matrices(x, t, scale, bias), same, same, rows)
+    losses = Sums(*sums).loss
+    if not total:
+        return losses.clone(), sums, dx, dt
+    return (losses if weight is None else losses * weight).sum(), sums, dx, dt
+
+
+def row_gradient(grad: Tensor, weight: Tensor | None, n: int) -> Tensor:
+    """(1, n), by the losses, of the total's."""
+    if weight is None:
+        return grad.expand(1, n)
+    return (grad * weight.to(torch.promote_types(grad.dtype, weight.dtype)))[None]  # a 0-d factor does not promote
+
+
+def _contrastive_gradient(grad, x, t, scale, bias, labels, weight, sums, kept_dx, kept_dt):
+    losses, by_scale, by_bias = sums
+    if grad.dim() == 0:
+        rows, dx, dt = row_gradient(grad, weight, len(x)), kept_dx * grad, kept_dt * grad
+    else:
+        same, rows = indices(labels, len(x), x.device), grad[None]
+        _, dx, dt = sweep(Matrices(x, t, scale, bias), same, same, rows)
+    ds, db = sum_of(scale, rows[0] * by_scale), sum_of(bias, rows[0] * by_bias)
+    dweight = x.new_empty(0) if weight is None else (grad * losses).to(weight.dtype)
+    return dx.to(x.dtype), dt.to(t.dtype), ds, db, dweight
+
+
+def _contrastive_distillation_loss(x, t, scale, bias, xt, tt, st, bt, labels):
+    same = indices(labels, len(x), x.device)
+    sums, *_ = sweep(Matrices(x, t, scale, bias, xt, tt, st, bt), same, same)
+    return sums[0].clone(), sums[3].clone(), sums
+
+
+def _contrastive_distillation_gradient(g, h, x, t, scale, bias, xt, tt, st, bt, labels, sums):
+    of, same = Sums(*sums), indices(labels, len(x), x.device)
+    _, dx, dt = sweep(Matrices(x, t, scale, bias, xt, tt, st, bt), same, same, torch.stack((g, h)))
+    ds = sum_of(scale, g * of.by_scale, h * of.teacher_by_scale)
+    db = sum_of(bias, g * of.by_bias, h * of.teacher_by_bias)
+    return dx.to(x.dtype), dt.to(t.dtype), ds, db
+
+
+def _fake_sweep(x, t, scale, bias, x_labels, t_labels, xt, tt, st, bt, weight, precision):
+    dtype, (n, d), m = accumulation_dtype(x.dtype), x.shape, t.shape[0]
+    kinds = 3 if xt is None else 6
+    shapes = (kinds, n), (0 if weight is None else n, d), (0 if weight is None else m, d)
+    return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _fake_contrastive_loss(x, t, scale, bias, labels, weight, total):
+    dtype, (n, d) = accumulation_dtype(x.dtype), x.shape
+    loss = x.new_empty(n, dtype=dtype)
+    if total:
+        loss = x.new_empty((), dtype=dtype if weight is None else torch.promote_types(dtype, weight.dtype))
+    kept = x.new_empty(n if total else 0, d, dtype=dtype)
+    return loss, x.new_empty(3, n, dtype=dtype), kept, torch.empty_like(kept)
+
+
+def _fake_contrastive_gradient(grad, x, t, scale, bias, labels, weight, *_):
+    dweight = x.new_empty(0) if weight is None else contiguous_like(weight)
+    return contiguous_like(x), contiguous_like(t), torch.empty_like(scale), torch.empty_like(bias), dweight
+
+
+def _fake_distillation_loss(x, *_):
+    vector = x.new_empty(len(x), dtype=accumulation_dtype(x.dtype))
+    return vector, torch.empty_like(vector), vector.new_empty(6, len(x))
+
+
+def _setup_contrastive(ctx, inputs, output):
+    *tensors, _ = inputs
+    _, *kept = output
+    ctx.save_for_backward(*tensors, *kept)
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_contrastive(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 7
+    *gradients, dweight = torch.ops.robustft.sigmoid_contrastive_loss_backward(grad, *ctx.saved_tensors)
+    return *gradients, None, dweight if ctx.needs_input_grad[5] else None, None
+
+
+def _setup_distillation(ctx, inputs, output):
+    _, _, sums = output
+    ctx.save_for_backward(*inputs, sums)
+    ctx.mark_non_differentiable(sums)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_distillation(ctx, g, h, *_):
+    if g is None and h is None:
+        return (None,) * 9
+    g, h = both(g, h)
+    gradients = torch.ops.robustft.sigmoid_contrastive_distillation_loss_backward(g, h, *ctx.saved_tensors)
+    return *gradients, *[None] * 5
+
+
+def _sample_contrastive(source: Source) -> Iterator[tuple]:
+    of = source.features(9, 5), source.features(9, 5), source.scale(7.0), source.scale(-2.0)
+    yield *of, source.labels(9, 4), source.uniform(9, grad=True), True
+    yield *of, None, None, False
+
+
+def _sample_distillation(source: Source) -> Iterator[tuple]:
+    student = source.features(9, 5), source.features(9, 5), source.scale(7.0), source.scale(-2.0)
+    teacher = source.features(9, 6, False), source.features(9, 6, False), source.scale(5.0, False)
+    yield *student, *teacher, source.scale(-1.0, False), source.labels(9, 4)
+    yield *student, *teacher, source.scale(1.0, False), None
+
+
+def _sample_sweep(source: Source) -> Iterator[tuple]:
+    """Seven rows and nine columns of S."""
+    n, m = 7, 9
+    of = (
+        *(source.features(n, 5, False), source.features(m, 5, False)),
+        *(source.scale(7.0, False), source.scale(-2.0, False)),
+        *(source.labels(n, 4), source.labels(m, 4)),
+    )
+    teacher = (
+        *(source.features(n, 6, False), source.features(m, 6, False)),
+        *(source.scale(5.0, False), source.scale(-1.0, False)),
+    )
+    for by, heads in (((None,) * 4, 1), (teacher, 2)):
+        yield from ((*of, *by, weight, "highest") for weight in (None, source.uniform(heads, n)))
+
+
+def _call_contrastive(source: Source) -> Iterator[Call]:
+    for *of, labels, weight, total in _sample_contrastive(source):
+        yield Call(tuple(of), {"labels": labels, "weight": weight, "reduction": "sum" if total else "none"})
+
+
+def _call_distillation(source: Source) -> Iterator[Call]:
+    for *matrices, labels in _sample_distillation(source):
+        yield Call(tuple(matrices), {"labels": labels})
+
+
+register(Op("sigmoid_sweep", _fake_sweep, _sample_sweep))
+register(
+    Op(
+        "sigmoid_contrastive_loss",
+        _fake_contrastive_loss,
+        _sample_contrastive,
+        body=_contrastive_loss,
+        kernel="sigmoid_sweep",
+        backward=Backward(_setup_contrastive, _backward_contrastive, _fake_contrastive_gradient, _contrastive_gradient),
+        public=_call_contrastive,
+    )
+)
+register(
+    Op(
+        "sigmoid_contrastive_distillation_loss",
+        _fake_distillation_loss,
+        _sample_distillation,
+        body=_contrastive_distillation_loss,
+        kernel="sigmoid_sweep",
+        backward=Backward(
+            _setup_distillation,
+            _backward_distillation,
+            lambda g, h, x, t, scale, bias, *_: (
+                *(contiguous_like(x), contiguous_like(t)),
+                *(torch.empty_like(scale), torch.empty_like(bias)),
+            ),
+            _contrastive_distillation_gradient,
+        ),
+        public=_call_distillation,
+    )
+)
+
+
+# A part of the compiled kernel, as an operator for the test that holds it to its error.
+register(
+    Op(
+        "vector_softplus",
+        lambda z: (contiguous_like(z), contiguous_like(z)),
+        lambda source: [(source.normal(40),)],
+        dtypes=(torch.float64, torch.float32),
+    )
+)

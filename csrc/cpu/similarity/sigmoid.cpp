@@ -1,0 +1,121 @@
+// The sigmoid losses of S = x t^T, each pair of a row and a column a decision of its own.
+//
+//   x (n, d), t (m, d)    features;  xt, tt the teacher's;  z = s S + b and zt = st St + bt the logits
+//   sums                  sigmoid_sum, per row i:
+//                           loss = sum_j softplus(-y_ij z_ij),    y = 1 where the labels are the same, else -1
+//                           by_scale = sum_j G_ij S_ij,  by_bias = sum_j G_ij,    G = sigmoid(z) - [same label]
+//                         and with a teacher, with its probabilities sigmoid(zt) in place of [same label]:
+//                           loss = sum_j log(1 + exp(z)) - sigmoid(zt) z,  by_scale, by_bias of H = sigmoid(z) -
+//                           sigmoid(zt)
+//   dx = s (w G + w' H) t,  dt = s (w G + w' H)^T x    only with weights w (and w') of the rows
+//
+// No row waits for another, nor for the end of its own: a tile's gradient is known as soon as the tile is. So losses
+// and gradients come from one sweep, 6 n m d flops, in which S exists a tile at a time; without weights it takes 2.
+#include "sigmoid.h"
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../dispatch.h"
+#include "tiles.h"
+
+namespace robustft {
+namespace similarity {
+namespace {
+
+template <class T>
+T number_of(const std::optional<Tensor>& number) {
+  return number ? T(*contiguous_as(*number, ScalarType::Double).template const_data_ptr<double>()) : T(0);
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> sweep(const Inputs& in, const Tensor& bias,
+                                         const std::optional<Tensor>& teacher_bias,
+                                         const std::optional<Tensor>& weight) {
+  const int64_t n = in.n(), m = in.m(), d = in.x.size(1);
+  const bool teacher = in.heads() == 2, gradient = weight.has_value();
+  Tiles<T> all(in, TileShape::of(n, m));
+  Tensor sums = torch::stable::new_zeros(in.x, {sigmoid_sum::count(teacher), n}, scalar_type<T>());
+  Tensor dx = torch::stable::new_empty(in.x, {gradient ? n : 0, d}, scalar_type<T>());
+  Tensor dt = torch::stable::new_empty(in.x, {gradient ? m : 0, d}, scalar_type<T>());
+  std::optional<Tensor> weights;
+  if (gradient) weights = contiguous_as(*weight, scalar_type<T>());
+  const SigmoidRows<T> rows{number_of<T>(bias), number_of<T>(teacher_bias), sums.mutable_data_ptr<T>(),
+                            gradient ? weights->template const_data_ptr<T>() : nullptr, n};
+  std::optional<RightMatrix<T>> t_rows;
+  if (gradient) t_rows.emplace(all.student.t, RightMatrix<T>::kRows, all.arithmetic);
+  std::vector<std::optional<RightMatrix<T>>> x_rows(all.panels);
+  std::vector<char> panel_begun(all.panels, false), tile_begun(all.tiles, false);  // whether dx, dt hold a sum there
+  T *const dx_at = dx.mutable_data_ptr<T>(), *const dt_at = dt.mutable_data_ptr<T>();
+
+  Pool<Workspace<T>> pool;
+  auto prepare = [&](int64_t first, int64_t last) {
+    all.release(first), all.prepare(first, last);
+    if (!gradient) return;
+    for (auto& done : x_rows) done.reset();
+    torch::stable::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t row0 = p * all.shape.rows;
+        x_rows[p].emplace(all.student.x, row0, std::min(all.shape.rows, n - row0), RightMatrix<T>::kRows,
+                          all.arithmetic);
+      }
+    });
+  };
+  tournament(all.panels, all.tiles, prepare, [&](int64_t p, int64_t q) {
+    auto work = pool.take([&] { return Workspace<T>(all.shape, teacher); });
+    const Tile<T> tile = all.at(p, q, work->s.get(), teacher ? work->teacher.get() : nullptr, work->cols);
+    all.compute(tile, p);
+    ROBUSTFT_CALL(sigmoid_tile<T>, tile, rows);
+    if (!gradient) return;
+    add_product(tile.s, tile.ld, tile.rows, tile.cols, *t_rows, tile.col0, dx_at + tile.row0 * d,
+                !std::exchange(panel_begun[p], true), work->scratch);
+    add_transposed_product(tile.s, tile.ld, tile.rows, tile.cols, *x_rows[p], 0, dt_at + tile.col0 * d,
+                           !std::exchange(tile_begun[q], true), work->scratch);
+  });
+  return {sums, dx, dt};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sigmoid_sweep(const Tensor& x, const Tensor& t, const Tensor& scale,
+                                                 const Tensor& bias, const Tensor& x_labels, const Tensor& t_labels,
+                                                 const std::optional<Tensor>& x_teacher,
+                                                 const std::optional<Tensor>& t_teacher,
+                                                 const std::optional<Tensor>& teacher_scale,
+                                                 const std::optional<Tensor>& teacher_bias,
+                                                 const std::optional<Tensor>& weight, std::string precision) {
+  const Inputs in{x, t, scale, x_labels, t_labels, x_teacher, t_teacher, teacher_scale, precision};
+  in.check("sigmoid_sweep");
+  STD_TORCH_CHECK(bias.numel() == 1 && teacher_bias.has_value() == x_teacher.has_value() &&
+                      (!teacher_bias || teacher_bias->numel() == 1),
+                  "sigmoid_sweep: bias, and teacher_bias with a teacher, must have one element");
+  STD_TORCH_CHECK(!weight || (weight->dim() == 2 && weight->size(0) == in.heads() && weight->size(1) == in.n()),
+                  "sigmoid_sweep: weight must be (", in.heads(), ", n)");
+  return x.scalar_type() == ScalarType::Double ? sweep<double>(in, bias, teacher_bias, weight)
+                                               : sweep<float>(in, bias, teacher_bias, weight);
+}
+
+// softplus(z) and its derivative as the kernels have them, for their error-bound test.
+std::tuple<Tensor, Tensor> vector_softplus(const Tensor& z) {
+  Tensor in = torch::stable::contiguous(z);
+  Tensor out = torch::stable::empty_like(in), slope = torch::stable::empty_like(in);
+  if (in.scalar_type() == ScalarType::Double) {
+    ROBUSTFT_CALL(softplus_values, in.const_data_ptr<double>(), out.mutable_data_ptr<double>(),
+                  slope.mutable_data_ptr<double>(), in.numel());
+  } else {
+    STD_TORCH_CHECK(in.scalar_type() == ScalarType::Float, "vector_softplus: float32 or float64");
+    ROBUSTFT_CALL(softplus_values, in.const_data_ptr<float>(), out.mutable_data_ptr<float>(),
+                  slope.mutable_data_ptr<float>(), in.numel());
+  }
+  return {out, slope};
+}
+
+}  // namespace
+}  // namespace similarity
+}  // namespace robustft
+
+STABLE_TORCH_LIBRARY_IMPL(robustft, CPU, m) {
+  m.impl("sigmoid_sweep", TORCH_BOX(&robustft::similarity::sigmoid_sweep));
+  m.impl("vector_softplus", TORCH_BOX(&robustft::similarity::vector_softplus));
+}
