@@ -248,13 +248,12 @@ def _sigmoid_distillation_arguments(
     weight: Tensor | None,
     reduction: str,
     memory: str | int,
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor | None]:
     """Features, scale and bias of the student and of the teacher, in one dtype, and the labels, after all checks."""
-    (*pair, xt, tt, st), labels = _distillation_arguments(student, teacher, labels, weight, reduction, memory)
-    device = pair[0].device
-    b = arguments.bias_tensor(logit_bias, device)
-    bt = arguments.bias_tensor(teacher_logit_bias, device, "teacher_logit_bias")
-    return (*pair, b, xt, tt, st, bt.detach()), labels
+    (x, t, s, xt, tt, st), labels = _distillation_arguments(student, teacher, labels, weight, reduction, memory)
+    b = arguments.bias_tensor(logit_bias, x.device)
+    bt = arguments.bias_tensor(teacher_logit_bias, x.device, "teacher_logit_bias")
+    return (x, t, s, b, xt, tt, st, bt.detach()), labels
 
 
 @arguments.own_precision

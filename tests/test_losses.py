@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import planted
 import pytest
+import targets
 import torch
 import torch.nn.functional as F
 
 from robustft import functional as rf
 from robustft import losses
-from robustft.losses import CaRotLoss, ClassificationLoss, ContrastiveLoss, DualRiskLoss
+from robustft.losses import CaRotLoss, ClassificationLoss, ContrastiveLoss, DualRiskLoss, SigmoidContrastiveLoss
 
 X, T = planted.pairs(12, 8)
 XT, TT = planted.pairs(12, 8, seed=1)
@@ -35,6 +36,29 @@ def test_contrastive_loss_takes_what_clip_loss_takes():
     for wrong in ({"use_horovod": True}, {"world_size": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ContrastiveLoss(**wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sigmoid_loss_and_its_gradients_are_open_clips_siglip_loss(dtype):
+    open_clip_loss = pytest.importorskip("open_clip.loss")
+    given = [*(f.to(dtype) for f in planted.pairs(300, 24)), *(torch.tensor(v, dtype=dtype) for v in (10.0, -4.0))]
+    ours, theirs = (targets.gradients(kind(), *given) for kind in (SigmoidContrastiveLoss, open_clip_loss.SigLipLoss))
+    rtol = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=rtol / 100)
+
+
+def test_sigmoid_loss_takes_what_siglip_loss_takes():
+    open_clip_loss = pytest.importorskip("open_clip.loss")
+    options = {"cache_labels": True, "rank": 0, "world_size": 1, "dist_impl": "gather"}
+    ours, theirs = (kind(**options) for kind in (SigmoidContrastiveLoss, open_clip_loss.SigLipLoss))
+    for bias in (torch.tensor(-3.0), None):
+        for output_dict in (False, True):
+            call = {"image_features": X, "text_features": T, "logit_scale": torch.tensor(20.0), "logit_bias": bias}
+            torch.testing.assert_close(ours(**call, output_dict=output_dict), theirs(**call, output_dict=output_dict))
+    torch.testing.assert_close(ours(X, T, 20.0, -3.0), theirs(X, T, 20.0, -3.0))
+    for wrong in ({"dist_impl": "ring"}, {"world_size": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            SigmoidContrastiveLoss(**wrong)
 
 
 def test_gradients_over_all_ranks_are_what_an_average_over_ranks_makes_exact(monkeypatch):

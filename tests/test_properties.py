@@ -143,6 +143,23 @@ def test_the_fused_contrastive_losses_equal_the_reference(examples):
 
 
 @thoroughly
+def test_the_fused_sigmoid_losses_equal_the_reference(examples):
+    def holds(data, bias):
+        x, t, scale, options = data
+        s, b = (torch.tensor(number, dtype=torch.float64) for number in (scale, bias))
+        assert_fused_equals_reference(
+            lambda x, t, s, b: functional.sigmoid_contrastive_loss(x, t, s, b, **options), x, t, s, b
+        )
+        teacher = (x.flip(0), t.flip(0), 10.0, -3.0)
+        assert_fused_equals_reference(
+            lambda x, t, s, b: functional.sigmoid_contrastive_distillation_loss(x, t, s, b, *teacher, **options),
+            *(x, t, s, b),
+        )
+
+    tried(holds, examples, pairs(), st.sampled_from([0.0, -10.0, 100.0]) | st.floats(-30, 30))
+
+
+@thoroughly
 def test_the_fused_class_losses_equal_the_reference(examples):
     def holds(data, k, label_smoothing, variant, top1, seed):
         x, _, scale, options = data

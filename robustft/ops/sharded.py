@@ -167,12 +167,12 @@ class _ShardedSigmoid(torch.autograd.Function):
 
 def _sigmoid_sweep(of: Sequence[Tensor | None], rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """`sigmoid.sweep` by whatever computes it."""
-    x, t, scale, bias, x_labels, t_labels, *teacher = of
+    x, t, scale, bias, x_labels, t_labels, xt, tt, st, bt = of
     assert x is not None and t is not None and scale is not None and bias is not None
     assert x_labels is not None and t_labels is not None
     if body_of("sigmoid_sweep", x) == "reference":
-        return reference.sigmoid_sweep(x, t, scale, bias, x_labels, t_labels, *teacher, rows)
-    return sigmoid.sweep(sigmoid.Matrices(x, t, scale, bias, *teacher), x_labels, t_labels, rows)
+        return reference.sigmoid_sweep(x, t, scale, bias, x_labels, t_labels, xt, tt, st, bt, rows)
+    return sigmoid.sweep(sigmoid.Matrices(x, t, scale, bias, xt, tt, st, bt), x_labels, t_labels, rows)
 
 
 def _reduce(losses: Tensor, weight: Tensor | None, reduction: str, group: dist.ProcessGroup) -> Tensor:

@@ -78,6 +78,15 @@ def distillation(i: Inputs, **how) -> list[Tensor]:
     return [*rf.contrastive_distillation_loss(i.x, i.t, i.scale, *teacher, weight=i.weight, **how)]
 
 
+def sigmoid(i: Inputs, **how) -> list[Tensor]:
+    return [rf.sigmoid_contrastive_loss(i.x, i.t, i.scale, i.bias[0] - 9, weight=i.weight, **how)]
+
+
+def sigmoid_distillation(i: Inputs, **how) -> list[Tensor]:
+    teacher = i.x_teacher, i.t_teacher, i.scale, i.bias[1]
+    return [*rf.sigmoid_contrastive_distillation_loss(i.x, i.t, i.scale, i.bias[0], *teacher, weight=i.weight, **how)]
+
+
 def classification(i: Inputs, **how) -> list[Tensor]:
     return [*rf.classification_loss(i.x, i.w, i.labels, i.scale, bias=i.bias, **how)]
 
@@ -99,6 +108,10 @@ LOSSES: dict[str, Callable[[Inputs], list[Tensor]]] = {
     "distillation": distillation,
     "distillation labels": lambda i: distillation(i, labels=i.labels),
     "distillation panels": partial(distillation, memory=0),
+    "sigmoid": sigmoid,
+    "sigmoid labels": lambda i: sigmoid(i, labels=i.labels),
+    "sigmoid again": partial(sigmoid, memory=0),
+    "sigmoid distillation": sigmoid_distillation,
     **{f"classification {variant}": partial(classification, variant=variant) for variant in VARIANTS},
     "classification top1": partial(classification, top1=True),
     "classification smoothing": partial(classification, label_smoothing=0.1),

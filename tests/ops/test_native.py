@@ -61,7 +61,15 @@ def test_samples_are_the_same_for_a_seed_and_mark_what_gets_a_gradient(name):
 
 WITHOUT_GRADIENT = (
     *("similarity_statistics", "similarity_gradient", "class_statistics", "class_gradient", "class_scores"),
-    *("vector_exp", "tile_products", "product_arithmetic", "group_sums", "concept_scores"),
+    *(
+        "sigmoid_sweep",
+        "vector_softplus",
+        "vector_exp",
+        "tile_products",
+        "product_arithmetic",
+        "group_sums",
+        "concept_scores",
+    ),
     *("neighbor_pack", "kth_neighbor_distance", "nearest_neighbors"),
 )
 """Operators that are differentiated by what calls them, or not at all: anything else declares its `Backward`."""
@@ -146,9 +154,10 @@ def test_group_risk_passes_gradcheck():
 def test_second_derivative_is_refused_not_wrong():
     x, t, s, _, _ = operator_inputs()
     for leaf in (x, s):
-        (first,) = torch.autograd.grad(rf.contrastive_loss(x, t, s), leaf, create_graph=True)
-        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-            torch.autograd.grad(first.sum(), leaf, allow_unused=True)
+        for loss in (rf.contrastive_loss(x, t, s), rf.sigmoid_contrastive_loss(x, t, s, -1.0)):
+            (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+                torch.autograd.grad(first.sum(), leaf, allow_unused=True)
 
 
 @pytest.mark.parametrize("dynamic", [False, *exhaustive(True)])
@@ -159,7 +168,8 @@ def test_losses_compile_without_a_graph_break(dynamic):
         classes = rf.classification_loss(x, t[:4], y, s.exp(), variant="neg_ratio")
         risks = rf.dual_risk(x, t[:4], t[4:8], y, torch.ones(len(x), 4) / 4, s.exp())
         score = rf.concept_scores(x, t[:4], logit_scale=s.exp()).mcm.sum() * s
-        heads = (*classes, *risks, score)
+        pairs = rf.sigmoid_contrastive_distillation_loss(x, t, s.exp(), -s, xt, tt, 5.0, -1.0)
+        heads = (*classes, *risks, score, *pairs, rf.sigmoid_contrastive_loss(x, t, s.exp(), -s))
         return terms.contrastive + 1.5 * terms.distillation + rf.contrastive_loss(x, t, s.exp()) + sum(heads)
 
     compiled = torch.compile(objective, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -205,10 +215,15 @@ def test_fake_tensors_give_the_real_shapes_and_dtypes():
 
     with FakeTensorMode():
         x = torch.empty(6, 8, dtype=torch.bfloat16, requires_grad=True)
-        loss = rf.contrastive_loss(x, torch.empty(6, 8, dtype=torch.bfloat16), 10.0, reduction="none")
-        assert loss.shape == (6,) and loss.dtype == torch.float32
-        loss.sum().backward()
-        assert x.grad.shape == (6, 8) and x.grad.dtype == torch.bfloat16
+        t = torch.empty(6, 8, dtype=torch.bfloat16)
+        for loss in (
+            rf.contrastive_loss(x, t, 10.0, reduction="none"),
+            rf.sigmoid_contrastive_loss(x, t, 10.0, -10.0, reduction="none"),
+            rf.sigmoid_contrastive_loss(x, t, 10.0, -10.0),
+        ):
+            assert loss.shape in ((6,), ()) and loss.dtype == torch.float32
+            loss.sum().backward()
+            assert x.grad.shape == (6, 8) and x.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -232,6 +247,24 @@ def test_vector_exp_at_the_ends():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_vector_softplus_and_sigmoid_are_within_a_few_units_in_the_last_place(dtype):
+    low = -87.3 if dtype == torch.float32 else -700.0
+    z = torch.cat((torch.linspace(low, 100, 1_000_003, dtype=dtype), torch.linspace(-1, 1, 1001, dtype=dtype)))
+    softplus, sigmoid = torch.ops.robustft.vector_softplus(z)
+    wide = z.double()
+    # logaddexp is precise where its result is not much less than 1, and log1p of the exponential where it is.
+    exact = torch.where(wide < 0, wide.exp().log1p(), torch.logaddexp(wide, wide.new_zeros(())))
+    limit = 4 * torch.finfo(dtype).eps
+    assert ((softplus.double() - exact) / exact).abs().max() <= limit
+    exact = torch.where(wide < 0, wide.exp() / (1 + wide.exp()), 1 / (1 + (-wide).exp()))
+    assert ((sigmoid.double() - exact) / exact).abs().max() <= limit
+    ends = torch.tensor([-torch.inf, -200.0, 200.0, torch.inf, torch.nan], dtype=torch.float32)
+    softplus, sigmoid = (part.tolist() for part in torch.ops.robustft.vector_softplus(ends))
+    assert softplus[:4] == [0.0, 0.0, 200.0, torch.inf] and sigmoid[:4] == [0.0, 0.0, 1.0, 1.0]
+    assert softplus[4] != softplus[4] and sigmoid[4] != sigmoid[4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_exponentials_of_a_tile_do_not_magnify_errors_by_the_scale(dtype):
     n, m, scale = 64, 128, torch.tensor(100.0, dtype=torch.float64)
     x, t = torch.linspace(-0.55, 0.7, n, dtype=dtype)[:, None], torch.ones(m, 1, dtype=dtype)  # S is x, exactly
@@ -252,10 +285,12 @@ def test_exponentials_of_a_tile_do_not_magnify_errors_by_the_scale(dtype):
 PEAK = """
 import json, sys, torch
 from robustft import functional as rf
-n, d, teacher = int(sys.argv[1]), 64, sys.argv[2] == "teacher"
+n, d, teacher, sigmoid = int(sys.argv[1]), 64, sys.argv[2] == "teacher", sys.argv[2].startswith("sigmoid")
 x, t = (torch.nn.functional.normalize(torch.randn(n, d), dim=1).requires_grad_() for _ in range(2))
 s = torch.tensor(50.0, requires_grad=True)
 def run(x, t):
+    if sigmoid:
+        return rf.sigmoid_contrastive_loss(x, t, s, -s, memory=0 if sys.argv[2] == "sigmoid at 0" else "auto")
     if teacher:
         return sum(rf.contrastive_distillation_loss(x, t, s, x.detach(), t.detach(), 40.0, memory=0))
     return rf.contrastive_loss(x, t, s, memory=0)
@@ -273,7 +308,7 @@ print(json.dumps(status("VmHWM") - before))
 # hold no compiled code, instead of the installed package.
 
 
-@pytest.mark.parametrize("kind", ["student", "teacher"])
+@pytest.mark.parametrize("kind", ["student", "teacher", "sigmoid", "sigmoid at 0"])
 def test_no_matrix_of_n_squared_is_ever_held(kind, python):
     peaks = []
     for n in (1024, 4096):
@@ -298,6 +333,8 @@ for dtype in (torch.float32, torch.float64):
     labels = torch.arange(523) // 3
     terms = rf.contrastive_distillation_loss(x, t, s, xt, tt, 30.0, labels=labels)
     loss = terms.contrastive + 1.5 * terms.distillation + rf.contrastive_loss(x, t, s, label_smoothing=0.1)
+    loss = loss + rf.sigmoid_contrastive_loss(x, t, s, -s / 9, labels=labels)
+    loss = loss + sum(rf.sigmoid_contrastive_distillation_loss(x, t, s, -s / 9, xt, tt, 30.0, -3.0))
     loss = loss + sum(rf.classification_loss(x, t[:101], labels % 101, s, bias=t[:101, 0]))
     loss = loss + sum(rf.dual_risk(x, t[:101], t[101:202], labels % 101, x[:, :1].expand(-1, 101).abs(), s))
     out += rf.concept_scores(x, t[:101], logit_scale=s)

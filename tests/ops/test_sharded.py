@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import planted
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 import robustft
 from robustft import functional as rf
+from robustft import losses
 
 N, D, WORLD = 14, 8, 2
 
@@ -30,7 +32,12 @@ def objective(x, t, s, teacher, weight, labels, reduction, group=None):
     options = {"weight": weight, "reduction": reduction, "group": group}
     plain = rf.contrastive_loss(x, t, s, label_smoothing=0.1, **options)
     terms = rf.contrastive_distillation_loss(x, t, s, *teacher, 9.0, labels=labels, **options)
-    return plain + 2 * terms.contrastive + 3 * terms.distillation
+    bias = s / -5
+    single = rf.sigmoid_contrastive_loss(x, t, s, bias, labels=labels, **options)
+    again = rf.sigmoid_contrastive_loss(x, t, s, bias, group=group, reduction=reduction, memory=0)
+    pairs = rf.sigmoid_contrastive_distillation_loss(x, t, s, bias, *teacher, 9.0, -2.0, **options)
+    sigmoid = single + 5 * again + 6 * pairs.contrastive + 7 * pairs.distillation
+    return plain + 2 * terms.contrastive + 3 * terms.distillation + sigmoid
 
 
 def part(rank: int, backend: str, reduction: str) -> list[torch.Tensor]:
@@ -39,6 +46,26 @@ def part(rank: int, backend: str, reduction: str) -> list[torch.Tensor]:
         x, t, s, *rest = inputs(rank)
         value = objective(x, t, s, *rest, reduction, dist.group.WORLD)
         return [value.detach(), *torch.autograd.grad(value.sum(), (x, t, s))]
+
+
+def averaged(rank: int) -> list[list[torch.Tensor]]:
+    """One rank's value and gradients of open_clip's loss module, and of ours in its place."""
+    x, t, s, *_ = inputs(rank)
+    b = torch.tensor(-4.0, dtype=torch.float64, requires_grad=True)
+    found = []
+    for siglip in (open_clips_loss().SigLipLoss, losses.SigmoidContrastiveLoss):
+        value = siglip(rank=rank, world_size=WORLD)(x, t, s, b)
+        found.append([value.detach(), *torch.autograd.grad(value, (x, t, s, b))])
+    return found
+
+
+def open_clips_loss():
+    """Its file alone: the package takes seconds to import."""
+    path = Path(find_spec("open_clip").origin).with_name("loss.py")
+    spec = spec_from_file_location("open_clips_loss", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def uneven(rank: int) -> str:
@@ -87,6 +114,18 @@ def test_two_processes_equal_one(backend, reduction, by_rank):
     torch.testing.assert_close(torch.cat(dx), expected[0])
     torch.testing.assert_close(torch.cat(dt), expected[1])
     torch.testing.assert_close(sum(ds), expected[2])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(find_spec("open_clip") is None, reason="open_clip is not installed")
+def test_two_processes_with_the_sigmoid_module_have_the_gradients_of_open_clips(by_rank):
+    theirs, ours = zip(*by_rank(averaged), strict=True)
+    mean = sum(rank[0] for rank in theirs) / WORLD
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine[0], mean)
+        torch.testing.assert_close(mine[1:3], other[1:3])
+    for k in (3, 4):  # what an average over ranks makes of the numbers' gradients
+        torch.testing.assert_close(sum(rank[k] for rank in ours), sum(rank[k] for rank in theirs))
 
 
 def test_uneven_batches_are_refused_on_every_rank(by_rank):
