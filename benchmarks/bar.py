@@ -49,6 +49,7 @@ class Verdict(NamedTuple):
 
 _CONTRASTIVE = Row("contrastive", 8192)
 _DISTILLATION = Row("distillation", 4096, precision="high")
+_SIGMOID = Row("sigmoid", 8192, 768)
 _CLASSES = Row("classification", 4096, k=1000)
 _SCORES = Row("scores", 65536, k=1000)
 _NEIGHBOR = Row("kth_neighbor", 8192, k=100_000)
@@ -65,6 +66,8 @@ BAR = (
     Criterion(_DISTILLATION, "speed", 4.0, 8.0, "eager"),
     Criterion(_CONTRASTIVE, "memory", _panel_limit(_CONTRASTIVE), None, ours="robustft panel"),
     Criterion(_DISTILLATION, "memory", _panel_limit(_DISTILLATION), None, ours="robustft panel"),
+    Criterion(_SIGMOID, "speed", 1.8, None, "open_clip"),
+    Criterion(_SIGMOID, "memory", _panel_limit(_SIGMOID), None, ours="robustft panel"),
     Criterion(_CLASSES, "speed", 2.0, 3.0, "eager"),
     Criterion(_CLASSES, "speed", 1.3, None, "torch.compile"),
     Criterion(replace(_CLASSES, precision="high"), "speed", 3.0, 6.0, "eager"),

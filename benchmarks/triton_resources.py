@@ -6,7 +6,8 @@
 The launches are those of the operators in robustft/ops/triton themselves, recorded on meta tensors instead of run, and
 compiled for their architecture with the specialisations that such tensors get: 16-byte aligned pointers, sizes that 16
 divides. The contrastive losses twice, for the diagonal's targets and for labels with smoothing, the costliest; the
-classes' loss with label smoothing and bias, and the two heads' with soft labels, which are the costliest there.
+classes' loss with label smoothing and bias, and the two heads' with soft labels, which are the costliest there. The
+sigmoid losses' sweep with gradients.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ def cases() -> Iterator[Case]:
                 yield Case(architecture, "float32", precision, heads, True, operator=operator)
         for dtype in ("bfloat16", "float32"):
             yield Case(architecture, dtype, "highest", 1, False, operator="misalignment_penalty")
+            yield Case(architecture, dtype, "highest", 1, False, operator="sigmoid_contrastive_loss")
+            yield Case(architecture, dtype, "highest", 2, False, operator="sigmoid_contrastive_distillation_loss")
 
 
 def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -111,6 +114,16 @@ def contrastive(case: Case, keep: bool) -> None:
         smoothing = 0.1 if case.labels else 0.0
         out = contrastive.contrastive_loss(x, t, s, labels, smoothing, keep)
         contrastive.contrastive_loss_backward(g, x, t, s, labels, smoothing, *out[1:])
+
+
+def of_sigmoids(case: Case, gradient: bool) -> None:
+    from robustft.ops.triton import sigmoid
+
+    n, d, dtype = 8192, 768, getattr(torch, case.dtype)
+    x, t, s, labels = new(n, d, dtype=dtype), new(n, d, dtype=dtype), new(()), new(n, dtype=torch.int64)
+    teacher = (x, t, s, s) if case.heads == 2 else (None,) * 4
+    weight = new(case.heads, n) if gradient else None
+    sigmoid.sigmoid_sweep(x, t, s, s, labels, labels, *teacher, weight, case.precision)
 
 
 def of_classes(case: Case, keep: bool) -> None:
@@ -138,12 +151,14 @@ def launches(case: Case) -> dict[str, object]:
     """The first launch of every kernel, forward and backward, with and without kept exponentials."""
     from robustft.ops.triton.launch import recorded
 
+    run = contrastive if case.operator == "contrastive" else of_classes
+    run = of_sigmoids if case.operator.startswith("sigmoid") else run
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(case.precision)
     try:
         with recorded(case.architecture) as found:
             for keep in (True, False):
-                (contrastive if case.operator == "contrastive" else of_classes)(case, keep)
+                run(case, keep)
     finally:
         torch.set_float32_matmul_precision(before)
     first: dict[str, object] = {}

@@ -61,7 +61,10 @@ def bare_python(tmp_path_factory):
         yield started
 
 
-SUITES = ["test_contrastive.py", "test_class_losses.py", "test_scores.py", "test_risks.py", "ops/test_offsets.py"]
+SUITES = [
+    *("test_contrastive.py", "test_sigmoid.py", "test_class_losses.py", "test_scores.py", "test_risks.py"),
+    "ops/test_offsets.py",
+]
 """What the Triton kernels compute too. Under the interpreter these are collected and its own, of both kinds the tests
 that are for it (targets.py); elsewhere all but its own."""
 

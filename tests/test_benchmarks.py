@@ -51,6 +51,8 @@ def test_the_bar_is_the_one_of_the_design():
         "distillation N=4096 D=512 float32 high: 4x eager, 8.0",
         "contrastive N=8192 D=512 float32 highest: robustft panel, 64.5 MB beyond inputs and gradients, None",
         "distillation N=4096 D=512 float32 high: robustft panel, 64.3 MB beyond inputs and gradients, None",
+        "sigmoid N=8192 D=768 float32 highest: 1.8x open_clip, None",
+        "sigmoid N=8192 D=768 float32 highest: robustft panel, 64.5 MB beyond inputs and gradients, None",
         "classification N=4096 K=1000 D=512 float32 highest: 2x eager, 3.0",
         "classification N=4096 K=1000 D=512 float32 highest: 1.3x torch.compile, None",
         "classification N=4096 K=1000 D=512 float32 high: 3x eager, 6.0",

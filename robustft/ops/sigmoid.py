@@ -262,7 +262,7 @@ def _call_distillation(source: Source) -> Iterator[Call]:
         yield Call(tuple(matrices), {"labels": labels})
 
 
-register(Op("sigmoid_sweep", _fake_sweep, _sample_sweep))
+register(Op("sigmoid_sweep", _fake_sweep, _sample_sweep, triton="sigmoid"))
 register(
     Op(
         "sigmoid_contrastive_loss",

@@ -70,6 +70,30 @@ def test_the_librarys_products_give_the_same_losses_and_gradients(s, memory, req
         assert (a - b).abs().max() <= 1e-7 * s * (1 + b.abs().max())
 
 
+def sigmoid_losses(dtype: torch.dtype):
+    labels, (xt, tt) = torch.arange(70) // 2, pairs(70, 9, 1)
+
+    def function(x, t, s, b, w):
+        how = {"labels": labels, "weight": w}
+        terms = rf.sigmoid_contrastive_distillation_loss(x, t, s, b, xt.to(dtype), tt.to(dtype), 20.0, -3.0, **how)
+        return *terms, rf.sigmoid_contrastive_loss(x, t, s, b, **how)
+
+    inputs = *pairs(70, 16), torch.tensor(20.0), torch.tensor(-5.0), torch.rand(70)
+    with robustft.backend("triton"):
+        return gradients(function, *(i.to(dtype) for i in inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pieces_of_the_sigmoid_losses_add_up(dtype, monkeypatch):
+    torch.manual_seed(1)
+    whole = sigmoid_losses(dtype)
+    monkeypatch.setattr(configs, "BACKWARD_PIECE", configs.Sides(32, 24))
+    torch.manual_seed(1)
+    unit = 2e-6 if dtype == torch.float32 else 2e-3  # of the gradients as rounded
+    for a, b in zip(sigmoid_losses(dtype), whole, strict=True):
+        assert (a - b).abs().max() <= unit * (1 + b.abs().max())
+
+
 def class_losses(memory: str | int = "auto"):
     """Cross-entropy with the penalty, smoothed and biased, and both forms of dual risk, of 40 rows and 5 classes."""
     labels, core, bias = torch.arange(40) % 5, torch.rand(40, 5), torch.randn(5)
@@ -97,12 +121,12 @@ def test_panels_and_stretches_of_rows_add_up_to_the_classes_gradients(monkeypatc
 
 def test_nothing_is_read_that_was_not_written():
     torch.manual_seed(1)
-    expected = losses(35), class_losses(0)
+    expected = losses(35), class_losses(0), sigmoid_losses(torch.float32)
     torch.use_deterministic_algorithms(True)  # new memory is full of NaN then
     try:
         assert torch.empty(9).isnan().all()
         torch.manual_seed(1)
-        found = losses(35), class_losses(0)
+        found = losses(35), class_losses(0), sigmoid_losses(torch.float32)
     finally:
         torch.use_deterministic_algorithms(False)
     for a, b in zip(sum(found, []), sum(expected, []), strict=True):
@@ -164,6 +188,12 @@ def test_operators_pass_opcheck(keep):
     checks = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
     torch.library.opcheck(losses.contrastive_loss.default, (x, t, s, torch.arange(9) // 2, 0.1, keep), **checks)
     torch.library.opcheck(losses.contrastive_distillation_loss.default, (x, t, s, *teacher, None, keep), **checks)
+    numbers = s, torch.tensor(-2.0, requires_grad=True)
+    weight = torch.rand(9, requires_grad=True) if keep else None
+    torch.library.opcheck(losses.sigmoid_contrastive_loss.default, (x, t, *numbers, None, weight, keep), **checks)
+    of_teacher = *teacher, torch.tensor(-1.0), None
+    pairs_of = losses.sigmoid_contrastive_distillation_loss.default
+    torch.library.opcheck(pairs_of, (x, t, *numbers, *of_teacher), **checks)
     labels, bias = torch.arange(9) % 4, torch.randn(4, requires_grad=True) if keep else None
     inputs = (x, t[:4], s, bias, labels, "softplus", not keep, 0.1, keep)
     torch.library.opcheck(losses.classification_loss.default, inputs, **checks)

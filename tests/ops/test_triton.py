@@ -32,6 +32,7 @@ pytestmark = [
 # Of the suites that conftest.py collects for the interpreter; .ci/run has `TRITON_INTERPRET=1 pytest` run all of them.
 SOME = [
     "test_contrastive.py::test_contrastive_loss_is_as_accurate_as_eager[labels-100.0-triton-cpu-float32]",
+    "test_sigmoid.py::test_distillation_is_as_accurate_as_eager[10.0--10.0-triton-cpu-float32]",
     "test_class_losses.py::test_classification_loss_is_as_accurate_as_eager[softplus-100.0-triton-cpu-float32]",
     "test_class_losses.py::test_dual_risk_is_as_accurate_as_eager[True-triton-cpu-float16]",
     "test_scores.py::test_scores_are_as_accurate_as_eager[scales1-triton-cpu-float32]",
@@ -87,6 +88,24 @@ def test_small_losses_take_two_launches_and_one(n, labels, teacher):
     forward, backward = recorded(n, labels=labels, teacher=teacher)
     assert [launch.kernel.__name__ for launch in forward] == ["statistics_kernel", "combine_kernel"]
     assert [launch.kernel.__name__ for launch in backward] == ["gradient_kernel"]
+
+
+@pytest.mark.parametrize(("teacher", "gradient"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("n", [1, 512, 50_001])
+def test_every_entry_of_the_sigmoid_losses_is_in_one_piece(n, teacher, gradient):
+    from robustft.ops.triton import sigmoid
+    from robustft.ops.triton.launch import recorded
+
+    x, s, labels, weight = new(n, 512), new(()), new(n, dtype=torch.int64), new(1 + teacher, n) if gradient else None
+    of_teacher = (x, x, s, s) if teacher else (None,) * 4
+    with recorded("sm_90") as launches:
+        sigmoid.sigmoid_sweep(x, x, s, s, labels, labels, *of_teacher, weight, "highest")
+    seen = 0
+    for kernel, programs, a, _ in launches:
+        assert kernel.__name__ == "sigmoid_kernel" and programs == -(-a["rows"] // a["BM"])
+        assert a["rows"] <= a["S"].shape[0] and a["cols"] <= a["S"].shape[1] and (a["G"] is not None) == gradient
+        seen += a["rows"] * a["cols"]
+    assert seen == n * n and (n > 8192 or len(launches) == 1)
 
 
 def recorded_classes(n: int, *, k: int = 1000, heads: int = 1, top1: bool = False, keep: bool = True):

@@ -152,6 +152,8 @@ most a teacher's with them; larger ones would spill."""
 WEIGHTS = Tile(32, 128, 16, 4, 1)
 """Of G; divides a strip."""
 FINISH = Block(32, 128, 1, 4, 1)
+SIGMOID = Tile(8, 128, 16, 4, 1)
+"""Of the sigmoid losses: a program owns BM rows of a piece, and reads BN columns of them at a time."""
 
 
 def strip(architecture: str, dtype: torch.dtype, load: int) -> Strip:
