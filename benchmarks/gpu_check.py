@@ -225,6 +225,7 @@ OF_DTYPE = {
 BY_DTYPE = {
     "contrastive": ("test_contrastive", "not distillation"),
     "distillation": ("test_contrastive", "distillation"),
+    "sigmoid": ("test_sigmoid", "cuda"),
     "classification": ("test_class_losses", "classification_loss"),
     "dual risk": ("test_class_losses", "not classification_loss"),
     "execution of pairs": ("ops/test_execution", "(contrastive or distillation)"),

@@ -188,6 +188,41 @@ def contrastive(n: int, d: int, dtype: torch.dtype, memory: str | int = "auto", 
     return found.checked(like(wide, TOLERANCE[dtype]))
 
 
+def eager_sigmoid(x: Tensor, t: Tensor, s: Tensor, b: Tensor) -> Tensor:
+    z = (s.to(x.dtype) * x @ t.T).float() + b
+    return F.softplus(z).sum() / len(x) - z.diagonal().mean()
+
+
+def sigmoid(n: int, d: int, dtype: torch.dtype, peers: bool = True) -> Candidates:
+    x, t = pairs(n, d, dtype)
+    s, b = (torch.tensor(number, device=DEVICE, requires_grad=True) for number in (50.0, -10.0))
+    found = Candidates({"robustft": backward(lambda: rf.sigmoid_contrastive_loss(x, t, s, b), x, t, s, b)})
+    if not peers:
+        return found.checked(sampled_rows(x, t, s, b))
+    compiled = torch.compile(eager_sigmoid, dynamic=False)
+    found["eager"] = backward(lambda: eager_sigmoid(x, t, s, b), x, t, s, b)
+    found["torch.compile"] = backward(lambda: compiled(x, t, s, b), x, t, s, b)
+    return found.checked(
+        like(backward(lambda: eager_sigmoid(x.float(), t.float(), s, b), x, t, s, b), TOLERANCE[dtype])
+    )
+
+
+def sampled_rows(x: Tensor, t: Tensor, s: Tensor, b: Tensor) -> Callable[[Any], None]:
+    """A check of the sigmoid losses of 64 images in float64, and of the mean loss's own."""
+
+    def check(result: Any) -> None:
+        at = torch.arange(0, len(x), max(1, len(x) // 64), device=x.device)[:64]
+        rows = s.detach().double() * x.detach()[at].double() @ t.detach().double().T + b.detach().double()
+        expected = F.softplus(rows, threshold=60).sum(1) - rows.gather(1, at[:, None])[:, 0]
+        with torch.no_grad():
+            each = rf.sigmoid_contrastive_loss(x, t, s, b, reduction="none")
+        found = error(each[at], expected), error(result[0], each.double().mean())
+        assert all(e <= 1e-4 for e in found), f"relative errors of losses and of their mean {found}"
+        assert all(g.isfinite().all() for g in result[1:]), "a gradient is not finite"
+
+    return check
+
+
 def distillation(n: int, d: int, dtype: torch.dtype) -> Candidates:
     x, t = pairs(n, d, dtype)
     xt, tt = (f.detach() for f in pairs(n, d, dtype, seed=7))
@@ -435,6 +470,9 @@ ROWS: dict[str, Row] = {
     "contrastive-fp32-8192": Row(lambda: contrastive(8192, 512, torch.float32), Bar(), Work(fp32=6.0 * 8192**2 * 512)),
     "contrastive-bf16-2048": Row(lambda: contrastive(2048, 512, BF16), Bar(), Work(6.0 * 2048**2 * 512)),
     "contrastive-bf16-512": Row(lambda: contrastive(512, 512, BF16), Bar(), Work(6.0 * 512**2 * 512)),
+    "sigmoid-bf16-65536": Row(lambda: sigmoid(65536, 768, BF16, False), Bar(48.8), Work(6.0 * 65536**2 * 768)),
+    "sigmoid-bf16-8192": Row(lambda: sigmoid(8192, 768, BF16), Bar(), Work(6.0 * 8192**2 * 768)),
+    "sigmoid-bf16-512": Row(lambda: sigmoid(512, 512, BF16), Bar(), Work(6.0 * 512**2 * 512)),
     "classes-bf16-4096": Row(lambda: classes(4096, 1000, 512), Bar(), Work(6.0 * 4096 * 1000 * 512)),
     "classes-bf16-512": Row(lambda: classes(512, 1000, 512), Bar(), Work(6.0 * 512 * 1000 * 512)),
     "classes-panel-65536": Row(lambda: classes(65536, 1000, 512, 0), Bar(), Work(8.0 * 65536 * 1000 * 512)),
@@ -565,6 +603,7 @@ def small() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for candidates in (contrastive(333, 37, dtype, "auto", False), contrastive(333, 37, dtype, 0, False)):
             candidates["robustft"]()
+        sigmoid(333, 37, dtype, False)["robustft"]()
         x, t = pairs(333, 37, dtype)
         sum(rf.contrastive_distillation_loss(x, t, 20.0, x.detach(), t.detach(), 10.0)).backward()
     for memory in ("auto", 0):

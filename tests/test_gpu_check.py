@@ -31,13 +31,14 @@ def on_the_cpu(monkeypatch):
     [
         lambda: gpu_rows.contrastive(40, 16, torch.float32),
         lambda: gpu_rows.distillation(40, 16, torch.float32),
+        lambda: gpu_rows.sigmoid(40, 16, torch.float32),
         lambda: gpu_rows.classes(40, 9, 16),
         lambda: gpu_rows.neighbors(40, 300, 16, 5),
         lambda: gpu_rows.scores(40, 9, 16),
         lambda: gpu_rows.dual_risk(40, 9, 16),
         lambda: gpu_rows.misalignment(40, 9),
     ],
-    ids=["contrastive", "distillation", "classes", "neighbors", "scores", "dual_risk", "misalignment"],
+    ids=["contrastive", "distillation", "sigmoid", "classes", "neighbors", "scores", "dual_risk", "misalignment"],
 )
 def test_candidates_of_a_row_compute_the_same(make, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
