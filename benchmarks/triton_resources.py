@@ -123,7 +123,7 @@ def of_sigmoids(case: Case, gradient: bool) -> None:
     x, t, s, labels = new(n, d, dtype=dtype), new(n, d, dtype=dtype), new(()), new(n, dtype=torch.int64)
     teacher = (x, t, s, s) if case.heads == 2 else (None,) * 4
     weight = new(case.heads, n) if gradient else None
-    sigmoid.sigmoid_sweep(x, t, s, s, labels, labels, *teacher, weight, case.precision)
+    sigmoid.sigmoid_sweep(x, t, s, s, labels, labels, *teacher, weight, None, False, case.precision)
 
 
 def of_classes(case: Case, keep: bool) -> None:

@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY(robustft, m) {
   m.def(
       "sigmoid_sweep(Tensor x, Tensor t, Tensor scale, Tensor bias, Tensor x_labels, Tensor t_labels, "
       "Tensor? x_teacher, Tensor? t_teacher, Tensor? teacher_scale, Tensor? teacher_bias, Tensor? weight, "
-      "str precision) -> (Tensor sums, Tensor dx, Tensor dt)");
+      "Tensor? similarities, bool keep, str precision) -> (Tensor sums, Tensor dx, Tensor dt, Tensor kept)");
   // For the tests, cpu/similarity/: the kernels' exp and softplus; cpu/tile.cpp: a tile's products and their arithmetic
   m.def("vector_exp(Tensor x) -> Tensor");
   m.def("vector_softplus(Tensor z) -> (Tensor softplus, Tensor sigmoid)");
@@ -89,19 +89,19 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "Tensor centers, Tensor kept) -> (Tensor dx, Tensor dt, Tensor ds)");
   m.def(
       "sigmoid_contrastive_loss(Tensor x, Tensor t, Tensor scale, Tensor bias, Tensor? labels, Tensor? weight, "
-      "bool total) -> (Tensor loss, Tensor sums, Tensor dx, Tensor dt)");
+      "bool total, bool keep) -> (Tensor loss, Tensor sums, Tensor dx, Tensor dt, Tensor kept)");
   m.def(
       "sigmoid_contrastive_loss_backward(Tensor grad, Tensor x, Tensor t, Tensor scale, Tensor bias, Tensor? labels, "
-      "Tensor? weight, Tensor sums, Tensor kept_dx, Tensor kept_dt) "
+      "Tensor? weight, Tensor sums, Tensor kept_dx, Tensor kept_dt, Tensor kept) "
       "-> (Tensor dx, Tensor dt, Tensor ds, Tensor db, Tensor dweight)");
   m.def(
       "sigmoid_contrastive_distillation_loss(Tensor x, Tensor t, Tensor scale, Tensor bias, Tensor x_teacher, "
-      "Tensor t_teacher, Tensor teacher_scale, Tensor teacher_bias, Tensor? labels) "
-      "-> (Tensor contrastive, Tensor distillation, Tensor sums)");
+      "Tensor t_teacher, Tensor teacher_scale, Tensor teacher_bias, Tensor? labels, bool keep) "
+      "-> (Tensor contrastive, Tensor distillation, Tensor sums, Tensor kept)");
   m.def(
       "sigmoid_contrastive_distillation_loss_backward(Tensor g, Tensor h, Tensor x, Tensor t, Tensor scale, "
       "Tensor bias, Tensor x_teacher, Tensor t_teacher, Tensor teacher_scale, Tensor teacher_bias, Tensor? labels, "
-      "Tensor sums) -> (Tensor dx, Tensor dt, Tensor ds, Tensor db)");
+      "Tensor sums, Tensor kept) -> (Tensor dx, Tensor dt, Tensor ds, Tensor db)");
   m.def(
       "classification_loss(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, str variant, bool top1, "
       "float label_smoothing, bool keep) "

@@ -284,8 +284,9 @@ def sigmoid_contrastive_loss(
             all ranks, and "mean" and "sum" are those of all images.
         memory: bytes that may be kept from the forward to the backward, or "auto", 512 MiB, on a GPU 4 GiB. If the
             features' gradients (8 N D bytes, 16 for float64) fit, "mean" and "sum" compute them in the forward, while
-            they have the similarities: 6 N^2 D flops in all. If not, as with 0, and for "none", the backward computes
-            the similarities again: 8 N^2 D flops. Nothing grows with N^2 at any `memory`.
+            they have the similarities: 6 N^2 D flops in all, and nothing grows with N^2. For "none" they are not known
+            there: if N^2 similarities (4 bytes each, 8 for float64) fit, these are kept, 6 N^2 D flops again. If
+            nothing fits, as with 0, the similarities are computed again: 8 N^2 D flops, and nothing grows with N^2.
 
     Gradients reach both features, `logit_scale`, `logit_bias` and `weight`.
     Memory: what `memory` allows, the features' gradients, O(N), and a tile of 512 KB a thread; half-precision features
@@ -331,12 +332,12 @@ def sigmoid_contrastive_distillation_loss(
 
     Args:
         image_features, text_features, logit_scale, logit_bias, labels, weight, reduction, group, memory: as in
-            `sigmoid_contrastive_loss`; the backward computes both similarities again, 12 N^2 D flops in all.
+            `sigmoid_contrastive_loss`; with `memory` for 2 N^2 similarities 8 N^2 D flops, else 12.
         teacher_image_features, teacher_text_features: (N, D'), D' of the teacher's own.
         teacher_logit_scale, teacher_logit_bias: the teacher's.
 
     Gradients reach the student's features, `logit_scale`, `logit_bias` and `weight`; nothing of the teacher gets one.
-    Memory: as `sigmoid_contrastive_loss`, and a second tile a thread.
+    Memory: as `sigmoid_contrastive_loss` with "none", for two matrices.
     Source: the self-distillation of CaRot, Oh et al. 2024 (arXiv 2311.01723), with SigLIP's probabilities of pairs.
     Raises: ValueError or TypeError naming the argument.
     """
@@ -354,7 +355,7 @@ def sigmoid_contrastive_distillation_loss(
             *sharded.sharded_sigmoid_contrastive_distillation_loss(*matrices, labels, weight, reduction, group, memory)
         )
     matrices, labels = _sigmoid_distillation_arguments(*given)
-    terms = sigmoid.contrastive_distillation_loss(*matrices, labels)
+    terms = sigmoid.contrastive_distillation_loss(*matrices, labels, memory)
     return ContrastiveTerms(*(_reduce(term, weight, reduction) for term in terms))
 
 

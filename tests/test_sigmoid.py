@@ -88,9 +88,24 @@ def test_reductions_and_what_is_kept_change_only_rounding(target):
             return gradients(loss, x, t, weight)
 
     expected = of("none", 0)
-    for reduction in ("mean", "sum"):
-        for memory in ("auto", 0):
-            torch.testing.assert_close(of(reduction, memory), expected, rtol=2e-6, atol=1e-6)
+    for reduction, memory in ("none", "auto"), ("mean", "auto"), ("mean", 0), ("sum", "auto"), ("sum", 0):
+        torch.testing.assert_close(of(reduction, memory), expected, rtol=2e-6, atol=1e-6)
+
+
+@each_body
+def test_keeping_similarities_of_a_teacher_equals_computing_them_again(target):
+    x, t = (f.to(target.device, target.dtype) for f in planted.pairs(sizes([700], [35])[0], 16))
+
+    def of(memory):
+        def terms(x, t, s, b):
+            teacher = t.detach(), x.detach(), 30.0, -4.0
+            return rf.sigmoid_contrastive_distillation_loss(x, t, s, b, *teacher, memory=memory)
+
+        with robustft.backend(target.backend):
+            return gradients(terms, x, t, x.new_tensor(20.0), x.new_tensor(-5.0))
+
+    for a, b in zip(of("auto"), of(0), strict=True):
+        assert (a - b).abs().max() <= 2e-6 * (1 + b.abs().max())
 
 
 @each_body

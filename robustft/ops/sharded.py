@@ -132,14 +132,14 @@ class _ShardedSigmoid(torch.autograd.Function):
     contrastive ones times their weights, added up, whose gradients the forward computes (sigmoid.py)."""
 
     @staticmethod
-    def forward(ctx, x, t, scale, bias, labels, weight, xt, tt, st, bt, total, group, function, call):
+    def forward(ctx, x, t, scale, bias, labels, weight, xt, tt, st, bt, total, keep, group, function, call):
         n, rank, world = len(x), dist.get_rank(group), dist.get_world_size(group)
         texts, teacher_texts = _gather(t, group), None if tt is None else _gather(tt, group)
         others = sigmoid.indices(None if labels is None else _gather(labels, group), world * n, x.device)
         of = x, texts, scale, bias, others[rank * n : (rank + 1) * n], others, xt, teacher_texts, st, bt
         rows = sigmoid.row_gradient(x.new_ones((), dtype=accumulation_dtype(x.dtype)), weight, n) if total else None
-        sums, dx, dt = _sigmoid_sweep(of, rows)
-        ctx.save_for_backward(*of, weight, sums, dx, dt)
+        sums, *kept = _sigmoid_sweep(of, rows, None, keep)
+        ctx.save_for_backward(*of, weight, sums, *kept)
         ctx.total, ctx.group = total, group
         ctx.description = {"function": f"backward of {function}", "the loss to differentiate": call}
         if total:
@@ -150,29 +150,32 @@ class _ShardedSigmoid(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         ranks.agree(ctx.description, ctx.group)
-        *of, weight, sums, dx, dt = ctx.saved_tensors
+        *of, weight, sums, dx, dt, kept = ctx.saved_tensors
         x, t, scale, bias, *_ = of
         if ctx.total:
             rows = sigmoid.row_gradient(grads[0], weight, len(x))
             dx, dt = dx * grads[0], dt * grads[0]
         else:
             rows = torch.stack(grads)
-            _, dx, dt = _sigmoid_sweep(of, rows)
+            _, dx, dt, _ = _sigmoid_sweep(of, rows, kept, False)
         dt_local = dt.new_empty(len(x), dt.shape[1])
         dist.reduce_scatter_tensor(dt_local, dt, group=ctx.group)
         ds, db = (sigmoid.sum_of(number, rows * sums[k::3]) for k, number in ((1, scale), (2, bias)))
         dweight = None if weight is None else (grads[0] * sums[0]).to(weight.dtype)
-        return dx.to(x.dtype), dt_local.to(t.dtype), ds, db, None, dweight, *[None] * 8
+        return dx.to(x.dtype), dt_local.to(t.dtype), ds, db, None, dweight, *[None] * 9
 
 
-def _sigmoid_sweep(of: Sequence[Tensor | None], rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _sigmoid_sweep(
+    of: Sequence[Tensor | None], rows: Tensor | None, similarities: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`sigmoid.sweep` by whatever computes it."""
     x, t, scale, bias, x_labels, t_labels, xt, tt, st, bt = of
     assert x is not None and t is not None and scale is not None and bias is not None
     assert x_labels is not None and t_labels is not None
     if body_of("sigmoid_sweep", x) == "reference":
-        return reference.sigmoid_sweep(x, t, scale, bias, x_labels, t_labels, xt, tt, st, bt, rows)
-    return sigmoid.sweep(sigmoid.Matrices(x, t, scale, bias, xt, tt, st, bt), x_labels, t_labels, rows)
+        return *reference.sigmoid_sweep(x, t, scale, bias, x_labels, t_labels, xt, tt, st, bt, rows), x.new_empty(0)
+    matrices = sigmoid.Matrices(x, t, scale, bias, xt, tt, st, bt)
+    return sigmoid.sweep(matrices, x_labels, t_labels, rows, similarities, keep)
 
 
 def _reduce(losses: Tensor, weight: Tensor | None, reduction: str, group: dist.ProcessGroup) -> Tensor:
@@ -213,9 +216,11 @@ def sharded_sigmoid_contrastive_loss(x, t, s, b, labels, weight, reduction, grou
     name = "sigmoid_contrastive_loss"
     options = {"logit_bias": float(b), "reduction": reduction, "memory": memory}
     call = ranks.agree(_description(name, x, t, s, labels, weight, options), group)
-    total = reduction != "none" and sigmoid.in_forward(memory, x, t, dist.get_world_size(group))
+    world = dist.get_world_size(group)
+    total = reduction != "none" and sigmoid.in_forward(memory, x, t, world)
+    keep = not total and sigmoid.keeps(memory, x, t, 1, world)
     by_total = weight if total else None
-    losses = _ShardedSigmoid.apply(x, t, s, b, labels, by_total, *[None] * 4, total, group, name, call)
+    losses = _ShardedSigmoid.apply(x, t, s, b, labels, by_total, *[None] * 4, total, keep, group, name, call)
     if total:
         return _over_ranks(losses, len(x), reduction, group)
     return _reduce(losses, weight, reduction, group)
@@ -232,5 +237,6 @@ def sharded_sigmoid_contrastive_distillation_loss(
     }
     options = {"logit_bias": float(b), **teacher, "reduction": reduction, "memory": memory}
     call = ranks.agree(_description(name, x, t, s, labels, weight, options), group)
-    terms = _ShardedSigmoid.apply(x, t, s, b, labels, None, xt, tt, st, bt, False, group, name, call)
+    keep = sigmoid.keeps(memory, x, t, 2, dist.get_world_size(group))
+    terms = _ShardedSigmoid.apply(x, t, s, b, labels, None, xt, tt, st, bt, False, keep, group, name, call)
     return tuple(_reduce(term, weight, reduction, group) for term in terms)

@@ -10,8 +10,8 @@ else -1, and the teacher's logits zt
 
 with gradients g and h of the images' losses. A row's gradient needs nothing but its own pairs, so one sweep computes
 losses and, for given g, gradients: for a total of the losses, whose g is known up to a factor, in the forward already.
-Of the single losses only the backward knows g, and sweeps again. Nothing is kept of S. The gradients themselves cannot
-be differentiated again.
+Of single losses, and of two terms, only the backward knows g and h, and sweeps again, with S multiplied again or kept.
+The gradients themselves cannot be differentiated again.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ def contrastive_loss(
         same = indices(labels, len(x), x.device)
         losses = reference.sigmoid_contrastive_loss(x, t, scale, bias, same, same)
     elif total and in_forward(memory, x, t):
-        return call("sigmoid_contrastive_loss", x, t, scale, bias, labels, weight, True)[0]
+        return call("sigmoid_contrastive_loss", x, t, scale, bias, labels, weight, True, False)[0]
     else:
-        losses = call("sigmoid_contrastive_loss", x, t, scale, bias, labels, None, False)[0]
+        keep = keeps(memory, x, t, 1)
+        losses = call("sigmoid_contrastive_loss", x, t, scale, bias, labels, None, False, keep)[0]
     losses = losses if weight is None else losses * weight
     return losses.sum() if total else losses
 
@@ -84,6 +85,7 @@ def contrastive_distillation_loss(
     st: Tensor,
     bt: Tensor,
     labels: Tensor | None,
+    memory: str | int,
 ) -> tuple[Tensor, Tensor]:
     """Two (n,): contrastive and distillation."""
     name = "sigmoid_contrastive_distillation_loss"
@@ -91,15 +93,23 @@ def contrastive_distillation_loss(
         same = indices(labels, len(x), x.device)
         contrastive = reference.sigmoid_contrastive_loss(x, t, scale, bias, same, same)
         return contrastive, reference.sigmoid_distillation_loss(x, t, scale, bias, xt, tt, st, bt)
-    contrastive, distillation, _ = call(name, x, t, scale, bias, xt, tt, st, bt, labels)
+    contrastive, distillation, *_ = call(name, x, t, scale, bias, xt, tt, st, bt, labels, keeps(memory, x, t, 2))
     return contrastive, distillation
 
 
 def in_forward(memory: str | int, x: Tensor, t: Tensor, ranks: int = 1) -> bool:
     """Whether the gradients of x and of all ranks' t, which will be asked for, may be kept until they are."""
+    return _fits(memory, x, t, x.numel() + ranks * t.numel())
+
+
+def keeps(memory: str | int, x: Tensor, t: Tensor, heads: int, ranks: int = 1) -> bool:
+    """Whether the similarities of x and all ranks' t, which the backward needs, may be kept until then."""
+    return _fits(memory, x, t, heads * x.shape[0] * ranks * t.shape[0])
+
+
+def _fits(memory: str | int, x: Tensor, t: Tensor, numbers: int) -> bool:
     wanted = torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)
-    kept = (x.numel() + ranks * t.numel()) * accumulation_dtype(x.dtype).itemsize
-    return wanted and kept <= arguments.memory_budget(memory, x.device)
+    return wanted and numbers * accumulation_dtype(x.dtype).itemsize <= arguments.memory_budget(memory, x.device)
 
 
 def indices(labels: Tensor | None, n: int, device: torch.device) -> Tensor:
@@ -110,13 +120,21 @@ def indices(labels: Tensor | None, n: int, device: torch.device) -> Tensor:
 
 
 def sweep(
-    of: Matrices, x_labels: Tensor, t_labels: Tensor, weight: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of `Sums`, and dx (n, d) and dt (m, d) in the sums' dtype, by the weights (1, n), with a teacher (2, n), of
-    the rows' losses; empty without weights."""
+    of: Matrices,
+    x_labels: Tensor,
+    t_labels: Tensor,
+    weight: Tensor | None = None,
+    similarities: Tensor | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of `Sums`; dx (n, d) and dt (m, d) in the sums' dtype, by the weights (1, n), with a teacher (2, n), of the
+    rows' losses, empty without weights; and S, with a teacher both, (n, m) or (2 n, m), empty unless to be kept.
+
+    `similarities` are what an earlier sweep kept."""
     x, t, scale, bias, *teacher = of
     precision = torch.get_float32_matmul_precision()
-    return torch.ops.robustft.sigmoid_sweep(x, t, scale, bias, x_labels, t_labels, *teacher, weight, precision)
+    how = weight, None if similarities is None or len(similarities) == 0 else similarities, keep, precision
+    return torch.ops.robustft.sigmoid_sweep(x, t, scale, bias, x_labels, t_labels, *teacher, *how)
 
 
 def sum_of(number: Tensor, *parts: Tensor) -> Tensor:
@@ -124,14 +142,14 @@ def sum_of(number: Tensor, *parts: Tensor) -> Tensor:
     return sum(part.sum() for part in parts).to(number.dtype)  # type: ignore[union-attr]
 
 
-def _contrastive_loss(x, t, scale, bias, labels, weight, total):
+def _contrastive_loss(x, t, scale, bias, labels, weight, total, keep):
     same = indices(labels, len(x), x.device)
     rows = row_gradient(x.new_ones((), dtype=accumulation_dtype(x.dtype)), weight, len(x)) if total else None
-    sums, dx, dt = sweep(Matrices(x, t, scale, bias), same, same, rows)
+    sums, *kept = sweep(Matrices(x, t, scale, bias), same, same, rows, keep=keep)
     losses = Sums(*sums).loss
     if not total:
-        return losses.clone(), sums, dx, dt
-    return (losses if weight is None else losses * weight).sum(), sums, dx, dt
+        return losses.clone(), sums, *kept
+    return (losses if weight is None else losses * weight).sum(), sums, *kept
 
 
 def row_gradient(grad: Tensor, weight: Tensor | None, n: int) -> Tensor:
@@ -141,46 +159,46 @@ def row_gradient(grad: Tensor, weight: Tensor | None, n: int) -> Tensor:
     return (grad * weight.to(torch.promote_types(grad.dtype, weight.dtype)))[None]  # a 0-d factor does not promote
 
 
-def _contrastive_gradient(grad, x, t, scale, bias, labels, weight, sums, kept_dx, kept_dt):
+def _contrastive_gradient(grad, x, t, scale, bias, labels, weight, sums, kept_dx, kept_dt, kept):
     losses, by_scale, by_bias = sums
     if grad.dim() == 0:
         rows, dx, dt = row_gradient(grad, weight, len(x)), kept_dx * grad, kept_dt * grad
     else:
         same, rows = indices(labels, len(x), x.device), grad[None]
-        _, dx, dt = sweep(Matrices(x, t, scale, bias), same, same, rows)
+        _, dx, dt, _ = sweep(Matrices(x, t, scale, bias), same, same, rows, kept)
     ds, db = sum_of(scale, rows[0] * by_scale), sum_of(bias, rows[0] * by_bias)
     dweight = x.new_empty(0) if weight is None else (grad * losses).to(weight.dtype)
     return dx.to(x.dtype), dt.to(t.dtype), ds, db, dweight
 
 
-def _contrastive_distillation_loss(x, t, scale, bias, xt, tt, st, bt, labels):
+def _contrastive_distillation_loss(x, t, scale, bias, xt, tt, st, bt, labels, keep):
     same = indices(labels, len(x), x.device)
-    sums, *_ = sweep(Matrices(x, t, scale, bias, xt, tt, st, bt), same, same)
-    return sums[0].clone(), sums[3].clone(), sums
+    sums, _, _, kept = sweep(Matrices(x, t, scale, bias, xt, tt, st, bt), same, same, keep=keep)
+    return sums[0].clone(), sums[3].clone(), sums, kept
 
 
-def _contrastive_distillation_gradient(g, h, x, t, scale, bias, xt, tt, st, bt, labels, sums):
+def _contrastive_distillation_gradient(g, h, x, t, scale, bias, xt, tt, st, bt, labels, sums, kept):
     of, same = Sums(*sums), indices(labels, len(x), x.device)
-    _, dx, dt = sweep(Matrices(x, t, scale, bias, xt, tt, st, bt), same, same, torch.stack((g, h)))
+    _, dx, dt, _ = sweep(Matrices(x, t, scale, bias, xt, tt, st, bt), same, same, torch.stack((g, h)), kept)
     ds = sum_of(scale, g * of.by_scale, h * of.teacher_by_scale)
     db = sum_of(bias, g * of.by_bias, h * of.teacher_by_bias)
     return dx.to(x.dtype), dt.to(t.dtype), ds, db
 
 
-def _fake_sweep(x, t, scale, bias, x_labels, t_labels, xt, tt, st, bt, weight, precision):
-    dtype, (n, d), m = accumulation_dtype(x.dtype), x.shape, t.shape[0]
-    kinds = 3 if xt is None else 6
-    shapes = (kinds, n), (0 if weight is None else n, d), (0 if weight is None else m, d)
+def _fake_sweep(x, t, scale, bias, x_labels, t_labels, xt, tt, st, bt, weight, similarities, keep, precision):
+    dtype, (n, d), m, heads = accumulation_dtype(x.dtype), x.shape, t.shape[0], 1 if xt is None else 2
+    gradients = (0 if weight is None else n, d), (0 if weight is None else m, d)
+    shapes = (3 * heads, n), *gradients, (heads * n if keep else 0, m)
     return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-def _fake_contrastive_loss(x, t, scale, bias, labels, weight, total):
+def _fake_contrastive_loss(x, t, scale, bias, labels, weight, total, keep):
     dtype, (n, d) = accumulation_dtype(x.dtype), x.shape
     loss = x.new_empty(n, dtype=dtype)
     if total:
         loss = x.new_empty((), dtype=dtype if weight is None else torch.promote_types(dtype, weight.dtype))
-    kept = x.new_empty(n if total else 0, d, dtype=dtype)
-    return loss, x.new_empty(3, n, dtype=dtype), kept, torch.empty_like(kept)
+    gradient, kept = x.new_empty(n if total else 0, d, dtype=dtype), x.new_empty(n if keep else 0, n, dtype=dtype)
+    return loss, x.new_empty(3, n, dtype=dtype), gradient, torch.empty_like(gradient), kept
 
 
 def _fake_contrastive_gradient(grad, x, t, scale, bias, labels, weight, *_):
@@ -188,13 +206,14 @@ def _fake_contrastive_gradient(grad, x, t, scale, bias, labels, weight, *_):
     return contiguous_like(x), contiguous_like(t), torch.empty_like(scale), torch.empty_like(bias), dweight
 
 
-def _fake_distillation_loss(x, *_):
-    vector = x.new_empty(len(x), dtype=accumulation_dtype(x.dtype))
-    return vector, torch.empty_like(vector), vector.new_empty(6, len(x))
+def _fake_distillation_loss(x, t, scale, bias, xt, tt, st, bt, labels, keep):
+    n = x.shape[0]
+    vector = x.new_empty(n, dtype=accumulation_dtype(x.dtype))
+    return vector, torch.empty_like(vector), vector.new_empty(6, n), vector.new_empty(2 * n if keep else 0, n)
 
 
 def _setup_contrastive(ctx, inputs, output):
-    *tensors, _ = inputs
+    *tensors, _, _ = inputs
     _, *kept = output
     ctx.save_for_backward(*tensors, *kept)
     ctx.mark_non_differentiable(*kept)
@@ -203,37 +222,39 @@ def _setup_contrastive(ctx, inputs, output):
 
 def _backward_contrastive(ctx, grad, *_):
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     *gradients, dweight = torch.ops.robustft.sigmoid_contrastive_loss_backward(grad, *ctx.saved_tensors)
-    return *gradients, None, dweight if ctx.needs_input_grad[5] else None, None
+    return *gradients, None, dweight if ctx.needs_input_grad[5] else None, None, None
 
 
 def _setup_distillation(ctx, inputs, output):
-    _, _, sums = output
-    ctx.save_for_backward(*inputs, sums)
-    ctx.mark_non_differentiable(sums)
+    *tensors, _ = inputs
+    _, _, *kept = output
+    ctx.save_for_backward(*tensors, *kept)
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
 
 
 def _backward_distillation(ctx, g, h, *_):
     if g is None and h is None:
-        return (None,) * 9
+        return (None,) * 10
     g, h = both(g, h)
     gradients = torch.ops.robustft.sigmoid_contrastive_distillation_loss_backward(g, h, *ctx.saved_tensors)
-    return *gradients, *[None] * 5
+    return *gradients, *[None] * 6
 
 
 def _sample_contrastive(source: Source) -> Iterator[tuple]:
     of = source.features(9, 5), source.features(9, 5), source.scale(7.0), source.scale(-2.0)
-    yield *of, source.labels(9, 4), source.uniform(9, grad=True), True
-    yield *of, None, None, False
+    yield *of, source.labels(9, 4), source.uniform(9, grad=True), True, False
+    yield *of, None, None, False, True
+    yield *of, None, None, False, False
 
 
 def _sample_distillation(source: Source) -> Iterator[tuple]:
     student = source.features(9, 5), source.features(9, 5), source.scale(7.0), source.scale(-2.0)
     teacher = source.features(9, 6, False), source.features(9, 6, False), source.scale(5.0, False)
-    yield *student, *teacher, source.scale(-1.0, False), source.labels(9, 4)
-    yield *student, *teacher, source.scale(1.0, False), None
+    yield *student, *teacher, source.scale(-1.0, False), source.labels(9, 4), False
+    yield *student, *teacher, source.scale(1.0, False), None, True
 
 
 def _sample_sweep(source: Source) -> Iterator[tuple]:
@@ -249,17 +270,20 @@ def _sample_sweep(source: Source) -> Iterator[tuple]:
         *(source.scale(5.0, False), source.scale(-1.0, False)),
     )
     for by, heads in (((None,) * 4, 1), (teacher, 2)):
-        yield from ((*of, *by, weight, "highest") for weight in (None, source.uniform(heads, n)))
+        yield from ((*of, *by, None, None, keep, "highest") for keep in (False, True))
+        for similarities in (None, source.uniform(heads * n, m).to(accumulation_dtype(source.dtype))):
+            yield *of, *by, source.uniform(heads, n), similarities, False, "highest"
 
 
 def _call_contrastive(source: Source) -> Iterator[Call]:
-    for *of, labels, weight, total in _sample_contrastive(source):
-        yield Call(tuple(of), {"labels": labels, "weight": weight, "reduction": "sum" if total else "none"})
+    for *of, labels, weight, total, keep in _sample_contrastive(source):
+        options = {"reduction": "sum" if total else "none", "memory": "auto" if total or keep else 0}
+        yield Call(tuple(of), {"labels": labels, "weight": weight, **options})
 
 
 def _call_distillation(source: Source) -> Iterator[Call]:
-    for *matrices, labels in _sample_distillation(source):
-        yield Call(tuple(matrices), {"labels": labels})
+    for *matrices, labels, keep in _sample_distillation(source):
+        yield Call(tuple(matrices), {"labels": labels, "memory": "auto" if keep else 0})
 
 
 register(Op("sigmoid_sweep", _fake_sweep, _sample_sweep, triton="sigmoid"))

@@ -70,11 +70,11 @@ def test_the_librarys_products_give_the_same_losses_and_gradients(s, memory, req
         assert (a - b).abs().max() <= 1e-7 * s * (1 + b.abs().max())
 
 
-def sigmoid_losses(dtype: torch.dtype):
+def sigmoid_losses(dtype: torch.dtype, memory: str | int = "auto"):
     labels, (xt, tt) = torch.arange(70) // 2, pairs(70, 9, 1)
 
     def function(x, t, s, b, w):
-        how = {"labels": labels, "weight": w}
+        how = {"labels": labels, "weight": w, "memory": memory}
         terms = rf.sigmoid_contrastive_distillation_loss(x, t, s, b, xt.to(dtype), tt.to(dtype), 20.0, -3.0, **how)
         return *terms, rf.sigmoid_contrastive_loss(x, t, s, b, **how)
 
@@ -88,10 +88,11 @@ def test_pieces_of_the_sigmoid_losses_add_up(dtype, monkeypatch):
     torch.manual_seed(1)
     whole = sigmoid_losses(dtype)
     monkeypatch.setattr(configs, "BACKWARD_PIECE", configs.Sides(32, 24))
-    torch.manual_seed(1)
     unit = 2e-6 if dtype == torch.float32 else 2e-3  # of the gradients as rounded
-    for a, b in zip(sigmoid_losses(dtype), whole, strict=True):
-        assert (a - b).abs().max() <= unit * (1 + b.abs().max())
+    for memory in ("auto", 0):
+        torch.manual_seed(1)
+        for a, b in zip(sigmoid_losses(dtype, memory), whole, strict=True):
+            assert (a - b).abs().max() <= unit * (1 + b.abs().max())
 
 
 def class_losses(memory: str | int = "auto"):
@@ -190,10 +191,12 @@ def test_operators_pass_opcheck(keep):
     torch.library.opcheck(losses.contrastive_distillation_loss.default, (x, t, s, *teacher, None, keep), **checks)
     numbers = s, torch.tensor(-2.0, requires_grad=True)
     weight = torch.rand(9, requires_grad=True) if keep else None
-    torch.library.opcheck(losses.sigmoid_contrastive_loss.default, (x, t, *numbers, None, weight, keep), **checks)
+    torch.library.opcheck(
+        losses.sigmoid_contrastive_loss.default, (x, t, *numbers, None, weight, keep, False), **checks
+    )
     of_teacher = *teacher, torch.tensor(-1.0), None
     pairs_of = losses.sigmoid_contrastive_distillation_loss.default
-    torch.library.opcheck(pairs_of, (x, t, *numbers, *of_teacher), **checks)
+    torch.library.opcheck(pairs_of, (x, t, *numbers, *of_teacher, keep), **checks)
     labels, bias = torch.arange(9) % 4, torch.randn(4, requires_grad=True) if keep else None
     inputs = (x, t[:4], s, bias, labels, "softplus", not keep, 0.1, keep)
     torch.library.opcheck(losses.classification_loss.default, inputs, **checks)

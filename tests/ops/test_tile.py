@@ -79,11 +79,14 @@ def test_losses_follow_the_precision_setting(shape, memory, precision):
 
     def values(x, t, xt, tt):
         x, t = (f.clone().requires_grad_() for f in (x, t))
-        terms = rf.contrastive_distillation_loss(x, t, 8.0, xt, tt, 6.0, memory=memory)
-        return [
-            *(term.detach().double() for term in terms),
-            *(g.double() for g in torch.autograd.grad(sum(terms), (x, t))),
-        ]
+        softmaxes = rf.contrastive_distillation_loss(x, t, 8.0, xt, tt, 6.0, memory=memory)
+        sigmoids = rf.sigmoid_contrastive_distillation_loss(x, t, 8.0, -5.0, xt, tt, 6.0, -4.0, memory=memory)
+        sigmoid = (rf.sigmoid_contrastive_loss(x, t, 8.0, -5.0, memory=memory),)
+        found = []
+        for terms in (softmaxes, sigmoids, sigmoid):
+            gradients = torch.autograd.grad(sum(terms), (x, t))
+            found += [*(term.detach().double() for term in terms), *(g.double() for g in gradients)]
+        return found
 
     ours = values(*inputs, *teacher)
     with robustft.backend("reference"):

@@ -99,7 +99,7 @@ def test_every_entry_of_the_sigmoid_losses_is_in_one_piece(n, teacher, gradient)
     x, s, labels, weight = new(n, 512), new(()), new(n, dtype=torch.int64), new(1 + teacher, n) if gradient else None
     of_teacher = (x, x, s, s) if teacher else (None,) * 4
     with recorded("sm_90") as launches:
-        sigmoid.sigmoid_sweep(x, x, s, s, labels, labels, *of_teacher, weight, "highest")
+        sigmoid.sigmoid_sweep(x, x, s, s, labels, labels, *of_teacher, weight, None, False, "highest")
     seen = 0
     for kernel, programs, a, _ in launches:
         assert kernel.__name__ == "sigmoid_kernel" and programs == -(-a["rows"] // a["BM"])

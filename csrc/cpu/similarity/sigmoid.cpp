@@ -5,12 +5,13 @@
 //                           loss = sum_j softplus(-y_ij z_ij),    y = 1 where the labels are the same, else -1
 //                           by_scale = sum_j G_ij S_ij,  by_bias = sum_j G_ij,    G = sigmoid(z) - [same label]
 //                         and with a teacher, with its probabilities sigmoid(zt) in place of [same label]:
-//                           loss = sum_j log(1 + exp(z)) - sigmoid(zt) z,  by_scale, by_bias of H = sigmoid(z) -
-//                           sigmoid(zt)
+//                           loss = sum_j log(1 + exp(z)) - sigmoid(zt) z,  by_scale, by_bias of
+//                           H = sigmoid(z) - sigmoid(zt)
 //   dx = s (w G + w' H) t,  dt = s (w G + w' H)^T x    only with weights w (and w') of the rows
 //
 // No row waits for another, nor for the end of its own: a tile's gradient is known as soon as the tile is. So losses
-// and gradients come from one sweep, 6 n m d flops, in which S exists a tile at a time; without weights it takes 2.
+// and gradients come from one sweep, 6 n m d flops, in which S exists a tile at a time; without weights it takes 2. A
+// sweep without weights may keep S, and one with weights take it from there: 4 n m d flops.
 #include "sigmoid.h"
 
 #include <optional>
@@ -32,15 +33,20 @@ T number_of(const std::optional<Tensor>& number) {
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> sweep(const Inputs& in, const Tensor& bias,
-                                         const std::optional<Tensor>& teacher_bias,
-                                         const std::optional<Tensor>& weight) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> sweep(const Inputs& in, const Tensor& bias,
+                                                 const std::optional<Tensor>& teacher_bias,
+                                                 const std::optional<Tensor>& weight,
+                                                 const std::optional<Tensor>& similarities, bool keep) {
   const int64_t n = in.n(), m = in.m(), d = in.x.size(1);
-  const bool teacher = in.heads() == 2, gradient = weight.has_value();
+  const bool teacher = in.heads() == 2, gradient = weight.has_value(), given = similarities.has_value();
   Tiles<T> all(in, TileShape::of(n, m));
   Tensor sums = torch::stable::new_zeros(in.x, {sigmoid_sum::count(teacher), n}, scalar_type<T>());
   Tensor dx = torch::stable::new_empty(in.x, {gradient ? n : 0, d}, scalar_type<T>());
   Tensor dt = torch::stable::new_empty(in.x, {gradient ? m : 0, d}, scalar_type<T>());
+  Tensor kept = torch::stable::new_empty(in.x, {keep ? in.heads() * n : 0, m}, scalar_type<T>());
+  T* const keep_at = kept.mutable_data_ptr<T>();
+  // Only read.
+  T* const given_at = given ? const_cast<T*>(similarities->template const_data_ptr<T>()) : nullptr;
   std::optional<Tensor> weights;
   if (gradient) weights = contiguous_as(*weight, scalar_type<T>());
   const SigmoidRows<T> rows{number_of<T>(bias), number_of<T>(teacher_bias), sums.mutable_data_ptr<T>(),
@@ -53,7 +59,8 @@ std::tuple<Tensor, Tensor, Tensor> sweep(const Inputs& in, const Tensor& bias,
 
   Pool<Workspace<T>> pool;
   auto prepare = [&](int64_t first, int64_t last) {
-    all.release(first), all.prepare(first, last);
+    all.release(first);
+    if (!given) all.prepare(first, last);
     if (!gradient) return;
     for (auto& done : x_rows) done.reset();
     torch::stable::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
@@ -65,26 +72,34 @@ std::tuple<Tensor, Tensor, Tensor> sweep(const Inputs& in, const Tensor& bias,
     });
   };
   tournament(all.panels, all.tiles, prepare, [&](int64_t p, int64_t q) {
-    auto work = pool.take([&] { return Workspace<T>(all.shape, teacher); });
-    const Tile<T> tile = all.at(p, q, work->s.get(), teacher ? work->teacher.get() : nullptr, work->cols);
-    all.compute(tile, p);
-    ROBUSTFT_CALL(sigmoid_tile<T>, tile, rows);
+    auto work = pool.take([&] { return Workspace<T>(all.shape, teacher && !given); });
+    const SigmoidGradient<T> out{work->s.get(), work->cols};
+    Tile<T> tile = all.at(p, q, work->s.get(), teacher && !given ? work->teacher.get() : nullptr, work->cols);
+    const int64_t at = tile.row0 * m + tile.col0;
+    if (given) {
+      tile.s = given_at + at, tile.teacher = teacher ? tile.s + n * m : nullptr, tile.ld = m;
+    } else {
+      all.compute(tile, p);
+    }
+    if (keep) {
+      tile.e = keep_at + at, tile.teacher_e = teacher ? tile.e + n * m : nullptr, tile.e_ld = m;
+      keep_similarities(tile);
+    }
+    ROBUSTFT_CALL(sigmoid_tile<T>, tile, rows, out);
     if (!gradient) return;
-    add_product(tile.s, tile.ld, tile.rows, tile.cols, *t_rows, tile.col0, dx_at + tile.row0 * d,
+    add_product(out.g, out.ld, tile.rows, tile.cols, *t_rows, tile.col0, dx_at + tile.row0 * d,
                 !std::exchange(panel_begun[p], true), work->scratch);
-    add_transposed_product(tile.s, tile.ld, tile.rows, tile.cols, *x_rows[p], 0, dt_at + tile.col0 * d,
+    add_transposed_product(out.g, out.ld, tile.rows, tile.cols, *x_rows[p], 0, dt_at + tile.col0 * d,
                            !std::exchange(tile_begun[q], true), work->scratch);
   });
-  return {sums, dx, dt};
+  return {sums, dx, dt, kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor> sigmoid_sweep(const Tensor& x, const Tensor& t, const Tensor& scale,
-                                                 const Tensor& bias, const Tensor& x_labels, const Tensor& t_labels,
-                                                 const std::optional<Tensor>& x_teacher,
-                                                 const std::optional<Tensor>& t_teacher,
-                                                 const std::optional<Tensor>& teacher_scale,
-                                                 const std::optional<Tensor>& teacher_bias,
-                                                 const std::optional<Tensor>& weight, std::string precision) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_sweep(
+    const Tensor& x, const Tensor& t, const Tensor& scale, const Tensor& bias, const Tensor& x_labels,
+    const Tensor& t_labels, const std::optional<Tensor>& x_teacher, const std::optional<Tensor>& t_teacher,
+    const std::optional<Tensor>& teacher_scale, const std::optional<Tensor>& teacher_bias,
+    const std::optional<Tensor>& weight, const std::optional<Tensor>& similarities, bool keep, std::string precision) {
   const Inputs in{x, t, scale, x_labels, t_labels, x_teacher, t_teacher, teacher_scale, precision};
   in.check("sigmoid_sweep");
   STD_TORCH_CHECK(bias.numel() == 1 && teacher_bias.has_value() == x_teacher.has_value() &&
@@ -92,8 +107,16 @@ std::tuple<Tensor, Tensor, Tensor> sigmoid_sweep(const Tensor& x, const Tensor& 
                   "sigmoid_sweep: bias, and teacher_bias with a teacher, must have one element");
   STD_TORCH_CHECK(!weight || (weight->dim() == 2 && weight->size(0) == in.heads() && weight->size(1) == in.n()),
                   "sigmoid_sweep: weight must be (", in.heads(), ", n)");
-  return x.scalar_type() == ScalarType::Double ? sweep<double>(in, bias, teacher_bias, weight)
-                                               : sweep<float>(in, bias, teacher_bias, weight);
+  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  std::optional<Tensor> kept;
+  if (similarities) {
+    STD_TORCH_CHECK(similarities->dim() == 2 && similarities->size(0) == in.heads() * in.n() &&
+                        similarities->size(1) == in.m() && similarities->scalar_type() == dtype,
+                    "sigmoid_sweep: similarities must be what an earlier sweep kept");
+    kept = torch::stable::contiguous(*similarities);
+  }
+  return dtype == ScalarType::Double ? sweep<double>(in, bias, teacher_bias, weight, kept, keep)
+                                     : sweep<float>(in, bias, teacher_bias, weight, kept, keep);
 }
 
 // softplus(z) and its derivative as the kernels have them, for their error-bound test.

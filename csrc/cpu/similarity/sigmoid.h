@@ -21,13 +21,20 @@ struct SigmoidRows {
   int64_t n;
 };
 
-#define ROBUSTFT_DECLARE_SIGMOID(isa)                                         \
-  namespace isa {                                                             \
-  /* With weights the tile holds the gradient by x t^T in place of S. */      \
-  template <class T>                                                          \
-  void sigmoid_tile(const Tile<T>&, const SigmoidRows<T>&);                   \
-  void softplus_values(const float* z, float* y, float* slope, int64_t n);    \
-  void softplus_values(const double* z, double* y, double* slope, int64_t n); \
+// Where the gradient by x t^T goes: (rows, cols), leading dimension ld; may be the tile's s.
+template <class T>
+struct SigmoidGradient {
+  T* g;
+  int64_t ld;
+};
+
+#define ROBUSTFT_DECLARE_SIGMOID(isa)                                                  \
+  namespace isa {                                                                      \
+  /* The tile's sums, and with weights its gradient. */                                \
+  template <class T>                                                                   \
+  void sigmoid_tile(const Tile<T>&, const SigmoidRows<T>&, const SigmoidGradient<T>&); \
+  void softplus_values(const float* z, float* y, float* slope, int64_t n);             \
+  void softplus_values(const double* z, double* y, double* slope, int64_t n);          \
   }
 ROBUSTFT_DECLARE_SIGMOID(portable)
 ROBUSTFT_DECLARE_SIGMOID(avx2)

@@ -44,11 +44,12 @@ struct Sigmoid {
 
 // Rows [r, r + kRows).
 template <class T, int kRows, bool kTeacher, bool kSame, bool kGradient>
-inline void sigmoid_rows(const Tile<T>& tile, const SigmoidRows<T>& rows, int64_t r) {
+inline void sigmoid_rows(const Tile<T>& tile, const SigmoidRows<T>& rows, const SigmoidGradient<T>& out, int64_t r) {
   using V = Vec<T>;
   const T scale = tile.scale, bias = rows.bias, teacher_scale = tile.teacher_scale, teacher_bias = rows.teacher_bias;
-  const int64_t ld = tile.ld, i0 = tile.row0 + r;
-  T* s = tile.s + r * ld;
+  const int64_t ld = tile.ld, out_ld = out.ld, i0 = tile.row0 + r;
+  const T* s = tile.s + r * ld;
+  T* to = kGradient ? out.g + r * out_ld : nullptr;
   const T* st = kTeacher ? tile.teacher + r * ld : nullptr;
   V loss[kRows] = {}, by_scale[kRows] = {}, by_bias[kRows] = {};
   V teacher_loss[kRows] = {}, teacher_by_scale[kRows] = {}, teacher_by_bias[kRows] = {};
@@ -91,7 +92,7 @@ inline void sigmoid_rows(const Tile<T>& tile, const SigmoidRows<T>& rows, int64_
         teacher_by_bias[q] += h;
         if (kGradient) gradient += h * teacher_weight[q];
       }
-      if (kGradient) store_lanes(s + q * ld + j, gradient, lanes);
+      if (kGradient) store_lanes(to + q * out_ld + j, gradient, lanes);
     }
   });
   for (int q = 0; q < kRows; ++q) {
@@ -108,36 +109,37 @@ inline void sigmoid_rows(const Tile<T>& tile, const SigmoidRows<T>& rows, int64_
 }
 
 template <class T, bool kTeacher, bool kSame, bool kGradient>
-void all_rows(const Tile<T>& tile, const SigmoidRows<T>& rows) {
+void all_rows(const Tile<T>& tile, const SigmoidRows<T>& rows, const SigmoidGradient<T>& out) {
   int64_t r = 0;
-  for (; r + 2 <= tile.rows; r += 2) sigmoid_rows<T, 2, kTeacher, kSame, kGradient>(tile, rows, r);
-  for (; r < tile.rows; ++r) sigmoid_rows<T, 1, kTeacher, kSame, kGradient>(tile, rows, r);
+  for (; r + 2 <= tile.rows; r += 2) sigmoid_rows<T, 2, kTeacher, kSame, kGradient>(tile, rows, out, r);
+  for (; r < tile.rows; ++r) sigmoid_rows<T, 1, kTeacher, kSame, kGradient>(tile, rows, out, r);
 }
 
 template <class T, bool kTeacher, bool kSame>
-void some_rows(const Tile<T>& tile, const SigmoidRows<T>& rows) {
-  rows.weight ? all_rows<T, kTeacher, kSame, true>(tile, rows) : all_rows<T, kTeacher, kSame, false>(tile, rows);
+void some_rows(const Tile<T>& tile, const SigmoidRows<T>& rows, const SigmoidGradient<T>& out) {
+  rows.weight ? all_rows<T, kTeacher, kSame, true>(tile, rows, out)
+              : all_rows<T, kTeacher, kSame, false>(tile, rows, out);
 }
 
 }  // namespace
 
 template <class T>
-void sigmoid_tile(const Tile<T>& tile, const SigmoidRows<T>& rows) {
+void sigmoid_tile(const Tile<T>& tile, const SigmoidRows<T>& rows, const SigmoidGradient<T>& out) {
   const auto run = tile.teacher ? (tile.same ? some_rows<T, true, true> : some_rows<T, true, false>)
                                 : (tile.same ? some_rows<T, false, true> : some_rows<T, false, false>);
-  run(tile, rows);
+  run(tile, rows, out);
 }
 
-#define ROBUSTFT_INSTANTIATE(T)                                         \
-  template void sigmoid_tile<T>(const Tile<T>&, const SigmoidRows<T>&); \
-  void softplus_values(const T* z, T* y, T* slope, int64_t n) {         \
-    for_each_vector<T>(n, [&](int64_t j, int64_t lanes) {               \
-      const Vec<T> v = load_lanes<Vec<T>>(z + j, lanes, T(0));          \
-      const Sigmoid<T> p(v);                                            \
-      const Vec<T> up = p.positive ? v : Vec<T>{};                      \
-      store_lanes(y + j, log1p_of_fraction<T>(p.e) + up, lanes);        \
-      store_lanes(slope + j, p.of_z, lanes);                            \
-    });                                                                 \
+#define ROBUSTFT_INSTANTIATE(T)                                                                    \
+  template void sigmoid_tile<T>(const Tile<T>&, const SigmoidRows<T>&, const SigmoidGradient<T>&); \
+  void softplus_values(const T* z, T* y, T* slope, int64_t n) {                                    \
+    for_each_vector<T>(n, [&](int64_t j, int64_t lanes) {                                          \
+      const Vec<T> v = load_lanes<Vec<T>>(z + j, lanes, T(0));                                     \
+      const Sigmoid<T> p(v);                                                                       \
+      const Vec<T> up = p.positive ? v : Vec<T>{};                                                 \
+      store_lanes(y + j, log1p_of_fraction<T>(p.e) + up, lanes);                                   \
+      store_lanes(slope + j, p.of_z, lanes);                                                       \
+    });                                                                                            \
   }
 ROBUSTFT_INSTANTIATE(float)
 ROBUSTFT_INSTANTIATE(double)

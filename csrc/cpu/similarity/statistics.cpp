@@ -89,15 +89,6 @@ T center_of(const Range<T>& range, T scale) {
   return narrow ? T(center) : std::numeric_limits<T>::quiet_NaN();
 }
 
-// Of a wide tile S itself is kept.
-template <class T>
-void keep_similarities(const Tile<T>& tile) {
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    std::copy_n(tile.s + r * tile.ld, tile.cols, tile.e + r * tile.e_ld);
-    if (tile.teacher) std::copy_n(tile.teacher + r * tile.ld, tile.cols, tile.teacher_e + r * tile.e_ld);
-  }
-}
-
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Inputs& in, bool keep, bool totals) {
   const int64_t n = in.n(), m = in.m();
@@ -137,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Inputs& in, bool kee
       ROBUSTFT_CALL(tile_statistics<T>, tile, center, teacher_center, of_rows, of_cols, row_state, col_state);
     } else {
       ROBUSTFT_CALL(wide_statistics<T>, tile, row_state, col_state);
-      if (keep) keep_similarities(tile);
+      if (keep) keep_similarities(tile);  // of a wide tile S itself
     }
     const T not_narrow = std::numeric_limits<T>::quiet_NaN();
     center_of_tile.at(0, tile.row0, tile.col0) = narrow ? center : not_narrow;

@@ -216,6 +216,15 @@ struct Tiles {
   }
 };
 
+// Leaves S, and the teacher's, where e would be.
+template <class T>
+void keep_similarities(const Tile<T>& tile) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    std::copy_n(tile.s + r * tile.ld, tile.cols, tile.e + r * tile.e_ld);
+    if (tile.teacher) std::copy_n(tile.teacher + r * tile.ld, tile.cols, tile.teacher_e + r * tile.e_ld);
+  }
+}
+
 // Memory of one thread: tiles and per-row and per-column vectors. No more than a small matrix takes: fresh pages for a
 // whole tile cost more than 32 x 32 entries do.
 template <class T>

@@ -9,8 +9,8 @@ with, per entry, z = s S + b, e = exp(-|z|) and log(1 + e) by its own series, si
 One kernel for losses and gradients: a row waits for nothing but its own entries. The library's rate at the products is
 what no kernel here reaches, and between them an entry is written and read once as S and once as G. G is rounded to
 bfloat16 for features of bfloat16; of float16 it would lose small entries, so there it and the features are widened, and
-multiply as float32 does. Nothing here waits for the device. Memory beyond the results: a piece of S, of the teacher's
-and of G, 0.4 GB at most for bfloat16.
+multiply as float32 does. Nothing here waits for the device. Memory beyond the results: a piece of S and of the
+teacher's, unless they are kept whole, and one of G, 0.7 GB at most for bfloat16.
 """
 
 import torch
@@ -122,7 +122,7 @@ def sigmoid_kernel(
         _add(SUMS, 5 * plane + i, teacher_by_bias, col0 == 0, in_row)
 
 
-def sigmoid_sweep(x, t, scale, bias, x_labels, t_labels, xt, tt, st, bt, weight, precision):
+def sigmoid_sweep(x, t, scale, bias, x_labels, t_labels, xt, tt, st, bt, weight, similarities, keep, precision):
     (n, d), m, teacher, gradient = x.shape, t.shape[0], xt is not None, weight is not None
     new, f32 = x.new_empty, torch.float32
     sums = new(6 if teacher else 3, n, dtype=f32)
@@ -130,19 +130,26 @@ def sigmoid_sweep(x, t, scale, bias, x_labels, t_labels, xt, tt, st, bt, weight,
     rows, cols = (min(a, b) for a, b in zip(configs.BACKWARD_PIECE, (n, m), strict=True))
     factors = [(x, t), (xt, tt)] if teacher else [(x, t)]
     of_rows, of_cols = (f.float() if f.dtype == torch.float16 and gradient else f for f in (x, t))
-    # Rows that begin at multiples of 16 bytes.
-    similarities = [new(rows, -(-cols // 8) * 8, dtype=f32) for _ in factors]
-    weighted = new(rows, -(-cols // 8) * 8, dtype=of_rows.dtype) if gradient else None
+    pitch = -(-cols // 8) * 8  # rows begin at multiples of 16 bytes
+    weighted = new(rows, pitch, dtype=of_rows.dtype) if gradient else None
+    kept = new(len(factors) * n if keep else 0, m, dtype=f32)
+    whole = similarities if similarities is not None else kept if keep else None
+    pieces = [] if whole is not None else [new(rows, pitch, dtype=f32) for _ in factors]
     tile = configs.SIGMOID
     for part in products.pieces(n, m, rows, cols):
         mine, others = slice(part.row0, part.row0 + part.rows), slice(part.col0, part.col0 + part.cols)
-        for S, (a, b) in zip(similarities, factors, strict=True):
-            products.multiply(a[mine], b[others].T, S[: part.rows, : part.cols], precision)
+        if whole is not None:
+            here = [of[mine, others] for of in whole.split(n)]
+        else:
+            here = [S[: part.rows, : part.cols] for S in pieces]
+        if similarities is None:
+            for S, (a, b) in zip(here, factors, strict=True):
+                products.multiply(a[mine], b[others].T, S, precision)
         launch(
             sigmoid_kernel,
             -(-part.rows // tile.bm),
             {
-                "S": similarities[0], "S_TEACHER": similarities[-1], "s_stride": similarities[0].stride(0),
+                "S": here[0], "S_TEACHER": here[-1], "s_stride": here[0].stride(0),
                 "G": weighted, "g_stride": 0 if weighted is None else weighted.stride(0),
                 "SUMS": sums, "WEIGHT": None if weight is None else weight.contiguous(),
                 "X_LABELS": x_labels.contiguous(), "T_LABELS": t_labels.contiguous(),
@@ -156,4 +163,4 @@ def sigmoid_sweep(x, t, scale, bias, x_labels, t_labels, xt, tt, st, bt, weight,
             g: Tensor = weighted[: part.rows, : part.cols]
             products.multiply(g, of_cols[others], dx[mine], precision, add=part.col0 > 0)
             products.multiply(g.T, of_rows[mine], dt[others], precision, add=part.row0 > 0)
-    return sums, dx, dt
+    return sums, dx, dt, kept
