@@ -71,14 +71,14 @@ def test_the_librarys_products_give_the_same_losses_and_gradients(s, memory, req
 
 
 def sigmoid_losses(dtype: torch.dtype, memory: str | int = "auto"):
-    labels, (xt, tt) = torch.arange(70) // 2, pairs(70, 9, 1)
+    labels, (xt, tt) = torch.arange(40) // 2, pairs(40, 9, 1)
 
     def function(x, t, s, b, w):
         how = {"labels": labels, "weight": w, "memory": memory}
         terms = rf.sigmoid_contrastive_distillation_loss(x, t, s, b, xt.to(dtype), tt.to(dtype), 20.0, -3.0, **how)
         return *terms, rf.sigmoid_contrastive_loss(x, t, s, b, **how)
 
-    inputs = *pairs(70, 16), torch.tensor(20.0), torch.tensor(-5.0), torch.rand(70)
+    inputs = *pairs(40, 16), torch.tensor(20.0), torch.tensor(-5.0), torch.rand(40)
     with robustft.backend("triton"):
         return gradients(function, *(i.to(dtype) for i in inputs))
 
