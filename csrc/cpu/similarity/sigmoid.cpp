@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sweep(const Inputs& in, const Tensor&
     });
   };
   tournament(all.panels, all.tiles, prepare, [&](int64_t p, int64_t q) {
-    auto work = pool.take([&] { return Workspace<T>(all.shape, teacher && !given); });
+    auto work = pool.take([&] { return Workspace<T>(in, all.shape, teacher && !given); });
     const SigmoidGradient<T> out{work->s.get(), work->cols};
     Tile<T> tile = all.at(p, q, work->s.get(), teacher && !given ? work->teacher.get() : nullptr, work->cols);
     const int64_t at = tile.row0 * m + tile.col0;
