@@ -113,6 +113,7 @@ def cases(folder):
             "text_projection": (clip.text_projection, Call((MODEL,))),
             "visual_projection": (clip.visual_projection, Call((MODEL,))),
             "logit_scale": (clip.logit_scale, Call((MODEL,))),
+            "logit_bias": (clip.logit_bias, Call((MODEL,))),
             "encode": (clip.encode, Call((MODEL, PAIR), {"cache": folder / "cache"})),
             "interpolate": (clip.interpolate, Call((MODEL, MODEL, 0.5))),
             "interpolate_state": (clip.interpolate_state, Call((MODEL.state_dict(), MODEL.state_dict(), 0.5))),

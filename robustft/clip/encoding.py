@@ -5,6 +5,7 @@ u = normalise(f(x))     image features (N, D)         v = normalise(g(t))     te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,36 @@ def logit_scale(model: nn.Module) -> Tensor:
 
 
 @checked
+def logit_bias(model: nn.Module) -> Tensor | None:
+    """b of a model that is trained by a sigmoid (SigLIP), a 0-d tensor in at least float32; None for one without.
+
+    The gradient reaches the parameter. P(image i shows text j) = sigmoid(s u_i t_j + b); a softmax does not see b.
+    """
+    bias = getattr(unwrap(model), "logit_bias", None)
+    if bias is None:
+        return None
+    if not isinstance(bias, Tensor) or bias.numel() != 1:
+        raise ValueError(f"model: expected a logit_bias of one element, got {bias!r:.80}")
+    return at_least_float32(bias).reshape(())
+
+
+@checked
+def freeze_idle(model: nn.Module, *, bias: bool) -> None:
+    """Stops gradients of the parameters on which neither features nor scale depend, and so no contrastive loss.
+
+    They are what is in neither tower, such as CoCa's decoder of captions, and, with `bias` False, the `logit_bias`:
+    torch.distributed's DistributedDataParallel fails for parameters that want a gradient and get none.
+    """
+    whole = unwrap(model)
+    parts = [whole.visual.parameters(), text_tower(model).parameters(), [whole.logit_scale]]
+    used = {id(p) for part in parts for p in part}
+    shift = getattr(whole, "logit_bias", None)
+    for p in whole.parameters():
+        if not bias if p is shift else id(p) not in used:
+            p.requires_grad_(False)
+
+
+@checked
 def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -> Tensor:
     """Image features (N, D) of transformed images (N, 3, H, W); the gradient reaches tower and images.
 
@@ -56,10 +87,11 @@ def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -
 def encode_patches(model: nn.Module, images: Tensor, *, normalize: bool = True) -> Tensor:
     """Patch features (N, P, D) of transformed images, comparable with text features; gradients as in `encode_images`.
 
-    P patches row by row: (H / patch)^2 for a ViT, (H / 32)^2 for a ModifiedResNet. They are the value path of the last
-    attention, as in GL-MCM and LoCoOp (`robustft.clip.patches` has the formulas). The model stays as it is. images,
-    normalize: as in `encode_images`. Costs one pass and the last block once more: `encode_images_and_patches` gives
-    the image features of that pass too. ValueError for towers without such patches (timm, Hugging Face, CoCa).
+    P patches row by row: (H / patch)^2 for a ViT, (H / 32)^2 for a convolutional tower. They are what the tower gives
+    if its last mixing of patches, an attention or a pooling, sees each alone, as in GL-MCM and LoCoOp
+    (`robustft.clip.patches` has the formulas). The model stays as it is. images, normalize: as in `encode_images`.
+    Costs one pass and what follows that mixing once more: `encode_images_and_patches` gives the image features of that
+    pass too. ValueError for towers without such patches, which `robustft.clip.patches` lists.
     """
     return encode_images_and_patches(model, images, normalize=normalize).patch_features
 
@@ -124,15 +156,20 @@ def trim_padding(model: nn.Module, tokens: Tensor, *, multiple: int = 1) -> Tens
 
 @checked
 def token_embedding(model: nn.Module) -> nn.Embedding:
-    """The table (vocabulary, width) of token embeddings, of open_clip's own text tower.
+    """The table (vocabulary, width) of token embeddings, of open_clip's own text tower or a Hugging Face one.
 
-    Found in `CLIP` and in `CustomTextCLIP`. ValueError for other towers, such as Hugging Face ones.
+    Called with tokens it gives what the tower's first layer gets, which some Hugging Face towers scale. ValueError for
+    other towers.
     """
-    table = getattr(text_tower(model), "token_embedding", None)
+    tower = text_tower(model)
+    table = getattr(tower, "token_embedding", None)
+    if table is None and callable(ask := getattr(getattr(tower, "transformer", None), "get_input_embeddings", None)):
+        table = ask()
     if not isinstance(table, nn.Embedding):
         raise ValueError(
-            f"model: texts are embedded by open_clip's own text tower, which this {type(model).__name__} lacks "
-            "(no token_embedding in it or in its .text): prompts cannot be learnt for it"
+            f"model: the text tower of this {type(unwrap(model)).__name__}, a {type(tower).__name__}, has no table of "
+            "token embeddings, which open_clip's own and Hugging Face's have: prompts cannot be learnt for it. Take a "
+            "method that trains something else: FLYP, CaRot, FineTune, LinearProbe, CLIPAdapter"
         )
     return table
 
@@ -156,8 +193,7 @@ def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, 
         )
     tower, tokens = text_tower(model), trim_padding(model, tokens)
     given = _Given(embeddings[:, : tokens.shape[1]].to(table.weight.dtype))
-    replaced = _shared(tower, _modules={**tower._modules, "token_embedding": given})
-    return encode_texts(_with_text_tower(model, replaced), tokens, normalize=normalize)
+    return encode_texts(_with_text_tower(model, _replaced(tower, table, given)), tokens, normalize=normalize)
 
 
 def text_tower(model: nn.Module) -> Any:
@@ -215,6 +251,16 @@ def _shared(module: nn.Module, **others: dict[str, Any]) -> Any:
     return view
 
 
+def _replaced(module: nn.Module, part: nn.Module, given: nn.Module) -> Any:
+    """The module with another one in the place of a part of it."""
+    if module is part:
+        return given
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    holding = {name: child for name, child in children.items() if any(one is part for one in child.modules())}
+    others = {name: _replaced(child, part, given) for name, child in holding.items()}
+    return _shared(module, _modules={**module._modules, **others})
+
+
 def _shortened(tower: Any, length: int) -> Any:
     """The tower for texts of that many tokens: its table of positions and its mask are cut."""
     positions, mask = tower.positional_embedding[:length], tower.attn_mask[:length, :length]
@@ -231,34 +277,69 @@ def _with_text_tower(model: nn.Module, tower: Any) -> Any:
     return _shared(model, _modules={**model._modules, "text": tower}) if "text" in model._modules else tower
 
 
+_VISUAL_PROJECTIONS = (
+    "visual.proj",  # open_clip's ViT
+    "visual.attnpool.c_proj",  # ModifiedResNet
+    # timm's: the head that open_clip puts on the trunk, then the trunk's own, then its attention pool
+    "visual.head.proj",
+    "visual.head.mlp.fc2",
+    "visual.head.pool.proj",
+    "visual.trunk.head",
+    "visual.trunk.head.fc",
+    "visual.trunk.fc",
+    "visual.trunk.attn_pool.mlp.fc2",
+    "visual.trunk.attn_pool.proj",
+)
+_TEXT_PROJECTIONS = (
+    "text_projection",  # of CLIP
+    "text.text_projection",
+    "text.proj",  # of Hugging Face's, linear
+    "text.proj.2",  # and the last layer of an MLP
+)
+
+
 @checked
 def visual_projection(model: nn.Module) -> Tensor:
-    """W (width, D) with image feature = h @ W (+ bias): the parameter or a view of it; gradients reach it.
+    """W (width, D), the last linear map of the image tower: the parameter or a view of it; gradients reach it.
 
-    Found for open_clip's ViT (`visual.proj`), ModifiedResNet (`visual.attnpool.c_proj`) and timm towers with
-    a linear head (`visual.head.proj`). Raises ValueError for towers without a final linear map.
+    Image feature = h @ W (+ bias) for open_clip's ViT and ModifiedResNet, and for timm's trunks under a linear head or
+    an MLP, open_clip's or their own. Where the tower ends in timm's attention pool (SigLIP), W is the last map of its
+    MLP, to whose output the pooled tokens are added. Raises ValueError for towers without a final linear map.
     """
-    return _projection(model, "visual", "visual.proj", "visual.attnpool.c_proj", "visual.head.proj")
+    return _projection(model, "visual", _VISUAL_PROJECTIONS)
 
 
 @checked
 def text_projection(model: nn.Module) -> Tensor:
     """W (width, D) with text feature = h @ W (+ bias): the parameter or a view of it; gradients reach it.
 
-    Found for open_clip's own text tower, in `CLIP` and `CustomTextCLIP`, and for Hugging Face towers with a
-    linear projection. Raises ValueError for towers without a final linear map.
+    Found for open_clip's own text tower, in `CLIP` and `CustomTextCLIP`, and for Hugging Face towers with a linear
+    projection or an MLP, of which it is the last map. Raises ValueError for towers without a final linear map.
     """
-    return _projection(model, "text", "text_projection", "text.text_projection", "text.proj")
+    return _projection(model, "text", _TEXT_PROJECTIONS)
 
 
 @checked
 def feature_width(model: nn.Module) -> int | None:
-    """D of a model's features, None where its image tower does not say."""
-    width = getattr(getattr(unwrap(model), "visual", None), "output_dim", None)
-    return width if isinstance(width, int) else None
+    """D of a model's features, None where neither tower says."""
+    model = unwrap(model)
+    for tower in (getattr(model, "visual", None), getattr(model, "text", None)):
+        if isinstance(width := getattr(tower, "output_dim", None), int):
+            return width
+    found = _found(model, _TEXT_PROJECTIONS)  # of CLIP, whose text tower says nothing, with one of timm's
+    return None if found is None else found.shape[1]
 
 
-def _projection(model: nn.Module, tower: str, *paths: str) -> Tensor:
+def _projection(model: nn.Module, tower: str, paths: Sequence[str]) -> Tensor:
+    if (found := _found(model, paths)) is not None:
+        return found
+    raise ValueError(
+        f"model: the {tower} tower of this {type(unwrap(model)).__name__} does not end in a linear projection "
+        f"(looked for {', '.join(paths)})"
+    )
+
+
+def _found(model: nn.Module, paths: Sequence[str]) -> Tensor | None:
     for path in paths:
         part: Any = unwrap(model)
         for name in path.split("."):
@@ -268,10 +349,7 @@ def _projection(model: nn.Module, tower: str, *paths: str) -> Tensor:
                 return linear.weight.T
             case Tensor() as weight:
                 return weight
-    raise ValueError(
-        f"model: the {tower} tower of this {type(model).__name__} does not end in a linear projection "
-        f"(looked for {', '.join(paths)})"
-    )
+    return None
 
 
 def _first_parameter(module: nn.Module, otherwise: Tensor) -> Tensor:

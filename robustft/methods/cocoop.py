@@ -46,7 +46,9 @@ class CoCoOp(ContextMethod):
         super().__init__(model, context=context, **options)
         if self.context.ndim == 3:
             raise ValueError("class_specific: the context of CoCoOp is one for all classes")
-        features, width = clip.text_projection(self.model).shape[1], self.context.shape[-1]
+        with torch.no_grad():
+            features = clip.encode_texts(self.model, self.texts.tokens[:1]).shape[1]
+        width = self.context.shape[-1]
         narrow, generator = max(1, features // 16), stateless_generator(self.seed, "meta-net")
         self.narrow = seeded_linear(features, narrow, generator).to(self.context)
         self.shift = seeded_linear(narrow, width, generator).to(self.context)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from robustft import clip
+from robustft.clip.patches import check_patches
 from robustft.methods.base import Step
 from robustft.methods.coop import CoOp, CoOpOptions
 from robustft.methods.options import check_weights
@@ -46,6 +47,7 @@ class LoCoOp(CoOp):
         check_weights(weight=weight)
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
+        check_patches(clip.unwrap(model).visual)
         super().__init__(model, **options)
         self.weight = weight
         self.top_k = max(1, len(self.class_names) // 5) if top_k is None else top_k

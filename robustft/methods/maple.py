@@ -31,8 +31,9 @@ class MaPLe(ContextMethod):
     """Prompts in both towers, in their first blocks, coupled.
 
     The released recipe is 2 tokens that start as "a photo", 9 of 12 blocks, SGD at 3.5e-3, batches of 4, 5 epochs.
-    Deeper text prompts start as N(0, 0.02). The image tower must be open_clip's own ViT, pooled at its class token or
-    otherwise: prompts are dropped before pooling.
+    Deeper text prompts start as N(0, 0.02). The image tower must be a ViT, open_clip's own or timm's (SigLIP, PE, EVA,
+    ViTamin), pooled at its class token or otherwise: prompts are dropped before pooling. The text tower must be
+    open_clip's own.
 
     Args:
         seed: of the prompts and the maps.

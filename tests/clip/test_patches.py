@@ -135,7 +135,7 @@ def test_half_precision_towers_and_autocast_give_unit_patches_in_float32():
 
 
 def test_towers_without_patches_among_the_texts_are_refused():
-    coca = VIT | {"attentional_pool": True, "attn_pooler_queries": 2, "attn_pooler_heads": 2}
+    coca = VIT | {"attentional_pool": "cascade", "attn_pooler_queries": 2, "attn_pooler_heads": 2}
     model = open_clip.CLIP(embed_dim=8, vision_cfg=coca, text_cfg=TEXT)
     with pytest.raises(ValueError, match="VisionTransformer tower has no patch features"):
         clip.encode_patches(model, torch.randn(1, 3, 12, 12))
