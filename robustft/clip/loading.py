@@ -7,6 +7,7 @@ import copy
 import difflib
 import errno
 import functools
+import importlib.util
 import json
 import logging
 import pickle
@@ -57,6 +58,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     cache_dir: str | Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Bundle:
     """An open_clip model in evaluation mode, with its tokenizer, transforms and configuration.
 
@@ -69,18 +71,22 @@ def load(
     file does not tell, so fine-tunes of OpenAI's weights need the "-quickgelu" name. The network is used only
     for `hf-hub:` names, tags, and architectures whose text tower or tokenizer lives on the hub.
 
-    Raises ValueError for an unknown name or tag and for a checkpoint that is truncated, pickled, or of
-    another architecture; FileNotFoundError for a missing file; ImportError when open_clip, or what a tokenizer
-    needs, is not installed.
+    image_size: of other images than the model was trained on, a side or (height, width), as open_clip's
+    `force_image_size`: positions are interpolated. `config` says it, so that exports come back with it, by robustft;
+    open_clip itself cannot load the export of a timm tower that was resized.
+
+    Raises ValueError for an unknown name or tag, for an image_size that the tower cannot have, and for a checkpoint
+    that is truncated, pickled, or of another architecture; FileNotFoundError for a missing file; ImportError, naming
+    the extra, when open_clip, or what a text tower or its tokenizer needs, is not installed.
     """
     place = None if cache_dir is None else str(cache_dir)
-    model, transforms, config = _load_model(name, pretrained, device, dtype, place)
+    model, transforms, config = _load_model(name, pretrained, device, dtype, place, image_size)
     tokenizer_name = name if ":" in name else name.replace("/", "-")
     try:
         with _naming_config(name) if name.startswith("local-dir:") else contextlib.nullcontext():
             tokenizer = _tokenizer(tokenizer_name, config, cache_dir)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{name}: its tokenizer needs {error.name}: pip install {error.name}") from error
+        raise _missing(f"{name}: its tokenizer needs", str(error.name)) from error
     return Bundle(model, tokenizer, *transforms, config)
 
 
@@ -90,21 +96,109 @@ def load_model(directory: str | Path, device: torch.device | str, dtype: torch.d
 
 
 def _load_model(
-    name: str, pretrained: str | Path | None, device: torch.device | str, dtype: torch.dtype, cache_dir: str | None
+    name: str,
+    pretrained: str | Path | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    cache_dir: str | None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> tuple[nn.Module, tuple[Any, Any], dict[str, Any]]:
     """The model, its transforms for training and evaluation, and its configuration."""
     open_clip = import_open_clip()
     config, checkpoint = _resolve(open_clip, name, pretrained, cache_dir)
     directory = name.startswith("local-dir:")
+    _check_installed(name, config, {"hf_model_name": "text tower"})
+    if image_size is not None:
+        _check_image_size(image_size, config)
     with _naming_config(name) if directory else contextlib.nullcontext():
         if directory and checkpoint is not None:
             _check_size(config, checkpoint)
-        model, train_transform, eval_transform = _built(open_clip, config)
+        of_timm = "timm_model_name" in config["model_cfg"]["vision_cfg"]
+        if image_size is not None and not of_timm:
+            config["model_cfg"]["vision_cfg"]["image_size"] = image_size
+        model, train_transform, eval_transform = _built(open_clip, config, resized=directory)
+        made_for, vision = _trunk_size(model), config["model_cfg"]["vision_cfg"]
+        if not directory and made_for not in (None, _sides(vision.get("image_size", made_for))):
+            # One of open_clip's, ViTamin-XL-384, states another, and then fails on the images that it asks for.
+            vision["image_size"] = made_for
+            model, train_transform, eval_transform = _built(open_clip, config)
     config["preprocess_cfg"] = json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model)))
     if checkpoint is not None:
         _load_weights(open_clip, model, checkpoint)
+    if image_size is not None and of_timm:  # whose weights fit the size that they were trained at
+        config = _resized(model, config, image_size)
+        train_transform, eval_transform = (_transform(config["preprocess_cfg"], train) for train in (True, False))
+        open_clip.set_model_preprocess_cfg(model, config["preprocess_cfg"])
     move(model, device, dtype)
     return model.eval(), (train_transform, eval_transform), config
+
+
+def build(config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that a configuration describes, with random weights, in evaluation mode; and the configuration, with
+    the preparation of images that it then has."""
+    open_clip = import_open_clip()
+    model = _built(open_clip, config)[0].eval()
+    prepared = json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model)))
+    return model, {"model_cfg": copy.deepcopy(config["model_cfg"]), "preprocess_cfg": prepared}
+
+
+_IN_THE_EXTRA = {"google", "protobuf", "sentencepiece", "tiktoken", "tokenizers", "transformers"}
+
+
+def _check_installed(name: str, config: Mapping[str, Any], keys: Mapping[str, str]) -> None:
+    """ImportError, before anything is built, where what a key of text_cfg asks for has no library."""
+    asked = [part for key, part in keys.items() if (config["model_cfg"].get("text_cfg") or {}).get(key)]
+    if asked and importlib.util.find_spec("transformers") is None:
+        raise _missing(f"{name}: its {' and '.join(asked)} needs", "transformers")
+
+
+def _missing(what: str, library: str) -> ImportError:
+    package = "'robustft[transformers]'" if library in _IN_THE_EXTRA else library
+    return ImportError(f"{what} {library}: pip install {package}", name=library)
+
+
+def _check_image_size(image_size: int | tuple[int, int], config: Mapping[str, Any]) -> None:
+    sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"image_size is {image_size!r}; expected a side, or (height, width), in pixels")
+    if isinstance(config["model_cfg"].get("vision_cfg", {}).get("layers"), list):
+        raise ValueError(
+            f"image_size is {image_size!r}, but the attention pool of a ModifiedResNet has positions for images of one "
+            "size: leave it out"
+        )
+
+
+def _trunk_size(model: Any) -> tuple[int, int] | None:
+    """(height, width) of the images that the trunk of a timm tower takes; None for any size, and for other towers."""
+    patches = getattr(getattr(model.visual, "trunk", None), "patch_embed", None)
+    size = getattr(patches, "img_size", None)
+    return None if size is None else _sides(size)
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return height, width
+
+
+def _resized(model: Any, config: dict[str, Any], size: int | tuple[int, int]) -> dict[str, Any]:
+    """Gives a timm tower another size of images, and returns the configuration that says so."""
+    try:
+        model.visual.set_input_size(size)
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        kind = type(model.visual.trunk).__name__
+        raise ValueError(f"image_size is {size!r}, which timm's {kind} cannot have: {error}") from error
+    vision = {**config["model_cfg"]["vision_cfg"], "image_size": size}
+    preprocessing = {**config["preprocess_cfg"], "size": list(_sides(size))}
+    return {"model_cfg": {**config["model_cfg"], "vision_cfg": vision}, "preprocess_cfg": preprocessing}
+
+
+def _transform(settings: Mapping[str, Any], is_train: bool) -> Callable[[Any], Tensor]:
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    size = settings.get("size")
+    sized = {"size": tuple(size)} if isinstance(size, list) else {}
+    transform: Callable[[Any], Tensor] = image_transform_v2(PreprocessCfg(**{**settings, **sized}), is_train=is_train)
+    return transform
 
 
 _TOKENIZERS: dict[tuple[str, str], Any] = {}
@@ -136,16 +230,10 @@ def move(module: nn.Module, device: torch.device | str, dtype: torch.dtype | Non
 @checked
 def eval_transform(directory: str | Path) -> Callable[[Any], Tensor]:
     """The evaluation transform of an exported model, as `load` gives it, without loading the model."""
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    path = Path(directory) / CONFIG_FILE
-    config = _read_config(path)
+    import_open_clip()
+    config = _read_config(Path(directory) / CONFIG_FILE)
     with _naming_config(f"local-dir:{directory}"):
-        size = config["preprocess_cfg"].get("size")
-        sized = {"size": tuple(size)} if isinstance(size, list) else {}
-        settings = PreprocessCfg(**config["preprocess_cfg"] | sized)
-        transform: Callable[[Any], Tensor] = image_transform_v2(settings, is_train=False)
-    return transform
+        return _transform(config["preprocess_cfg"], is_train=False)
 
 
 @contextlib.contextmanager
@@ -203,14 +291,22 @@ def _on_meta(told: str) -> nn.Module:
             return _built(import_open_clip(), config)[0].to("meta")
 
 
-def _built(open_clip: ModuleType, config: Mapping[str, Any], device: str = "cpu") -> tuple[nn.Module, Any, Any]:
-    """The model that a configuration describes, with random weights, and its transforms."""
+def _built(
+    open_clip: ModuleType, config: Mapping[str, Any], device: str = "cpu", *, resized: bool = True
+) -> tuple[nn.Module, Any, Any]:
+    """The model that a configuration describes, with random weights, and its transforms.
+
+    resized: a timm tower gets the size of images that the configuration states, whatever its trunk is made for."""
     with tempfile.TemporaryDirectory() as folder, _without_random_weights_warning():
         # Building from the written configuration is the way an export is loaded, hence the same model.
         write_json(Path(folder) / CONFIG_FILE, config)
-        return open_clip.create_model_and_transforms(
+        model, train_transform, eval_transform = open_clip.create_model_and_transforms(
             f"local-dir:{folder}", load_weights=False, pretrained_text=False, device=device
         )
+    stated = config["model_cfg"]["vision_cfg"].get("image_size")
+    if resized and stated is not None and _trunk_size(model) not in (None, _sides(stated)):
+        model.visual.set_input_size(stated)  # open_clip does so only when it is asked to by force_image_size
+    return model, train_transform, eval_transform
 
 
 def _resolve(
