@@ -24,6 +24,7 @@ from robustft.functional import (
     cross_penalty,
     dual_risk,
     orthogonality_penalty,
+    sigmoid_contrastive_distillation_loss,
     sigmoid_contrastive_loss,
 )
 from robustft.ops.kinds import checked
@@ -209,7 +210,8 @@ class CaRotLoss(_Terms):
 
     Without the teacher's features the distillation is left out, as CaRot does at its first step; without
     `visual_projection` the orthogonality penalty is, and without `text_projection` too the cross term
-    `||Wv Wt^T||_F`. Defaults are the released command's weights.
+    `||Wv Wt^T||_F`. Defaults are the released command's weights. With a `logit_bias`, and the teacher's, contrastive
+    loss and distillation are SigLIP's, of sigmoids (`functional.sigmoid_contrastive_distillation_loss`).
 
     Source: Oh et al. 2024 (arXiv 2311.01723).
     """
@@ -257,6 +259,8 @@ class CaRotLoss(_Terms):
         teacher_logit_scale: Tensor | float | None = None,
         visual_projection: Tensor | None = None,
         text_projection: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
+        teacher_logit_bias: Tensor | float | None = None,
         labels: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -267,6 +271,8 @@ class CaRotLoss(_Terms):
         def of_projections() -> dict[str, Tensor]:
             if any(part is None for part in teacher) != all(part is None for part in teacher):
                 raise ValueError("teacher_image_features, teacher_text_features and teacher_logit_scale go together")
+            if s is not None and (logit_bias is None) != (teacher_logit_bias is None):
+                raise ValueError("logit_bias and teacher_logit_bias go together: both models have one, or neither")
             found = {}
             if visual_projection is not None:
                 if self.orthogonality_weight:
@@ -283,11 +289,18 @@ class CaRotLoss(_Terms):
             ranks.check_group(self.group)
             penalties = ranks.checked(self.group, of_projections)  # before the others wait for the features
         if self.distillation_weight and u is not None and t is not None and s is not None:
-            both = contrastive_distillation_loss(*student, u, t, s, labels=labels, weight=weight, group=self.group)
-            terms = {"contrastive": both.contrastive, "distillation": both.distillation}
+            if logit_bias is None or teacher_logit_bias is None:
+                both = contrastive_distillation_loss(*student, u, t, s, labels=labels, weight=weight, group=self.group)
+            else:
+                both = sigmoid_contrastive_distillation_loss(
+                    *student, logit_bias, u, t, s, teacher_logit_bias, labels=labels, weight=weight, group=self.group
+                )
+            return {"contrastive": both.contrastive, "distillation": both.distillation} | penalties
+        if logit_bias is None:
+            loss = contrastive_loss(*student, labels=labels, weight=weight, group=self.group)
         else:
-            terms = {"contrastive": contrastive_loss(*student, labels=labels, weight=weight, group=self.group)}
-        return terms | penalties
+            loss = sigmoid_contrastive_loss(*student, logit_bias, labels=labels, weight=weight, group=self.group)
+        return {"contrastive": loss} | penalties
 
 
 class ClassificationLoss(_Terms):

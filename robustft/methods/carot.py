@@ -2,12 +2,15 @@
 
 u, t  (N, D)   features of the student, which is trained;   s its scale
 u', t', s'     those of its teacher, an occasional moving average of it
-Wv, Wt         visual and text projections, stored (in, D): feature = hidden @ W
+Wv, Wt         visual and text projections, stored (in, D): feature = hidden @ W; `clip.visual_projection` says which
 
 contrastive    1/2 [CE(s u t^T) + CE(s t u^T)]
 cross          || Wv Wt^T ||_F
 orthogonality  || Wv^T Wv - I ||_F
 distillation   -(1/N) sum_i [ softmax(s' u' t'^T)_i . log softmax(s u t^T)_i  +  the same from text to image ]
+
+SigLIP         of a model with a bias b, sigmoids take the place of the softmaxes: FLYP's contrastive loss, and
+               -(1/N) sum_ij [ p'_ij log p_ij + (1 - p'_ij) log(1 - p_ij) ],   p = sigmoid(s u t^T + b)
 
 L = contrastive + 0.05 cross + 0.2 orthogonality + 1.5 distillation
 teacher <- m teacher + (1 - m) student   every 500 steps;   m: 0.05 -> 0.9 over the first fifth of the run
@@ -49,7 +52,7 @@ class CaRot(CaptionMethod):
     Args:
         misalignment, variant: as for `FLYP`.
         cross_weight, orthogonality_weight, distillation_weight: of the terms; a term of weight 0 is neither
-            computed nor reported.
+            computed nor reported. A tower that ends in no linear map has no penalty, of which a warning tells.
         squared: square the orthogonality norm.
         ema_interval: steps between updates of the teacher; the first follows step 0. None: 500 as published, or 0.02
             of the run where that is less (500 are that part of the paper's 25,030), but at least 2.
@@ -107,11 +110,7 @@ class CaRot(CaptionMethod):
         self.ema_start, self.ema_end = ema_start, ema_end
         self.ema_warmup_fraction = ema_warmup_fraction
         self.teacher = copy.deepcopy(self.model).requires_grad_(False).eval()
-        if cross_weight or orthogonality_weight:
-            # A tower without one is an error now rather than at the first step.
-            clip.visual_projection(self.model)
-        if cross_weight:
-            clip.text_projection(self.model)
+        self.penalised = self._projections()
         if self.total_steps is not None:
             self._warn_of_the_interval()
 
@@ -137,15 +136,17 @@ class CaRot(CaptionMethod):
         self.run_length()  # an unknown one is an error before the first step, not after it
         pairs = self.pairs(batch)
         u, t = self.features(self.model, pairs)
-        others: dict[str, Tensor] = {}
+        others: dict[str, Tensor | None] = {}
         if self.loss.distillation_weight and self.steps > 0:
             with torch.no_grad():
                 others["teacher_image_features"], others["teacher_text_features"] = self.features(self.teacher, pairs)
                 others["teacher_logit_scale"] = clip.logit_scale(self.teacher)
-        if self.loss.orthogonality_weight or self.loss.cross_weight:
-            others["visual_projection"] = clip.visual_projection(self.model)
-        if self.loss.cross_weight:
-            others["text_projection"] = clip.text_projection(self.model)
+                if self.sigmoid:
+                    others["teacher_logit_bias"] = clip.logit_bias(self.teacher)
+        if self.sigmoid:
+            others["logit_bias"] = clip.logit_bias(self.model)
+        for name in self.penalised:
+            others[name] = getattr(clip, name)(self.model)
         terms = self.loss.terms(u, t, clip.logit_scale(self.model), labels=pairs.labels, **others)
         if self.misalignment:
             terms["misalignment"] = self.penalty(u, t, pairs, self.variant)
@@ -170,6 +171,22 @@ class CaRot(CaptionMethod):
     def classifier(self, *, teacher: bool = False) -> Classifier:
         """The student's classifier, the one that the paper evaluates, or its teacher's."""
         return self.zero_shot_classifier(self.teacher if teacher else self.model)
+
+    def _projections(self) -> tuple[str, ...]:
+        """The last linear maps that the penalties need; a warning where a tower has none, and so no penalty."""
+        try:
+            clip.visual_projection(self.model)
+        except ValueError as error:
+            if asked := [name for name in ("orthogonality_weight", "cross_weight") if getattr(self.loss, name)]:
+                warnings.warn(f"CaRot goes without the terms of {' and '.join(asked)}: {error}", stacklevel=5)
+            return ()
+        try:
+            clip.text_projection(self.model)
+        except ValueError as error:
+            if self.loss.cross_weight:
+                warnings.warn(f"CaRot goes without the term of cross_weight: {error}", stacklevel=5)
+            return ("visual_projection",)
+        return ("visual_projection", "text_projection")
 
     def _warn_of_the_interval(self) -> None:
         """Where an interval was asked for with which the teacher teaches little in a run of this length."""

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from robustft import clip
+from robustft.clip.encoding import freeze_idle
 from robustft.clip.outputs import evaluating
 from robustft.clip.prompts import match_descriptions
 from robustft.data.sources import column
-from robustft.functional import contrastive_loss, dual_risk
+from robustft.functional import dual_risk
 from robustft.methods.base import Step
 from robustft.methods.core_proxy import CoreProxy, Ranges, core_similarities
 from robustft.methods.flyp import CaptionMethod, CaptionOptions
@@ -62,7 +63,8 @@ class DRM(CaptionMethod):
             renormalised.
         text_chunk: how many captions' activations are held at once.
         beta: share of the default prompts in `classifier()`.
-        label_smoothing: as for `FLYP`. others: as for `CaptionMethod`.
+        label_smoothing, loss: as for `FLYP`, of R_df; R_cd is a softmax's over the classes.
+        others: as for `CaptionMethod`.
 
     Source: Li et al., DRM (NeurIPS 2024, arXiv 2411.19757).
     """
@@ -93,6 +95,9 @@ class DRM(CaptionMethod):
             raise ValueError(f"text_chunk must be at least 1, got {text_chunk}")
         check_beta(beta)
         super().__init__(model, **options)
+        self.check_smoothing(label_smoothing)
+        if not empirical_weight:  # the risk of the descriptions is a softmax's
+            freeze_idle(self.model, bias=False)
         self.label_smoothing = label_smoothing
         self.descriptions = match_descriptions(descriptions, self.class_names)
         self.concepts = clip.group_captions(self.tokenizer, self.descriptions, names=self.class_names)
@@ -135,9 +140,9 @@ class DRM(CaptionMethod):
         s = clip.logit_scale(self.model)
         terms: dict[str, Tensor] = {}
         if self.weights["contrastive"]:
-            pairs, smoothing = self.pairs(batch), self.label_smoothing
+            pairs = self.pairs(batch)
             u, t = self.features(self.model, pairs)
-            terms["contrastive"] = contrastive_loss(u, t, s, labels=pairs.labels, label_smoothing=smoothing)
+            terms["contrastive"] = self.contrastive(u, t, pairs, self.label_smoothing)
         else:
             u = clip.encode_images(self.model, self.checked(batch).images)
         if self.weights["worst_case"]:

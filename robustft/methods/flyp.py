@@ -2,9 +2,10 @@
 
     u (N, D)   image features
     t (N, D)   features of captions template(class), a template drawn for each image
-    L = 1/2 [CE(s u t^T, targets) + CE(s t u^T, targets)]
+    L = 1/2 [CE(s u t^T, targets) + CE(s t u^T, targets)]                  CLIP
+    L = 1/N sum_ij softplus(-y_ij (s u t^T + b)_ij),   y = 2 targets - 1     SigLIP, of a model with a bias b
 
-Both towers and the scale are trained with the loss they were pre-trained with; the head is built from the
+Both towers, the scale and the bias are trained with the loss they were pre-trained with; the head is built from the
 fine-tuned text tower.
 """
 
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from robustft import clip
+from robustft.clip.encoding import freeze_idle
 from robustft.clip.prompts import PromptTable, tokenize
 from robustft.data.seeds import stateless_generator
-from robustft.functional import classification_loss, contrastive_loss
+from robustft.functional import classification_loss, contrastive_loss, sigmoid_contrastive_loss
 from robustft.methods.base import Method, Shared, Step
 from robustft.methods.l2_sp import L2SP, check_l2_sp
 from robustft.methods.options import check_weights
@@ -40,10 +42,14 @@ class Pairs(NamedTuple):
     classes: Tensor | None
 
 
+Loss = Literal["auto", "softmax", "sigmoid"]
+
+
 class CaptionOptions(Shared, total=False):
     """The options of `CaptionMethod`, for the constructors that hand them on."""
 
     targets: Literal["diagonal", "label"]
+    loss: Loss
 
 
 class CaptionMethod(Method):
@@ -55,16 +61,37 @@ class CaptionMethod(Method):
 
     Args:
         targets: "diagonal", each image's own caption is its one positive (as released), or "label", captions
-            of the same class share the target.
+            of the same class share the target. Under a sigmoid a caption of an image's own class that is no positive
+            is a negative, so that probabilities of pairs come out too small by the number of such captions; the order
+            of classes does not.
+        loss: "softmax", CLIP's; "sigmoid", SigLIP's, for which the model needs a `logit_bias`; "auto", the one that the
+            model was made for: "sigmoid" if it has a bias. Parameters that the loss does not need are frozen: the bias
+            under a softmax, and what stands in neither tower, as CoCa's decoder.
         others: as for `Method`.
     """
 
     def __init__(
-        self, model: nn.Module, *, targets: Literal["diagonal", "label"] = "diagonal", **shared: Unpack[Shared]
+        self,
+        model: nn.Module,
+        *,
+        targets: Literal["diagonal", "label"] = "diagonal",
+        loss: Loss = "auto",
+        **shared: Unpack[Shared],
     ) -> None:
         if targets not in ("diagonal", "label"):
             raise ValueError(f'targets must be "diagonal" or "label", got {targets!r}')
+        if loss not in ("auto", "softmax", "sigmoid"):
+            raise ValueError(f'loss must be "auto", "softmax" or "sigmoid", got {loss!r}')
+        has_bias = clip.logit_bias(model) is not None
+        if loss == "sigmoid" and not has_bias:
+            raise ValueError(
+                'loss="sigmoid" needs a model with a logit_bias, as SigLIP\'s are; this one has none. Train it by '
+                'loss="softmax", or give it one: "init_logit_bias": -10 in its model_cfg'
+            )
         super().__init__(model, **shared)
+        self.sigmoid = loss == "sigmoid" or (loss == "auto" and has_bias)
+        self.config["loss"] = "sigmoid" if self.sigmoid else "softmax"
+        freeze_idle(self.model, bias=self.sigmoid)
         self.targets = targets
         self.prompts = PromptTable(self.tokenizer, self.class_names, self.templates)
 
@@ -97,6 +124,28 @@ class CaptionMethod(Method):
         # F.embedding, because the gradient of t[index] adds up in no fixed order on several threads.
         return clip.encode_images(model, pairs.images), t if pairs.rows is None else F.embedding(pairs.rows, t)
 
+    def contrastive(self, u: Tensor, t: Tensor, pairs: Pairs, label_smoothing: float = 0.0) -> Tensor:
+        """The loss of features u, t (N, D); the gradient reaches them, the scale and, of a sigmoid, the bias."""
+        s, b = clip.logit_scale(self.model), clip.logit_bias(self.model)
+        if self.sigmoid and b is not None:
+            return sigmoid_contrastive_loss(u, t, s, b, labels=pairs.labels)
+        return contrastive_loss(u, t, s, labels=pairs.labels, label_smoothing=label_smoothing)
+
+    def check_smoothing(self, label_smoothing: float) -> None:
+        """ValueError for one that the loss does not have."""
+        if label_smoothing and self.sigmoid:
+            raise ValueError(
+                f"label_smoothing is {label_smoothing}; expected 0: it mixes the targets of a softmax, and this model, "
+                'which has a logit_bias, is trained by a sigmoid. loss="softmax" has it'
+            )
+
+    def zero_shot_classifier(self, model: nn.Module | None = None) -> Classifier:
+        """As of any method; a bias that the loss did not train is not the classifier's."""
+        found = super().zero_shot_classifier(model)
+        if not self.sigmoid:
+            found.logit_bias = None
+        return found
+
     def penalty(self, u: Tensor, t: Tensor, pairs: Pairs, variant: str) -> Tensor:
         """CMP's misalignment penalty (arXiv 2501.17595) of features u, t (N, D) among the classes of the batch.
 
@@ -124,7 +173,7 @@ class FLYP(CaptionMethod):
     """Contrastive fine-tuning with captions `template(class)`, as the model was pre-trained.
 
     Args:
-        label_smoothing: e mixes the targets as (1 - e) target + e / N.
+        label_smoothing: e mixes the targets as (1 - e) target + e / N; of a softmax alone.
         misalignment: lambda, the weight of CMP's penalty (arXiv 2501.17595) on the classes of the batch; its batches
             need labels. variant: of the penalty, as in `functional.classification_loss`.
         l2_sp: weight of half the squared distance of all trained parameters to their start (`l2_sp.L2SP`).
@@ -148,6 +197,7 @@ class FLYP(CaptionMethod):
         check_weights(misalignment=misalignment)
         arguments.check_variant(variant)
         super().__init__(model, **options)
+        self.check_smoothing(label_smoothing)
         self.label_smoothing = label_smoothing
         self.l2_sp = L2SP(self, l2_sp) if l2_sp else None
         self.misalignment, self.variant = misalignment, variant
@@ -155,8 +205,7 @@ class FLYP(CaptionMethod):
     def step(self, batch: Any) -> Step:
         pairs = self.pairs(batch)
         u, t = self.features(self.model, pairs)
-        s, smoothing = clip.logit_scale(self.model), self.label_smoothing
-        terms = {"contrastive": contrastive_loss(u, t, s, labels=pairs.labels, label_smoothing=smoothing)}
+        terms = {"contrastive": self.contrastive(u, t, pairs, self.label_smoothing)}
         if self.misalignment:
             terms["misalignment"] = self.penalty(u, t, pairs, self.variant)
         out = Step.of(terms, {"contrastive": 1.0, "misalignment": self.misalignment})

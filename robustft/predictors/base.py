@@ -379,12 +379,17 @@ class Classifier(FeaturePredictor):
     `model` is shared, not copied: after more training, ask the method for a new classifier.
     `class_embeddings` (K, D) need not have unit norm (a fine-tuned head does not); `logit_scale` is
     multiplied out. Embeddings, scale and bias are buffers, at least float32.
+
+    `logit_bias` is that of a model trained by a sigmoid (SigLIP), one number for all classes. It is no part of the
+    logits: a softmax, and so every probability, calibrator and OOD score here, is the same with and without it, or
+    moves its threshold along. `match_probabilities` need it.
     """
 
-    tensors = {"class_embeddings": "K D", "logit_scale": "", "bias": "K?"}
+    tensors = {"class_embeddings": "K D", "logit_scale": "", "bias": "K?", "logit_bias": "?"}
     class_embeddings: Tensor
     logit_scale: Tensor
     bias: Tensor | None
+    logit_bias: Tensor | None
 
     @checked
     def __init__(
@@ -395,9 +400,10 @@ class Classifier(FeaturePredictor):
         *,
         logit_scale: Tensor | float | None = None,
         bias: Tensor | None = None,
+        logit_bias: Tensor | None = None,
     ) -> None:
         scale = clip.logit_scale(model) if logit_scale is None else torch.as_tensor(logit_scale)
-        given = {"class_embeddings": class_embeddings, "logit_scale": scale, "bias": bias}
+        given = {"class_embeddings": class_embeddings, "logit_scale": scale, "bias": bias, "logit_bias": logit_bias}
         super().__init__(model, classes, **{k: None if v is None else at_least_float32(v) for k, v in given.items()})
 
     @checked
@@ -405,6 +411,21 @@ class Classifier(FeaturePredictor):
         """Outputs of unit features (N, D) that exist already, such as `robustft.clip.encode` keeps."""
         cosines, logits = similarities(features, self.class_embeddings, self.logit_scale)
         return Outputs(features, cosines, logits if self.bias is None else logits + self.bias)
+
+    @checked
+    def match_probabilities(self, images: Tensor) -> Tensor:
+        """P(image shows class), each by itself, (N, K) in float64: sigmoid(s u w^T + b), by the model's scale and bias.
+
+        Rows need not sum to 1: an image may show several classes, or none. ValueError for a classifier without
+        `logit_bias`: a softmax teaches which class fits best, and not whether one fits. Source: SigLIP, Zhai et al.
+        (arXiv 2303.15343), equation 1.
+        """
+        if self.logit_bias is None:
+            raise ValueError(
+                "this classifier has no logit_bias, so that nothing tells when a class fits: expected the zero-shot "
+                'classifier of a model trained by a sigmoid (SigLIP), or that of a method with loss="sigmoid"'
+            )
+        return (self.logits(images).double() + self.logit_bias.double()).sigmoid()
 
 
 def _are_names(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Zero-shot: the classifier that a CLIP model is before any training.
 
 w_c = normalize(mean over templates of normalize(g(template(c)))),   p = softmax(s u w^T)
+SigLIP, each class by itself: sigmoid(s u w^T + b)
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def zero_shot_classifier(
     cache: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Classifier:
-    """The zero-shot classifier of a model, with the model's own scale; it shares `model` (see `Classifier`).
+    """The zero-shot classifier of a model, with the model's own scale and bias; it shares `model` (see `Classifier`).
 
     class_names: in the order of the labels, or {name in data sets, such as a folder: name in captions}, whose keys are
     the predictor's `classes`. truncate, batch_size: as for `clip.class_embeddings`. cache: a folder that keeps heads,
@@ -57,7 +58,7 @@ def zero_shot_classifier(
             embeddings = clip.grouped_embeddings(model, groups, batch_size=batch_size, progress=progress)
         if path is not None:
             save_fitted(path, KIND, {}, {"class_embeddings": embeddings})
-    return Classifier(model, embeddings, classes)
+    return Classifier(model, embeddings, classes, logit_bias=clip.logit_bias(model))
 
 
 def _place(cache: Path, model: nn.Module, groups: clip.CaptionGroups) -> Path:

@@ -211,8 +211,19 @@ def test_bad_arguments_are_named(clip_model, prompts, arguments, message):
         CaRot(clip_model, **({"total_steps": 9, "ema_interval": 3} | arguments), **prompts)
 
 
-def test_tower_without_a_projection_is_refused_unless_its_penalties_are_off(clip_model, prompts):
+def test_a_tower_without_a_projection_goes_without_its_penalties_of_which_it_is_told_once(clip_model, prompts, batches):
+    carot = {"total_steps": 9, "ema_interval": 3, **prompts}
+    clip_model.text_projection = None
+    with pytest.warns(
+        UserWarning, match="without the term of cross_weight: model: the text tower of this CLIP"
+    ) as told:
+        method = CaRot(clip_model, **carot)
+        assert method.step(batches[0]).terms.keys() == {"contrastive", "orthogonality"}
+    assert len(told) == 1 and told[0].filename == __file__
     clip_model.visual.proj = None
-    with pytest.raises(ValueError, match="projection"):
-        CaRot(clip_model, total_steps=9, ema_interval=3, **prompts)
-    CaRot(clip_model, total_steps=9, ema_interval=3, cross_weight=0.0, orthogonality_weight=0.0, **prompts)
+    with pytest.warns(UserWarning, match="without the terms of orthogonality_weight and cross_weight: .* visual tower"):
+        method = CaRot(clip_model, **carot)
+    method.penalised = ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CaRot(clip_model, cross_weight=0.0, orthogonality_weight=0.0, **carot)
