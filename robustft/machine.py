@@ -21,6 +21,7 @@ from typing import Literal, get_args
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 Decay = Literal["cosine", "linear", "constant"]
+Loss = Literal["auto", "softmax", "sigmoid"]
 DECAYS: tuple[str, ...] = get_args(Decay)
 """What the learning rate does after its warm-up."""
 

@@ -22,6 +22,7 @@ from robustft.clip.encoding import freeze_idle
 from robustft.clip.prompts import PromptTable, tokenize
 from robustft.data.seeds import stateless_generator
 from robustft.functional import classification_loss, contrastive_loss, sigmoid_contrastive_loss
+from robustft.machine import Loss
 from robustft.methods.base import Method, Shared, Step
 from robustft.methods.l2_sp import L2SP, check_l2_sp
 from robustft.methods.options import check_weights
@@ -40,9 +41,6 @@ class Pairs(NamedTuple):
     rows: Tensor | None
     labels: Tensor | None
     classes: Tensor | None
-
-
-Loss = Literal["auto", "softmax", "sigmoid"]
 
 
 class CaptionOptions(Shared, total=False):

@@ -5,6 +5,7 @@ Nothing heavy is loaded before it is called: the command line reads the signatur
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import time
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import Unpack
 
-from robustft.machine import Decay, Precision
+from robustft.machine import Decay, Loss, Precision
 from robustft.pipeline import flags
 from robustft.pipeline.arguments import TrainingSets, spelled_out
 from robustft.pipeline.recipes import NEEDS, OWN, Recipe, recipe_named
@@ -61,6 +62,7 @@ def train(
     model: str = "ViT-B-16-quickgelu",
     pretrained: str | os.PathLike[str] | None = None,
     methods: Sequence[str] | Mapping[str, Mapping[str, Any]] | str = ("CaRot",),
+    loss: Loss = "auto",
     validation: str | None = None,
     test: str | None = None,
     templates: str | Sequence[str] = "photo",
@@ -106,6 +108,8 @@ def train(
         pretrained: a tag of the architecture, or a file of weights.
         methods: how to fine-tune; several are compared. robustft train --list-methods names them, and module:Class is
             one of your own.
+        loss: that FLYP, CaRot and DRM train both towers by: softmax (CLIP), sigmoid (SigLIP); auto takes the one that
+            the model was made for.
         validation: labelled data to choose on, if DATA has none; else a part of the training images is held out.
         test: labelled data to measure on, if DATA has none.
         templates: of captions: photo, simple (7), imagenet (80), or a file with one a line.
@@ -250,7 +254,21 @@ def _recipes(arguments: Mapping[str, Any]) -> dict[str, Recipe]:
         recipes[key] = replace(recipe, **changes)
     if not recipes:
         raise ValueError("methods is empty: expected at least one")
-    return recipes
+    return recipes if arguments["loss"] == "auto" else _by_loss(recipes, arguments["loss"])
+
+
+def _by_loss(recipes: dict[str, Recipe], loss: str) -> dict[str, Recipe]:
+    """The recipes, with a loss for the methods that take one."""
+    from robustft.pipeline.training import method_class
+
+    flags.check_word("loss", loss, Loss)
+    takes = {name for name, recipe in recipes.items() if "loss" in inspect.signature(method_class(recipe)).parameters}
+    if not takes:
+        raise ValueError(f"loss is {loss!r}, but {', '.join(recipes)} train no captions: leave it out")
+    return {
+        name: replace(recipe, options={"loss": loss, **recipe.options}) if name in takes else recipe
+        for name, recipe in recipes.items()
+    }
 
 
 def methods_table() -> str:
