@@ -1,7 +1,7 @@
 """Every method of robustft on every architecture of open_clip: works, or refuses and says why.
 
     python -m benchmarks.architectures           # tries all of them, small; writes results/architectures.json
-    python -m benchmarks.architectures --table   # prints that file as the table of the docs
+    python -m benchmarks.architectures --table   # writes that file as a page, docs/architectures.md
 
 Architectures of one structure (`small_architectures.structure`) differ in numbers alone: the methods are tried on the
 first of each. To work is to be made, to take two steps whose gradients reach all that is trained, to give a classifier
@@ -26,12 +26,14 @@ from benchmarks import small_architectures
 from robustft import clip, methods
 from robustft.clip.loading import build
 from robustft.detection import Detector
-from robustft.files import write_json
+from robustft.files import write_json, write_text
 from robustft.methods import Method, load_predictor
 from robustft.predictors.base import Classifier, Predictor
 
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
+PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 WORKS = "works"
+REFUSED = "A number is that of the reason below, for which the method refuses the model when it is made."
 OPTIONS: dict[str, dict[str, Any]] = {
     "CaRot": {"ema_interval": 2},
     **{name: {"context": 3} for name in ("CoOp", "KgCoOp", "CoCoOp", "MaPLe")},
@@ -162,23 +164,36 @@ def survey() -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def table(groups: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each structure, a column for each method, and the refusals' reasons."""
+def page(held: Mapping[str, Any]) -> str:
+    """docs/architectures.md: a row for each structure, a column for each method, and the reasons of refusals."""
+    groups = held["structures"]
     names = list(groups[0]["methods"])
     reasons = list(dict.fromkeys(r for group in groups for r in group["methods"].values() if r != WORKS))
-    lines = [f"| architectures | image tower | text tower | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
+    count = sum(len(group["architectures"]) for group in groups)
+    lines = [
+        "# Architectures and methods",
+        "",
+        f"All {count} architectures of open_clip {held['open_clip']}, small: each built from its own configuration,",
+        "with few layers and narrow ones. Those of a row are built alike. A + works: steps, export, WiSE-FT and OOD scores.",
+        REFUSED,
+        "",
+        "Measured by `python -m benchmarks.architectures`. [What this means](models.md).",
+        "",
+        f"| architectures | image tower | text tower | {' | '.join(names)} |",
+        "|---" * (3 + len(names)) + "|",
+    ]
     for group in groups:
-        cells = ["+" if r == WORKS else f"[{reasons.index(r) + 1}]" for r in group["methods"].values()]
+        cells = ["+" if r == WORKS else f"({reasons.index(r) + 1})" for r in group["methods"].values()]
         listed = ", ".join(f"`{name}`" for name in group["architectures"])
         lines.append(f"| {listed} | {group['image']} | {group['text']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"[{number}] {reason}  " for number, reason in enumerate(reasons, 1))]) + "\n"
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--table", action="store_true", help="print the table of the last survey")
+    parser.add_argument("--table", action="store_true", help="write the page of the last survey")
     if parser.parse_args().table:
-        print(table(json.loads(RESULTS.read_text())["structures"]))
+        write_text(PAGE, page(json.loads(RESULTS.read_text())))
         return
     write_json(RESULTS, {"open_clip": clip.import_open_clip().__version__, "structures": survey()}, indent=1)
 

@@ -74,6 +74,10 @@ def test_the_table_has_every_architecture_and_every_method():
         assert list(group["methods"]) == list(methods.every_method())
 
 
+def test_the_page_is_that_of_the_table():
+    assert architectures.PAGE.read_text() == architectures.page(HELD)
+
+
 def test_a_refusal_names_what_is_needed_and_what_to_take_instead():
     reasons = {reason for group in GROUPS for reason in group["methods"].values()} - {WORKS}
     assert reasons
