@@ -14,7 +14,7 @@ import pickle
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -80,13 +80,12 @@ def load(
     the extra, when open_clip, or what a text tower or its tokenizer needs, is not installed.
     """
     place = None if cache_dir is None else str(cache_dir)
+    if ":" not in name and (listed := import_open_clip().get_model_config(name.replace("/", "-"))):
+        _check_installed(name, {"model_cfg": listed}, _PARTS)  # before weights are fetched
     model, transforms, config = _load_model(name, pretrained, device, dtype, place, image_size)
     tokenizer_name = name if ":" in name else name.replace("/", "-")
-    try:
-        with _naming_config(name) if name.startswith("local-dir:") else contextlib.nullcontext():
-            tokenizer = _tokenizer(tokenizer_name, config, cache_dir)
-    except ModuleNotFoundError as error:
-        raise _missing(f"{name}: its tokenizer needs", str(error.name)) from error
+    with _naming_config(name) if name.startswith("local-dir:") else contextlib.nullcontext():
+        tokenizer = _tokenizer(tokenizer_name, config, cache_dir)
     return Bundle(model, tokenizer, *transforms, config)
 
 
@@ -107,7 +106,7 @@ def _load_model(
     open_clip = import_open_clip()
     config, checkpoint = _resolve(open_clip, name, pretrained, cache_dir)
     directory = name.startswith("local-dir:")
-    _check_installed(name, config, {"hf_model_name": "text tower"})
+    _check_installed(name, config, _PARTS[:1])
     if image_size is not None:
         _check_image_size(image_size, config)
     with _naming_config(name) if directory else contextlib.nullcontext():
@@ -142,14 +141,16 @@ def build(config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     return model, {"model_cfg": copy.deepcopy(config["model_cfg"]), "preprocess_cfg": prepared}
 
 
-_IN_THE_EXTRA = {"google", "protobuf", "sentencepiece", "tiktoken", "tokenizers", "transformers"}
+_PARTS = ("hf_model_name", "text tower"), ("hf_tokenizer_name", "tokenizer")
+"""Entries of text_cfg that ask for transformers, and for what."""
+_IN_THE_EXTRA = ("sentencepiece", "protobuf", "google", "tokenizers", "transformers")
 
 
-def _check_installed(name: str, config: Mapping[str, Any], keys: Mapping[str, str]) -> None:
-    """ImportError, before anything is built, where what a key of text_cfg asks for has no library."""
-    asked = [part for key, part in keys.items() if (config["model_cfg"].get("text_cfg") or {}).get(key)]
+def _check_installed(name: str, config: Mapping[str, Any], parts: Sequence[tuple[str, str]]) -> None:
+    """ImportError, before anything is built, where what a configuration asks for has no library."""
+    asked = [part for key, part in parts if (config["model_cfg"].get("text_cfg") or {}).get(key)]
     if asked and importlib.util.find_spec("transformers") is None:
-        raise _missing(f"{name}: its {' and '.join(asked)} needs", "transformers")
+        raise _missing(f"{name}: its {asked[0]} needs", "transformers")
 
 
 def _missing(what: str, library: str) -> ImportError:
@@ -209,7 +210,13 @@ def _tokenizer(name: str, config: Mapping[str, Any], cache_dir: str | Path | Non
     open_clip = import_open_clip()
     told = "" if name.startswith("local-dir:") else name, json.dumps(config["model_cfg"].get("text_cfg"))
     if told not in _TOKENIZERS:
-        found: Tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
+        try:
+            found: Tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
+        except (ImportError, ValueError) as error:
+            library = getattr(error, "name", None) or next((w for w in _IN_THE_EXTRA if w in str(error).lower()), None)
+            if library is None:
+                raise
+            raise _missing(f"{name}: its tokenizer needs", library) from error
         if type(found) is not open_clip.SimpleTokenizer:  # others have files of their own
             return found
         _TOKENIZERS[told] = found

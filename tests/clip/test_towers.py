@@ -137,6 +137,7 @@ def listed(tmp_path, monkeypatch):
     return add
 
 
+@pytest.mark.filterwarnings("ignore:.*does not tell its activation")
 @torch.no_grad()
 def test_another_image_size_interpolates_positions_and_comes_back_from_an_export(listed, tmp_path):
     for name, size in (("ViT-B-16-SigLIP2", 16), ("PE-Core-B-16", (8, 12)), ("ViT-B-16", 16), ("convnext_base", 64)):
@@ -163,6 +164,7 @@ def test_another_image_size_interpolates_positions_and_comes_back_from_an_export
             )
 
 
+@pytest.mark.filterwarnings("ignore:.*does not tell its activation")
 def test_an_image_size_that_a_tower_cannot_have_is_refused(listed, tmp_path):
     for name, size, message in (
         ("RN50", 64, "attention pool of a ModifiedResNet has positions for images of one size"),
@@ -188,3 +190,18 @@ def test_a_library_that_is_not_installed_is_named_with_its_extra(tmp_path, monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
     with pytest.raises(ImportError, match=r"roberta-ViT-B-32: its text tower needs transformers: .*'robustft\[transf"):
         clip.load("roberta-ViT-B-32")
+    with pytest.raises(ImportError, match=r"ViT-B-16-SigLIP2: its tokenizer needs transformers: .*'robustft\[transf"):
+        clip.load("ViT-B-16-SigLIP2", "webli")
+
+
+def test_a_tokenizer_of_pieces_of_words_names_what_reads_them(listed, tmp_path, monkeypatch):
+    listed("ViT-B-16")
+
+    def of_pieces(*_arguments, **_options):
+        raise ValueError(
+            "Couldn't instantiate the backend tokenizer: you need to have SentencePiece or tiktoken installed"
+        )
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", of_pieces)
+    with pytest.raises(ImportError, match=r"its tokenizer needs sentencepiece: pip install 'robustft\[transformers\]'"):
+        clip.load("ViT-B-16")
