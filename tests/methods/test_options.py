@@ -82,6 +82,7 @@ def test_the_configuration_holds_what_was_given_and_what_was_not(clip_model, pro
         "total_steps": None,
         "seed": 0,
         "targets": "label",
+        "loss": "softmax",
         "label_smoothing": 0.0,
         "l2_sp": 0.5,
         "misalignment": 0.0,
