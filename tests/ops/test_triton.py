@@ -484,7 +484,8 @@ def check(of_case: resources.Case, kernels: dict) -> None:
     for name, of in kernels.items():
         assert of["shared"] <= resources.SHARED[of_case.architecture], name
         assert of["stack"] == 0, name
-        multiplies = not of_case.library and not name.endswith("combine_kernel") and not name.startswith("misalignment")
+        elementwise = name.endswith("combine_kernel") or name.startswith(("misalignment", "sigmoid"))
+        multiplies = not of_case.library and not elementwise
         if multiplies and not ieee:
             assert of["HMMA"] + of["HGMMA"] + of["UTCHMMA"] > 0, name
         if name.endswith(("statistics_kernel", "scores_kernel")) and of_case.dtype == "bfloat16":
