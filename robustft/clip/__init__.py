@@ -13,6 +13,7 @@ built from, so that every model can be exported as a directory that open_clip it
 activation, the context length, the image statistics) is left to be guessed from a name.
 """
 
+from robustft.clip.adapters import TOWERS, LoRA, adapt, copied, has_adapters, merged
 from robustft.clip.computation import check_same_computation
 from robustft.clip.depth import depths
 from robustft.clip.encoding import (
@@ -65,8 +66,11 @@ __all__ = [
     "Bundle",
     "CaptionGroups",
     "Features",
+    "LoRA",
     "LocalFeatures",
     "Outputs",
+    "TOWERS",
+    "adapt",
     "average_states",
     "batches",
     "caption_embeddings",
@@ -74,6 +78,7 @@ __all__ = [
     "check_trainable_precision",
     "class_embeddings",
     "depths",
+    "copied",
     "encode",
     "encode_captions",
     "encode_embedded_texts",
@@ -89,6 +94,7 @@ __all__ = [
     "group_captions",
     "grouped_embeddings",
     "half_precision_parameters",
+    "has_adapters",
     "image_statistics",
     "import_open_clip",
     "interpolate",
@@ -97,6 +103,7 @@ __all__ = [
     "load",
     "logit_bias",
     "logit_scale",
+    "merged",
     "outputs_of",
     "similarities",
     "stock_state",

@@ -396,8 +396,14 @@ def _pooled(features: Any) -> Tensor:
 
 
 def unwrap(model: nn.Module) -> Any:
-    """The model inside the wrappers of torch.compile, DataParallel and DistributedDataParallel, in any order: a module
-    with open_clip's attributes."""
-    while isinstance(inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None), nn.Module):
+    """The model inside the wrappers of torch.compile, DataParallel, DistributedDataParallel and peft, in any order: a
+    module with open_clip's attributes."""
+    while isinstance(inner := _inside(model), nn.Module):
         model = inner
     return model
+
+
+def _inside(model: nn.Module) -> Any:
+    if hasattr(model, "peft_config") and callable(get := getattr(model, "get_base_model", None)):
+        return get()
+    return getattr(model, "_orig_mod", None) or getattr(model, "module", None)

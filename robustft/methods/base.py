@@ -24,13 +24,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Required, TypedDict
 
+from robustft import clip
+from robustft.clip.adapters import adopted, base
 from robustft.clip.encoding import unwrap
 from robustft.clip.prompts import Template, Tokenizer, captions, split_names, tokenize
 from robustft.data.classes import ClassNames
 from robustft.data.sources import Batch, check_labels, unpack
 from robustft.losses import weighted_sum
 from robustft.methods.options import Configured, digest
-from robustft.ops.kinds import checked
+from robustft.methods.tuning import Tune, check_tune, set_trained
+from robustft.ops.kinds import checked, described
 from robustft.predictors.base import Classifier, Predictor
 from robustft.predictors.zero_shot import zero_shot_classifier
 
@@ -55,6 +58,8 @@ class Shared(TypedDict, total=False):
     templates: Required[Sequence[Template]]
     total_steps: int | None
     seed: int
+    tune: Tune | None
+    lora: clip.LoRA | Mapping[str, Any] | None
 
 
 def check_single_process(what: str) -> None:
@@ -87,7 +92,14 @@ class Method(Configured, nn.Module):
             sets are matched by keys or by values.
         templates: prompts with a place for the name, "a photo of a {}".
         total_steps: length of the run, for methods with a schedule; None: `begin_run` tells it, as `fit` does.
-        seed: of everything random in `step`.
+        seed: of everything random in `step`, and of the adapters.
+        tune: which parameters of the model are trained, "full", "visual", "text", "projection" or "lora"
+            (`robustft.methods.tuning`); None for what the method trains by itself.
+        lora: the adapters of tune="lora", a `robustft.clip.LoRA` or its arguments by name.
+
+    Under adapters, tune="lora" or those of a model that peft has wrapped, they alone are trained, not the scale either.
+    The frozen weights are in memory once, whatever frozen copies a method keeps, and not in `state_dict()`: `config` has
+    their fingerprint.
     """
 
     uncompared: ClassVar[tuple[str, ...]] = (
@@ -97,6 +109,7 @@ class Method(Configured, nn.Module):
     )  # `config` has the captions that they make
     takes_features = False  # whether a batch may hold unit features (N, D) in the images' place: with a frozen tower
     recomputes = True  # whether the towers may compute their activations once more in the backward, and not keep them
+    towers: ClassVar[tuple[str, ...]] = clip.TOWERS  # of the model, those that are trained: what `tune` may name
     scheduled = False  # whether `run_length` was asked for: what was trained depends on the length of the run
     model: Any  # an open_clip model, of whose attributes `robustft.clip` takes care
     steps: Tensor
@@ -111,8 +124,11 @@ class Method(Configured, nn.Module):
         templates: Sequence[Template],
         total_steps: int | None = None,
         seed: int = 0,
+        tune: Tune | None = None,
+        lora: clip.LoRA | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        adapters = check_tune(tune, lora, self.towers, type(self).__name__)
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         texts = captions(class_names, templates)  # refuses what is no list of names or templates
@@ -122,7 +138,8 @@ class Method(Configured, nn.Module):
                 "is always 1 and teaches nothing. Add a class for what it is not, or leave the model as it is and tell "
                 'the class from everything else by Detector("max_cosine")'
             )
-        self.model = copy.deepcopy(unwrap(model))
+        self.model = adopted(copy.deepcopy(unwrap(model)))
+        set_trained(self.model, tune, adapters, self.towers, seed)
         self.tokenizer = tokenizer
         keys, words = split_names(class_names)
         self.classes, self.class_names = ClassNames(keys), tuple(words)
@@ -134,6 +151,11 @@ class Method(Configured, nn.Module):
             "method": type(self).__name__,
             "captions": digest(texts, tokenize(tokenizer, [first for first, *_ in texts], names=self.class_names)),
         }
+        self._base: tuple[str, ...] = ()
+        if clip.has_adapters(self.model):
+            self._base = tuple(name for name, p in self.model.named_parameters() if not p.requires_grad)
+            self.config["model"] = clip.fingerprint(base(self.model))
+            self.register_state_dict_post_hook(_without_the_base)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("run_steps", torch.zeros((), dtype=torch.int64))  # 0 where nobody told it
 
@@ -193,6 +215,21 @@ class Method(Configured, nn.Module):
             return self.classes
         return dict(zip(self.classes, self.class_names, strict=True))
 
+    def frozen_copy(self) -> Any:
+        """A copy of the model as it is now, frozen and in evaluation mode; weights under adapters are shared."""
+        return clip.copied(self.model).requires_grad_(False).eval()
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """The frozen weights under adapters by name, under each name where a copy shares them; without adapters {}."""
+        held = {id(self.model.get_parameter(name)) for name in self._base}
+        return {name: p for name, p in self.named_parameters(remove_duplicate=False) if id(p) in held}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As any module's; frozen weights under adapters stay what they are."""
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict is {described(state_dict)}; expected what state_dict() gave")
+        return super().load_state_dict({**state_dict, **self.base_parameters()}, strict, assign)
+
     def checked(self, batch: Any) -> Batch:
         """The batch's parts, or an error that says what is wrong with them, or with taking a step here."""
         check_single_process(f"{type(self).__name__}.step")
@@ -211,3 +248,10 @@ class Method(Configured, nn.Module):
         if labels is None:
             raise ValueError(f"{type(self).__name__} needs labels in the batch, which has texts only")
         return images, labels
+
+
+def _without_the_base(method: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leaves the frozen weights under adapters out of a state."""
+    assert isinstance(method, Method)
+    for name in method.base_parameters():
+        state.pop(prefix + name, None)

@@ -18,7 +18,6 @@ teacher <- m teacher + (1 - m) student   every 500 steps;   m: 0.05 -> 0.9 over 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -45,9 +44,9 @@ class CaRot(CaptionMethod):
     both directions without the half. The distillation is skipped at step 0, where teacher and student are
     one; it is computed from log-softmax, where the released code's log(softmax) can overflow. The teacher
     averages parameters only: buffers (running statistics of a ResNet tower) stay the pre-trained ones, in
-    evaluation mode. The student is evaluated; `classifier(teacher=True)` for the other. Averaging every step
-    collapses the teacher onto the student, and at an interval of the whole run it stays near where it began: both
-    are warned of.
+    evaluation mode. Of a model with adapters it averages these alone, and shares the frozen weights. The student is
+    evaluated; `classifier(teacher=True)` for the other. Averaging every step collapses the teacher onto the student,
+    and at an interval of the whole run it stays near where it began: both are warned of.
 
     Args:
         misalignment, variant: as for `FLYP`.
@@ -109,7 +108,7 @@ class CaRot(CaptionMethod):
         self.given_interval, self.ema_interval_fraction = ema_interval, ema_interval_fraction
         self.ema_start, self.ema_end = ema_start, ema_end
         self.ema_warmup_fraction = ema_warmup_fraction
-        self.teacher = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.teacher = self.frozen_copy()
         self.penalised = self._projections()
         if self.total_steps is not None:
             self._warn_of_the_interval()
@@ -157,9 +156,9 @@ class CaRot(CaptionMethod):
         """Move the teacher when its turn has come, and count the step."""
         step = int(self.steps)
         if step % self.ema_interval == 0:
-            torch._foreach_lerp_(
-                list(self.teacher.parameters()), list(self.model.parameters()), 1.0 - self.momentum(step)
-            )
+            pairs = zip(self.teacher.parameters(), self.model.parameters(), strict=True)
+            own = [(kept, p.detach()) for kept, p in pairs if kept is not p]  # the others are frozen, and shared
+            torch._foreach_lerp_([kept for kept, _ in own], [p for _, p in own], 1.0 - self.momentum(step))
         super().after_step()
 
     def momentum(self, step: int) -> float:

@@ -13,7 +13,6 @@ p(y | x) = beta softmax(s u w^T) + (1 - beta) softmax(s u v^T),   beta = 1/2
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +105,7 @@ class DRM(CaptionMethod):
         self.proxy = proxy if worst_case_weight else None
         self.config["descriptions"] = described(self.descriptions, "descriptions")
         if self.proxy is not None:
-            frozen = copy.deepcopy(self.model).requires_grad_(False).eval()
+            frozen = self.frozen_copy()
             with torch.no_grad():
                 core = clip.grouped_embeddings(frozen, self.concepts, batch_size=text_chunk)
             self.zero_shot = Classifier(frozen, core, self.classes)

@@ -38,6 +38,8 @@ class FineTune(LinearHead):
     Source: Wortsman et al., WiSE-FT (arXiv 2109.01903), section 3; as a baseline, the code of CaRot and VRF.
     """
 
+    towers = ("visual",)
+
     def __init__(
         self,
         model: nn.Module,

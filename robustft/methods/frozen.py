@@ -41,6 +41,8 @@ class FrozenModel(Method):
         others: as for `Method`.
     """
 
+    towers = ()
+
     def __init__(self, model: nn.Module, *, objective: Objective = Objective(), **shared: Unpack[Shared]) -> None:
         super().__init__(model, **shared)
         self.model.requires_grad_(False).eval()

@@ -38,6 +38,7 @@ class LinearProbe(LinearHead):
 
     takes_features = True
     trains_model = False
+    towers = ()
 
     def __init__(
         self,

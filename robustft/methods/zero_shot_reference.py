@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +32,7 @@ class ZeroShotReference(nn.Module):
         self._classifier: tuple[Classifier, ...] = ()  # in a tuple, where nn.Module looks for no submodule
         self.config: dict[str, Any] = {}
         if objective.needs_zero_shot:
-            model = copy.deepcopy(method.model).requires_grad_(False) if trained else method.model
+            model = method.frozen_copy() if trained else method.model
             self._classifier = (method.zero_shot_classifier(model),)
             self.config = {"zero_shot": {"model": clip.fingerprint(model), "prompts": method.config["captions"]}}
 

@@ -1,0 +1,298 @@
+"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) in the towers of an open_clip model, by peft.
+
+    y = W x + b + (alpha / r) B A x        W (out, in) frozen;  A (r, in) random, B (out, r) 0 at the start
+    W' = W + (alpha / r) B A               the same map, merged
+
+peft puts its layers into the model in the places of those that they adapt, so that a model with adapters is an
+open_clip model still: it is trained, encoded with and saved as any other. A model that its owner wrapped by peft,
+`peft.get_peft_model(model, ...)`, is unwrapped to that.
+
+peft's own layer for `nn.MultiheadAttention` merges its update into the frozen weights before each pass and subtracts it
+afterwards, which leaves rounding in them and makes parameters anew. Models that share frozen weights cannot have that,
+so `Attention` here, which takes its place, computes the merged weights beside the frozen ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from robustft.clip.encoding import encode_images, encode_texts, text_projection, text_tower, unwrap, visual_projection
+from robustft.clip.outputs import evaluating
+from robustft.ops.kinds import checked
+
+Towers = Literal["visual", "text", "both"]
+TOWERS = ("visual", "text")
+ADAPTER = "default"  # peft's own name of a model's one adapter
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank updates of linear maps: which maps, and how large.
+
+    Args:
+        rank: r of A and B.
+        alpha: the update is alpha / r times B A; None for 2 r.
+        dropout: of what enters A in training. peft has none inside an `nn.MultiheadAttention`.
+        targets: layers, by their names, the ends of these ("mlp.c_fc") or patterns ("*.resblocks.1?.attn"). An
+            attention is one layer, its in- and out-projections. () for all attentions and linear layers of the towers,
+            but the projections into the space of features; of a tower that has none, for its convolutions.
+        towers: "visual", "text" or "both".
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: Sequence[str] = ()
+    towers: Towers = "both"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank must be an integer, at least 1, got {self.rank!r}")
+        if self.alpha is not None and not 0.0 < self.alpha < float("inf"):
+            raise ValueError(f"alpha must be positive and finite, got {self.alpha!r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
+        if isinstance(self.targets, str) or not all(isinstance(name, str) and name for name in self.targets):
+            raise ValueError(f"targets must be a sequence of names of layers, got {self.targets!r:.80}")
+        if self.towers not in get_args(Towers):
+            raise ValueError(f"towers must be one of {', '.join(get_args(Towers))}, got {self.towers!r}")
+        object.__setattr__(self, "targets", tuple(self.targets))
+
+
+def import_peft() -> ModuleType:
+    """The peft module; ImportError naming the extra where it is not installed."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("peft is not installed: pip install 'robustft[lora]'", name="peft") from error
+    return peft
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether peft has put layers into a model."""
+    return isinstance(getattr(unwrap(model), "peft_config", None), Mapping)
+
+
+@checked
+def adapt(model: nn.Module, lora: LoRA, *, towers: Sequence[str] = TOWERS, seed: int = 0) -> Any:
+    """The model with adapters put into it, in place; nothing but these is trained any more.
+
+    towers: those of `lora.towers` to take. seed: of A; torch's generator stays as it was. To know which layers its
+    towers call, an empty image and an empty text are encoded. ValueError for targets that match none of these layers,
+    with the names that there are, and for a model that has adapters; ImportError naming the extra without peft.
+    """
+    peft = import_peft()
+    model = unwrap(model)
+    if has_adapters(model):
+        raise ValueError("model has adapters already: train these, or merge them first (robustft.clip.merged)")
+    names = _targets(model, lora, [name for name in towers if lora.towers in (name, "both")])
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="|".join(map(re.escape, names)),  # a pattern matches whole names, a list of names their ends
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        injected = peft.get_peft_model(model, config, adapter_name=ADAPTER)
+    return adopted(injected)
+
+
+def adopted(model: nn.Module) -> Any:
+    """What peft wrapped, an open_clip model with layers of peft's in it; in place, its attentions leave frozen weights
+    as they are. Any other model as it is."""
+    model = unwrap(model)
+    if has_adapters(model):
+        import_peft()
+        theirs, ours = _attentions()
+        for module in list(nn.Module.modules(model)):
+            if type(module) is theirs:
+                module.__class__ = ours
+    return model
+
+
+def copied(model: nn.Module) -> Any:
+    """A copy of a model; of one with adapters, a copy that shares the frozen weights."""
+    frozen = [p for p in model.parameters() if not p.requires_grad] if has_adapters(model) else []
+    return copy.deepcopy(model, {id(p): p for p in frozen})
+
+
+@checked
+def merged(model: nn.Module) -> Any:
+    """A model as open_clip builds it, without wrappers, with a model's adapters merged into its weights.
+
+    A copy in memory of its own, all of whose parameters can be trained; a model without adapters is given back itself.
+    """
+    model = unwrap(model)
+    return _without_layers(copy.deepcopy(model), merge=True) if has_adapters(model) else model
+
+
+def base(model: nn.Module) -> Any:
+    """The model as it is without its adapters; it shares the weights."""
+    model = unwrap(model)
+    if not has_adapters(model):
+        return model
+    return _without_layers(copy.deepcopy(model, {id(p): p for p in model.parameters()}), merge=False)
+
+
+def _without_layers(model: nn.Module, *, merge: bool) -> nn.Module:
+    """The model, in place, with the layers that peft adapts in the place of peft's."""
+    peft = import_peft()
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    done: list[str] = []
+    for name, module in list(model.named_modules()):
+        if any(name.startswith(f"{above}.") for above in done):
+            continue
+        found: Any
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            found = module
+            found = found.modules_to_save[found.active_adapters[0]] if merge else found.original_module
+        elif not isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            continue
+        elif callable(unload := getattr(module, "unload_and_optionally_merge_module", None)):
+            found = unload(merge=merge, safe_merge=False, adapter_names=None)
+        else:
+            if merge:
+                module.merge()
+            found = module.get_base_layer()
+        done.append(name)
+        above, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(above), leaf, found)
+    del model.peft_config
+    return model.requires_grad_(True) if merge else model
+
+
+def _targets(model: nn.Module, lora: LoRA, towers: Sequence[str]) -> list[str]:
+    """Full names of the layers to adapt."""
+    called = _called(model)
+    prefixes = {"visual": "visual.", "text": "text." if text_tower(model) is not model else ""}
+    kept = {
+        name: layer
+        for name, layer in called.items()
+        if ("visual" if name.startswith("visual.") else "text") in towers
+        and name.startswith(("visual.", prefixes["text"]))
+    }
+    if lora.targets:
+        unmatched = [target for target in lora.targets if not any(_matches(name, target) for name in kept)]
+        if unmatched:
+            there = sorted({re.sub(r"\d+", "*", name) for name in kept})
+            raise ValueError(
+                f"lora targets {unmatched} match no layer that the {' and '.join(towers) or 'no'} tower calls; there "
+                f"are {', '.join(there) or 'none'}"
+            )
+        return [name for name in kept if any(_matches(name, target) for target in lora.targets)]
+    chosen: list[str] = []
+    ends = _projections(model)
+    for tower in towers:
+        own = {name: layer for name, layer in kept.items() if name.startswith("visual.") == (tower == "visual")}
+        maps = [name for name, layer in own.items() if not isinstance(layer, nn.Conv2d) and id(layer) not in ends]
+        found = maps or [name for name, layer in own.items() if isinstance(layer, nn.Conv2d) and layer.groups == 1]
+        if not found:
+            raise ValueError(f"lora: the {tower} tower of this {type(model).__name__} calls no layer to adapt")
+        chosen += found
+    if not chosen:
+        raise ValueError(f"lora.towers is {lora.towers!r}, of which nothing is trained here")
+    return chosen
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}") or fnmatch.fnmatchcase(name, target)
+
+
+def _projections(model: nn.Module) -> set[int]:
+    """The ids of the layers whose weights map into the space of features."""
+    found = set()
+    for of in (visual_projection, text_projection):
+        try:
+            place = of(model).data_ptr()
+        except ValueError:  # this tower ends otherwise
+            continue
+        found |= {id(m) for m in model.modules() if isinstance(m, nn.Linear) and m.weight.data_ptr() == place}
+    return found
+
+
+@torch.no_grad()
+def _called(model: nn.Module) -> dict[str, nn.Module]:
+    """Attentions, linear layers and convolutions, by name, whose `forward` runs when an image and a text are encoded.
+
+    Some towers read a layer's weight and compute with it themselves: an adapter there would do nothing."""
+    kinds = (nn.MultiheadAttention, nn.Linear, nn.Conv2d)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    seen: set[int] = set()
+    hooks = [m.register_forward_pre_hook(lambda module, _: seen.add(id(module))) for m in layers.values()]
+    try:
+        with evaluating(model):
+            weight = next(model.parameters())
+            encode_images(model, weight.new_zeros(1, 3, *_image_size(model)))
+            length = getattr(text_tower(model), "context_length", None) or 1
+            encode_texts(model, torch.zeros(1, length, dtype=torch.int64, device=weight.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: module for name, module in layers.items() if id(module) in seen}
+
+
+def _image_size(model: Any) -> tuple[int, int]:
+    size = getattr(model.visual, "image_size", None) or 224
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+@functools.cache
+def _attentions() -> tuple[type, type]:
+    """peft's layer for `nn.MultiheadAttention`, and the one that takes its place."""
+    from peft.tuners.lora.layer import MultiheadAttention
+
+    class Attention(MultiheadAttention):
+        """An attention with adapters; its names in a state are those of peft's."""
+
+        def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+            inside = self.get_base_layer()
+            active = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in self.r]
+            if not active:
+                return inside(query, *args, **kwargs)
+            outside = inside.out_proj
+            w = inside.in_proj_weight
+            o = outside.get_base_layer().weight
+            for name in active:
+                w = w + self.get_delta_weight(name).to(w.dtype)
+                o = o + out_updates() * outside.get_delta_weight(name).to(o.dtype)
+            weights = {"in_proj_weight": w, "out_proj.base_layer.weight": o}
+            return torch.func.functional_call(inside, weights, (query, *args), kwargs)
+
+        def _restore_weights(self) -> None:
+            """peft makes the frozen parameters anew, wherever a model is looked through; needed while merged alone."""
+            if self.merged:
+                super()._restore_weights()
+
+    return MultiheadAttention, Attention
+
+
+@functools.cache
+def out_updates() -> int:
+    """How many times this peft adds the update of an attention's out-projection: 0.21 merges it twice.
+
+    What an adapter computes in peft, it computes here.
+    """
+    peft = import_peft()
+    with torch.random.fork_rng(devices=[]):
+        layer = nn.MultiheadAttention(1, 1)
+        config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=["0"])
+        probe = peft.get_peft_model(nn.Sequential(layer), config).get_base_model()
+    adapter = probe[0].base_layer.out_proj
+    before = adapter.get_base_layer().weight.item()
+    with torch.no_grad():
+        for factors in (adapter.lora_A, adapter.lora_B):
+            factors["default"].weight.fill_(1.0)
+    probe[0].merge()
+    return round(adapter.get_base_layer().weight.item() - before)
