@@ -229,6 +229,8 @@ def _called(model: nn.Module) -> dict[str, nn.Module]:
     Some towers read a layer's weight and compute with it themselves: an adapter there would do nothing."""
     kinds = (nn.MultiheadAttention, nn.Linear, nn.Conv2d)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    # peft adapts no attention to keys of another width.
+    layers = {name: module for name, module in layers.items() if getattr(module, "_qkv_same_embed_dim", True)}
     seen: set[int] = set()
     hooks = [m.register_forward_pre_hook(lambda module, _: seen.add(id(module))) for m in layers.values()]
     try:
@@ -257,7 +259,7 @@ def _attentions() -> tuple[type, type]:
         """An attention with adapters; its names in a state are those of peft's."""
 
         def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-            inside = self.get_base_layer()
+            inside: Any = self.get_base_layer()
             active = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in self.r]
             if not active:
                 return inside(query, *args, **kwargs)

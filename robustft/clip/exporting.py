@@ -8,9 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from robustft.clip.adapter_files import ADAPTER_FILE, digest, write_adapters
+from robustft.clip.adapters import base, has_adapters
+from robustft.clip.adapters import merged as merge
 from robustft.clip.computation import check_same_computation
 from robustft.clip.encoding import unwrap
-from robustft.clip.loading import CLASSIFIER_FILE, COMPANIONS, CONFIG_FILE, WEIGHTS_FILE, build_on_meta
+from robustft.clip.loading import CLASSIFIER_FILE, COMPANIONS, CONFIG_FILE, WEIGHTS_FILE, build_on_meta, found_by
 from robustft.clip.messages import few
 from robustft.clip.prompts import Tokenizer
 from robustft.files import new_folder, write_json, write_tensors, write_text
@@ -30,12 +33,17 @@ def export(
     tokenizer: Tokenizer | None = None,
     card: str | None = None,
     classifier: Callable[[Path], object] | None = None,
+    merged: bool = False,
 ) -> Path:
     """Writes a directory that `open_clip.create_model_and_transforms("local-dir:...")` loads bit for bit.
 
     config: a `Bundle`'s, describing this model. tokenizer: needed only where it is a Hugging Face one (the
     configuration names it), whose files are then written too. card: text of README.md; None writes a short
     one. classifier: writes the file classifier.safetensors, as `Classifier.save` asks for it; None for none.
+
+    Of a model with adapters, the adapters are written, as peft writes them, with what finds the weights below them
+    (`robustft.clip.adapter_files`): these too, unless `config` has a source of which they can be loaded again.
+    `robustft.clip.load` reads such a directory, open_clip does not. merged: write the merged weights instead.
 
     The directory is built beside its place and then renamed, so that it is whole or not there. An earlier
     export is replaced, with its classifier, detector and calibrator. Raises FileExistsError when `directory` holds
@@ -44,8 +52,10 @@ def export(
     """
     if not all(isinstance(config.get(key), Mapping) for key in ("model_cfg", "preprocess_cfg")):
         raise ValueError(f"config: expected the mappings 'model_cfg' and 'preprocess_cfg', got {config!r:.80}")
-    model = unwrap(model)
-    check_described(model, config)
+    source, config = config.get("source"), {key: value for key, value in config.items() if key != "source"}
+    model = merge(model) if merged else unwrap(model)
+    below = base(model)
+    check_described(below, config)
     directory = Path(directory).resolve()
     with new_folder(directory) as fresh:
         write_json(fresh / CONFIG_FILE, config, indent=2)
@@ -55,7 +65,14 @@ def export(
         if callable(save := getattr(tokenizer, "save_pretrained", None)):
             save(fresh)
         _check_replaceable(directory, {path.name for path in fresh.iterdir()} | {WEIGHTS_FILE} | COMPANIONS)
-        write_tensors(fresh / WEIGHTS_FILE, model.state_dict(), {"format": "pt"})
+        if has_adapters(model):
+            weights = digest(below.state_dict())
+            found = None if source is None else found_by(source, config, weights)
+            kept = found is not None and directory not in found.resolve().parents  # and not about to be replaced
+            write_adapters(model, fresh, source if kept else None, weights)
+            if kept:
+                return directory
+        write_tensors(fresh / WEIGHTS_FILE, below.state_dict(), {"format": "pt"})
     return directory
 
 
@@ -100,7 +117,7 @@ def _check_replaceable(directory: Path, names: set[str]) -> None:
     if not directory.exists():
         return
     held = {path.name for path in directory.iterdir()} if directory.is_dir() else {directory.name}
-    if held and (held - names or not {CONFIG_FILE, WEIGHTS_FILE} <= held):
+    if held and (held - names or CONFIG_FILE not in held or not held & {WEIGHTS_FILE, ADAPTER_FILE}):
         raise FileExistsError(
             f"{directory}: holds something other than an earlier export: "
             f"{few(sorted(held), 'files')}; choose another directory or empty it"
@@ -108,6 +125,23 @@ def _check_replaceable(directory: Path, names: set[str]) -> None:
 
 
 def _card(name: str, model: nn.Module) -> str:
+    if has_adapters(model):
+        return f"""---
+library_name: peft
+pipeline_tag: zero-shot-image-classification
+---
+# {name}
+
+Adapters of a CLIP model, {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters, exported by
+robustft. base.json says where the weights below them are.
+
+```python
+from robustft import clip
+
+bundle = clip.load("local-dir:path/to/{name}")
+clip.export(bundle.model, "path/to/merged", bundle.config, merged=True)  # a folder that open_clip loads
+```
+"""
     return f"""---
 library_name: open_clip
 pipeline_tag: zero-shot-image-classification

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustft.clip.adapter_files import BASE_FILE, digest, holds_adapters, put_adapters, read_base
+from robustft.clip.adapter_files import FILES as ADAPTER_FILES
 from robustft.clip.library import import_open_clip
 from robustft.clip.messages import few
 from robustft.clip.prompts import Tokenizer
@@ -39,7 +41,7 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 CLASSIFIER_FILE = "classifier.safetensors"  # the head of a `methods.Classifier`; open_clip does not look at it
 
 
-COMPANIONS = {CLASSIFIER_FILE, *FITTED}  # beside the weights, and replaced with them
+COMPANIONS = {CLASSIFIER_FILE, *FITTED, *ADAPTER_FILES}  # beside the weights, and replaced with them
 
 
 class Bundle(NamedTuple):
@@ -47,7 +49,8 @@ class Bundle(NamedTuple):
     tokenizer: Tokenizer
     train_transform: Callable[[Any], Tensor]
     eval_transform: Callable[[Any], Tensor]
-    config: dict[str, Any]  # {"model_cfg": ..., "preprocess_cfg": ...}, as in open_clip_config.json
+    # {"model_cfg": ..., "preprocess_cfg": ...} as in open_clip_config.json, and "source": what `load` found it by
+    config: dict[str, Any]
 
 
 @checked
@@ -128,6 +131,11 @@ def _load_model(
         config = _resized(model, config, image_size)
         train_transform, eval_transform = (_transform(config["preprocess_cfg"], train) for train in (True, False))
         open_clip.set_model_preprocess_cfg(model, config["preprocess_cfg"])
+    if checkpoint is not None:
+        config["source"] = _source(name, pretrained)
+    if directory and holds_adapters(folder := Path(name.partition(":")[2])):
+        config["source"] = read_base(folder)["source"]
+        model = put_adapters(model, folder)
     move(model, device, dtype)
     return model.eval(), (train_transform, eval_transform), config
 
@@ -200,6 +208,16 @@ def _transform(settings: Mapping[str, Any], is_train: bool) -> Callable[[Any], T
     sized = {"size": tuple(size)} if isinstance(size, list) else {}
     transform: Callable[[Any], Tensor] = image_transform_v2(PreprocessCfg(**{**settings, **sized}), is_train=is_train)
     return transform
+
+
+def _source(name: str, pretrained: str | Path | None) -> dict[str, str | None]:
+    """What a model was found by; places on this machine as they are called from anywhere."""
+    scheme, colon, place = name.partition(":")
+    if scheme == "local-dir":
+        name = f"{scheme}{colon}{Path(place).resolve()}"
+    if pretrained is not None:
+        pretrained = str(Path(pretrained).resolve() if Path(pretrained).is_file() else pretrained)
+    return {"name": name, "pretrained": pretrained}
 
 
 _TOKENIZERS: dict[tuple[str, str], Any] = {}
@@ -326,6 +344,8 @@ def _resolve(
     scheme, _, place = name.partition(":")
     if scheme == "local-dir":
         config = _read_config(Path(place) / CONFIG_FILE)
+        if not pretrained and holds_adapters(Path(place)):
+            return config, _base_weights(open_clip, Path(place), cache_dir)
         return config, _existing(pretrained) if pretrained else _weights_in(Path(place))
     if scheme == "hf-hub":
         download = functools.partial(download_pretrained_from_hf, place, cache_dir=cache_dir)
@@ -360,6 +380,34 @@ def _resolve(
         config["model_cfg"]["quick_gelu"] = True
     config["preprocess_cfg"] = merge_preprocess_dict(PreprocessCfg(), tag)
     return config, Path(open_clip.download_pretrained(tag, cache_dir=cache_dir))
+
+
+def _base_weights(open_clip: ModuleType, folder: Path, cache_dir: str | None) -> Path | None:
+    """The file with the weights below a folder's adapters."""
+    source = read_base(folder)["source"]
+    if source is None:
+        return _weights_in(folder)
+    try:
+        return _resolve(open_clip, source["name"], source.get("pretrained"), cache_dir)[1]
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{folder / BASE_FILE}: the weights below the adapters are not found by {source}: {error}. Write there "
+            f"where they are now, or give them: robustft.clip.load('local-dir:{folder}', pretrained=FILE)"
+        ) from error
+
+
+def found_by(source: Mapping[str, Any], config: Mapping[str, Any], weights: str) -> Path | None:
+    """The file that `load` finds by a source, if it holds the weights of this `digest`."""
+    open_clip = import_open_clip()
+    try:
+        checkpoint = _resolve(open_clip, source["name"], source.get("pretrained"), None)[1]
+        if checkpoint is None:
+            return None
+        model = _built(open_clip, config)[0]
+        _load_weights(open_clip, model, checkpoint)
+    except (OSError, ValueError, KeyError):
+        return None
+    return checkpoint if digest(model.state_dict()) == weights else None
 
 
 def _existing(path: str | Path, otherwise: str = "") -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustft.clip.adapters import merged
 from robustft.clip.computation import check_same_computation
 from robustft.clip.encoding import unwrap
 from robustft.clip.messages import few
@@ -25,11 +26,12 @@ from robustft.ops.kinds import checked, described
 def interpolate(zero_shot: nn.Module, fine_tuned: nn.Module, alpha: float) -> nn.Module:
     """WiSE-FT (arXiv 2109.01903, section 3): a model with weights (1 - alpha) zero_shot + alpha fine_tuned.
 
-    It is a copy of `fine_tuned` (device, mode, requires_grad) with the state of `interpolate_state`. ValueError,
-    naming the setting, for models that compute different things with their weights (GELU and QuickGELU, say).
+    It is a copy of `fine_tuned` (device, mode, requires_grad) with the state of `interpolate_state`; adapters in either
+    are merged first. ValueError, naming the setting, for models that compute different things with their weights
+    (GELU and QuickGELU, say).
     """
-    fine_tuned = unwrap(fine_tuned)
-    state = interpolate_state(unwrap(zero_shot).state_dict(), fine_tuned.state_dict(), alpha)
+    zero_shot, fine_tuned = merged(zero_shot), merged(fine_tuned)
+    state = interpolate_state(zero_shot.state_dict(), fine_tuned.state_dict(), alpha)
     check_same_computation(zero_shot, fine_tuned, "zero_shot", "fine_tuned")
     model = copy.deepcopy(fine_tuned)
     model.load_state_dict(state)

@@ -34,7 +34,7 @@ def uniform_soup(classifiers: Sequence[Classifier]) -> Classifier:
 
     Runs of one method, or of several from the same pre-trained model; the mean of models with different beginnings
     is useless. An absent bias counts as 0. Integer buffers are the first's. Means are taken in at least float32;
-    what is equal in all stays as it is. Memory: one more model.
+    what is equal in all stays as it is. Adapters are merged into the weights first. Memory: one more model.
 
     ValueError for no classifiers, other classes, weights that do not match, naming them, and models that compute
     different things with theirs (`clip.check_same_computation`).
@@ -86,10 +86,10 @@ def _made(members: Sequence[Classifier], mean: Mean) -> Classifier:
     """The classifier whose weights and head are the mean, of some kind, of those of the members."""
     first, like = members[0], _head_of(members[0])
     head = mean({name: value.to(like[name]) for name, value in _head_of(c).items()} for c in members)
-    model = copy.deepcopy(clip.unwrap(first.model))
-    model.load_state_dict(mean(clip.unwrap(c.model).state_dict() for c in members))
+    model = copy.deepcopy(clip.merged(first.model))
+    model.load_state_dict(mean(clip.merged(c.model).state_dict() for c in members))
     for i, classifier in enumerate(members):
-        clip.check_same_computation(model, classifier.model, "classifiers[0]", f"classifiers[{i}]")
+        clip.check_same_computation(model, clip.merged(classifier.model), "classifiers[0]", f"classifiers[{i}]")
     bias = head["bias"] if any(c.bias is not None for c in members) else None
     return Classifier(model, head["head"] / head["scale"], first.classes, logit_scale=head["scale"], bias=bias)
 

@@ -28,7 +28,7 @@ class WiSEFT:
     """Weight-space ensemble of a zero-shot and a fine-tuned classifier.
 
     The head is interpolated with the weights, as the released code does (also for text-derived heads), rather
-    than rebuilt from the interpolated text tower.
+    than rebuilt from the interpolated text tower. Adapters are merged into the weights first.
 
     Learnt by `fit`: `alpha_`, and over `alphas_` the `accuracies_` and `nlls_` on the validation set.
 
@@ -99,7 +99,8 @@ class Walk:
     """One model on its way between two: `to(place)` gives it the weights `state_at(zero_shot, fine_tuned, place)`."""
 
     def __init__(self, zero_shot: nn.Module, fine_tuned: nn.Module, state_at: Callable[..., dict[str, Tensor]]) -> None:
-        self.ends = clip.unwrap(zero_shot).state_dict(), clip.unwrap(fine_tuned).state_dict()
+        zero_shot, fine_tuned = clip.merged(zero_shot), clip.merged(fine_tuned)
+        self.ends = zero_shot.state_dict(), fine_tuned.state_dict()
         self.model, self.state_at = clip.interpolate(zero_shot, fine_tuned, 1.0), state_at
         self.place: Any = None
 

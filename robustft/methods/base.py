@@ -98,8 +98,8 @@ class Method(Configured, nn.Module):
         lora: the adapters of tune="lora", a `robustft.clip.LoRA` or its arguments by name.
 
     Under adapters, tune="lora" or those of a model that peft has wrapped, they alone are trained, not the scale either.
-    The frozen weights are in memory once, whatever frozen copies a method keeps, and not in `state_dict()`: `config` has
-    their fingerprint.
+    The frozen weights are in memory once, whatever frozen copies a method keeps, and not in `state_dict()`: `config`
+    has their fingerprint.
     """
 
     uncompared: ClassVar[tuple[str, ...]] = (

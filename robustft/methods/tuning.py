@@ -54,14 +54,14 @@ def set_trained(model: nn.Module, tune: Tune | None, lora: clip.LoRA | None, tow
     if lora is not None:
         clip.adapt(model, lora, towers=towers, seed=stateless_seed(seed, "lora"))
     elif tune not in (None, "full"):
-        chosen = {id(p) for p in _named(model, tune)}
+        chosen = {id(p) for p in _named(model, tune, towers)}
         for p in model.parameters():
             p.requires_grad_(p.requires_grad and id(p) in chosen)
         if not any(p.requires_grad for p in model.parameters()):
-            raise ValueError(f"tune is {tune!r}, and in the model that is frozen or not there: nothing is left to train")
+            raise ValueError(f"tune is {tune!r}, which is frozen in the model: nothing is left to train")
 
 
-def _named(model: Any, tune: str) -> list[nn.Parameter]:
+def _named(model: Any, tune: str, towers: Sequence[str]) -> list[nn.Parameter]:
     if tune == "visual":
         return list(model.visual.parameters())
     if tune == "text":
@@ -70,18 +70,20 @@ def _named(model: Any, tune: str) -> list[nn.Parameter]:
             return list(tower.parameters())
         others = {id(p) for p in model.visual.parameters()}
         return [p for p in model.parameters() if id(p) not in others and p.ndim > 0]  # 0-d: the scale and its bias
-    return [p for p in model.parameters() if p.data_ptr() in set(_places(model))]
+    ends = {weight.data_ptr() for weight in _projections(model, towers)}
+    return [p for p in model.parameters() if p.data_ptr() in ends]
 
 
-def _places(model: nn.Module) -> list[int]:
-    """Where the projections' weights lie; ValueError, naming what was looked for, where no tower has one."""
+def _projections(model: nn.Module, towers: Sequence[str]) -> list[Tensor]:
+    """The last linear maps of these towers; ValueError, naming what was looked for, where none of them has one."""
     found: list[Tensor] = []
     errors: list[ValueError] = []
-    for of in (clip.visual_projection, clip.text_projection):
-        try:
-            found.append(of(model))
-        except ValueError as error:
-            errors.append(error)
+    for tower, of in {"visual": clip.visual_projection, "text": clip.text_projection}.items():
+        if tower in towers:
+            try:
+                found.append(of(model))
+            except ValueError as error:
+                errors.append(error)
     if not found:
         raise errors[0]
-    return [weight.data_ptr() for weight in found]
+    return found

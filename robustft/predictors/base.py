@@ -330,6 +330,12 @@ class ModelPredictor(Predictor):
         write = partial(save_fitted, kind=self.kind, settings=settings, tensors=self._held())
         return clip.export(self.model, Path(directory), config, tokenizer=tokenizer, classifier=write)
 
+    def merged(self: P) -> P:
+        """This predictor on a model of its own with its adapters merged into the weights; without any, itself."""
+        if not clip.has_adapters(self.model):
+            return self
+        return type(self)(model=clip.merged(self.model), classes=self.classes, **self._held(), **self._settings())
+
     @classmethod
     def restore(cls, directory: Path, device: torch.device | str, dtype: torch.dtype) -> ModelPredictor:
         path = directory / clip.CLASSIFIER_FILE

@@ -81,6 +81,8 @@ def test_the_configuration_holds_what_was_given_and_what_was_not(clip_model, pro
         "class_names": ["ant", "bee", "cow"],
         "total_steps": None,
         "seed": 0,
+        "tune": None,
+        "lora": None,
         "targets": "label",
         "loss": "softmax",
         "label_smoothing": 0.0,
