@@ -24,6 +24,10 @@ Decay = Literal["cosine", "linear", "constant"]
 Loss = Literal["auto", "softmax", "sigmoid"]
 DECAYS: tuple[str, ...] = get_args(Decay)
 """What the learning rate does after its warm-up."""
+Tune = Literal["full", "visual", "text", "projection", "lora", "prompts"]
+"""Which parameters of a model are trained (`robustft.methods.tuning`)."""
+Towers = Literal["visual", "text", "both"]
+"""Which towers have adapters."""
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent

@@ -21,16 +21,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from robustft.clip.encoding import encode_images, encode_texts, text_projection, text_tower, unwrap, visual_projection
 from robustft.clip.outputs import evaluating
+from robustft.machine import Towers
 from robustft.ops.kinds import checked
 
-Towers = Literal["visual", "text", "both"]
 TOWERS = ("visual", "text")
 ADAPTER = "default"  # peft's own name of a model's one adapter
 

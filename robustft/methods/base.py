@@ -31,8 +31,9 @@ from robustft.clip.prompts import Template, Tokenizer, captions, split_names, to
 from robustft.data.classes import ClassNames
 from robustft.data.sources import Batch, check_labels, unpack
 from robustft.losses import weighted_sum
+from robustft.machine import Tune
 from robustft.methods.options import Configured, digest
-from robustft.methods.tuning import Tune, check_tune, set_trained
+from robustft.methods.tuning import check_tune, set_trained
 from robustft.ops.kinds import checked, described
 from robustft.predictors.base import Classifier, Predictor
 from robustft.predictors.zero_shot import zero_shot_classifier
@@ -93,7 +94,7 @@ class Method(Configured, nn.Module):
         templates: prompts with a place for the name, "a photo of a {}".
         total_steps: length of the run, for methods with a schedule; None: `begin_run` tells it, as `fit` does.
         seed: of everything random in `step`, and of the adapters.
-        tune: which parameters of the model are trained, "full", "visual", "text", "projection" or "lora"
+        tune: which parameters of the model are trained, "full", "visual", "text", "projection", "lora" or "prompts"
             (`robustft.methods.tuning`); None for what the method trains by itself.
         lora: the adapters of tune="lora", a `robustft.clip.LoRA` or its arguments by name.
 
@@ -110,6 +111,7 @@ class Method(Configured, nn.Module):
     takes_features = False  # whether a batch may hold unit features (N, D) in the images' place: with a frozen tower
     recomputes = True  # whether the towers may compute their activations once more in the backward, and not keep them
     towers: ClassVar[tuple[str, ...]] = clip.TOWERS  # of the model, those that are trained: what `tune` may name
+    learns_prompts: ClassVar[bool] = False
     scheduled = False  # whether `run_length` was asked for: what was trained depends on the length of the run
     model: Any  # an open_clip model, of whose attributes `robustft.clip` takes care
     steps: Tensor
@@ -128,7 +130,7 @@ class Method(Configured, nn.Module):
         lora: clip.LoRA | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        adapters = check_tune(tune, lora, self.towers, type(self).__name__)
+        adapters = check_tune(tune, lora, type(self))
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         texts = captions(class_names, templates)  # refuses what is no list of names or templates

@@ -64,6 +64,8 @@ class ContextMethod(FrozenModel):
     takes_features = True
     uncompared = ("chunk_size",)
 
+    learns_prompts = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -67,6 +67,8 @@ class ProDA(FrozenModel):
     positions: Tensor
     order: Tensor
 
+    learns_prompts = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -6,6 +6,7 @@ None          as the method does, of what is not frozen in the model
 "text"        the text tower
 "projection"  the last linear map of each tower, into the space of features
 "lora"        low-rank adapters that are put into the towers (`robustft.clip.LoRA`)
+"prompts"     prompts, and nothing of the model: what prompt learners do, and others do not
 
 A method of the image tower alone takes of these what is in it. What was frozen in the model stays frozen.
 """
@@ -13,27 +14,29 @@ A method of the image tower alone takes of these what is in it. What was frozen 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from robustft import clip
 from robustft.data.seeds import stateless_seed
+from robustft.machine import Tune
 from robustft.ops.kinds import described
 
-Tune = Literal["full", "visual", "text", "projection", "lora"]
+PROMPT_LEARNERS = "CoOp, KgCoOp, CoCoOp, MaPLe, ProDA and LoCoOp"
 
 
-def check_tune(tune: Any, lora: Any, towers: Sequence[str], name: str) -> clip.LoRA | None:
-    """The adapters that are asked for of the method `name`, which trains these towers; ValueError where `tune` and
-    `lora` do not fit it or each other."""
-    if tune == "prompts":
-        raise ValueError(f"tune: {name} trains weights; CoOp, KgCoOp, CoCoOp, MaPLe, ProDA and LoCoOp train prompts")
+def check_tune(tune: Any, lora: Any, kind: Any) -> clip.LoRA | None:
+    """The adapters that are asked for of a method of this kind; ValueError where `tune` and `lora` do not fit it, or
+    each other."""
+    name, towers = kind.__name__, kind.towers
     if tune is not None and tune not in get_args(Tune):
         raise ValueError(f"tune must be one of {', '.join(get_args(Tune))}, got {tune!r}")
     if lora is not None and tune != "lora":
         raise ValueError(f'lora describes the adapters of tune="lora", and tune is {tune!r}')
-    if tune is not None and not towers:
+    if tune == "prompts" and not kind.learns_prompts:
+        raise ValueError(f"tune is 'prompts', but {name} learns none: {PROMPT_LEARNERS} do")
+    if tune not in (None, "prompts") and not towers:
         raise ValueError(f"tune is {tune!r}, but {name} trains nothing of the model: leave it away")
     if tune in clip.TOWERS and tune not in towers:
         raise ValueError(f"tune is {tune!r}, but {name} trains the {' and '.join(towers)} tower alone")
@@ -53,7 +56,7 @@ def set_trained(model: nn.Module, tune: Tune | None, lora: clip.LoRA | None, tow
     """Freezes what `tune` does not name, or puts adapters into the model; seed: of these. In place."""
     if lora is not None:
         clip.adapt(model, lora, towers=towers, seed=stateless_seed(seed, "lora"))
-    elif tune not in (None, "full"):
+    elif tune not in (None, "full", "prompts"):
         chosen = {id(p) for p in _named(model, tune, towers)}
         for p in model.parameters():
             p.requires_grad_(p.requires_grad and id(p) in chosen)

@@ -60,6 +60,7 @@ def export_run(
     flags.check_word("to", to, Form)
     pipeline = load(run)
     checks = _checks(Path(run), pipeline)
+    _merge_adapters(pipeline.predictor)
     folder = Path(output)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: is not empty; choose another folder")
@@ -73,6 +74,19 @@ def export_run(
             )
     log(f"{folder}: {to}, within {difference:.2g} of the run on {checks.told}")
     return folder
+
+
+def _merge_adapters(predictor: Any) -> None:
+    """Gives the predictor, and all that it is made of, models without adapters."""
+    from robustft import clip
+    from robustft.predictors.base import ModelPredictor
+
+    found: dict[int, Any] = {}
+    for part in list(predictor.modules()):
+        if isinstance(part, ModelPredictor):
+            key = id(part.model)
+            found[key] = found[key] if key in found else clip.merged(part.model)
+            part.model = found[key]
 
 
 def _checks(run: Path, pipeline: Pipeline) -> Checks:
@@ -133,6 +147,9 @@ def _open_clip(pipeline: Pipeline, folder: Path, checks: Checks, run: Path) -> f
     import torch
 
     from robustft import clip
+    from robustft.clip.adapter_files import FILES as ADAPTER_FILES
+    from robustft.clip.adapter_files import holds_adapters
+    from robustft.files import read_json
     from robustft.pipeline.serving import model_folder
     from robustft.predictors.base import ModelPredictor
 
@@ -141,8 +158,13 @@ def _open_clip(pipeline: Pipeline, folder: Path, checks: Checks, run: Path) -> f
             f"the run's model is a {type(pipeline.predictor).__name__} of several models, which is no single open_clip "
             "model: export it to torch-export or onnx, or train with the ensemble wise or none"
         )
-    for file in model_folder(run).iterdir():
-        shutil.copy2(file, folder / file.name)
+    source = model_folder(run)
+    adapted = holds_adapters(source)
+    if adapted:
+        pipeline.predictor.save(folder, read_json(source / clip.CONFIG_FILE, "an object with 'model_cfg'"))
+    for file in source.iterdir():
+        if not adapted or file.name not in ADAPTER_FILES | {clip.WEIGHTS_FILE, clip.CLASSIFIER_FILE}:
+            shutil.copy2(file, folder / file.name)
     theirs, _, transform = clip.import_open_clip().create_model_and_transforms(f"local-dir:{folder}")
     if repr(transform) != repr(pipeline.transform):
         raise ValueError(f"open_clip transforms images by {transform}, the run by {pipeline.transform}")

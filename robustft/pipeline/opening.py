@@ -19,6 +19,7 @@ from robustft.data.opening import Data
 from robustft.data.opening import open as open_data
 from robustft.data.table import Columns
 from robustft.files import read_json
+from robustft.methods.tuning import check_tune
 from robustft.pipeline.job import to_device
 from robustft.pipeline.recipes import NEEDS, Recipe
 from robustft.pipeline.training import Materials, method_class, number_of_groups
@@ -99,7 +100,7 @@ def check_pretrained(model: str, pretrained: Any) -> None:
 def check_needs(recipes: Mapping[str, Recipe], materials: Materials) -> None:
     """ValueError where a method asks for more than the data have, before anything is trained."""
     for name, recipe in recipes.items():
-        method_class(recipe)
+        check_tune(recipe.options.get("tune"), recipe.options.get("lora"), method_class(recipe))
         if recipe.method == "DRM" and materials.descriptions is None:
             raise ValueError(f"{name} needs {NEEDS['DRM']}")
         risk = recipe.options.get("risk", {})

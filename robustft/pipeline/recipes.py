@@ -34,6 +34,8 @@ SEEDS = (0, 1, 2)
 """Of the study."""
 
 _TOWERS: dict[str, Any] = {"lr": 1e-5, "batch_size": 64}
+LORA_LR = 2e-4
+"""Of towers with adapters alone: CLIP-LoRA's (Zanella and Ben Ayed, CVPRW 2024, arXiv 2405.18541)."""
 _PROMPTS: dict[str, Any] = {"lr": 2e-3, "batch_size": 32, "epochs": 50, "weight_decay": 0.0}
 _CACHES: dict[str, Any] = {"lr": 1e-3, "batch_size": 64, "epochs": 20, "weight_decay": 0.0}
 

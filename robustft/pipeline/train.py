@@ -9,7 +9,7 @@ import inspect
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import Unpack
 
-from robustft.machine import Decay, Loss, Precision
+from robustft.machine import Decay, Loss, Precision, Towers, Tune
 from robustft.pipeline import flags
 from robustft.pipeline.arguments import TrainingSets, spelled_out
-from robustft.pipeline.recipes import NEEDS, OWN, Recipe, recipe_named
+from robustft.pipeline.recipes import LORA_LR, NEEDS, OWN, Recipe, recipe_named
 
 if TYPE_CHECKING:
     from robustft.data.opening import Data
@@ -67,6 +67,12 @@ def train(
     test: str | None = None,
     templates: str | Sequence[str] = "photo",
     descriptions: str | None = None,
+    tune: Tune | None = None,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    lora_dropout: float | None = None,
+    lora_targets: Sequence[str] = (),
+    lora_towers: Towers | None = None,
     shots: int | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -114,6 +120,12 @@ def train(
         test: labelled data to measure on, if DATA has none.
         templates: of captions: photo, simple (7), imagenet (80), or a file with one a line.
         descriptions: JSON file {class: [descriptions]}; turns on DRM.
+        tune: which parameters of the model are trained, where not what the method trains by itself.
+        lora_rank: rank of the adapters of --tune lora; see docs/lora.md for all of these.
+        lora_alpha: of the adapters: their update is multiplied by alpha / rank.
+        lora_dropout: share of the adapters' inputs that training leaves out.
+        lora_targets: layers that get adapters, by the ends of their names or patterns; by default all linear maps.
+        lora_towers: which towers get adapters.
         shots: train on so many images of each class.
         epochs: over the training images.
         batch_size: images a step; contrastive methods like it large.
@@ -246,12 +258,14 @@ def _recipes(arguments: Mapping[str, Any]) -> dict[str, Recipe]:
                 recipe = Recipe(**given) if base is None else replace(base, **given)
             except TypeError as error:
                 raise ValueError(f"methods: {name}: {error}") from error
-            recipes[str(name)] = replace(recipe, **changes)
+            recipes[str(name)] = _tuned(replace(recipe, **changes), arguments, {*given, *changes})
     else:
-        recipes = {key: replace(recipe, **changes) for key, recipe in map(recipe_named, asked)}
+        recipes = {
+            key: _tuned(replace(recipe, **changes), arguments, changes) for key, recipe in map(recipe_named, asked)
+        }
     if arguments["descriptions"] is not None and not any(recipe.method == "DRM" for recipe in recipes.values()):
         key, recipe = recipe_named("DRM")
-        recipes[key] = replace(recipe, **changes)
+        recipes[key] = _tuned(replace(recipe, **changes), arguments, changes)
     if not recipes:
         raise ValueError("methods is empty: expected at least one")
     return recipes if arguments["loss"] == "auto" else _by_loss(recipes, arguments["loss"])
@@ -269,6 +283,16 @@ def _by_loss(recipes: dict[str, Recipe], loss: str) -> dict[str, Recipe]:
         name: replace(recipe, options={"loss": loss, **recipe.options}) if name in takes else recipe
         for name, recipe in recipes.items()
     }
+
+
+def _tuned(recipe: Recipe, arguments: Mapping[str, Any], given: Iterable[str]) -> Recipe:
+    """A recipe of which what is asked for is trained; adapters at a rate of their own, where none is given."""
+    names = [name for name in arguments if name.startswith("lora_")]
+    lora = {name.removeprefix("lora_"): value for name in names if (value := arguments[name]) not in (None, ())}
+    tune = arguments["tune"]
+    options = ({} if tune is None else {"tune": tune}) | ({"lora": lora} if lora else {})
+    lr = LORA_LR if tune == "lora" and "lr" not in given else recipe.lr
+    return replace(recipe, lr=lr, options=recipe.options | options)
 
 
 def methods_table() -> str:

@@ -29,6 +29,7 @@ from robustft.pipeline.arguments import ImageSets
 from robustft.pipeline.checking import check_data
 from robustft.pipeline.evaluating import evaluate_runs, run_names
 from robustft.pipeline.exporting import export_run
+from robustft.pipeline.recipes import LORA_LR
 from robustft.pipeline.serving import Unreadable
 from robustft.pipeline.train import train
 from robustft.predictors.base import predict_each
@@ -281,6 +282,55 @@ def test_an_export_is_held_against_the_run(run, tmp_path, form):
         )
     with pytest.raises(FileExistsError, match="is not empty"):
         export_run(run.folder, to=form, output=tmp_path / "out", log=told.append)
+
+
+@pytest.fixture(scope="session")
+def adapted(own):
+    """A run whose model has adapters, made on the command line."""
+    model = f"local-dir:{own / 'clip'}"
+    flags = (
+        "--method flyp --tune lora --lora-rank 2 --lora-targets attn c_fc --ensemble none --epochs 1 --batch-size 40"
+    )
+    output = own / "adapted"
+    assert cli.main(["train", str(own / "photos"), "--model", model, "--output", str(output), *flags.split()]) == 0
+    return output
+
+
+@pytest.mark.exhaustive
+def test_a_run_of_adapters_keeps_them_alone_and_serves(adapted, own):
+    found = {path.name: path.stat().st_size for path in (adapted / "model").iterdir()}
+    assert clip.WEIGHTS_FILE not in found and found["adapter_model.safetensors"] < 1e5
+    assert yaml.safe_load((adapted / "config.yaml").read_text())["methods"]["FLYP"]["lr"] == LORA_LR
+    pipeline = robustft.load(adapted)
+    rows = list(csv.DictReader((adapted / "predictions.csv").open()))[:4]
+    assert [found.label for found in pipeline([row["file"] for row in rows])] == [row["prediction"] for row in rows]
+    checkpoint = next((adapted / "FLYP" / "checkpoints").glob("step_*/state.safetensors"))
+    assert checkpoint.stat().st_size < (own / "clip" / clip.WEIGHTS_FILE).stat().st_size
+
+
+def test_what_is_to_be_trained_is_checked_before_anything_is(own):
+    settings = {"model": f"local-dir:{own / 'clip'}", "output": own / "no", **RATE}
+    for options, words in (
+        ({"methods": ["CoOp"], "tune": "lora"}, "CoOp trains nothing of the model"),
+        ({"tune": "prompts"}, "CaRot learns none: CoOp, "),
+        ({"lora_rank": 2}, 'lora describes the adapters of tune="lora"'),
+        ({"tune": "lora", "lora_rank": 0}, "rank must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(own / "photos", **settings, **options)
+    assert not (own / "no").exists()
+
+
+@pytest.mark.parametrize("form", exhaustive("open_clip", "transformers", "torch-export", "onnx"))
+def test_an_export_of_adapters_is_merged(adapted, tmp_path, form):
+    folder = export_run(adapted, to=form, output=tmp_path / "out", log=lambda _: None)
+    if form == "open_clip":
+        theirs, _, _ = clip.import_open_clip().create_model_and_transforms(f"local-dir:{folder}")
+        merged = clip.merged(robustft.load(adapted).predictor.model).state_dict()
+        assert all(torch.equal(value, merged[name]) for name, value in theirs.state_dict().items())
+        assert not (folder / "base.json").exists()
+        file = next(row["file"] for row in csv.DictReader((adapted / "predictions.csv").open()))
+        assert robustft.load(folder)(file).label == robustft.load(adapted)(file).label
 
 
 def test_an_export_that_computes_something_else_is_not_left_behind(run, tmp_path, monkeypatch):
