@@ -1,10 +1,11 @@
-"""A CLIP of open_clip as a folder that Hugging Face's transformers reads: CLIPModel and CLIPProcessor.
+"""A model of open_clip's as a folder that Hugging Face's transformers reads: CLIPModel or SiglipModel, and processor.
 
-    theta' = the weights under transformers' names, in_proj (3D, D) cut into q, k, v, projections transposed
-    folder = config.json, model.safetensors, preprocessor_config.json, tokenizer.json and what goes with these
+    theta' = the weights under transformers' names (`from_transformers`)
+    folder = config.json, model.safetensors, and the files of the image processor and the tokenizer
 
-transformers has one such architecture: OpenAI's, a ViT and a causal text transformer with GELU or QuickGELU. Whether a
-model is of it, is told by building that one from the numbers in the model's configuration, and comparing the two.
+transformers has two such architectures: OpenAI's, a ViT and a causal text transformer with GELU or QuickGELU, and
+SigLIP's. Whether a model is of one of them, is told by building that one from the numbers in the model, and comparing
+the two.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from robustft.clip.encoding import encode_images, encode_texts, unwrap
 from robustft.clip.exporting import check_described
+from robustft.clip.from_transformers import RESAMPLE, activation, is_siglip, model_settings, to_theirs, vocabulary
 from robustft.clip.library import import_open_clip
 from robustft.files import write_tensors
 from robustft.ops.kinds import checked
@@ -27,25 +29,6 @@ from robustft.ops.kinds import checked
 # Numbers of open_clip's configuration that transformers' model has too. Whatever else one says makes another model.
 _VISION = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio")
 _TEXT = ("context_length", "vocab_size", "width", "layers", "heads", "mlp_ratio")
-_RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # as PIL numbers them
-_START, _END = "<|startoftext|>", "<|endoftext|>"
-_PLACES = {
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.": "vision_model.pre_layrnorm.",
-    "visual.ln_post.": "vision_model.post_layernorm.",
-    "visual.proj": "visual_projection.weight",
-    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
-    "token_embedding.": "text_model.embeddings.token_embedding.",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.": "text_model.final_layer_norm.",
-    "text_projection": "text_projection.weight",
-    "transformer.resblocks.": "text_model.encoder.layers.",
-    "logit_scale": "logit_scale",
-}
-_WITHIN = {".attn.": ".self_attn.", ".ln_": ".layer_norm", ".c_fc.": ".fc1.", ".c_proj.": ".fc2."}
-_TRANSPOSED = ("visual.proj", "text_projection")
 
 
 def import_transformers() -> ModuleType:
@@ -69,18 +52,29 @@ def write_transformers(
     architecture, a transform or a tokenizer that transformers' CLIP has not; ImportError without transformers.
     """
     model = unwrap(model)
-    settings, transform = _settings(model, config), _preprocessing(config["preprocess_cfg"])
-    words = _Words.of(tokenizer)
+    state = model.state_dict()
+    siglip = is_siglip(state)
+    settings = _siglip_settings(model, config) if siglip else _settings(model, config)
+    transform = _preprocessing(config["preprocess_cfg"])
+    words = None if callable(getattr(tokenizer, "save_pretrained", None)) else _Words.of(tokenizer)
     transformers = import_transformers()
     if classes:
         settings["id2label"] = dict(enumerate(classes))
         settings["label2id"] = {name: label for label, name in enumerate(classes)}
-    transformers.CLIPConfig(**settings, architectures=["CLIPModel"]).save_pretrained(folder)
-    write_tensors(folder / "model.safetensors", _renamed(model.state_dict()), {"format": "pt"})
-    transformers.CLIPProcessor(
-        image_processor=transformers.CLIPImageProcessor(**transform),
-        tokenizer=transformers.CLIPTokenizer(**words._asdict(), model_max_length=model.context_length),
-    ).save_pretrained(folder)
+    name = "Siglip" if siglip else "CLIP"
+    described = getattr(transformers, f"{name}Config")(**settings, architectures=[f"{name}Model"])
+    described.save_pretrained(folder)
+    write_tensors(folder / "model.safetensors", to_theirs(state), {"format": "pt"})
+    if siglip:
+        transform = {key: value for key, value in transform.items() if key not in ("do_center_crop", "crop_size")}
+    images = getattr(transformers, f"{name}ImageProcessor")(**transform)
+    if words is None:
+        images.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    else:
+        length = model.context_length
+        own = transformers.CLIPTokenizer(**words._asdict(), model_max_length=length)
+        transformers.CLIPProcessor(image_processor=images, tokenizer=own).save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -92,15 +86,17 @@ def differences(
     reads from a folder; and that one's image features (N, D). ValueError where the captions' tokens differ."""
     transformers = import_transformers()
     with _quiet(transformers):
-        theirs = transformers.CLIPModel.from_pretrained(folder).eval()
-    processor = transformers.CLIPProcessor.from_pretrained(folder)
+        theirs = transformers.AutoModel.from_pretrained(folder).eval()
+    words = transformers.AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(list(captions))
-    found = processor(text=list(captions), return_tensors="pt", padding=True, truncation=True)
+    siglip = theirs.config.model_type == "siglip"  # whose text tower reads all places, and pools at the last one
+    padding = {"padding": "max_length", "max_length": tokens.shape[1]} if siglip else {"padding": True}
+    found = words(list(captions), return_tensors="pt", truncation=True, **padding)
     for caption, ours, other in zip(captions, tokens, found["input_ids"], strict=True):
-        end = int(ours.argmax()) + 1
+        end = len(ours) if siglip else int(ours.argmax()) + 1
         if not torch.equal(ours[:end], other[:end]):
             raise ValueError(f"transformers reads {caption!r} as other tokens than the run's tokenizer")
-    outputs = theirs(pixel_values=images, **found)
+    outputs = theirs(pixel_values=images, input_ids=found["input_ids"])  # neither masks the padding
     pairs = (
         (encode_images(model, images), outputs.image_embeds),
         (encode_texts(model, tokens), outputs.text_embeds),
@@ -122,7 +118,7 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
 
 def processed(folder: Path, images: Sequence[Any]) -> Tensor:
     """What the folder's processor makes of PIL images, (N, C, H, W)."""
-    pixels: Tensor = import_transformers().CLIPProcessor.from_pretrained(folder)(
+    pixels: Tensor = import_transformers().AutoImageProcessor.from_pretrained(folder)(
         images=list(images), return_tensors="pt"
     )["pixel_values"]
     return pixels
@@ -185,22 +181,42 @@ def _settings(model: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's weights under transformers' names."""
-    found: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if name == "attn_mask":
-            continue
-        place = next(place for place in _PLACES if name == place or (place.endswith(".") and name.startswith(place)))
-        target = _PLACES[place] + name.removeprefix(place)
-        for ours, theirs in _WITHIN.items():
-            target = target.replace(ours, theirs)
-        if ".in_proj_" in target:
-            for part, chunk in zip("qkv", value.chunk(3), strict=True):
-                found[target.replace(".in_proj_", f".{part}_proj.")] = chunk.contiguous()
-        else:
-            found[target] = (value.T if name in _TRANSPOSED else value).contiguous()
-    return found
+def _siglip_settings(model: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' configuration of a SigLIP model; ValueError where it has none of the kind."""
+    trunk, text = model.visual.trunk, model.text
+    first, block = trunk.blocks[0], text.transformer.resblocks[0]
+    vision_config = {
+        "hidden_size": trunk.embed_dim,
+        "intermediate_size": first.mlp.fc1.out_features,
+        "num_hidden_layers": len(trunk.blocks),
+        "num_attention_heads": first.attn.num_heads,
+        "layer_norm_eps": trunk.norm.eps,
+        "hidden_act": activation(first.mlp.act),
+        "image_size": trunk.patch_embed.img_size[0],
+        "patch_size": trunk.patch_embed.patch_size[0],
+    }
+    text_config = {
+        "hidden_size": block.ln_1.normalized_shape[0],
+        "intermediate_size": block.mlp.c_fc.out_features,
+        "num_hidden_layers": len(text.transformer.resblocks),
+        "num_attention_heads": block.attn.num_heads,
+        "layer_norm_eps": block.ln_1.eps,
+        "hidden_act": activation(block.mlp.gelu),
+        "projection_size": text.text_projection.out_features,
+        "vocab_size": text.token_embedding.num_embeddings,
+        "max_position_embeddings": text.context_length,
+    }
+    settings: dict[str, Any] = {"vision_config": vision_config, "text_config": text_config}
+    try:
+        described = model_settings({"model_type": "siglip", **settings})
+        check_described(model, {"model_cfg": described, "preprocess_cfg": config["preprocess_cfg"]})
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"transformers' SiglipModel computes something else than this model: {error}. Export it to open_clip, "
+            "torch-export or onnx"
+        ) from error
+    ends = {name: None for name in ("bos_token_id", "eos_token_id")}  # which the model does not look at
+    return settings | {"text_config": text_config | ends}
 
 
 def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,7 +224,7 @@ def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
     mode, size = config.get("resize_mode", "shortest"), config["size"]
     height, width = (size, size) if isinstance(size, int) else size
     found = {
-        "resample": _RESAMPLE.get(config.get("interpolation", "bicubic")),
+        "resample": RESAMPLE.get(config.get("interpolation", "bicubic")),
         "image_mean": list(config["mean"]),
         "image_std": list(config["std"]),
         "do_center_crop": mode == "shortest",
@@ -236,6 +252,4 @@ class _Words(NamedTuple):
                 f"transformers' CLIP has OpenAI's tokenizer, and this model a {type(tokenizer).__name__}. Export it to "
                 "open_clip, torch-export or onnx"
             )
-        special = dict(zip(tokenizer.all_special_ids, (_START, _END), strict=False))
-        vocab = {special.get(number, word): number for word, number in tokenizer.encoder.items()}
-        return cls(vocab, [tuple(pair) for pair in tokenizer.bpe_ranks])
+        return cls(vocabulary(tokenizer), [tuple(pair) for pair in tokenizer.bpe_ranks])

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from robustft.clip.adapter_files import BASE_FILE, digest, holds_adapters, put_adapters, read_base
 from robustft.clip.adapter_files import FILES as ADAPTER_FILES
+from robustft.clip.from_transformers import THEIR_CONFIG, is_transformers, read_settings, read_weights, register
 from robustft.clip.library import import_open_clip
 from robustft.clip.messages import few
 from robustft.clip.prompts import Tokenizer
@@ -65,7 +66,8 @@ def load(
 ) -> Bundle:
     """An open_clip model in evaluation mode, with its tokenizer, transforms and configuration.
 
-    name: an architecture ("ViT-B-32"), "hf-hub:org/repo" or "local-dir:/path".
+    name: an architecture ("ViT-B-32"), "hf-hub:org/repo" or "local-dir:/path"; or the path of a folder, or of its
+        config.json, that transformers' CLIPModel or SiglipModel saved.
     pretrained: one of an architecture's pretrained tags, or, for any name, a checkpoint file: safetensors, or
     a state dict (or open_clip training checkpoint) saved by torch. None means random weights for an
     architecture, and the weights stored there for the other names.
@@ -82,6 +84,7 @@ def load(
     that is truncated, pickled, or of another architecture; FileNotFoundError for a missing file; ImportError, naming
     the extra, when open_clip, or what a text tower or its tokenizer needs, is not installed.
     """
+    name = named_folder(name)
     place = None if cache_dir is None else str(cache_dir)
     if ":" not in name and (listed := import_open_clip().get_model_config(name.replace("/", "-"))):
         _check_installed(name, {"model_cfg": listed}, _PARTS)  # before weights are fetched
@@ -95,6 +98,13 @@ def load(
 def load_model(directory: str | Path, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     """The model alone of an exported directory, as `load` gives it: a tokenizer takes longer than a small model."""
     return _load_model(f"local-dir:{directory}", None, device, dtype, None)[0]
+
+
+def named_folder(name: str) -> str:
+    """The name, or of a folder that transformers saved, or its configuration, "local-dir:" and the folder."""
+    place = Path(name.removeprefix("local-dir:"))
+    folder = place.parent if place.name == THEIR_CONFIG else place
+    return f"local-dir:{folder}" if is_transformers(folder) else name
 
 
 def _load_model(
@@ -113,7 +123,7 @@ def _load_model(
     if image_size is not None:
         _check_image_size(image_size, config)
     with _naming_config(name) if directory else contextlib.nullcontext():
-        if directory and checkpoint is not None:
+        if directory and checkpoint is not None and not is_transformers(checkpoint):
             _check_size(config, checkpoint)
         of_timm = "timm_model_name" in config["model_cfg"]["vision_cfg"]
         if image_size is not None and not of_timm:
@@ -226,6 +236,9 @@ _TOKENIZERS: dict[tuple[str, str], Any] = {}
 
 def _tokenizer(name: str, config: Mapping[str, Any], cache_dir: str | Path | None) -> Tokenizer:
     open_clip = import_open_clip()
+    folder = Path(name.removeprefix("local-dir:"))
+    if is_transformers(folder):
+        return _their_tokenizer(open_clip, folder, config["model_cfg"]["text_cfg"])
     told = "" if name.startswith("local-dir:") else name, json.dumps(config["model_cfg"].get("text_cfg"))
     if told not in _TOKENIZERS:
         try:
@@ -239,6 +252,20 @@ def _tokenizer(name: str, config: Mapping[str, Any], cache_dir: str | Path | Non
             return found
         _TOKENIZERS[told] = found
     return copy.copy(_TOKENIZERS[told])
+
+
+def _their_tokenizer(open_clip: ModuleType, folder: Path, text: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a folder that transformers saved; open_clip's own, of its vocabulary, where no files are."""
+    if text.get("hf_tokenizer_name"):
+        found: Tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=text["context_length"])
+        return found
+    plain: Any = open_clip.SimpleTokenizer(context_length=text["context_length"])
+    if plain.vocab_size != text["vocab_size"]:
+        raise FileNotFoundError(
+            f"{folder}: has no tokenizer's files, and its vocabulary of {text['vocab_size']} is not CLIP's"
+        )
+    found = plain
+    return found
 
 
 def move(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
@@ -322,6 +349,7 @@ def _built(
     """The model that a configuration describes, with random weights, and its transforms.
 
     resized: a timm tower gets the size of images that the configuration states, whatever its trunk is made for."""
+    register(config["model_cfg"].get("vision_cfg", {}).get("timm_model_name"))
     with tempfile.TemporaryDirectory() as folder, _without_random_weights_warning():
         # Building from the written configuration is the way an export is loaded, hence the same model.
         write_json(Path(folder) / CONFIG_FILE, config)
@@ -343,6 +371,8 @@ def _resolve(
 
     scheme, _, place = name.partition(":")
     if scheme == "local-dir":
+        if is_transformers(Path(place)):
+            return read_settings(Path(place)), _existing(pretrained) if pretrained else Path(place)
         config = _read_config(Path(place) / CONFIG_FILE)
         if not pretrained and holds_adapters(Path(place)):
             return config, _base_weights(open_clip, Path(place), cache_dir)
@@ -448,6 +478,9 @@ _NO_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}
 
 def _load_weights(open_clip: ModuleType, model: nn.Module, path: Path) -> None:
     """Loads every weight of `model` from `path`, or raises ValueError; open_clip converts older layouts."""
+    if is_transformers(path):
+        model.load_state_dict(read_weights(path, model))
+        return
     try:
         with _plain_state(path) as plain:
             # strict=False returns the keys that do not match, which make a shorter message than its own.

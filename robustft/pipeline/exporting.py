@@ -1,7 +1,7 @@
 """`export`: the model of a run for other programs, held against ours on real images before it is said to be done.
 
 open_clip       a folder that open_clip loads, with the head in classifier.safetensors: one model, no ensemble
-transformers    a folder that transformers' CLIPModel and CLIPProcessor load, with the head   extra `transformers`
+transformers    a folder that transformers' AutoModel (CLIP, SigLIP) loads, with the head      extra `transformers`
 torch-export    model.pt2 for torch.export.load: images -> probabilities, ood_score
 onnx            model.onnx for onnxruntime and others: the same                               extra `onnx`
 """
@@ -242,10 +242,10 @@ A CLIP model fine-tuned and exported by robustft, and its head.
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPModel, CLIPProcessor
+from transformers import AutoImageProcessor, AutoModel
 
 folder = "path/to/this/folder"
-model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
+model, processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
 head = load_file(f"{{folder}}/classifier.safetensors")
 
 inputs = processor(images=Image.open("image.jpg"), return_tensors="pt")

@@ -12,6 +12,7 @@ from typing import Any
 
 from robustft import clip
 from robustft.clip import prompts
+from robustft.clip.loading import named_folder
 from robustft.data.checking import no_word
 from robustft.data.classes import few
 from robustft.data.families import imagenet_names, imagenet_synsets
@@ -89,7 +90,7 @@ def read_by(data: Any, workers: int) -> Any:
 
 def check_pretrained(model: str, pretrained: Any) -> None:
     """ValueError for an architecture without weights: a random model has nothing to start from."""
-    if pretrained is None and ":" not in model:
+    if pretrained is None and ":" not in named_folder(model):
         tags = clip.import_open_clip().list_pretrained_tags_by_model(model.replace("/", "-"))
         raise ValueError(
             f"pretrained is missing: without it {model} has random weights. Give one of its tags "
