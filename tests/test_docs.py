@@ -53,7 +53,12 @@ def site_pages() -> dict[str, Callable[[], str]]:
     return hooks.PAGES
 
 
-@pytest.mark.parametrize("page", [page for page in (*PAGES, *FRONT) if program(page)], ids=lambda page: page.stem)
+SHOWN = [page for page in (*PAGES, *FRONT) if program(page)]
+SLOW = ("lora",)  # peft takes seconds to be imported
+SHOWN = [pytest.param(page, marks=[pytest.mark.exhaustive] * (page.stem in SLOW), id=page.stem) for page in SHOWN]
+
+
+@pytest.mark.parametrize("page", SHOWN)
 @pytest.mark.parametrize("small", [True, *exhaustive(False)], ids=["small", "whole"])
 def test_a_page_runs_as_shown(small, page, tmp_path, python):
     code = "import warnings; warnings.filterwarnings('error', '', DeprecationWarning, 'robustft')\n"

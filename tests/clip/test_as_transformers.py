@@ -13,6 +13,7 @@ from tiny_clip import TEXT, VISION
 
 from robustft import clip
 from robustft.clip.as_transformers import differences, processed, write_transformers
+from robustft.clip.from_transformers import to_ours, to_theirs
 
 CAPTIONS = ["a photo of a cat.", "Two  ducks, 3 geese & it's a GOOSE!", "naïve café"]
 PREPROCESS = {"size": [32, 32], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic"}
@@ -66,6 +67,17 @@ def test_images_are_resized_as_by_the_transform(tmp_path, mode, interpolation):
     images = [Image.fromarray(rows).resize(size, Image.Resampling.BICUBIC) for size in ((90, 62), (40, 50))]
     ours = torch.stack([transform(image) for image in images])
     assert float((processed(tmp_path, images) - ours).abs().max()) <= 2 / 255 / 0.2
+
+
+def test_weights_under_transformers_names_come_back_as_they_were():
+    model, config, _ = built()
+    state = model.state_dict()
+    theirs = to_theirs(state)
+    assert theirs["vision_model.encoder.layers.0.self_attn.q_proj.weight"].shape == (16, 16)
+    back = to_ours(theirs, state)
+    assert all(torch.equal(value, back[name]) for name, value in state.items())
+    with pytest.raises(ValueError, match="1 weights missing .logit_scale.; 1 weights unknown .other"):
+        to_ours({"other" if name == "logit_scale" else name: value for name, value in theirs.items()}, state)
 
 
 @pytest.mark.parametrize(
