@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustft.clip.adapters import ADAPTER, adopted, import_peft, out_updates
+from robustft.clip.adapters import ADAPTER, adopted, import_peft
 from robustft.clip.messages import few
 from robustft.files import read_json, read_tensors, write_json, write_tensors
 
@@ -47,6 +47,8 @@ def write_adapters(model: nn.Module, folder: Path, source: Mapping[str, Any] | N
     ValueError for a model with several adapters, which peft would write into several folders.
     """
     peft = import_peft()
+    from robustft.clip.adapted_attention import OUT_UPDATES
+
     configs: Any = model.peft_config
     if len(configs) != 1:
         raise ValueError(
@@ -56,12 +58,15 @@ def write_adapters(model: nn.Module, folder: Path, source: Mapping[str, Any] | N
     state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     write_tensors(folder / ADAPTER_FILE, {_PREFIX + key: value for key, value in state.items()}, {"format": "pt"})
     configs[name].save_pretrained(folder)
-    about = {"source": source and dict(source), "weights": weights, "out_updates": out_updates()}
+    about = {"source": source and dict(source), "weights": weights, "out_updates": OUT_UPDATES}
     write_json(folder / BASE_FILE, about, indent=2)
 
 
 def read_base(folder: Path) -> dict[str, Any]:
     """What base.json says; ValueError where it is damaged, or peft computes otherwise than the one that wrote it."""
+    import_peft()
+    from robustft.clip.adapted_attention import OUT_UPDATES
+
     path = folder / BASE_FILE
     found = read_json(path, "an object with 'source' and 'weights'")
     source = found.get("source") if isinstance(found, dict) else ()
@@ -69,10 +74,10 @@ def read_base(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected an object with 'source' and 'weights'")
     if source is not None and not isinstance(source.get("name"), str):
         raise ValueError(f"{path}: source is {source!r:.80}, expected an object with a 'name'")
-    if (wanted := found.get("out_updates")) != out_updates():
+    if (wanted := found.get("out_updates")) != OUT_UPDATES:
         raise ValueError(
             f"{path}: written with a peft that adds the update of an attention's out-projection {wanted} times, and "
-            f"this one does so {out_updates()} times: install that version, and merge the adapters there"
+            f"this one does so {OUT_UPDATES} times: install that version, and merge the adapters there"
         )
     return found
 

@@ -9,14 +9,13 @@ open_clip model still: it is trained, encoded with and saved as any other. A mod
 
 peft's own layer for `nn.MultiheadAttention` merges its update into the frozen weights before each pass and subtracts it
 afterwards, which leaves rounding in them and makes parameters anew. Models that share frozen weights cannot have that,
-so `Attention` here, which takes its place, computes the merged weights beside the frozen ones.
+so `adapted_attention.Attention`, which takes its place, computes the merged weights beside the frozen ones.
 """
 
 from __future__ import annotations
 
 import copy
 import fnmatch
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from types import ModuleType
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from robustft.clip.encoding import encode_images, encode_texts, text_projection, text_tower, unwrap, visual_projection
 from robustft.clip.outputs import evaluating
@@ -114,10 +113,11 @@ def adopted(model: nn.Module) -> Any:
     model = unwrap(model)
     if has_adapters(model):
         import_peft()
-        theirs, ours = _attentions()
+        from robustft.clip.adapted_attention import Attention, MultiheadAttention
+
         for module in list(nn.Module.modules(model)):
-            if type(module) is theirs:
-                module.__class__ = ours
+            if type(module) is MultiheadAttention:
+                module.__class__ = Attention
     return model
 
 
@@ -248,53 +248,3 @@ def _called(model: nn.Module) -> dict[str, nn.Module]:
 def _image_size(model: Any) -> tuple[int, int]:
     size = getattr(model.visual, "image_size", None) or 224
     return (size, size) if isinstance(size, int) else tuple(size)
-
-
-@functools.cache
-def _attentions() -> tuple[type, type]:
-    """peft's layer for `nn.MultiheadAttention`, and the one that takes its place."""
-    from peft.tuners.lora.layer import MultiheadAttention
-
-    class Attention(MultiheadAttention):
-        """An attention with adapters; its names in a state are those of peft's."""
-
-        def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-            inside: Any = self.get_base_layer()
-            active = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in self.r]
-            if not active:
-                return inside(query, *args, **kwargs)
-            outside = inside.out_proj
-            w = inside.in_proj_weight
-            o = outside.get_base_layer().weight
-            for name in active:
-                w = w + self.get_delta_weight(name).to(w.dtype)
-                o = o + out_updates() * outside.get_delta_weight(name).to(o.dtype)
-            weights = {"in_proj_weight": w, "out_proj.base_layer.weight": o}
-            return torch.func.functional_call(inside, weights, (query, *args), kwargs)
-
-        def _restore_weights(self) -> None:
-            """peft makes the frozen parameters anew, wherever a model is looked through; needed while merged alone."""
-            if self.merged:
-                super()._restore_weights()
-
-    return MultiheadAttention, Attention
-
-
-@functools.cache
-def out_updates() -> int:
-    """How many times this peft adds the update of an attention's out-projection: 0.21 merges it twice.
-
-    What an adapter computes in peft, it computes here.
-    """
-    peft = import_peft()
-    with torch.random.fork_rng(devices=[]):
-        layer = nn.MultiheadAttention(1, 1)
-        config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=["0"])
-        probe = peft.get_peft_model(nn.Sequential(layer), config).get_base_model()
-    adapter = probe[0].base_layer.out_proj
-    before = adapter.get_base_layer().weight.item()
-    with torch.no_grad():
-        for factors in (adapter.lora_A, adapter.lora_B):
-            factors["default"].weight.fill_(1.0)
-    probe[0].merge()
-    return round(adapter.get_base_layer().weight.item() - before)
