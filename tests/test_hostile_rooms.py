@@ -131,6 +131,11 @@ def cases(folder):
             "text_tower": (clip.text_tower, Call((MODEL,))),
             "feature_width": (clip.feature_width, Call((MODEL,))),
             "unwrap": (clip.unwrap, Call((MODEL,))),
+            "LoRA": (clip.LoRA, Call((2, 4.0, 0.1, ("attn",), "both"))),
+            "adapt": (adapted, Call((MODEL, clip.LoRA(2)), {"towers": ("visual",), "seed": 1})),
+            "has_adapters": (clip.has_adapters, Call((MODEL,))),
+            "copied": (clip.copied, Call((MODEL,))),
+            "merged": (clip.merged, Call((MODEL,))),
             "outputs_of": (outputs_of, Call((FEATURES, HEAD, 10.0), {"labels": LABELS})),
             "similarities": (clip.similarities, Call((FEATURES, HEAD, torch.tensor(10.0)))),
             "Outputs": (Outputs, Call((FEATURES, None, FEATURES, None, LABELS))),
@@ -441,6 +446,13 @@ def sources(folder):
     csv = folder / "table.csv"
     csv.write_text("filepath,label\n" + "".join(f"tree/{f.relative_to(tree)},{f.parent.name}\n" for f in files))
     return tree, csv, split, tar
+
+
+@functools.wraps(clip.adapt)
+def adapted(model, *arguments, **options):
+    """`clip.adapt` of a copy."""
+    given = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model
+    return clip.adapt(given, *arguments, **options)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ def _out_updates() -> int:
     """
     with torch.random.fork_rng(devices=[]):
         config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=["0"])
-        layers = peft.get_peft_model(nn.Sequential(nn.MultiheadAttention(1, 1)), config).get_base_model()
+        layers: Any = peft.get_peft_model(nn.Sequential(nn.MultiheadAttention(1, 1)), config).get_base_model()
     outside = layers[0].base_layer.out_proj
     before = outside.get_base_layer().weight.item()
     with torch.no_grad():

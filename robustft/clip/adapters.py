@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from types import ModuleType
 from typing import Any, get_args
 
@@ -28,7 +30,7 @@ from torch import nn
 from robustft.clip.encoding import encode_images, encode_texts, text_projection, text_tower, unwrap, visual_projection
 from robustft.clip.outputs import evaluating
 from robustft.machine import Towers
-from robustft.ops.kinds import checked
+from robustft.ops.kinds import checked, described
 
 TOWERS = ("visual", "text")
 ADAPTER = "default"  # peft's own name of a model's one adapter
@@ -55,17 +57,24 @@ class LoRA:
     towers: Towers = "both"
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be an integer, at least 1, got {self.rank!r}")
-        if self.alpha is not None and not 0.0 < self.alpha < float("inf"):
-            raise ValueError(f"alpha must be positive and finite, got {self.alpha!r}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
-        if isinstance(self.targets, str) or not all(isinstance(name, str) and name for name in self.targets):
-            raise ValueError(f"targets must be a sequence of names of layers, got {self.targets!r:.80}")
-        if self.towers not in get_args(Towers):
-            raise ValueError(f"towers must be one of {', '.join(get_args(Towers))}, got {self.towers!r}")
-        object.__setattr__(self, "targets", tuple(self.targets))
+        if not (_is_number(self.rank) and self.rank == int(self.rank) >= 1):
+            raise ValueError(f"rank must be an integer, at least 1, got {described(self.rank)}")
+        if self.alpha is not None and not (_is_number(self.alpha) and self.alpha > 0.0):
+            raise ValueError(f"alpha must be a number, positive and finite, got {described(self.alpha)}")
+        if not (_is_number(self.dropout) and 0.0 <= self.dropout < 1.0):
+            raise ValueError(f"dropout must be a number in [0, 1), got {described(self.dropout)}")
+        names = self.targets
+        if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
+            raise ValueError(f"targets must be a sequence of names of layers, got {described(names)}")
+        if unnamed := [name for name in names if not isinstance(name, str) or not name]:
+            raise ValueError(f"targets must hold names of layers, got {described(unnamed[0])}")
+        if not isinstance(self.towers, str) or self.towers not in get_args(Towers):
+            raise ValueError(f"towers must be one of {', '.join(get_args(Towers))}, got {described(self.towers)}")
+        object.__setattr__(self, "targets", tuple(names))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def import_peft() -> ModuleType:
@@ -77,6 +86,7 @@ def import_peft() -> ModuleType:
     return peft
 
 
+@checked
 def has_adapters(model: nn.Module) -> bool:
     """Whether peft has put layers into a model."""
     return isinstance(getattr(unwrap(model), "peft_config", None), Mapping)
@@ -92,6 +102,8 @@ def adapt(model: nn.Module, lora: LoRA, *, towers: Sequence[str] = TOWERS, seed:
     """
     peft = import_peft()
     model = unwrap(model)
+    if not isinstance(getattr(model, "visual", None), nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected an open_clip model, which has visual")
     if has_adapters(model):
         raise ValueError("model has adapters already: train these, or merge them first (robustft.clip.merged)")
     names = _targets(model, lora, [name for name in towers if lora.towers in (name, "both")])
@@ -121,6 +133,7 @@ def adopted(model: nn.Module) -> Any:
     return model
 
 
+@checked
 def copied(model: nn.Module) -> Any:
     """A copy of a model; of one with adapters, a copy that shares the frozen weights."""
     frozen = [p for p in model.parameters() if not p.requires_grad] if has_adapters(model) else []

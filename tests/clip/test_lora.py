@@ -201,13 +201,25 @@ def test_a_missing_peft_names_its_extra(world, monkeypatch):
         FineTune(world.model, **world.prompts, tune="lora")
 
 
-@pytest.mark.parametrize("kind", exhaustive("FLYP", "FineTune", "CaRot"))
-def test_methods_with_adapters_fulfil_what_plug_ins_must(world, kind):
-    def make(model, **options):
-        own = {"ema_interval": 2} if kind == "CaRot" else {}
-        return getattr(methods, kind)(model, **SMALL, **own, **options)
+@pytest.mark.parametrize("kind", exhaustive("FLYP", "FineTune", "LPFT", "CaRot", "DRM", "WorstCaseFineTune"))
+def test_every_method_with_adapters_fulfils_what_plug_ins_must(world, kind):
+    described = {"ant": "six legs", "bee": ["striped", "it flies"], "cow": "horns"}
+    own = {
+        "CaRot": {"ema_interval": 2},
+        "DRM": {"descriptions": described},
+        "LPFT": {"probe": LinearProbe(world.model, **world.prompts).classifier()},
+        "WorstCaseFineTune": {"risk": methods.GroupDRO(2, 0.1)},
+    }.get(kind, {})
 
-    check_method(make, world, lr=5e-3, term="contrastive" if kind == "CaRot" else None)
+    def make(model, **options):
+        method = getattr(methods, kind)(model, **SMALL, **own, **options)
+        if kind == "DRM":
+            dtype = next(model.parameters()).dtype
+            method.prepare((world.data["image"].to(dtype), world.data["label"]))
+        return method
+
+    term = "contrastive" if kind == "CaRot" else None
+    check_method(make, world, lr=5e-3 if kind != "DRM" else 1e-3, term=term, mixes=kind == "DRM")
 
 
 @pytest.mark.parametrize(
