@@ -43,7 +43,7 @@ class LiNeS:
         check_classifiers(zero_shot, fine_tuned)
         self.zero_shot = zero_shot
         self.fine_tuned = fine_tuned
-        self._shares = {name: depth.share for name, depth in clip.depths(zero_shot.model).items()}
+        self._shares = {name: depth.share for name, depth in clip.depths(clip.merged(zero_shot.model)).items()}
 
     @checked
     def at(self, alpha: float, beta: float) -> Classifier:

@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import open_clip
 import peft
@@ -84,8 +85,7 @@ def test_adapters_change_nothing_at_first_and_are_a_function_of_the_seed(world, 
     before = torch.get_rng_state()
     first, same, other = (clip.adapt(copy.deepcopy(world.model), LoRA(), seed=seed).eval() for seed in (0, 0, 1))
     assert torch.equal(before, torch.get_rng_state())
-    for x, y in zip(features(first, world, tokens), features(world.model.eval(), world, tokens), strict=True):
-        assert torch.equal(x, y)
+    assert near(features(first, world, tokens), features(world.model.eval(), world, tokens))
     states = [model.state_dict() for model in (first, same, other)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert not all(torch.equal(value, states[2][name]) for name, value in states[0].items())
@@ -110,6 +110,34 @@ def test_an_attention_computes_as_pefts_does_and_leaves_frozen_weights_as_they_a
     for name, p in ours.named_parameters():
         if name in frozen:
             assert p is frozen[name][0] and torch.equal(p, frozen[name][1])
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_an_attention_takes_every_argument_of_torchs(batch_first):
+    torch.manual_seed(0)
+    plain = torch.nn.MultiheadAttention(8, 2, batch_first=batch_first, add_bias_kv=True)
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = peft.get_peft_model(torch.nn.Sequential(plain), config).eval()
+    layer = adapters.adopted(copy.deepcopy(model))[0]
+    merged = adapters._without_layers(model.get_base_model(), merge=True)[0]
+    q, k, v = torch.randn(3, 5, 4, 8).unbind()
+    masks = torch.rand(4 if batch_first else 5, 4 if batch_first else 5) > 0.8
+    for arguments, options in (
+        ((q, q, q), {}),
+        ((q, k, v), {"average_attn_weights": False}),
+        ((q, k, k), {"need_weights": False, "attn_mask": masks}),
+    ):
+        for found, expected in zip(layer(*arguments, **options), merged(*arguments, **options), strict=True):
+            assert (found is None) == (expected is None)
+            assert found is None or torch.allclose(found, expected, atol=1e-5)
+
+
+def test_threads_may_use_one_adapted_model_at_a_time(world, tokens):
+    model = adapted(world)
+    expected = features(model, world, tokens)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: features(model, world, tokens), range(16)):
+            assert near(found, expected)
 
 
 def test_every_adapter_gets_a_gradient(world, tokens):
