@@ -67,7 +67,7 @@ def sigmoid_sweep(
     x: Tensor, t: Tensor, s: Tensor, b: Tensor, x_labels: Tensor, t_labels: Tensor,
     xt: Tensor | None, tt: Tensor | None, st: Tensor | None, bt: Tensor | None, weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The rows of `Sums`, (3 or 6, n), and dx and dt of the losses weighted by row, from materialised matrices."""
+    """(3 or 6, n) losses and derivatives, and dx and dt of the losses weighted by row, from materialised matrices."""
     wide, wide_t = at_least_float32(x), at_least_float32(t)
     similarity = wide @ wide_t.T
     z = s.to(similarity.dtype) * similarity + b.to(similarity.dtype)

@@ -137,7 +137,7 @@ class _ShardedSigmoid(torch.autograd.Function):
         texts, teacher_texts = _gather(t, group), None if tt is None else _gather(tt, group)
         others = sigmoid.indices(None if labels is None else _gather(labels, group), world * n, x.device)
         of = x, texts, scale, bias, others[rank * n : (rank + 1) * n], others, xt, teacher_texts, st, bt
-        rows = sigmoid.row_gradient(x.new_ones((), dtype=accumulation_dtype(x.dtype)), weight, n) if total else None
+        rows = sigmoid.unit_gradient(x, weight) if total else None
         sums, *kept = _sigmoid_sweep(of, rows, None, keep)
         ctx.save_for_backward(*of, weight, sums, *kept)
         ctx.total, ctx.group = total, group
@@ -160,7 +160,7 @@ class _ShardedSigmoid(torch.autograd.Function):
             _, dx, dt, _ = _sigmoid_sweep(of, rows, kept, False)
         dt_local = dt.new_empty(len(x), dt.shape[1])
         dist.reduce_scatter_tensor(dt_local, dt, group=ctx.group)
-        ds, db = (sigmoid.sum_of(number, rows * sums[k::3]) for k, number in ((1, scale), (2, bias)))
+        ds, db = sigmoid.by_numbers(rows, sums, scale, bias)
         dweight = None if weight is None else (grads[0] * sums[0]).to(weight.dtype)
         return dx.to(x.dtype), dt_local.to(t.dtype), ds, db, None, dweight, *[None] * 9
 

@@ -27,18 +27,6 @@ from robustft.ops.dispatch import body_of
 from robustft.ops.registry import Backward, Call, Op, Source, accumulation_dtype, both, call, contiguous_like, register
 
 
-class Sums(NamedTuple):
-    """Of the rows of S, each (n,): the fields in the order of sigmoid_sum in csrc/cpu/similarity/sigmoid.h."""
-
-    loss: Tensor
-    by_scale: Tensor
-    """The loss's derivatives by the scale and by the bias."""
-    by_bias: Tensor
-    teacher_loss: Tensor | None = None
-    teacher_by_scale: Tensor | None = None
-    teacher_by_bias: Tensor | None = None
-
-
 class Matrices(NamedTuple):
     """The factors of S (n, m), and of the teacher's if there is one, each with its scale and bias."""
 
@@ -127,29 +115,40 @@ def sweep(
     similarities: Tensor | None = None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of `Sums`; dx (n, d) and dt (m, d) in the sums' dtype, by the weights (1, n), with a teacher (2, n), of the
-    rows' losses, empty without weights; and S, with a teacher both, (n, m) or (2 n, m), empty unless to be kept.
+    """sums, dx, dt and kept:
 
-    `similarities` are what an earlier sweep kept."""
+    sums, (3, n): the rows' losses and their derivatives by the scale and the bias, with a teacher (6, n), as
+    sigmoid_sum in csrc/cpu/similarity/sigmoid.h says.
+    dx (n, d) and dt (m, d) in the sums' dtype, by the weights (1, n), with a teacher (2, n), of the rows' losses; empty
+    without weights.
+    kept, (n, m), with a teacher (2 n, m): S, empty unless it is to be kept; `similarities` of a later sweep.
+    """
     x, t, scale, bias, *teacher = of
     precision = torch.get_float32_matmul_precision()
+    weight = None if weight is None else weight.to(accumulation_dtype(x.dtype))
     how = weight, None if similarities is None or len(similarities) == 0 else similarities, keep, precision
     return torch.ops.robustft.sigmoid_sweep(x, t, scale, bias, x_labels, t_labels, *teacher, *how)
 
 
-def sum_of(number: Tensor, *parts: Tensor) -> Tensor:
-    """The gradient by the scale, or the bias, in its dtype, from per-sample ones."""
-    return sum(part.sum() for part in parts).to(number.dtype)  # type: ignore[union-attr]
+def by_numbers(rows: Tensor, sums: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """ds and db, from the gradients by the losses (1, n), with a teacher (2, n), and the sums (3, n) or (6, n)."""
+    _, ds, db = (sums.view(len(rows), 3, -1) * rows[:, None]).sum((0, 2))
+    return ds.to(scale.dtype, copy=True), db.to(bias.dtype, copy=True)  # results of an operator share no memory
 
 
 def _contrastive_loss(x, t, scale, bias, labels, weight, total, keep):
     same = indices(labels, len(x), x.device)
-    rows = row_gradient(x.new_ones((), dtype=accumulation_dtype(x.dtype)), weight, len(x)) if total else None
+    rows = unit_gradient(x, weight) if total else None
     sums, *kept = sweep(Matrices(x, t, scale, bias), same, same, rows, keep=keep)
-    losses = Sums(*sums).loss
+    losses = sums[0]
     if not total:
         return losses.clone(), sums, *kept
     return (losses if weight is None else losses * weight).sum(), sums, *kept
+
+
+def unit_gradient(x: Tensor, weight: Tensor | None) -> Tensor:
+    """(1, n), by the losses, where that by their total is 1."""
+    return x.new_ones(1, x.shape[0], dtype=accumulation_dtype(x.dtype)) if weight is None else weight[None]
 
 
 def row_gradient(grad: Tensor, weight: Tensor | None, n: int) -> Tensor:
@@ -160,15 +159,13 @@ def row_gradient(grad: Tensor, weight: Tensor | None, n: int) -> Tensor:
 
 
 def _contrastive_gradient(grad, x, t, scale, bias, labels, weight, sums, kept_dx, kept_dt, kept):
-    losses, by_scale, by_bias = sums
     if grad.dim() == 0:
         rows, dx, dt = row_gradient(grad, weight, len(x)), kept_dx * grad, kept_dt * grad
     else:
         same, rows = indices(labels, len(x), x.device), grad[None]
         _, dx, dt, _ = sweep(Matrices(x, t, scale, bias), same, same, rows, kept)
-    ds, db = sum_of(scale, rows[0] * by_scale), sum_of(bias, rows[0] * by_bias)
-    dweight = x.new_empty(0) if weight is None else (grad * losses).to(weight.dtype)
-    return dx.to(x.dtype), dt.to(t.dtype), ds, db, dweight
+    dweight = x.new_empty(0) if weight is None else (grad * sums[0]).to(weight.dtype)
+    return dx.to(x.dtype), dt.to(t.dtype), *by_numbers(rows, sums, scale, bias), dweight
 
 
 def _contrastive_distillation_loss(x, t, scale, bias, xt, tt, st, bt, labels, keep):
@@ -178,11 +175,9 @@ def _contrastive_distillation_loss(x, t, scale, bias, xt, tt, st, bt, labels, ke
 
 
 def _contrastive_distillation_gradient(g, h, x, t, scale, bias, xt, tt, st, bt, labels, sums, kept):
-    of, same = Sums(*sums), indices(labels, len(x), x.device)
-    _, dx, dt, _ = sweep(Matrices(x, t, scale, bias, xt, tt, st, bt), same, same, torch.stack((g, h)), kept)
-    ds = sum_of(scale, g * of.by_scale, h * of.teacher_by_scale)
-    db = sum_of(bias, g * of.by_bias, h * of.teacher_by_bias)
-    return dx.to(x.dtype), dt.to(t.dtype), ds, db
+    same, rows = indices(labels, len(x), x.device), torch.stack((g, h))
+    _, dx, dt, _ = sweep(Matrices(x, t, scale, bias, xt, tt, st, bt), same, same, rows, kept)
+    return dx.to(x.dtype), dt.to(t.dtype), *by_numbers(rows, sums, scale, bias)
 
 
 def _fake_sweep(x, t, scale, bias, x_labels, t_labels, xt, tt, st, bt, weight, similarities, keep, precision):

@@ -5,8 +5,8 @@
 
 namespace robustft {
 
-// The rows of the sums of a side, (count, n): what `Sums` in robustft/ops/sigmoid.py names. Of the cross-entropy
-// against the labels, and from kTeacherLoss on, only with a teacher, of the one against its probabilities.
+// The sums over each row of S, (count, n): the losses against the labels and their derivatives by the scale and the
+// bias, and with a teacher those against its probabilities.
 namespace sigmoid_sum {
 enum : int64_t { kLoss, kByScale, kByBias, kTeacherLoss, kTeacherByScale, kTeacherByBias };
 constexpr int64_t count(bool teacher) { return teacher ? kTeacherByBias + 1 : kTeacherLoss; }
