@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustft.clip import patches
+from robustft.clip import patches, spread
 from robustft.ops.arguments import check_range
 from robustft.ops.kinds import checked, has_numbers
 from robustft.ops.precision import at_least_float32
@@ -70,6 +70,7 @@ def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -
 
     images: floating point, on the model's device; cast to the tower's dtype. normalize: unit rows, computed
     and returned in at least float32, also under autocast; otherwise the features as the tower gives them.
+    Within `robustft.clip.spread.spread`, by parts, which may wait on the CPU for their turn, and of all processes.
     """
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(
@@ -77,9 +78,14 @@ def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -
             f"{tuple(images.shape)} {images.dtype}"
         )
     parameter = _first_parameter(getattr(unwrap(model), "visual", unwrap(model)), images)
-    if images.device != parameter.device:
+    if images.device != parameter.device and spread.current() is None:
         raise ValueError(f"images are on {images.device}; expected {parameter.device}, as the model")
-    features = _encoded(model, "encode_image", "images", images.to(parameter.dtype))
+
+    def encoded(part: Tensor) -> tuple[Tensor]:
+        part = part.to(parameter.device, parameter.dtype, non_blocking=True)
+        return (_encoded(model, "encode_image", "images", part),)
+
+    (features,) = spread.of_images(encoded, images)
     return F.normalize(at_least_float32(features), dim=-1) if normalize else features
 
 
@@ -102,12 +108,19 @@ def encode_images_and_patches(model: nn.Module, images: Tensor, *, normalize: bo
     visual = getattr(unwrap(model), "visual", None)
     if visual is None:
         raise TypeError(f"model is a {type(unwrap(model)).__name__}; expected an open_clip model, which has visual")
-    with patches.last_inputs(visual) as inputs:
-        image_features = encode_images(model, images, normalize=normalize)
-    patch_features = patches.local_features(visual, inputs[0])
-    if normalize:
-        patch_features = F.normalize(at_least_float32(patch_features), dim=-1)
-    return LocalFeatures(image_features, patch_features)
+    device = _first_parameter(visual, images).device
+
+    def encoded(part: Tensor) -> LocalFeatures:
+        part = part.to(device, non_blocking=True) if spreading else part
+        with patches.last_inputs(visual) as inputs:
+            image_features = encode_images(model, part, normalize=normalize)
+        patch_features = patches.local_features(visual, inputs[0])
+        if normalize:
+            patch_features = F.normalize(at_least_float32(patch_features), dim=-1)
+        return LocalFeatures(image_features, patch_features)
+
+    spreading = spread.current() is not None
+    return LocalFeatures(*spread.of_images(encoded, images))
 
 
 @checked
@@ -130,7 +143,7 @@ def encode_texts(model: nn.Module, tokens: Tensor, *, normalize: bool = True) ->
         tokens = trim_padding(model, tokens)
     if tokens.shape[1] < context and _pools_early(tower):
         model = _with_text_tower(model, _shortened(tower, tokens.shape[1]))
-    features = _encoded(model, "encode_text", "tokens", tokens)
+    (features,) = spread.of_texts(lambda part: (_encoded(model, "encode_text", "tokens", part),), tokens)
     return F.normalize(at_least_float32(features), dim=-1) if normalize else features
 
 
@@ -193,7 +206,8 @@ def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, 
         )
     tower, tokens = text_tower(model), trim_padding(model, tokens)
     given = _Given(embeddings[:, : tokens.shape[1]].to(table.weight.dtype))
-    return encode_texts(_with_text_tower(model, _replaced(tower, table, given)), tokens, normalize=normalize)
+    with spread.spread(None):  # the embeddings are of all tokens
+        return encode_texts(_with_text_tower(model, _replaced(tower, table, given)), tokens, normalize=normalize)
 
 
 def text_tower(model: nn.Module) -> Any:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from robustft.clip.encoding import encode_texts, trim_padding
 from robustft.clip.prompts import Template, Tokenizer, captions, check_captions, split_names, tokenize_classes
+from robustft.clip.spread import spread
 from robustft.ops.kinds import checked, described
 
 
@@ -135,7 +136,8 @@ def encode_captions(
         from tqdm.auto import tqdm
 
         chunks = tqdm(chunks, desc="captions", unit="batch", disable=None)
-    if not (checkpoint and torch.is_grad_enabled()):
-        return torch.cat([encode_texts(model, chunk) for chunk in chunks])
-    again = functools.partial(recomputed, encode_texts, model, use_reentrant=False)
-    return torch.cat([again(chunk) for chunk in chunks])
+    with spread(None):  # these are batches already
+        if not (checkpoint and torch.is_grad_enabled()):
+            return torch.cat([encode_texts(model, chunk) for chunk in chunks])
+        again = functools.partial(recomputed, encode_texts, model, use_reentrant=False)
+        return torch.cat([again(chunk) for chunk in chunks])

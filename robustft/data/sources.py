@@ -540,6 +540,16 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def in_parts(batch: Any, parts: int) -> list[Any]:
+    """A batch cut by rows into at most so many, of one length but the last."""
+    rows = len(batch["image"] if isinstance(batch, Mapping) else batch[0])
+    size = -(-rows // parts)
+    spans = [slice(first, first + size) for first in range(0, rows, size)]
+    if isinstance(batch, Mapping):
+        return [{name: value[span] for name, value in batch.items()} for span in spans]
+    return [tuple(value[span] for value in batch) for span in spans]
+
+
 class _Seeded(torch.utils.data.Dataset[Any]):
     """A data set whose augmentation is a function of (seed, epoch, index), in whichever process it runs."""
 

@@ -16,24 +16,28 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import Required, TypedDict
 
 from robustft import clip
 from robustft.clip.adapters import adopted, base
 from robustft.clip.encoding import unwrap
 from robustft.clip.prompts import Template, Tokenizer, captions, split_names, tokenize
+from robustft.clip.spread import Spread, current, drawn_seed, joined, seeded, spread
 from robustft.data.classes import ClassNames
-from robustft.data.sources import Batch, check_labels, unpack
+from robustft.data.sources import Batch, check_labels, column, in_parts, to_device, unpack
 from robustft.losses import weighted_sum
 from robustft.machine import Tune
 from robustft.methods.options import Configured, digest
 from robustft.methods.tuning import check_tune, set_trained
+from robustft.ops import ranks
 from robustft.ops.kinds import checked, described
 from robustft.predictors.base import Classifier, Predictor
 from robustft.predictors.zero_shot import zero_shot_classifier
@@ -63,17 +67,13 @@ class Shared(TypedDict, total=False):
     lora: clip.LoRA | Mapping[str, Any] | None
 
 
-def check_single_process(what: str) -> None:
-    """RuntimeError under more than one process of torch.distributed: every rank would train on its own part alone.
-
-    A contrastive loss over a rank's part has other negatives than the whole batch's, and nothing would add up the
-    gradients, or keep schedules, frozen copies and checkpoints of the ranks the same.
-    """
+def check_alone(name: str) -> None:
+    """RuntimeError in one of several processes of torch.distributed."""
     if dist.is_available() and dist.is_initialized() and (world := dist.get_world_size()) > 1:
         raise RuntimeError(
-            f"{what} works in a single process, and torch.distributed runs {world}: each would train alone, on its "
-            "own part of the batch. Start one process; or write the loop over the towers yourself, with a loss that "
-            "takes group= (robustft.functional.contrastive_loss, robustft.losses.CaRotLoss)"
+            f"{name}.step would take the loss of this process's own rows, and torch.distributed runs {world} processes: "
+            "over the whole batch it is another one. Call the method, or the DistributedDataParallel around it, with "
+            "the group: method(batch, group=torch.distributed.group.WORLD)"
         )
 
 
@@ -148,6 +148,8 @@ class Method(Configured, nn.Module):
         self.templates = templates
         self.total_steps = total_steps
         self.seed = seed
+        self._versions: tuple[int, int] | None = None  # of steps and of the weights, at the last step
+        self._noticed = False
         # The first captions' tokens tell tokenizers apart.
         self.config = {
             "method": type(self).__name__,
@@ -190,9 +192,102 @@ class Method(Configured, nn.Module):
     def step(self, batch: Any) -> Step:
         """The loss of one batch: (images, labels), (images, texts) or {"image", "label" and / or "text"}.
 
-        RuntimeError under more than one process of torch.distributed.
+        Under several processes of torch.distributed this is the loss of the process's own rows: right where `additive`,
+        RuntimeError elsewhere, because calling the method with `group` gives the loss of the whole batch.
         """
         raise NotImplementedError
+
+    @property
+    def additive(self) -> bool:
+        """Whether a batch's loss is the mean of what `step` gives for each of its samples, so that parts add up."""
+        return False
+
+    def forward(self, batch: Any, *, parts: int = 1, group: dist.ProcessGroup | None = None) -> Step:
+        """`step` of a batch that is larger than memory, or of which each process has some rows.
+
+        The loss and its gradients are those of the whole batch in one pass, to rounding; with dropout, whose draws are
+        other ones, those of its parts. `out.loss.backward()` comes after it as after `step`.
+
+        Args:
+            batch: as for `step`; with `parts`, its images may stay on the CPU, and are moved part by part.
+            parts: so many passes of the towers. Memory is that of one part's activations and O(N D) for the features;
+                the towers encode all once more in the backward (GradCache, Gao et al. 2021, arXiv 2101.06983).
+            group: the processes over which the batch is spread: this one has some of the rows, at least one, and maybe
+                another number than others. `loss` has the value of the whole batch on each. The mean of a parameter's
+                gradients over the processes, which `DistributedDataParallel(method)` takes, is the whole batch's. Every
+                process makes the same calls. Features, labels and captions of all rows go to each of them.
+
+        Raises:
+            ValueError: a BatchNorm in training mode, whose statistics would be those of a part; prompts in the image
+                tower with an objective that parts do not add up to; otherwise as `step`.
+            RuntimeError: another process has ended.
+        """
+        how = Spread(parts, group)
+        if parts < 1:
+            raise ValueError(f"parts must be at least 1, got {parts}")
+        if parts * how.ranks == 1:
+            return self.step(batch)
+        self._check_spreading(how)
+        if self.additive:
+            return self.summed(batch, how, self._recomputed_step if parts > 1 else self.step)
+        with spread(how):
+            return self.step(batch)
+
+    def summed(
+        self, batch: Any, how: Spread, step: Callable[[Any], Step], backward: Callable[[Tensor], None] | None = None
+    ) -> Step:
+        """The step of a batch from that of each of its parts, for an `additive` method.
+
+        backward: called with each part's share of the loss, whose graph is then let go; the loss returned has none.
+        """
+        device, steps = self.steps.device, []
+        pieces = in_parts(batch, how.parts)
+        sizes = [len(unpack(piece, self.takes_features).images) for piece in pieces]
+        with spread(Spread(group=how.group)):
+            counts = joined(torch.tensor([sum(sizes)], device=device)).tolist()
+        seed, first = drawn_seed(), sum(counts[: how.rank])
+        for piece, size in zip(pieces, sizes, strict=True):
+            with seeded(seed, first):
+                out = step(to_device(piece, device))
+            share, first = how.ranks * size / sum(counts), first + size
+            loss = share * out.loss
+            if backward is not None:
+                backward(loss)
+                loss = loss.detach()
+            steps.append(Step(loss, {name: share * value for name, value in out.terms.items()}))
+        loss = torch.stack([part.loss for part in steps]).sum()
+        names = list(steps[0].terms)
+        sums = [torch.stack([part.terms[name] for part in steps]).sum() for name in names]
+        values = torch.stack([loss.detach(), *sums])
+        with spread(Spread(group=how.group)):
+            values = joined(values[None]).mean(0)
+        return Step(loss + (values[0] - loss.detach()), dict(zip(names, values[1:], strict=True)))
+
+    def _recomputed_step(self, batch: Any) -> Step:
+        terms: dict[str, Tensor] = {}
+
+        def step() -> Tensor:
+            out = self.step(batch)
+            terms.update(out.terms)
+            return out.loss
+
+        return Step(checkpoint(step, use_reentrant=False), terms)
+
+    def _check_spreading(self, how: Spread) -> None:
+        if how.parts > 1 and not (self.recomputes or self.additive):
+            raise ValueError(
+                f"parts must be 1 for {type(self).__name__} with this objective, got {how.parts}: its prompts are not "
+                "there any more when the images are encoded again"
+            )
+        for name, module in self.named_modules():
+            alike = isinstance(module, nn.SyncBatchNorm) and how.parts == 1
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and not alike:
+                raise ValueError(
+                    f"{name} of {type(self).__name__} is a BatchNorm in training mode: in {how.parts} parts on "
+                    f"{how.ranks} processes its statistics would be those of a part, and the loss another one. Train "
+                    "on one process in one part, with a tower without BatchNorm"
+                    + " or with torch.nn.SyncBatchNorm" * (how.parts == 1)
+                )
 
     def after_step(self) -> None:
         """Call after every optimiser step: counts it, and moves whatever follows the weights."""
@@ -233,16 +328,58 @@ class Method(Configured, nn.Module):
         return super().load_state_dict({**state_dict, **self.base_parameters()}, strict, assign)
 
     def checked(self, batch: Any) -> Batch:
-        """The batch's parts, or an error that says what is wrong with them, or with taking a step here."""
-        check_single_process(f"{type(self).__name__}.step")
+        """The batch's parts, or an error that says what is wrong with them, or with taking a step here.
+
+        Where the method is called with `group`, all but the images are those of the whole batch.
+        """
+        self._notice_after_step()
+        how = current()
+        if how is None or how.group is None:
+            if not self.additive:
+                check_alone(type(self).__name__)
+            return self._own(batch)
+        images, labels, texts = ranks.checked(how.group, lambda: self._own(batch))
+        ranks.agree({"function": f"{type(self).__name__}.step", "labels": labels is not None}, how.group)
+        if isinstance(texts, Tensor):
+            texts = joined(texts)
+        elif texts is not None:
+            lists: list[Any] = [None] * how.ranks
+            dist.all_gather_object(lists, list(texts), group=how.group)
+            texts = [text for rows in lists for text in rows]
+        images = joined(images) if images.ndim == 2 else images
+        return Batch(images, None if labels is None else joined(labels), texts)
+
+    def _own(self, batch: Any) -> Batch:
+        """The rows of this process, checked; with the encoders in parts, images may be elsewhere than the model."""
         images, labels, texts = unpack(batch, self.takes_features)
-        weight = next(self.model.parameters())
-        if images.device != weight.device:
-            raise ValueError(f"images are on {images.device}, the model is on {weight.device}")
+        device = next(self.model.parameters()).device
+        if current() is not None and images.ndim == 2:
+            images = images.to(device)
+        elif images.device != device and current() is None:
+            raise ValueError(f"images are on {images.device}, the model is on {device}")
         if labels is not None:
-            labels = labels.to(weight.device, torch.int64)
+            labels = labels.to(device, torch.int64)
             check_labels(labels, len(self.class_names))
         return Batch(images, labels, texts)
+
+    def _notice_after_step(self) -> None:
+        """Warns once where an optimiser has moved the weights since the last step and `after_step` was not called."""
+        moved = sum(p._version for p in self.parameters() if p.requires_grad)
+        before, self._versions = self._versions, (self.steps._version, moved)
+        if before is not None and before[0] == self.steps._version and before[1] != moved and not self._noticed:
+            self._noticed = True
+            name = type(self).__name__
+            warnings.warn(
+                f"the weights of {name} moved since its last step, and {name}.after_step() was not called: what "
+                "follows the weights (steps, captions, a teacher, the groups' weights) stands still. Call it after "
+                "every optimizer.step(), or say optimizer.register_step_post_hook(lambda *_: method.after_step())",
+                stacklevel=2,
+            )
+
+    def column(self, batch: Any, name: str) -> Tensor | None:
+        """A further tensor of a dictionary batch, one row for each image, on the model's device; None for none."""
+        value = column(batch, name, unpack(batch, self.takes_features).images)
+        return None if value is None else joined(value.to(self.steps.device))
 
     def labelled(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Images and labels of a batch; ValueError for one of texts."""

@@ -53,6 +53,10 @@ class CoCoOp(ContextMethod):
         self.narrow = seeded_linear(features, narrow, generator).to(self.context)
         self.shift = seeded_linear(narrow, width, generator).to(self.context)
 
+    @property
+    def additive(self) -> bool:
+        return self.objective.of_samples
+
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)
         u = self.image_features(images)

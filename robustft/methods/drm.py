@@ -25,7 +25,6 @@ from robustft import clip
 from robustft.clip.encoding import freeze_idle
 from robustft.clip.outputs import evaluating
 from robustft.clip.prompts import match_descriptions
-from robustft.data.sources import column
 from robustft.functional import dual_risk
 from robustft.methods.base import Step
 from robustft.methods.core_proxy import CoreProxy, Ranges, core_similarities
@@ -158,7 +157,7 @@ class DRM(CaptionMethod):
 
     def _core(self, batch: Any, images: Tensor, labels: Tensor) -> Tensor:
         """q of a batch: (N,), or (N, K)."""
-        given, classes = column(batch, "core", images), len(self.class_names)
+        given, classes = self.column(batch, "core"), len(self.class_names)
         if given is not None:
             if given.shape[1:] not in ((), (classes,)):
                 raise ValueError(f'batch["core"] must be (N,) or (N, {classes}), got {tuple(given.shape)}')

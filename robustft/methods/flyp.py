@@ -110,9 +110,9 @@ class CaptionMethod(Method):
             tokens, rows = self.prompts.sample(labels, stateless_generator(self.seed, "captions", int(self.steps)))
         else:
             tokens, rows = distinct(texts if isinstance(texts, Tensor) else tokenize(self.tokenizer, texts))
-        multiple = 1 if images.device.type == "cpu" else 8
-        tokens = clip.trim_padding(self.model, tokens, multiple=multiple).to(images.device)
-        rows = None if rows is None else rows.to(images.device)
+        multiple = 1 if self.steps.device.type == "cpu" else 8
+        tokens = clip.trim_padding(self.model, tokens, multiple=multiple).to(self.steps.device)
+        rows = None if rows is None else rows.to(self.steps.device)
         return Pairs(images, tokens, rows, labels if self.targets == "label" else None, labels)
 
     @staticmethod

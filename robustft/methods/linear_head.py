@@ -75,6 +75,10 @@ class LinearHead(Method):
         self.head = nn.Parameter((start.logit_scale * start.class_embeddings).clone())
         self.register_parameter("bias", None if start.bias is None else nn.Parameter(start.bias.clone()))
 
+    @property
+    def additive(self) -> bool:
+        return self.objective.of_samples
+
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)
         return self.head_step(clip.encode_images(self.model, images), labels, self.reference(images))

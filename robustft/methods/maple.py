@@ -76,6 +76,10 @@ class MaPLe(ContextMethod):
         prompts = [self.context, *self.deep]
         return torch.stack([coupling(p) for coupling, p in zip(self.couplings, prompts, strict=True)])
 
+    @property
+    def additive(self) -> bool:
+        return self.objective.of_samples
+
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)
         with deep_prompts.visual_prompts(self.model, list(self.visual_prompts())):

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from robustft import clip
-from robustft.data.sources import column
 from robustft.functional import cvar, group_dro, group_risk
 from robustft.methods.base import Step
 from robustft.methods.fine_tune import FineTune, FineTuneOptions
@@ -131,9 +130,13 @@ class WorstCaseFineTune(FineTune):
             )
         self.risk = copy.deepcopy(risk).to(self.head.device)
 
+    @property
+    def additive(self) -> bool:
+        return False
+
     def step(self, batch: Any) -> Step:
         images, labels = self.labelled(batch)
-        groups = column(batch, "group", images)
+        groups = self.column(batch, "group")
         u = clip.encode_images(self.model, images)
         losses, terms = self.objective(u, self.head, labels, 1.0, bias=self.bias, reduction="none")
         risk = self.risk(losses, groups)

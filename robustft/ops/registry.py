@@ -217,11 +217,22 @@ def _direct_function(name: str, setup: Callable, formula: Callable) -> type[torc
     def backward(ctx, *grads):
         if torch.is_grad_enabled():  # create_graph: the gradient's own formula refuses
             return formula(ctx, *grads)
+        unpacked = _Unpacked(ctx)
         with below():
-            return formula(ctx, *grads)
+            return formula(unpacked, *grads)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), methods)
+
+
+class _Unpacked:
+    """A context whose saved tensors are at hand: a checkpoint computes them when they are asked for, by autograd."""
+
+    def __init__(self, ctx: Any):
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def _no_second_derivative(ctx, *_):

@@ -21,10 +21,11 @@ import torch
 
 from robustft.clip import check_trainable_precision
 from robustft.clip.loading import move
+from robustft.clip.spread import Spread
 from robustft.data.images import Skipped
 from robustft.data.sources import Source, check_workers
 from robustft.machine import Decay, Precision
-from robustft.methods.base import Method, check_single_process
+from robustft.methods.base import Method, check_alone
 from robustft.ops.kinds import checked
 from robustft.training.guards import recomputing, restored
 from robustft.training.optimization import Optimization
@@ -63,6 +64,7 @@ def fit(
     epochs: int,
     batch_size: int,
     lr: float,
+    accumulate: int = 1,
     weight_decay: float = 0.1,
     warmup: float = 0.1,
     schedule: Decay = "cosine",
@@ -100,6 +102,9 @@ def fit(
             labels are matched to them by name. Augmentation may use torch's, numpy's or Python's global generators:
             each is seeded by (seed, epoch, index).
         epochs, batch_size, lr, weight_decay: as usual.
+        accumulate: so many parts of a batch go through the towers one after the other. The step is that of the whole
+            batch, for contrastive losses too (`Method.forward`), in the memory of one part. A run may be resumed with
+            another number: it is the same to rounding, and without dropout.
         warmup: fraction of all steps over which the rate rises.
         schedule: of the rate after that: "cosine" or "linear", down to 0 over the steps that are left, or "constant".
         clip: largest norm of the whole gradient, after the fp16 loss scale is taken out; None for no limit.
@@ -146,9 +151,11 @@ def fit(
     arguments, started = dict(locals()), time.monotonic()
     with ExitStack() as held:
         held.enter_context(closed(on_record))
-        check_single_process("robustft.fit")
+        check_alone("robustft.fit")
         settings = Settings(**{field.name: arguments[field.name] for field in fields(Settings)})
-        check_arguments(log_every=log_every, validate_every=validate_every)
+        check_arguments(log_every=log_every, validate_every=validate_every, accumulate=accumulate)
+        if accumulate > batch_size:
+            raise ValueError(f"accumulate must be at most batch_size, {batch_size}, got {accumulate}")
         check_workers(workers)
         if resume and output is None:
             raise ValueError("resume=True needs output, the folder of the run to continue")
@@ -171,7 +178,7 @@ def fit(
             brief=dry_run,
         )
         _begin(method, planned.total, dry_run)
-        optimization = Optimization(method, settings)
+        optimization = Optimization(method, settings, Spread(accumulate))
         run = None
         if output is not None:
             held.enter_context(opened(Path(output), resume))

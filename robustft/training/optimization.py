@@ -5,6 +5,7 @@ start, backward (of one batch, or of each part of one), norm, apply
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustft.clip.encoding import unwrap
+from robustft.clip.spread import Spread
 from robustft.methods.base import Method, Step
 from robustft.training.schedule import DTYPES, Settings
 
@@ -27,8 +29,8 @@ class Optimization:
     `skipped` counts the last steps, one after another, that fp16 has not taken because their gradient overflowed.
     """
 
-    def __init__(self, method: Method, settings: Settings) -> None:
-        self.method, self.settings = method, settings
+    def __init__(self, method: Method, settings: Settings, how: Spread = Spread()) -> None:
+        self.method, self.settings, self.how = method, settings, how
         self.device = method.steps.device
         self.parameters = [p for p in method.parameters() if p.requires_grad]
         if not self.parameters:
@@ -54,11 +56,19 @@ class Optimization:
         self.adamw.zero_grad()
 
     def backward(self, batch: Any) -> Step:
-        """The method's loss of a batch, whose gradient is added."""
-        precision = self.settings.precision
-        with torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32"):
-            out = self.method.step(batch)
-        self.scaler.scale(out.loss).backward()
+        """The method's loss of a batch, whose gradient is added; of a batch in parts, these one after the other."""
+        method, how, precision = self.method, self.how, self.settings.precision
+        autocast = functools.partial(torch.autocast, self.device.type, DTYPES[precision])
+
+        def backward(loss: Tensor) -> None:
+            with autocast(enabled=False):
+                self.scaler.scale(loss).backward()
+
+        with autocast(enabled=precision != "fp32"):
+            if how.parts > 1 and method.additive:
+                return method.summed(batch, how, method.step, backward)
+            out = method(batch, parts=how.parts, group=how.group)
+        backward(out.loss)
         return out
 
     def norm(self) -> Tensor:

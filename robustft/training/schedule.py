@@ -115,7 +115,7 @@ def learning_rate(step: int, total: int, lr: float, warmup: float, schedule: Dec
 
 def check_arguments(**arguments: Any) -> None:
     """ValueError if one of `fit`'s arguments, of those that are given, is out of range."""
-    for name in ("epochs", "batch_size", "log_every", "limit_batches", "patience"):
+    for name in ("epochs", "batch_size", "accumulate", "log_every", "limit_batches", "patience"):
         value = arguments.get(name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

@@ -84,7 +84,7 @@ class Training:
         rate, epoch = self.schedule.rate(self.step), self.step // self.schedule.per_epoch
         torch.manual_seed(stateless_seed(settings.seed, "step", self.step))
         optimization.start()
-        out = optimization.backward(to_device(batch, optimization.device))
+        out = optimization.backward(batch if optimization.how.parts > 1 else to_device(batch, optimization.device))
         norm = optimization.norm()
         loss, size = out.loss.item(), norm.item()
         if not optimization.accepts(loss, size):
