@@ -1,4 +1,4 @@
-"""Methods with every kind of loss there is, on the tiny CLIP, in float64: for tests of what a batch's parts add up to."""
+"""Methods with every kind of loss there is, on the tiny CLIP, in float64: do the parts of a batch add up to it?"""
 
 from __future__ import annotations
 

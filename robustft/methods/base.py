@@ -71,9 +71,9 @@ def check_alone(name: str) -> None:
     """RuntimeError in one of several processes of torch.distributed."""
     if dist.is_available() and dist.is_initialized() and (world := dist.get_world_size()) > 1:
         raise RuntimeError(
-            f"{name}.step would take the loss of this process's own rows, and torch.distributed runs {world} processes: "
-            "over the whole batch it is another one. Call the method, or the DistributedDataParallel around it, with "
-            "the group: method(batch, group=torch.distributed.group.WORLD)"
+            f"{name} sees the rows of this process alone, and torch.distributed runs {world}: over the whole batch the "
+            "loss is another one. Call the method, or the DistributedDataParallel around it, with the group: "
+            "method(batch, group=torch.distributed.group.WORLD)"
         )
 
 
@@ -286,7 +286,8 @@ class Method(Configured, nn.Module):
                     f"{name} of {type(self).__name__} is a BatchNorm in training mode: in {how.parts} parts on "
                     f"{how.ranks} processes its statistics would be those of a part, and the loss another one. Train "
                     "on one process in one part, with a tower without BatchNorm"
-                    + " or with torch.nn.SyncBatchNorm" * (how.parts == 1)
+                    + " or with torch.nn.SyncBatchNorm"
+                    * (how.parts == 1)
                 )
 
     def after_step(self) -> None:
@@ -332,11 +333,11 @@ class Method(Configured, nn.Module):
 
         Where the method is called with `group`, all but the images are those of the whole batch.
         """
-        self._notice_after_step()
         how = current()
+        if (how is None or how.group is None) and not self.additive:
+            check_alone(f"{type(self).__name__}.step")
+        self._notice_after_step()
         if how is None or how.group is None:
-            if not self.additive:
-                check_alone(type(self).__name__)
             return self._own(batch)
         images, labels, texts = ranks.checked(how.group, lambda: self._own(batch))
         ranks.agree({"function": f"{type(self).__name__}.step", "labels": labels is not None}, how.group)

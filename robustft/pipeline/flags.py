@@ -21,7 +21,8 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 from robustft.pipeline.arguments import TrainingSets
 
 HIDDEN = ("log", "progress")  # of callers in Python
-NAMES = {"methods": "method", "shifts": "shift"}  # flags that may be repeated are named in the singular
+NAMES = {"methods": "method", "shifts": "shift", "accumulate": "accum_freq"}
+"""Flags that may be repeated are named in the singular; one is named as open_clip does."""
 POSITIONAL = ("data", "run", "runs")
 
 

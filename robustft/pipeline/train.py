@@ -76,6 +76,7 @@ def train(
     shots: int | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
+    accumulate: int = 1,
     lr: float | None = None,
     wd: float | None = None,
     warmup_fraction: float | None = None,
@@ -129,6 +130,8 @@ def train(
         shots: train on so many images of each class.
         epochs: over the training images.
         batch_size: images a step; contrastive methods like it large.
+        accumulate: parts of a batch that go through the towers one after the other, in the memory of one: the same
+            step in more time.
         lr: highest learning rate.
         wd: weight decay.
         warmup_fraction: share of all steps over which the rate rises.
@@ -182,7 +185,10 @@ def train(
     flags.check_source(data)
     for name, kind in (("ensemble", Ensemble), ("keep", Keep), ("sets", Sets), ("on_bad_image", OnBadImage)):
         flags.check_word(name, arguments[name], kind)
-    check_arguments(schedule=schedule, precision=precision)
+    check_arguments(schedule=schedule, precision=precision, accumulate=accumulate)
+    for name, recipe in recipes.items():
+        if accumulate > recipe.batch_size:
+            raise ValueError(f"accumulate must be at most batch_size, {recipe.batch_size} of {name}, got {accumulate}")
     if sets != "none":
         ConformalSets(sets, coverage)
     if unknown := [kind for kind in report_to if kind not in REPORTERS]:
@@ -214,6 +220,7 @@ def train(
             "precision": precision,
             "grad_checkpointing": grad_checkpointing,
             "limit_batches": limit_batches,
+            "accumulate": accumulate,
             "workers": job.training_workers(workers),
         },
         validation=validation_loop if validate_every else None,

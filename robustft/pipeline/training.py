@@ -157,7 +157,7 @@ def train_recipe(
     return method, fit_recipe(recipe, method, data, materials.seed, output=output, resume=resume, **options)
 
 
-FOR_IMAGES = ("workers", "grad_checkpointing")
+FOR_IMAGES = ("workers", "grad_checkpointing", "accumulate")
 """Options of `fit` that say how images are read and encoded: features are there already."""
 
 

@@ -18,6 +18,7 @@ from robustft.clip.spread import Spread
 from robustft.methods.base import Method, Step
 from robustft.training.schedule import DTYPES, Settings
 
+ONE_PASS = Spread()
 SKIPS_BEFORE_ERROR = 20  # fp16 halves its loss scale at each: 65536 has come down to 1/16 by then
 
 
@@ -29,7 +30,7 @@ class Optimization:
     `skipped` counts the last steps, one after another, that fp16 has not taken because their gradient overflowed.
     """
 
-    def __init__(self, method: Method, settings: Settings, how: Spread = Spread()) -> None:
+    def __init__(self, method: Method, settings: Settings, how: Spread = ONE_PASS) -> None:
         self.method, self.settings, self.how = method, settings, how
         self.device = method.steps.device
         self.parameters = [p for p in method.parameters() if p.requires_grad]

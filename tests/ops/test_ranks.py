@@ -144,9 +144,9 @@ CASES: dict[str, tuple[Callable[[int], object], str]] = {
     ),
     "fit": (
         lambda rank: robustft.fit(robustft.FLYP.__new__(robustft.FLYP), None, epochs=1, batch_size=2, lr=1e-3),
-        "robustft.fit works in a single process, and torch.distributed runs 3",
+        "robustft.fit sees the rows of this process alone, and torch.distributed runs 3",
     ),
-    "step": (lambda rank: FLYP.__new__(FLYP).checked(None), "FLYP.step works in a single process"),
+    "step": (lambda rank: FLYP.__new__(FLYP).checked(None), "FLYP.step sees the rows of this process alone"),
 }
 
 
