@@ -28,6 +28,8 @@ Tune = Literal["full", "visual", "text", "projection", "lora", "prompts"]
 """Which parameters of a model are trained (`robustft.methods.tuning`)."""
 Towers = Literal["visual", "text", "both"]
 """Which towers have adapters."""
+PROCESS_TIMEOUT = 50.0
+"""Seconds after which a process of several that does not answer ends the others, unless they are told otherwise."""
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent

@@ -21,6 +21,7 @@ FOCAL = Objective(focal=2.0)
 OPTIONS = {
     "FLYP": {"misalignment": 0.5, "l2_sp": 0.1},
     "FLYP, labels": {"targets": "label", "label_smoothing": 0.1},
+    "FLYP, sigmoid": {"loss": "sigmoid"},
     "CaRot": {"total_steps": 4, "ema_interval": 2, "misalignment": 0.5},
     "DRM": {"descriptions": DESCRIPTIONS, "text_chunk": 2},
     "DRM, present": {"descriptions": DESCRIPTIONS, "present_only": True, "empirical_weight": 0.0},
@@ -52,7 +53,7 @@ def make(name, dropout=0.0):
     torch.manual_seed(0)
     config = copy.deepcopy(CONFIG["model_cfg"])
     config["vision_cfg"]["patch_dropout"] = dropout
-    model = open_clip.CLIP(**config).double()
+    model = open_clip.CLIP(**config, init_logit_bias=-2.0 if "sigmoid" in name else None).double()
     kind = getattr(methods, name.partition(",")[0])
     options = dict(OPTIONS[name])
     if kind is methods.TipAdapterF:

@@ -31,7 +31,7 @@ def logit_scale(model: nn.Module) -> Tensor:
     scale = getattr(unwrap(model), "logit_scale", None)
     if not isinstance(scale, Tensor) or scale.numel() != 1:
         raise ValueError(f"model: expected a logit_scale of one element, got {scale!r:.80}")
-    return at_least_float32(scale).exp().reshape(())
+    return at_least_float32(_whole(scale)).exp().reshape(())
 
 
 @checked
@@ -45,7 +45,7 @@ def logit_bias(model: nn.Module) -> Tensor | None:
         return None
     if not isinstance(bias, Tensor) or bias.numel() != 1:
         raise ValueError(f"model: expected a logit_bias of one element, got {bias!r:.80}")
-    return at_least_float32(bias).reshape(())
+    return at_least_float32(_whole(bias)).reshape(())
 
 
 @checked
@@ -161,8 +161,8 @@ def trim_padding(model: nn.Module, tokens: Tensor, *, multiple: int = 1) -> Tens
         raise ValueError(f"multiple: expected at least 1, got {multiple}")
     _check_token_numbers(tokens)
     tower = text_tower(model)
-    if not (_pools_early(tower) and tokens.numel() and _may_be_looked_at(tokens)):
-        return tokens
+    if not (_pools_early(tower) and tokens.numel() and _may_be_looked_at(tokens)) or hasattr(unwrap(model), "reshard"):
+        return tokens  # also of a model that FSDP has divided, of whose parameters no view is good
     length = int(_pooled_at(tower, tokens).max()) + 1
     return tokens[:, : -(-length // multiple) * multiple]
 
@@ -360,10 +360,16 @@ def _found(model: nn.Module, paths: Sequence[str]) -> Tensor | None:
             part = getattr(part, name, None)
         match part:
             case nn.Linear() as linear:
-                return linear.weight.T
+                return _whole(linear.weight).T
             case Tensor() as weight:
-                return weight
+                return _whole(weight)
     return None
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter, of which FSDP has left each process a part, as a whole; each takes its part of the gradient."""
+    gather = getattr(parameter, "full_tensor", None)
+    return parameter if gather is None else gather()
 
 
 def _first_parameter(module: nn.Module, otherwise: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from robustft.data.classes import ClassNames, class_names
 from robustft.data.images import Skipped
 from robustft.data.sources import Source, fingerprint, image_statistics, row_fingerprints, takes_statistics
 from robustft.ops.kinds import checked
+from robustft.ops.processes import current
 
 # The parts of open_clip's evaluation transforms: deterministic, and told wholly by their attributes.
 STANDARD_TRANSFORMS = frozenset(
@@ -89,11 +90,12 @@ def encode(
     Images that the data set wants skipped (`robustft.data.open`, on_error) have no row, and nothing is kept in the
     cache then: they may be whole the next time. A damaged file of the cache is replaced with a warning. ValueError
     for NaN or infinite features, an empty data set, and, when `cache` is given, a data set or transform that cannot
-    be told from others. Memory: N (D + 2) floats.
+    be told from others. Memory: N (D + 2) floats. Processes that do it together (`robustft.ops.processes.together`)
+    encode some of the batches each, and have the features of all; the main one alone writes to the cache.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
-    kept = None
+    kept, turns = None, current()
     if cache is not None:
         if isinstance(dataset, torch.utils.data.IterableDataset):
             raise ValueError(
@@ -104,9 +106,9 @@ def encode(
         transforms = _transforms(dataset, transform, transform_key)
         of = model_fingerprint(model), transforms, repr(statistics), str(dtype)
         kept = Kept.under(Path(cache), of, fingerprint(dataset), row_fingerprints(dataset))
-        if (stored := kept.whole()) is not None:
+        if (stored := turns.of_main(kept.whole)) is not None:
             return Features(*stored, classes=class_names(dataset))
-        if (gathered := kept.gathered()) is not None:
+        if (gathered := turns.of_main(kept.gathered)) is not None:
             known, have = gathered
             if bool(have.all()):
                 return Features(*known, classes=class_names(dataset))
@@ -127,31 +129,38 @@ def encode(
     device = torch.device(device) if device is not None else _device(model)
     move(model, device)
     source = Source(dataset, model, transform)
-    done = [] if kept is None else list(kept.parts())
+    done: list[Known] = [] if kept is None else turns.of_main(partial(list, kept.parts()))
     start = fresh = sum(len(part.labels) for part in done)
-    batches = source.in_order(batch_size, start=start)
+    batches = source.in_order(batch_size, start=start, turns=turns)
     written = time.monotonic()
     new: list[Known] = []
-    with evaluating(model):
-        if progress:
-            batches = _shown(batches, None if source.streams else -(-(len(source) - start) // batch_size))
+    unkept = False  # an image was skipped
+
+    def made() -> Iterator[tuple[Known, bool]]:
         for images, target in batches:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 encoded = encode_images(model, images.to(device))
-            new.append(Known(encoded.float().cpu(), target))
-            start += len(target)
-            if kept is not None and not source.skipped and time.monotonic() - written >= SECONDS_BETWEEN_PARTS:
+            yield Known(encoded.float().cpu(), target), bool(source.skipped)
+
+    with evaluating(model):
+        if progress and turns.main:
+            batches = _shown(batches, None if source.streams else -(-(len(source) - start) // batch_size))
+        for known_now, skips in turns.in_turns(made()):
+            new.append(known_now)
+            start += len(known_now.labels)
+            unkept |= skips
+            if kept is not None and turns.main and not unkept and time.monotonic() - written >= SECONDS_BETWEEN_PARTS:
                 kept.keep_part(fresh, _joined(new))
                 done, new, fresh, written = [*done, *new], [], start, time.monotonic()
     whole = _joined([*done, *new])
-    result = Features(*whole, skipped=tuple(source.skipped.values()), classes=class_names(dataset))
+    result = Features(*whole, skipped=tuple(turns.merged(source.skipped.values())), classes=class_names(dataset))
     bad = int((~result.image_features.isfinite()).any(1).sum())
     if bad:
         raise ValueError(
             f"{bad} of {len(result)} image features hold NaN or infinity: check the weights "
             f"and, if the images are fine, encode with another dtype than {dtype}"
         )
-    if kept is not None and not result.skipped:
+    if kept is not None and turns.main and not result.skipped:
         kept.finish(whole)
     return result
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from robustft.data.seeds import stateless_seed
+from robustft.ops.processes import Processes, naming
 
 Encode = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -38,12 +39,8 @@ class Spread(NamedTuple):
     group: dist.ProcessGroup | None = None
 
     @property
-    def ranks(self) -> int:
-        return 1 if self.group is None else dist.get_world_size(self.group)
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.group is None else dist.get_rank(self.group)
+    def processes(self) -> Processes:
+        return Processes(self.group)
 
 
 _current: ContextVar[Spread | None] = ContextVar("spread", default=None)
@@ -69,7 +66,7 @@ def of_images(encode: Encode, images: Tensor) -> tuple[Tensor, ...]:
     how = current()
     if how is None:
         return encode(images)
-    first = sum(_sizes(images, how)[: how.rank])
+    first = sum(_sizes(images, how)[: how.processes.rank])
     return tuple(joined(part) for part in _by_parts(encode, images, first, how.parts))
 
 
@@ -78,10 +75,10 @@ def of_texts(encode: Encode, tokens: Tensor) -> tuple[Tensor, ...]:
     how = current()
     if how is None:
         return encode(tokens)
-    share = -(-len(tokens) // how.ranks)
-    if share * (how.ranks - 1) >= len(tokens):  # too few for each to have one: each encodes them all
+    share = -(-len(tokens) // how.processes.count)
+    if share * (how.processes.count - 1) >= len(tokens):  # too few for each to have one: each encodes them all
         return _by_parts(encode, tokens, 0, how.parts)
-    first = how.rank * share
+    first = how.processes.rank * share
     return tuple(joined(part) for part in _by_parts(encode, tokens[first : first + share], first, how.parts))
 
 
@@ -114,14 +111,15 @@ class _Joined(torch.autograd.Function):
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded, group=how.group)
+        with naming(how.processes):
+            dist.all_gather(parts, padded, group=how.group)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         total = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.how.group)
-        return total.split(ctx.sizes)[ctx.how.rank], None, None
+        return total.split(ctx.sizes)[ctx.how.processes.rank], None, None
 
 
 def _sizes(rows: Tensor, how: Spread) -> list[int]:
@@ -129,8 +127,9 @@ def _sizes(rows: Tensor, how: Spread) -> list[int]:
     if how.group is None:
         return [len(rows)]
     mine = torch.tensor(len(rows), device=rows.device)
-    sizes = [torch.empty_like(mine) for _ in range(how.ranks)]
-    dist.all_gather(sizes, mine, group=how.group)
+    sizes = [torch.empty_like(mine) for _ in range(how.processes.count)]
+    with naming(how.processes):
+        dist.all_gather(sizes, mine, group=how.group)
     return [int(size) for size in sizes]
 
 

@@ -45,6 +45,7 @@ from robustft.data.pixels import Statistics, warning_of_raw_pixels
 from robustft.data.seeds import stateless_seed
 from robustft.data.wrappers import groups_of, told
 from robustft.ops.kinds import array, checked, described, held
+from robustft.ops.processes import ALONE, Processes
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 Transform = Callable[[Any], Tensor]
@@ -105,24 +106,28 @@ class Source:
     def __len__(self) -> int:
         return len(self.data if self.columns is None else self.columns["image"])
 
-    def in_order(self, batch_size: int, workers: int | None = None, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def in_order(
+        self, batch_size: int, workers: int | None = None, start: int = 0, turns: Processes = ALONE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (n, C, H, W), floating point, and labels (n,) int64, from the row `start` to the last; a warning where
         the images are plainly pixels, not normalised ones. Items are made by `workers` processes, None: as
-        `reading_workers` says; the same whatever their number."""
+        `reading_workers` says; the same whatever their number. With `turns`, those batches of which it is this
+        process's turn."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         pair = None if self.columns is None else _image_tensors(self.columns, self.name)
         if pair is not None and self.transform is not None:
             raise ValueError("transform must be None for images that are tensors already: they are taken as they are")
         if self.streams:
-            return warning_of_raw_pixels(self._stream(batch_size), self.statistics)
-        starts = range(start, len(self), batch_size)
+            streamed = itertools.islice(self._stream(batch_size), turns.rank, None, turns.count)
+            return warning_of_raw_pixels(streamed, self.statistics)
+        starts = range(start + turns.rank * batch_size, len(self), turns.count * batch_size)
         found: Iterator[tuple[Tensor, Tensor]]
         if pair is not None:
             images, labels = pair
             found = ((images[i : i + batch_size], labels[i : i + batch_size].long()) for i in starts)
         else:
-            found = self._read(batch_size, reading_workers(self.data, len(self) - start, workers), starts)
+            found = self._read(batch_size, reading_workers(self.data, len(self) - start, workers), starts, turns)
         return warning_of_raw_pixels(found, self.statistics)
 
     def _stream(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -139,19 +144,23 @@ class Source:
         if number < 0:
             raise ValueError(f"{self.name} is empty")
 
-    def _read(self, batch_size: int, workers: int, starts: range) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, batch_size: int, workers: int, starts: range, turns: Processes) -> Iterator[tuple[Tensor, Tensor]]:
         part = batch_size if workers == 0 else min(batch_size, READ_TOGETHER)
+        whole = [range(first, min(first + batch_size, len(self))) for first in starts]
         spans = [
-            range(start, min(start + part, first + batch_size, len(self)))
-            for first in starts
-            for start in range(first, min(first + batch_size, len(self)), part)
+            range(start, min(start + part, batch.stop))
+            for batch in whole
+            for start in range(batch.start, batch.stop, part)
         ]
+        ends = {batch.stop for batch in whole}
         if workers == 0:
             for span in spans:
                 items, skipped = self._items(span)
                 self._note(skipped)
                 if items is not None:
                     yield items
+                elif turns.count > 1:
+                    raise self._all_unreadable(span)
             self._tell_skipped()
             return
         loader = torch.utils.data.DataLoader(
@@ -171,10 +180,19 @@ class Source:
             if items is not None:
                 images.append(items[0])
                 labels.append(items[1])
-            if images and (span.stop in starts or span.stop == len(self)):
+            if images and span.stop in ends:
                 yield torch.cat(images), torch.cat(labels)
                 images, labels = [], []
+            elif turns.count > 1 and span.stop in ends:
+                raise self._all_unreadable(span)
         self._tell_skipped()
+
+    def _all_unreadable(self, span: range) -> ValueError:
+        """A process whose turn passed without a word would shift the rows of all that come after."""
+        return ValueError(
+            f"{self.name}: none of the images {span.start} to {span.stop - 1} can be read: several processes need one "
+            "in each batch; read them by one process"
+        )
 
     def _note(self, skipped: Sequence[Skipped]) -> None:
         self.skipped |= {one.row: one for one in skipped}
@@ -320,16 +338,18 @@ def batches(
     batch_size: int = 256,
     workers: int | None = None,
     skipped: list[Skipped] | None = None,
+    turns: Processes = ALONE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A whole data set in order as batches of images (n, C, H, W), floating point, and labels (n,) int64.
 
     `dataset` as `robustft.data.sources` says. `model` gives the image statistics for data sets with `.tensors(mean,
     std)`; `transform` turns an item's image into a tensor, and is preferred to the statistics where given. TypeError
     for what is no data set and for images that are no tensors after `transform`; ValueError when empty. `workers` as in
-    `reading_workers`. A list `skipped` receives, at the end, the images that were skipped.
+    `reading_workers`. A list `skipped` receives, at the end, the images that were skipped. `turns` as in
+    `Source.in_order`.
     """
     source = Source(dataset, model, transform)
-    found = source.in_order(batch_size, workers)
+    found = source.in_order(batch_size, workers, turns=turns)
     return found if skipped is None else _with_those_skipped(found, source, skipped)
 
 

@@ -225,7 +225,7 @@ class Method(Configured, nn.Module):
         how = Spread(parts, group)
         if parts < 1:
             raise ValueError(f"parts must be at least 1, got {parts}")
-        if parts * how.ranks == 1:
+        if parts * how.processes.count == 1:
             return self.step(batch)
         self._check_spreading(how)
         if self.additive:
@@ -245,11 +245,11 @@ class Method(Configured, nn.Module):
         sizes = [len(unpack(piece, self.takes_features).images) for piece in pieces]
         with spread(Spread(group=how.group)):
             counts = joined(torch.tensor([sum(sizes)], device=device)).tolist()
-        seed, first = drawn_seed(), sum(counts[: how.rank])
+        seed, first = drawn_seed(), sum(counts[: how.processes.rank])
         for piece, size in zip(pieces, sizes, strict=True):
             with seeded(seed, first):
                 out = step(to_device(piece, device))
-            share, first = how.ranks * size / sum(counts), first + size
+            share, first = how.processes.count * size / sum(counts), first + size
             loss = share * out.loss
             if backward is not None:
                 backward(loss)
@@ -284,8 +284,8 @@ class Method(Configured, nn.Module):
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and not alike:
                 raise ValueError(
                     f"{name} of {type(self).__name__} is a BatchNorm in training mode: in {how.parts} parts on "
-                    f"{how.ranks} processes its statistics would be those of a part, and the loss another one. Train "
-                    "on one process in one part, with a tower without BatchNorm"
+                    f"{how.processes.count} processes its statistics would be those of a part, and the loss another "
+                    "one. Train on one process in one part, with a tower without BatchNorm"
                     + " or with torch.nn.SyncBatchNorm"
                     * (how.parts == 1)
                 )
@@ -344,7 +344,7 @@ class Method(Configured, nn.Module):
         if isinstance(texts, Tensor):
             texts = joined(texts)
         elif texts is not None:
-            lists: list[Any] = [None] * how.ranks
+            lists: list[Any] = [None] * how.processes.count
             dist.all_gather_object(lists, list(texts), group=how.group)
             texts = [text for rows in lists for text in rows]
         images = joined(images) if images.ndim == 2 else images

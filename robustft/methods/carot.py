@@ -156,6 +156,9 @@ class CaRot(CaptionMethod):
         """Move the teacher when its turn has come, and count the step."""
         step = int(self.steps)
         if step % self.ema_interval == 0:
+            for module in (*self.model.modules(), *self.teacher.modules()):
+                if reshard := getattr(module, "reshard", None):  # FSDP's: a pass without a backward leaves them whole
+                    reshard()
             pairs = zip(self.teacher.parameters(), self.model.parameters(), strict=True)
             own = [(kept, p.detach()) for kept, p in pairs if kept is not p]  # the others are frozen, and shared
             torch._foreach_lerp_([kept for kept, _ in own], [p for _, p in own], 1.0 - self.momentum(step))

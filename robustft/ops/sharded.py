@@ -26,6 +26,9 @@ from robustft.ops.dispatch import body_of
 from robustft.ops.registry import accumulation_dtype
 from robustft.ops.similarity import Matrices, Softmaxes, Statistics
 
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+"""By its name of torch 2.14, where that of earlier ones is deprecated."""
+
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(n, ...) of every rank, joined in rank order: (W n, ...)."""
@@ -122,7 +125,7 @@ class _ShardedTerms(torch.autograd.Function):
         else:
             dx, dt = similarity.gradient(matrices, mine, others, of_rows, of_cols, kept, smoothing > 0)
         dt_local = dt.new_empty(len(matrices.x), dt.shape[1], dtype=row.dtype)
-        dist.reduce_scatter_tensor(dt_local, dt.to(row.dtype), group=ctx.group)
+        _reduce_scatter(dt_local, dt.to(row.dtype), group=ctx.group)
         ds = sum((g * d).sum() for g, d in zip(grads, by_scale, strict=True))
         return dx, dt_local.to(dt.dtype), ds.to(scale.dtype).reshape(scale.shape), *[None] * 9
 

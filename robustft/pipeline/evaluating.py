@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from robustft.pipeline import flags
 from robustft.pipeline.arguments import ImageSets, spelled_out
+from robustft.pipeline.several import by_all
 
 if TYPE_CHECKING:
     from robustft.data.opening import Data
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 @spelled_out
 @flags.checked
+@by_all
 def evaluate_runs(
     data: str | os.PathLike[str] | Data,
     runs: Sequence[str | os.PathLike[str]] = (),
@@ -68,6 +70,7 @@ def evaluate_runs(
     from robustft.detection.by_name import SCORES
     from robustft.evaluation.measure import check_score, evaluate_predictions, groups_in, predict_sets
     from robustft.evaluation.report import write_report
+    from robustft.ops.processes import current
     from robustft.pipeline.folder import samples_of
     from robustft.pipeline.job import suite_of
     from robustft.pipeline.kept import predict_kept
@@ -78,6 +81,8 @@ def evaluate_runs(
 
     flags.check_source(data)
     check_score(score)
+    if cache is not None and current().count > 1:
+        raise ValueError(f"cache is for one process that goes on where it was, and there are {current().count}")
     kept = tuple(dict.fromkeys(("logits", "labels", *SCORES[score].reads)))
     if not len(runs) and model is None:
         raise ValueError("there is nothing to measure: name runs, or a zero-shot model (--model, --pretrained)")
@@ -105,7 +110,8 @@ def evaluate_runs(
     log(evaluation.table())
     if output is not None:
         about = {"data": os.fspath(data) if isinstance(data, (str, os.PathLike)) else "data in memory"}
-        path = write_report(
+        write = partial(
+            write_report,
             Path(output),
             evaluation=evaluation,
             samples=samples_of(suite_of(found)),
@@ -113,7 +119,7 @@ def evaluate_runs(
             title=f"robustft: {Path(output).name}",
             notes=found.understood,
         )
-        log(f"\nreport: {path}")
+        log(f"\nreport: {current().of_main(write)}")
     return evaluation
 
 

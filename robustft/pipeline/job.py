@@ -44,6 +44,7 @@ from robustft.evaluation.mistakes import worst_classes
 from robustft.evaluation.report import write_report
 from robustft.evaluation.results import Evaluation, Frontier, Suite
 from robustft.files import write_text
+from robustft.ops.processes import current
 from robustft.pipeline.folder import MODEL_FOLDER, PREDICTIONS_FILE, Model, samples_of, save_model, write_predictions
 from robustft.pipeline.recipes import Recipe
 from robustft.pipeline.training import Materials, train_recipe
@@ -115,12 +116,17 @@ def run(
     config: what the report shows of how the run came about.
     """
     started = time.monotonic() if started is None else started
+    processes = current()
     zero_shot = materials.zero_shot()
     predictors: dict[str, Predictor] = {ZERO_SHOT: zero_shot}
     records: dict[str, list[Record]] = {}
     for name, recipe in plan.recipes.items():
         with ExitStack() as held:
-            reporters = [] if dry_run else [reporter(kind, folder / name, config) for kind in plan.report_to]
+            reporters = (
+                []
+                if dry_run or not processes.main
+                else [reporter(kind, folder / name, config) for kind in plan.report_to]
+            )
             method, history = train_recipe(
                 recipe,
                 materials,
@@ -140,7 +146,7 @@ def run(
         log("dry run: one batch went through every method; nothing was written")
         return None
     lines = [json.dumps({"method": name, **record}) for name, found in records.items() for record in found]
-    write_text(folder / "metrics.jsonl", "".join(line + "\n" for line in lines))
+    processes.of_main(lambda: write_text(folder / "metrics.jsonl", "".join(line + "\n" for line in lines)))
 
     log("mixing with zero-shot (weights chosen on ID validation) and measuring")
     data = materials.data
@@ -168,27 +174,30 @@ def run(
     evaluation = evaluate_predictions(suites, score=plan.score, **extras)
     stressed = _stressed(plan, predictors, model, tests) if plan.stress else None
 
-    save_model(folder / MODEL_FOLDER, model, materials, evaluation, chosen, config)
-    if plan.export_all:
-        for name, predictor in predictors.items():
-            if not isinstance(predictor, ModelPredictor):  # an ensemble is its members, which are kept, and a number
-                continue
-            target = folder / "export" / name.lower().replace(" ", "-")
-            predictor.save(target, materials.bundle.config, tokenizer=materials.bundle.tokenizer)
-    write_predictions(folder / PREDICTIONS_FILE, tests, final, model)
-    report = write_report(
-        folder,
-        evaluation=evaluation,
-        frontiers=frontiers,
-        samples=samples_of(tests),
-        config={**config, "chosen on ID validation": settings},
-        title=plan.title,
-        highlight=plan.highlight or None,
-        notes=notes,
-        training=records if plan.details else None,
-        mistakes={MODEL: worst_classes(final.id, tests.id)} if plan.details else None,
-        stress=stressed,
-    )
+    def write() -> Path:
+        save_model(folder / MODEL_FOLDER, model, materials, evaluation, chosen, config)
+        if plan.export_all:
+            for name, predictor in predictors.items():
+                if not isinstance(predictor, ModelPredictor):  # an ensemble is its members, which are kept
+                    continue
+                target = folder / "export" / name.lower().replace(" ", "-")
+                predictor.save(target, materials.bundle.config, tokenizer=materials.bundle.tokenizer)
+        write_predictions(folder / PREDICTIONS_FILE, tests, final, model)
+        return write_report(
+            folder,
+            evaluation=evaluation,
+            frontiers=frontiers,
+            samples=samples_of(tests),
+            config={**config, "chosen on ID validation": settings},
+            title=plan.title,
+            highlight=plan.highlight or None,
+            notes=notes,
+            training=records if plan.details else None,
+            mistakes={MODEL: worst_classes(final.id, tests.id)} if plan.details else None,
+            stress=stressed,
+        )
+
+    report = processes.of_main(write)
     log("")
     log(evaluation.table())
     log("")

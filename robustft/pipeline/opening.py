@@ -25,7 +25,18 @@ from robustft.pipeline.job import to_device
 from robustft.pipeline.recipes import NEEDS, Recipe
 from robustft.pipeline.training import Materials, method_class, number_of_groups
 
-NOT_OF_THE_RUN = ("data", "output", "resume", "dry_run", "progress", "log", "workers", "cache", "accumulate")
+NOT_OF_THE_RUN = (
+    "data",
+    "output",
+    "resume",
+    "dry_run",
+    "progress",
+    "log",
+    "workers",
+    "cache",
+    "accumulate",
+    "process_timeout",
+)
 """Arguments of `train` that may change when a run is resumed; the data are told by what was found."""
 TEMPLATES = {"photo": "SIMPLE_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES", "imagenet": "IMAGENET_TEMPLATES"}
 _WITH_SYNSET = re.compile(r" \(n\d{8}\)$")  # of names that two classes of ImageNet share

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import Unpack
 
-from robustft.machine import Decay, Loss, Precision, Towers, Tune
+from robustft.machine import PROCESS_TIMEOUT, Decay, Loss, Precision, Towers, Tune
 from robustft.pipeline import flags
 from robustft.pipeline.arguments import TrainingSets, spelled_out
 from robustft.pipeline.recipes import LORA_LR, NEEDS, OWN, Recipe, recipe_named
+from robustft.pipeline.several import by_all
 
 if TYPE_CHECKING:
     from robustft.data.opening import Data
@@ -55,6 +57,7 @@ class Run:
 
 @spelled_out
 @flags.checked
+@by_all
 def train(
     data: str | os.PathLike[str] | Data,
     *,
@@ -98,6 +101,7 @@ def train(
     seed: int = 0,
     device: str = "auto",
     workers: int | None = None,
+    process_timeout: float = PROCESS_TIMEOUT,
     on_bad_image: OnBadImage = "raise",
     cache: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -154,6 +158,7 @@ def train(
         seed: of everything random.
         device: cpu, cuda, cuda:1, ...; auto takes the GPU if there is one.
         workers: processes that read images; by default one a core.
+        process_timeout: seconds after which a process of several (torchrun) that does not answer ends the others.
         on_bad_image: raise stops at an image that cannot be read; skip goes on without it, and counts.
         cache: folder that keeps zero-shot heads, and the image features of methods with a frozen tower, for other runs.
         resume: continue the run that the output folder holds.
@@ -174,6 +179,7 @@ def train(
     from robustft.calibration.conformal import ConformalSets
     from robustft.detection.detector import Detector
     from robustft.evaluation.measure import check_score
+    from robustft.ops.processes import current
     from robustft.pipeline import job, opening
     from robustft.pipeline.seen import SPLIT_FILE, keep_split
     from robustft.training.reporting import REPORTERS
@@ -222,6 +228,7 @@ def train(
             "limit_batches": limit_batches,
             "accumulate": accumulate,
             "workers": job.training_workers(workers),
+            "process_timeout": process_timeout,
         },
         validation=validation_loop if validate_every else None,
         report_to=tuple(report_to),
@@ -233,8 +240,10 @@ def train(
     if dry_run:
         work(dry_run=True)
         return None
-    with configured(folder, config, resume):
-        keep_split(folder / SPLIT_FILE, opened.data)
+    processes = current()
+    with ExitStack() as held:
+        processes.of_main(lambda: held.enter_context(configured(folder, config, resume)))
+        processes.of_main(lambda: keep_split(folder / SPLIT_FILE, opened.data))
         result = work(resume=resume)
     if result is None:
         raise AssertionError("only a dry run has no result")

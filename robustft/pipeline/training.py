@@ -19,6 +19,7 @@ from robustft import clip, methods
 from robustft.data.opening import Data
 from robustft.data.wrappers import group_names_of, groups_of
 from robustft.methods.objective import Objective
+from robustft.ops.processes import current
 from robustft.pipeline.recipes import OWN, Recipe
 from robustft.predictors.base import Classifier
 from robustft.training.loop import History, fit
@@ -61,7 +62,9 @@ class Materials:
 
     def zero_shot(self) -> Classifier:
         """The zero-shot classifier."""
-        return methods.zero_shot_classifier(self.bundle.model, **self.prompts, cache=self.cache, progress=True)
+        return methods.zero_shot_classifier(
+            self.bundle.model, **self.prompts, cache=self.cache, progress=current().main
+        )
 
 
 def transformed(data: Any, transform: Any) -> Any:
@@ -153,7 +156,7 @@ def train_recipe(
             known = encoded(materials, held_out)
             held_out = known.image_features, known.labels
         options |= {**validation, "validation": held_out}
-    resume = resume and output is not None and holds_run(output)
+    resume = resume and output is not None and current().of_main(lambda: holds_run(output))
     return method, fit_recipe(recipe, method, data, materials.seed, output=output, resume=resume, **options)
 
 

@@ -27,6 +27,7 @@ from robustft.data.sources import batches, image_statistics, takes_statistics
 from robustft.files import load_fitted, refusing, save_fitted
 from robustft.ops.kinds import checked, described
 from robustft.ops.precision import at_least_float32
+from robustft.ops.processes import current
 
 
 class Predictor(nn.Module):
@@ -181,7 +182,8 @@ def each_batch(
     skipped: list[Skipped] | None = None,
 ) -> Iterator[tuple[Outputs, ...]]:
     """What each predictor makes of a set, batch by batch, read once; as in `Predictor.predict`. A list `skipped`
-    receives, at the end, the images that were."""
+    receives, at the end, the images that were. Processes that do it together (`robustft.ops.processes.together`) take
+    turns, and each gets the batches of all."""
     for predictor in predictors:
         if not isinstance(predictor, Predictor):
             raise TypeError(
@@ -190,8 +192,11 @@ def each_batch(
     pairs = [predictor.matched(data) if labelled else (predictor, None) for predictor in predictors]
     used = tuple(predictor for predictor, _ in pairs)
     device = next((p.device for p in predictors[-1].parameters()), torch.device("cpu"))
-    with evaluating(*used):
-        for images, labels in batches(data, predictors[-1], batch_size=batch_size, workers=workers, skipped=skipped):
+    turns, own = current(), list[Skipped]()
+
+    def made() -> Iterator[tuple[Outputs, ...]]:
+        read = batches(data, predictors[-1], batch_size=batch_size, workers=workers, skipped=own, turns=turns)
+        for images, labels in read:
             if labelled and (missing := int((labels < 0).sum())):
                 raise ValueError(f"{missing} of {len(labels)} images of a batch have no label: expected a labelled set")
             found = outputs_of_each(used, images.to(device))
@@ -202,6 +207,11 @@ def each_batch(
                 _kept(out, getattr(predictor, "classes", None), _read(labels.cpu(), matching) if labelled else None)
                 for out, (predictor, matching) in zip(found, pairs, strict=True)
             )
+
+    with evaluating(*used):
+        yield from turns.in_turns(made())
+    if skipped is not None:
+        skipped += turns.merged(own)
 
 
 def _check_labels(labels: Tensor, outputs: Outputs) -> None:

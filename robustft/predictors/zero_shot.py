@@ -21,6 +21,7 @@ from robustft.clip.outputs import evaluating
 from robustft.clip.prompts import captions, split_names
 from robustft.files import load_fitted, save_fitted
 from robustft.ops.kinds import checked
+from robustft.ops.processes import current
 from robustft.predictors.base import Classifier
 
 KIND = "Head"
@@ -56,7 +57,7 @@ def zero_shot_classifier(
     if embeddings is None:
         with evaluating(model):
             embeddings = clip.grouped_embeddings(model, groups, batch_size=batch_size, progress=progress)
-        if path is not None:
+        if path is not None and current().main:
             save_fitted(path, KIND, {}, {"class_embeddings": embeddings})
     return Classifier(model, embeddings, classes, logit_bias=clip.logit_bias(model))
 

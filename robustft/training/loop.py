@@ -8,12 +8,13 @@ same number of threads).
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,15 @@ from robustft.clip.loading import move
 from robustft.clip.spread import Spread
 from robustft.data.images import Skipped
 from robustft.data.sources import Source, check_workers
-from robustft.machine import Decay, Precision
-from robustft.methods.base import Method, check_alone
+from robustft.machine import PROCESS_TIMEOUT, Decay, Precision
+from robustft.methods.base import Method
 from robustft.ops.kinds import checked
+from robustft.ops.processes import Processes, joined
 from robustft.training.guards import recomputing, restored
 from robustft.training.optimization import Optimization
 from robustft.training.progress import Progress
 from robustft.training.reporting import OnRecord, Record, closed
-from robustft.training.run import Run, opened
+from robustft.training.run import Run, differences, opened
 from robustft.training.schedule import Schedule, Settings, check_arguments
 from robustft.training.steps import Training
 from robustft.training.validation import Best, Metric, Validation
@@ -85,6 +87,7 @@ def fit(
     dry_run: bool = False,
     device: torch.device | str | None = None,
     workers: int = 0,
+    process_timeout: float = PROCESS_TIMEOUT,
     log_every: int = 10,
     on_record: OnRecord | None = None,
     progress: bool = True,
@@ -95,6 +98,12 @@ def fit(
     Every epoch is a new permutation cut into whole batches; the last short one is left out, because a
     contrastive loss over fewer pairs is another loss. Matrices and embeddings decay; biases, norms and the
     logit scale do not (the papers' code decays all).
+
+    Under torchrun, or in the processes of a group that is there, all of them train one method, and end with what one
+    process would have, to rounding. A batch is the same as on one, and each has a part of its rows: `batch_size` is
+    that of them all. The loss is the whole batch's (`Method.forward`), gradients are averaged, and the validation is
+    divided. Process 0 writes, shows and calls `on_record`; the weights that it begins with are everyone's. A run may be
+    resumed with another number of them.
 
     Args:
         method: the method to train; moved to `device` if one is given.
@@ -132,6 +141,7 @@ def fit(
         dry_run: one batch through everything, then put the method back as it was; nothing is written or reported.
         workers: processes that load a dataset, the same ones in all epochs. Training is the same, in every bit, with
             any number of them. 0 for `validation`: as `robustft.data.sources.reading_workers` says.
+        process_timeout: seconds after which a process of several that does not answer ends the others.
         log_every: steps between records.
         on_record: called with each record. That of a step also has samples_per_second, and peak_memory and
             peak_cuda_memory in bytes; metrics.jsonl has not, because they differ from run to run. If it has a `close`,
@@ -144,14 +154,14 @@ def fit(
             wait.
         ValueError, TypeError: bad arguments or data, a configuration other than the checkpoint's, or trained weights
             in half precision, in which most updates are lost.
-        RuntimeError: under more than one process of torch.distributed.
+        RuntimeError: another process of several has ended or hangs. The last checkpoint stays.
         FileExistsError, FileNotFoundError, BlockingIOError, OSError: `output` holds a run, has none to
             resume, is in use by another process, or cannot be written.
     """
     arguments, started = dict(locals()), time.monotonic()
     with ExitStack() as held:
         held.enter_context(closed(on_record))
-        check_alone("robustft.fit")
+        processes = held.enter_context(joined(process_timeout))
         settings = Settings(**{field.name: arguments[field.name] for field in fields(Settings)})
         check_arguments(log_every=log_every, validate_every=validate_every, accumulate=accumulate)
         if accumulate > batch_size:
@@ -178,14 +188,19 @@ def fit(
             brief=dry_run,
         )
         _begin(method, planned.total, dry_run)
-        optimization = Optimization(method, settings, Spread(accumulate))
+        optimization = Optimization(method, settings, Spread(accumulate, processes.group))
+        config = {"method": method.config, "data": described}
+        _check_processes(processes, planned, {**config, "settings": asdict(settings), "output": output is not None})
         run = None
         if output is not None:
-            held.enter_context(opened(Path(output), resume))
+            folder = Path(output)
+            processes.of_main(lambda: held.enter_context(opened(folder, resume)))
             if not dry_run:
-                config = {"method": method.config, "data": described}
-                run = Run(Path(output), method, optimization, planned, measured, config)
+                run = Run(folder, method, optimization, planned, measured, config, processes)
+        if run is None:
+            processes.share(method.state_dict().values())
         step, records = (0, []) if run is None else run.resume() if resume else run.start()
+        shows = progress and processes.main
         training = Training(
             method=method,
             source=source,
@@ -193,8 +208,9 @@ def fit(
             optimization=optimization,
             validation=measured,
             run=run,
-            shown=held.enter_context(Progress(type(method).__name__, planned.total, step, progress, log)),
-            on_record=None if dry_run else on_record,
+            processes=processes,
+            shown=held.enter_context(Progress(type(method).__name__, planned.total, step, shows, log)),
+            on_record=on_record if processes.main and not dry_run else None,
             log_every=log_every,
             step=step,
             records=records,
@@ -202,7 +218,21 @@ def fit(
         training.steps(workers)
         if restore_best and not dry_run:
             training.restore_best()
+        training.source.skipped |= {one.row: one for one in processes.merged(training.source.skipped.values())}
     return _history(training, time.monotonic() - started)
+
+
+def _check_processes(processes: Processes, planned: Schedule, config: Mapping[str, Any]) -> None:
+    """ValueError, on every process, where one of them would train on something else, or on nothing."""
+    rows = min(planned.settings.batch_size, planned.samples)
+    if rows < processes.count:
+        raise ValueError(
+            f"batch_size must be at least the number of processes, {processes.count}, got batches of {rows}"
+        )
+    told = processes.all(json.dumps(config, default=str, sort_keys=True))
+    if other := next((number for number, one in enumerate(told) if one != told[0]), None):
+        differing = "; ".join(differences(json.loads(told[0]), json.loads(told[other])))
+        raise ValueError(f"the processes do not train the same: from process 0 to process {other}, {differing}")
 
 
 def _prepared(method: Method, data: Any, device: torch.device | str | None) -> tuple[Source, Any]:

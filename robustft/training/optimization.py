@@ -57,7 +57,10 @@ class Optimization:
         self.adamw.zero_grad()
 
     def backward(self, batch: Any) -> Step:
-        """The method's loss of a batch, whose gradient is added; of a batch in parts, these one after the other."""
+        """The method's loss of a batch, whose gradient is added; of a batch in parts, these one after the other.
+
+        Of several processes, each has then the gradient of the whole batch.
+        """
         method, how, precision = self.method, self.how, self.settings.precision
         autocast = functools.partial(torch.autocast, self.device.type, DTYPES[precision])
 
@@ -67,9 +70,12 @@ class Optimization:
 
         with autocast(enabled=precision != "fp32"):
             if how.parts > 1 and method.additive:
-                return method.summed(batch, how, method.step, backward)
-            out = method(batch, parts=how.parts, group=how.group)
-        backward(out.loss)
+                out = method.summed(batch, how, method.step, backward)
+            else:
+                out = method(batch, parts=how.parts, group=how.group)
+        if out.loss.requires_grad:
+            backward(out.loss)
+        how.processes.average(self.parameters)
         return out
 
     def norm(self) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 
 from robustft.files import append_line, clear_unfinished, is_unfinished, locked, write_text
 from robustft.methods.base import Method
+from robustft.ops.processes import ALONE, Processes
 from robustft.training.checkpoint import (
     Checkpoint,
     best_checkpoint,
@@ -127,7 +128,10 @@ def _check_empty(folder: Path, resume: bool) -> None:
 
 
 class Run:
-    """The files of one run: metrics.jsonl, and checkpoints/ of everything that changes."""
+    """The files of one run: metrics.jsonl, and checkpoints/ of everything that changes.
+
+    Of several processes the main one alone reads and writes them, and the others are given what it has.
+    """
 
     def __init__(
         self,
@@ -137,20 +141,23 @@ class Run:
         schedule: Schedule,
         validation: Validation | None,
         config: Mapping[str, Any],
+        processes: Processes = ALONE,
     ) -> None:
         self.metrics = folder / "metrics.jsonl"
         self.checkpoints = folder / "checkpoints"
         self.checkpoint: Path | None = None
         self.method, self.optimization, self.schedule, self.validation = method, optimization, schedule, validation
+        self.processes = processes
         about = None if validation is None else validation.config
         config = {**config, "validation": about, **asdict(schedule.settings)}
         self.config = json.loads(json.dumps(config))  # as a checkpoint will give it back: tuples are lists
 
     def start(self) -> tuple[int, list[Record]]:
         """A checkpoint at step 0, so that a kill before the first epoch's end can be resumed too."""
-        discard_unfinished(self.checkpoints)
+        self.processes.of_main(lambda: discard_unfinished(self.checkpoints))
+        self.processes.share(self.method.state_dict().values())
         self.save(0)
-        self.metrics.touch()
+        self.processes.of_main(self.metrics.touch)
         return 0, []
 
     def resume(self) -> tuple[int, list[Record]]:
@@ -159,18 +166,36 @@ class Run:
         ValueError under another configuration, unless that only makes the run longer, or shorter, and the steps that
         are done would have been the same; OSError where the best weights are not whole.
         """
+        step, records, self.checkpoint, self.method.scheduled, validation, specs, scaler = self.processes.of_main(
+            self._resumed
+        )
+        self.processes.share(self.method.state_dict().values())
+        if self.processes.count > 1:
+            moments = self.optimization.state()[0] if self.processes.main else _empty(specs, self.optimization.device)
+            self.processes.share(moments[name] for name in specs)
+            if not self.processes.main:
+                self.optimization.restore(moments, scaler)
+                if self.validation is not None:
+                    self.validation.restore(validation)
+        return step, records
+
+    def _resumed(self) -> tuple[Any, ...]:
+        """`resume` of the process that reads, and what the others need to follow it."""
         found = latest_checkpoint(self.checkpoints)
         self._check(found)
         self._restore(found)
         if int(self.method.run_steps) != self.schedule.total:
             self.method.begin_run(self.schedule.total)
         discard_unfinished(self.checkpoints, found.step)
-        self.checkpoint = found.path
-        return found.step, self._truncate_metrics(found.step)
+        moments, scaler = self.optimization.state()
+        specs = {name: (value.shape, value.dtype, value.device.type) for name, value in moments.items()}
+        validation = None if self.validation is None else self.validation.state()
+        records = self._truncate_metrics(found.step)
+        return found.step, records, found.path, self.method.scheduled, validation, specs, scaler
 
     def _check(self, found: Checkpoint) -> None:
         before, total = found.meta.get("config"), self.schedule.total
-        if differing := _differences(before, self.config):
+        if differing := differences(before, self.config):
             error = f"cannot resume {found.path} under another configuration: {'; '.join(differing)}"
             if not isinstance(before, dict) or not self._only_longer(before):
                 raise ValueError(error)
@@ -182,7 +207,7 @@ class Run:
     def _only_longer(self, before: dict[str, Any]) -> bool:
         """Whether this run has another length than the one before, and is the same otherwise."""
         length = {name: self.config[name] for name in LENGTH}
-        return before.get("epochs") != self.config["epochs"] and not _differences(before | length, self.config)
+        return before.get("epochs") != self.config["epochs"] and not differences(before | length, self.config)
 
     def _why_not_after(self, before: Mapping[str, Any], meta: Mapping[str, Any]) -> str | None:
         if meta["scheduled"] and self.method.total_steps is None:
@@ -210,19 +235,28 @@ class Run:
             best_checkpoint(self.checkpoints, self.validation.best.step)  # an error now rather than at the end
 
     def save(self, step: int) -> None:
+        self.checkpoint = self.processes.of_main(lambda: self._saved(step))
+
+    def _saved(self, step: int) -> Path:
         moments, scaler = self.optimization.state()
         tensors = self._weights() | {f"optimizer.{name}": value for name, value in moments.items()}
         validation = None if self.validation is None else self.validation.state()
         state = {"scaler": scaler, "scheduled": self.method.scheduled, "validation": validation}
-        self.checkpoint = save_checkpoint(self.checkpoints, step, tensors, self._about() | state)
+        return save_checkpoint(self.checkpoints, step, tensors, self._about() | state)
 
     def save_best(self, step: int, measures: Mapping[str, float]) -> None:
-        save_best(self.checkpoints, step, self._weights(), self._about() | {"measures": dict(measures)})
+        about = self._about() | {"measures": dict(measures)}
+        self.processes.of_main(lambda: save_best(self.checkpoints, step, self._weights(), about))
 
-    def load_best(self, step: int) -> dict[str, torch.Tensor]:
-        """The method's state of the best weights."""
-        tensors = best_checkpoint(self.checkpoints, step).tensors
-        return {name.removeprefix("method."): value for name, value in tensors.items()}
+    def load_best(self, step: int) -> None:
+        """Gives the method the best weights, those of `step`."""
+
+        def load() -> None:
+            tensors = best_checkpoint(self.checkpoints, step).tensors
+            self.method.load_state_dict({name.removeprefix("method."): value for name, value in tensors.items()})
+
+        self.processes.of_main(load)
+        self.processes.share(self.method.state_dict().values())
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {f"method.{name}": value for name, value in self.method.state_dict().items()}
@@ -234,7 +268,8 @@ class Run:
         }
 
     def append(self, record: Record) -> None:
-        append_line(self.metrics, json.dumps(record))
+        if self.processes.main:
+            append_line(self.metrics, json.dumps(record))
 
     def _truncate_metrics(self, step: int) -> list[Record]:
         # What was logged after the checkpoint will be logged again; a kill may have cut the last line short.
@@ -251,10 +286,18 @@ class Run:
         return records
 
 
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+def _empty(specs: Mapping[str, tuple[torch.Size, torch.dtype, str]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Tensors to be filled: on the device, or on the CPU where the main process has them there."""
+    return {
+        name: torch.empty(shape, dtype=dtype, device=device if kind == device.type else kind)
+        for name, (shape, dtype, kind) in specs.items()
+    }
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
     """What differs between two configurations, field by field."""
     if isinstance(before, dict) and isinstance(now, dict):
         names = before.keys() | now.keys()
-        parts = (_differences(before.get(k), now.get(k), f"{name}.{k}".lstrip(".")) for k in sorted(names))
+        parts = (differences(before.get(k), now.get(k), f"{name}.{k}".lstrip(".")) for k in sorted(names))
         return [line for part in parts for line in part]
     return [] if before == now else [f"{name} was {before!r:.100} and is {now!r:.100} now"]

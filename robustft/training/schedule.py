@@ -20,6 +20,7 @@ from torch import Tensor
 
 from robustft.data.seeds import stateless_generator
 from robustft.machine import DECAYS, Decay, Precision
+from robustft.ops.processes import ALONE, Processes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -64,14 +65,15 @@ class Schedule:
         """Steps of the warm-up."""
         return round(self.settings.warmup * self.total)
 
-    def batches(self, done: int) -> Iterator[tuple[int, Tensor]]:
-        """The epoch and the indices of each batch that is left when so many are done."""
+    def batches(self, done: int, processes: Processes = ALONE) -> Iterator[tuple[int, Tensor]]:
+        """The epoch and the indices of each batch that is left when so many are done; of several processes, this
+        one's part of each."""
         size = self.settings.batch_size
         for epoch in range(done // self.per_epoch, self.settings.epochs):
             order = torch.randperm(self.samples, generator=stateless_generator(self.settings.seed, "order", epoch))
             first = done % self.per_epoch if epoch == done // self.per_epoch else 0
             for chunk in order[: self.per_epoch * size].split(size)[first:]:
-                yield epoch, chunk
+                yield epoch, chunk.tensor_split(processes.count)[processes.rank]
 
     def rate(self, step: int) -> float:
         return learning_rate(step, self.total, self.settings.lr, self.settings.warmup, self.settings.schedule)

@@ -15,6 +15,7 @@ from torch import Tensor
 from robustft.data.seeds import stateless_seed
 from robustft.data.sources import Source, to_device
 from robustft.methods.base import Method, Step
+from robustft.ops.processes import Processes, together
 from robustft.training.guards import deferred_interrupt, own_generators
 from robustft.training.optimization import Optimization
 from robustft.training.progress import Clock, Progress
@@ -43,6 +44,7 @@ class Training:
     optimization: Optimization
     validation: Validation | None
     run: Run | None
+    processes: Processes
     shown: Progress
     on_record: OnRecord | None
     log_every: int
@@ -65,15 +67,19 @@ class Training:
         self.method.train()
         with own_generators(device), deferred_interrupt() as interrupted:
             batches = self.source.batches(
-                schedule.batches(self.step), seed=schedule.settings.seed, workers=workers, pinned=device.type == "cuda"
+                schedule.batches(self.step, self.processes),
+                seed=schedule.settings.seed,
+                workers=workers,
+                pinned=device.type == "cuda",
             )
             for batch in batches:
                 self.one_step(batch)
                 if self.validation is not None and self.validation.due(self.step, schedule.total):
                     self.validate(self.validation)
-                if self.run is not None and (interrupted or self.over() or self.step % schedule.per_epoch == 0):
+                stop = self.processes.any(bool(interrupted), device)
+                if self.run is not None and (stop or self.over() or self.step % schedule.per_epoch == 0):
                     self.run.save(self.step)
-                if interrupted:
+                if stop:
                     saved = "nothing was saved: no output" if self.run is None else f"resume from {self.run.checkpoint}"
                     raise KeyboardInterrupt(f"stopped after step {self.step} of {schedule.total}; {saved}")
                 if self.over():
@@ -106,7 +112,7 @@ class Training:
 
     def validate(self, validation: Validation) -> None:
         """Measures, and keeps the weights if they are the best so far."""
-        with self.clock.stopped():
+        with self.clock.stopped(), together(self.processes):
             measures = validation.measure(self.step)
             better = validation.judge(self.step, measures)
             if better and self.run is not None:
@@ -122,8 +128,12 @@ class Training:
     def restore_best(self) -> None:
         """Gives the method the weights that were best on the validation set, if there is one."""
         best = None if self.validation is None else self.validation.best
-        if best is not None and best.step != self.step:
-            self.method.load_state_dict(self.kept if self.run is None else self.run.load_best(best.step))
+        if best is None or best.step == self.step:
+            return
+        if self.run is None:
+            self.method.load_state_dict(self.kept)
+        else:
+            self.run.load_best(best.step)
 
     def record(self, record: Record, beside: Mapping[str, float] = MappingProxyType({})) -> None:
         """Keeps a record, and tells it with what is `beside` it: what differs between runs that are equal."""

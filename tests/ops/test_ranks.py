@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import robustft
 from robustft import functional as rf
 from robustft.losses import CaRotLoss, ContrastiveLoss
 from robustft.methods import FLYP
@@ -141,10 +140,6 @@ CASES: dict[str, tuple[Callable[[int], object], str]] = {
     "no_group": (
         lambda rank: rf.contrastive_loss(*features(), 10.0, group="all"),
         "group is 'all'; expected",
-    ),
-    "fit": (
-        lambda rank: robustft.fit(robustft.FLYP.__new__(robustft.FLYP), None, epochs=1, batch_size=2, lr=1e-3),
-        "robustft.fit sees the rows of this process alone, and torch.distributed runs 3",
     ),
     "step": (lambda rank: FLYP.__new__(FLYP).checked(None), "FLYP.step sees the rows of this process alone"),
 }

@@ -1,0 +1,71 @@
+"""`fit` on several processes ends as on one, and goes on with another number of them."""
+
+from __future__ import annotations
+
+import every_loss
+import pytest
+import torch
+from processes import by_process  # noqa: F401
+from targets import exhaustive
+
+from robustft.training.loop import fit
+
+
+def fitted(name, output=None, epochs="2", **options):
+    batch = every_loss.data()
+    held_out = batch["image"].flip(0)[:7], batch["label"].flip(0)[:7]
+    method = every_loss.make(name)
+    settings = {"batch_size": 6, "lr": 1e-3, "schedule": "constant", "warmup": 0.0, "progress": False, "log_every": 1}
+    settings["restore_best"] = False
+    history = fit(method, batch, epochs=int(epochs), output=output, validation=held_out, **(settings | options))
+    return {"weights": method.state_dict(), "records": [list(r.items()) for r in history.records]}
+
+
+def on_a_process(rank, name, output, accumulate="1", epochs="2", resume=""):
+    torch.manual_seed(rank)
+    return fitted(name, output or None, epochs, accumulate=int(accumulate), resume=bool(resume))
+
+
+def same(found, expected):
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], value, rtol=1e-9, atol=1e-12)
+    assert len(found["records"]) == len(expected["records"])
+    for mine, theirs in zip(found["records"], expected["records"], strict=True):
+        assert dict(mine) == pytest.approx(dict(theirs), rel=1e-9)
+
+
+CASES = [(2, "CaRot"), *exhaustive((4, "WorstCaseFineTune"), (4, "DRM"), (2, "CoOp"), (2, "FineTune"))]
+
+
+@pytest.mark.parametrize(("world", "name"), CASES)
+def test_a_fit_is_the_same_on_any_number(world, name, by_process, tmp_path):  # noqa: F811
+    expected = fitted(name, tmp_path / "one")
+    for found in by_process(world, on_a_process, name, tmp_path / "run", 2):
+        same(found, expected)
+    names = [{str(p.relative_to(tmp_path / f)) for p in (tmp_path / f).rglob("*")} for f in ("run", "one")]
+    assert {n.partition("/")[2] for n in names[0]} == {n.partition("/")[2] for n in names[1]}
+
+
+def test_a_run_goes_on_with_another_number(by_process, tmp_path):  # noqa: F811
+    expected = fitted("CaRot", tmp_path / "one", "3")
+    fitted("CaRot", tmp_path / "run", "1")
+    for found in by_process(2, on_a_process, "CaRot", tmp_path / "run", 1, 2, "resume"):
+        assert found["weights"]["steps"] == 5
+    same(fitted("CaRot", tmp_path / "run", "3", resume=True), expected)
+
+
+def refused(rank):
+    """What a fit says on a process whose arguments do not go with the others'."""
+    found = {}
+    for name, options in {"few": {"batch_size": 1}, "other": {"lr": 1e-3 * (1 + int(rank))}}.items():
+        try:
+            fitted("FLYP", None, **options)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def test_what_does_not_go_together_is_refused_by_all(by_process):  # noqa: F811
+    for found in by_process(2, refused):
+        assert found["few"] == "batch_size must be at least the number of processes, 2, got batches of 1"
+        assert "from process 0 to process 1, settings.lr was 0.001 and is 0.002 now" in found["other"]
