@@ -196,7 +196,7 @@ def main() -> None:
     if parser.parse_args().table:
         write_text(PAGE, page(json.loads(RESULTS.read_text())))
         return
-    write_json(RESULTS, {"open_clip": clip.import_open_clip().__version__, "structures": survey()}, indent=1)
+    write_json(RESULTS, {"open_clip": clip.import_open_clip().__version__, "structures": survey()})
 
 
 if __name__ == "__main__":
