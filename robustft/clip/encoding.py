@@ -56,7 +56,7 @@ def freeze_idle(model: nn.Module, *, bias: bool) -> None:
     torch.distributed's DistributedDataParallel fails for parameters that want a gradient and get none.
     """
     whole = unwrap(model)
-    parts = [whole.visual.parameters(), text_tower(model).parameters(), [whole.logit_scale]]
+    parts = [image_tower(model).parameters(), text_tower(model).parameters(), [whole.logit_scale]]
     used = {id(p) for part in parts for p in part}
     shift = getattr(whole, "logit_bias", None)
     for p in whole.parameters():
@@ -105,9 +105,7 @@ def encode_patches(model: nn.Module, images: Tensor, *, normalize: bool = True) 
 @checked
 def encode_images_and_patches(model: nn.Module, images: Tensor, *, normalize: bool = True) -> LocalFeatures:
     """`encode_images` and `encode_patches` in one pass. Memory: N P D floats for the patches."""
-    visual = getattr(unwrap(model), "visual", None)
-    if visual is None:
-        raise TypeError(f"model is a {type(unwrap(model)).__name__}; expected an open_clip model, which has visual")
+    visual = image_tower(model)
     device = _first_parameter(visual, images).device
 
     def encoded(part: Tensor) -> LocalFeatures:
@@ -208,6 +206,14 @@ def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, 
     given = _Given(embeddings[:, : tokens.shape[1]].to(table.weight.dtype))
     with spread.spread(None):  # the embeddings are of all tokens
         return encode_texts(_with_text_tower(model, _replaced(tower, table, given)), tokens, normalize=normalize)
+
+
+def image_tower(model: nn.Module) -> Any:
+    """The module that encodes images; TypeError for a model without one."""
+    visual = getattr(unwrap(model), "visual", None)
+    if visual is None:
+        raise TypeError(f"model is a {type(unwrap(model)).__name__}; expected an open_clip model, which has visual")
+    return visual
 
 
 def text_tower(model: nn.Module) -> Any:

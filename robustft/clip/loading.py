@@ -176,11 +176,19 @@ def _missing(what: str, library: str) -> ImportError:
     return ImportError(f"{what} {library}: pip install {package}", name=library)
 
 
+MOST_PIXELS = 8192
+"""Of a side: positions for more would take more memory than any tower."""
+
+
 def _check_image_size(image_size: int | tuple[int, int], config: Mapping[str, Any]) -> None:
     sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"image_size is {image_size!r}; expected a side, or (height, width), in pixels")
-    if isinstance(config["model_cfg"].get("vision_cfg", {}).get("layers"), list):
+    vision = config["model_cfg"].get("vision_cfg", {})
+    least = 1 if "timm_model_name" in vision else vision.get("patch_size") or 1
+    if not least <= min(sides) <= max(sides) <= MOST_PIXELS:
+        raise ValueError(f"image_size is {image_size!r}; expected {least} to {MOST_PIXELS} pixels a side")
+    if isinstance(vision.get("layers"), list):
         raise ValueError(
             f"image_size is {image_size!r}, but the attention pool of a ModifiedResNet has positions for images of one "
             "size: leave it out"

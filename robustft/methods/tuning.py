@@ -19,6 +19,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from robustft import clip
+from robustft.clip.encoding import image_tower
 from robustft.data.seeds import stateless_seed
 from robustft.machine import Tune
 from robustft.ops.kinds import described
@@ -66,12 +67,12 @@ def set_trained(model: nn.Module, tune: Tune | None, lora: clip.LoRA | None, tow
 
 def _named(model: Any, tune: str, towers: Sequence[str]) -> list[nn.Parameter]:
     if tune == "visual":
-        return list(model.visual.parameters())
+        return list(image_tower(model).parameters())
     if tune == "text":
         tower = clip.text_tower(model)
         if tower is not model:
             return list(tower.parameters())
-        others = {id(p) for p in model.visual.parameters()}
+        others = {id(p) for p in image_tower(model).parameters()}
         return [p for p in model.parameters() if id(p) not in others and p.ndim > 0]  # 0-d: the scale and its bias
     ends = {weight.data_ptr() for weight in _projections(model, towers)}
     return [p for p in model.parameters() if p.data_ptr() in ends]

@@ -304,7 +304,9 @@ def _by_loss(recipes: dict[str, Recipe], loss: str) -> dict[str, Recipe]:
 def _tuned(recipe: Recipe, arguments: Mapping[str, Any], given: Iterable[str]) -> Recipe:
     """A recipe of which what is asked for is trained; adapters at a rate of their own, where none is given."""
     names = [name for name in arguments if name.startswith("lora_")]
-    lora = {name.removeprefix("lora_"): value for name in names if (value := arguments[name]) not in (None, (), [])}
+    lora = {name.removeprefix("lora_"): value for name in names if (value := arguments[name]) is not None}
+    if not len(lora["targets"]):  # a list where the run was saved
+        del lora["targets"]
     tune = arguments["tune"]
     options = ({} if tune is None else {"tune": tune}) | ({"lora": lora} if lora else {})
     lr = LORA_LR if tune == "lora" and "lr" not in given else recipe.lr
