@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 
 import every_loss
+import processes
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from every_loss import OPTIONS, gradients, make
-from processes import by_process  # noqa: F401
 from targets import exhaustive
 from tiny_clip import letters
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
+
+by_process = processes.by_process  # a fixture of this file's tests
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 CUTS = {2: (0, 8, 13), 4: (0, 4, 7, 10, 13)}  # uneven ones
@@ -51,7 +53,7 @@ CASES = [(2, 1, SOME), *exhaustive((2, 1, list(OPTIONS)), (2, 3, ALL), (4, 1, li
 
 
 @pytest.mark.parametrize(("world", "parts", "names"), CASES)
-def test_processes_equal_one(world, parts, names, by_process):  # noqa: F811
+def test_processes_equal_one(world, parts, names, by_process):
     for found in by_process(world, spread_step, parts, ";".join(names)):
         assert list(found) == names
         for name, (terms, gradient) in found.items():
@@ -85,7 +87,7 @@ def own_loops(rank):
     return found
 
 
-def test_a_loop_of_ones_own_has_the_gradients_of_the_whole_batch(by_process):  # noqa: F811
+def test_a_loop_of_ones_own_has_the_gradients_of_the_whole_batch(by_process):
     for found in by_process(2, own_loops):
         for form in ("words", "tokens"):
             method = make("FLYP")
@@ -140,7 +142,7 @@ def of_fsdp(rank, name, folder):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["FLYP, labels", "CaRot"])
-def test_weights_that_fsdp_divides_move_as_whole_ones(name, by_process, tmp_path):  # noqa: F811
+def test_weights_that_fsdp_divides_move_as_whole_ones(name, by_process, tmp_path):
     method = make(name)
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
     for _ in range(3):

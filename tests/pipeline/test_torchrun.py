@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import test_own_images
 import torch
 from safetensors.torch import load_file
-from test_own_images import own  # noqa: F401
 
 pytestmark = pytest.mark.exhaustive
+own = test_own_images.own  # a fixture of this file's tests, too
 
 FAILING = """
 import os, signal, time
@@ -40,7 +41,7 @@ if os.environ.get("FAULT") == "disk":
 
 
 @pytest.fixture
-def torchrun(own, python, tmp_path):  # noqa: F811
+def torchrun(own, python, tmp_path):
     """`robustft train` on the folder by so many processes."""
     (tmp_path / "failing.py").write_text(FAILING)
 

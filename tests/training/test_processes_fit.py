@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import every_loss
+import processes
 import pytest
 import torch
-from processes import by_process  # noqa: F401
 from targets import exhaustive
 
 from robustft.training.loop import fit
+
+by_process = processes.by_process  # a fixture of this file's tests
 
 
 def fitted(name, output=None, epochs="2", **options):
@@ -38,7 +40,7 @@ CASES = [(2, "CaRot"), *exhaustive((4, "WorstCaseFineTune"), (4, "DRM"), (2, "Co
 
 
 @pytest.mark.parametrize(("world", "name"), CASES)
-def test_a_fit_is_the_same_on_any_number(world, name, by_process, tmp_path):  # noqa: F811
+def test_a_fit_is_the_same_on_any_number(world, name, by_process, tmp_path):
     expected = fitted(name, tmp_path / "one")
     for found in by_process(world, on_a_process, name, tmp_path / "run", 2):
         same(found, expected)
@@ -46,7 +48,7 @@ def test_a_fit_is_the_same_on_any_number(world, name, by_process, tmp_path):  # 
     assert {n.partition("/")[2] for n in names[0]} == {n.partition("/")[2] for n in names[1]}
 
 
-def test_a_run_goes_on_with_another_number(by_process, tmp_path):  # noqa: F811
+def test_a_run_goes_on_with_another_number(by_process, tmp_path):
     expected = fitted("CaRot", tmp_path / "one", "3")
     fitted("CaRot", tmp_path / "run", "1")
     for found in by_process(2, on_a_process, "CaRot", tmp_path / "run", 1, 2, "resume"):
@@ -65,7 +67,7 @@ def refused(rank):
     return found
 
 
-def test_what_does_not_go_together_is_refused_by_all(by_process):  # noqa: F811
+def test_what_does_not_go_together_is_refused_by_all(by_process):
     for found in by_process(2, refused):
         assert found["few"] == "batch_size must be at least the number of processes, 2, got batches of 1"
         assert "from process 0 to process 1, settings.lr was 0.001 and is 0.002 now" in found["other"]
