@@ -87,7 +87,18 @@ class _Terms(nn.Module):
         return _returned(self.terms(*args, **kwargs), self.weights, output_dict)
 
 
-class ContrastiveLoss(nn.Module):
+class _OverRanks(nn.Module):
+    """A loss with open_clip's `world_size`, or with a `group`."""
+
+    group: torch.distributed.ProcessGroup | None
+    world_size: int
+
+    def rank_group(self) -> torch.distributed.ProcessGroup | None:
+        """The group over which the batch is spread, if it is."""
+        return self.group if self.world_size == 1 else _all_ranks(self.world_size)
+
+
+class ContrastiveLoss(_OverRanks):
     """CLIP's symmetric loss, streamed: drop-in for open_clip's `ClipLoss`. See `functional.contrastive_loss`.
 
     Takes ClipLoss's arguments too. With `world_size` above 1 the batch is the one of all ranks of the default process
@@ -118,10 +129,6 @@ class ContrastiveLoss(nn.Module):
         self.group = group
         self.world_size = _checked_ranks(world_size, group)
 
-    def rank_group(self) -> torch.distributed.ProcessGroup | None:
-        """The group over which the batch is spread, if it is."""
-        return self.group if self.world_size == 1 else _all_ranks(self.world_size)
-
     @checked
     def forward(
         self,
@@ -149,7 +156,7 @@ class ContrastiveLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-class SigmoidContrastiveLoss(nn.Module):
+class SigmoidContrastiveLoss(_OverRanks):
     """SigLIP's loss, streamed: drop-in for open_clip's `SigLipLoss`. See `functional.sigmoid_contrastive_loss`.
 
     Takes SigLipLoss's arguments too. With `world_size` above 1 the batch is the one of all ranks of the default process
@@ -175,10 +182,6 @@ class SigmoidContrastiveLoss(nn.Module):
             raise ValueError(f"dist_impl is {dist_impl!r}; expected bidir, shift, reduce, gather or None")
         self.group = group
         self.world_size = _checked_ranks(world_size, group)
-
-    def rank_group(self) -> torch.distributed.ProcessGroup | None:
-        """The group over which the batch is spread, if it is."""
-        return self.group if self.world_size == 1 else _all_ranks(self.world_size)
 
     @checked
     def forward(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from robustft.ops import layouts, reference, registry, similarity
 from robustft.ops.dispatch import body_of
-from robustft.ops.registry import Backward, Call, Op, Source, accumulation_dtype, both, call, register
+from robustft.ops.registry import Backward, Call, Op, Source, accumulation_dtype, both, call, register, setup_two_losses
 from robustft.ops.similarity import Coefficients, Softmaxes, Statistics
 
 
@@ -181,14 +181,6 @@ def _backward_contrastive(ctx, grad, *_):
     return *gradients, None, None, None
 
 
-def _setup_distillation(ctx, inputs, output):
-    *tensors, _ = inputs
-    _, _, *kept = output
-    ctx.save_for_backward(*tensors, *kept)
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)
-
-
 def _backward_distillation(ctx, g, h, *_):
     if g is None and h is None:
         return (None,) * 8
@@ -263,7 +255,7 @@ register(
         body=_contrastive_distillation_loss,
         kernel="pair_losses",
         backward=Backward(
-            _setup_distillation,
+            setup_two_losses,
             _backward_distillation,
             lambda g, h, x, t, scale, *_: (*similarity.fake_gradient(x, t), torch.empty_like(scale)),
             _contrastive_distillation_gradient,

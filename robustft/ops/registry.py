@@ -280,6 +280,15 @@ def both(g: Tensor | None, h: Tensor | None) -> tuple[Tensor, Tensor]:
     return g, torch.zeros_like(g) if h is None else h
 
 
+def setup_two_losses(ctx: Any, inputs: tuple, output: Any) -> None:
+    """Saves the tensors of an operator whose last input says what to keep, and what it returns beside two losses."""
+    *tensors, _ = inputs
+    _, _, *kept = output
+    ctx.save_for_backward(*tensors, *kept)
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+
+
 def contiguous_like(tensor: Tensor) -> Tensor:
     """An empty tensor of its shape and dtype, as kernels return them, for fakes."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -24,7 +24,18 @@ from torch import Tensor
 
 from robustft.ops import arguments, reference
 from robustft.ops.dispatch import body_of
-from robustft.ops.registry import Backward, Call, Op, Source, accumulation_dtype, both, call, contiguous_like, register
+from robustft.ops.registry import (
+    Backward,
+    Call,
+    Op,
+    Source,
+    accumulation_dtype,
+    both,
+    call,
+    contiguous_like,
+    register,
+    setup_two_losses,
+)
 
 
 class Matrices(NamedTuple):
@@ -222,14 +233,6 @@ def _backward_contrastive(ctx, grad, *_):
     return *gradients, None, dweight if ctx.needs_input_grad[5] else None, None, None
 
 
-def _setup_distillation(ctx, inputs, output):
-    *tensors, _ = inputs
-    _, _, *kept = output
-    ctx.save_for_backward(*tensors, *kept)
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)
-
-
 def _backward_distillation(ctx, g, h, *_):
     if g is None and h is None:
         return (None,) * 10
@@ -301,7 +304,7 @@ register(
         body=_contrastive_distillation_loss,
         kernel="sigmoid_sweep",
         backward=Backward(
-            _setup_distillation,
+            setup_two_losses,
             _backward_distillation,
             lambda g, h, x, t, scale, bias, *_: (
                 *(contiguous_like(x), contiguous_like(t)),
