@@ -4,7 +4,9 @@ import html
 import json
 import math
 import re
+import shutil
 import struct
+import subprocess
 import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
@@ -164,6 +166,35 @@ def test_the_report_is_one_well_formed_file_that_requests_nothing(which, request
     assert links.found and all(v.startswith(("#", "data:image/png;base64,")) for v in links.found)
     assert not re.search(r"@import|url\((?!#)|<script|<link", text)
     assert not re.findall(r'(?<!xmlns=")(?<!xmlns:xlink=")https?://', text)
+
+
+LAID_OUT = """<script>addEventListener("load", () => {
+  const words = [...document.querySelectorAll("h1, h2, p, li, th, td, summary, figcaption, svg, img, pre")];
+  const boxes = words.filter(e => e.getClientRects().length).map(e => [e, e.getBoundingClientRect()]);
+  const meet = ([a, p], [b, q]) => !a.contains(b) && !b.contains(a) && p.width * p.height * q.width * q.height > 0 &&
+    Math.min(p.right, q.right) - Math.max(p.left, q.left) > 1 &&
+    Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top) > 1;
+  const name = ([e]) => e.tagName + " " + e.textContent.trim().slice(0, 30);
+  const overlaps = boxes.flatMap((a, i) => boxes.slice(0, i).filter(b => meet(a, b)).map(b => [name(a), name(b)]));
+  const root = document.documentElement;
+  const found = {boxes: boxes.length, overlaps, wider: root.scrollWidth - root.clientWidth,
+    fetched: performance.getEntriesByType("resource").map(e => e.name).filter(n => !n.startsWith("data:"))};
+  document.body.dataset.found = JSON.stringify(found);
+})</script>"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium")
+@pytest.mark.parametrize("width", [500, 1400])
+def test_a_browser_fetches_nothing_and_lays_nothing_over_another(full, width, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(full.read_text().replace("<details", "<details open").replace("</body>", LAID_OUT + "</body>"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
+    shown = subprocess.run(
+        [*command, f"--user-data-dir={tmp_path}/profile", page.as_uri()], capture_output=True, text=True
+    )
+    found = json.loads(html.unescape(re.search('data-found="(.*?)"', shown.stdout)[1]))
+    assert found.pop("boxes") > 100 and found == {"overlaps": [], "wider": 0, "fetched": []}
 
 
 def test_the_report_shows_table_conventions_notes_and_configuration(report, evaluation):
