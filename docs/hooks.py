@@ -137,10 +137,28 @@ def kernels() -> str:
     return "\n".join(lines)
 
 
+def emulated() -> str:
+    from benchmarks import emulate
+
+    held = results("emulated")
+    lines = (
+        "# CPU kernels under emulators",
+        "",
+        "What the kernels of each instruction set compute beside the portable ones, as the largest difference of each",
+        "kernel in roundings of its type. Integers, NaN and infinities are equal. The aarch64 kernels ran under QEMU,",
+        "the AVX-512 ones under Bochs: no such processor was at hand.",
+        "",
+        emulate.table(held["results"]),
+        f"`{held['command']}`",
+    )
+    return "\n".join(lines)
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "measured/speed.md": speed,
     "measured/memory.md": memory,
     "measured/kernels.md": kernels,
+    "measured/emulated.md": emulated,
     "measured/study.md": study_tables,
     "measured/study-pictures.html": study_page,
     "contributing.md": (ROOT / "CONTRIBUTING.md").read_text,

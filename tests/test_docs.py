@@ -94,6 +94,7 @@ def test_a_made_page_holds_what_was_measured(path):
         "measured/speed.md": "| N=512 float32 highest | 2 | robustft |",
         "measured/memory.md": "| 2,048 | 26 MB | 10 MB | 94 MB |",
         "measured/kernels.md": "| `cvar_backward_kernel<double>` | sm_80 | 38 | 0 | 256 |",
+        "measured/emulated.md": "| collect f32 | 0.0 | 0.0 | 0.0 |",
         "measured/study.md": "| CaRot is more accurate under shift than FLYP | appears | 8.5 \u00b1 4.6 points |",
         "measured/study-pictures.html": "<td>8.5 \u00b1 4.6 points</td>",
     }
