@@ -83,8 +83,9 @@ void Search<T>::measure(SearchWorkspace<T>& w) {
 
 template <class T>
 void Search<T>::direct(const std::vector<int64_t>& ids) {
-  constexpr int64_t kRows = 64, kQueries = 16;
-  const int64_t d = set_.d, tiles = (set_.n + kRows - 1) / kRows;
+  constexpr int64_t kRows = 64, kQueries = 16, kTileBytes = 16 << 10;  // a tile stays in the first cache
+  const int64_t d = set_.d, rows_of_tile = std::clamp<int64_t>(kTileBytes / int64_t(sizeof(T)) / d, 4, kRows);
+  const int64_t tiles = (set_.n + rows_of_tile - 1) / rows_of_tile;
   const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), tiles);
   for (size_t done = 0; done < ids.size(); done += kQueries) {
     const int64_t count = std::min<int64_t>(kQueries, ids.size() - done);
@@ -101,7 +102,7 @@ void Search<T>::direct(const std::vector<int64_t>& ids) {
       double squared[kRows];
       for (int64_t p = first; p < last; ++p)
         for (int64_t tile = tiles * p / parts; tile < tiles * (p + 1) / parts; ++tile) {
-          const int64_t begin = tile * kRows, rows = std::min(kRows, set_.n - begin);
+          const int64_t begin = tile * rows_of_tile, rows = std::min(rows_of_tile, set_.n - begin);
           for (int64_t i = 0; i < count; ++i) {
             ROBUSTFT_CALL(squared_distances<T>, queries.data() + i * d, set_.row(begin), d, nullptr, rows, squared);
             for (int64_t r = 0; r < rows; ++r) nearest[p * count + i].push({distance(squared[r]), int32_t(begin + r)});
@@ -125,7 +126,11 @@ void Search<T>::write(int64_t id, std::vector<Neighbor<T>>& candidates, int64_t 
     std::fill_n(out_ + id * (indices_ ? k_ : 1), indices_ ? k_ : 1, std::numeric_limits<T>::quiet_NaN());
     if (indices_) std::fill_n(indices_ + id * k_, k_, -1);
   } else if (indices_) {
-    std::partial_sort(candidates.begin(), candidates.begin() + rank, candidates.end());
+    if (rank > int64_t(candidates.size()) / 16) {
+      sort_by_distance(candidates);
+    } else {
+      std::partial_sort(candidates.begin(), candidates.begin() + rank, candidates.end());
+    }
     for (int64_t i = 0; i < k_; ++i) {
       out_[id * k_ + i] = candidates[i].distance;
       indices_[id * k_ + i] = candidates[i].index;

@@ -30,8 +30,10 @@
 namespace robustft {
 namespace {
 
-constexpr int64_t kSharedRows = 128;       // with fewer queries a thread than this, threads share the points instead
-constexpr int64_t kDirectQueries = 4;      // so few are done without products: reading the points is all that counts
+constexpr int64_t kSharedRows = 128;   // with fewer queries a thread than this, threads share the points instead
+constexpr int64_t kDirectQueries = 4;  // so few are done without products: reading the points is all that counts
+constexpr int64_t kDirectShare = 6;    // and so are searches for more than this part of the points: all these are to
+                                       // be measured, and a tile of points serves many queries only in their order
 constexpr int64_t kUnsampledQueries = 16;  // so few start without a threshold: packing the sample would cost more
 
 // Whether aten's float32 product rounds its factors (torch.set_float32_matmul_precision and its like).
@@ -74,6 +76,7 @@ void Search<T>::run(int64_t count) {
   std::vector<int64_t> all(count);
   std::iota(all.begin(), all.end(), 0);
   if (set_.arithmetic == Arithmetic::ieee && count <= kDirectQueries) return direct(all);
+  if (indices_ && k_ > set_.n / kDirectShare) return direct(all);
   const int64_t threads = torch::stable::get_num_threads();
   const bool shared = count < kSharedRows * threads;
   const int64_t rounds = (count + max_rows_ * threads - 1) / (max_rows_ * threads);
