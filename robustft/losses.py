@@ -28,6 +28,9 @@ from robustft.functional import (
     sigmoid_contrastive_loss,
 )
 from robustft.ops.kinds import checked
+from robustft.ops.precision import at_least_float32
+
+_Side = tuple[Tensor, Tensor, Tensor | float, Tensor | float | None]  # features, scale and bias of a model
 
 # CaRot's released command.
 ORTHOGONALITY_WEIGHT, DISTILLATION_WEIGHT, CROSS_WEIGHT = 0.2, 1.5, 0.05
@@ -216,7 +219,19 @@ class CaRotLoss(_Terms):
     `||Wv Wt^T||_F`. Defaults are the released command's weights. With a `logit_bias`, and the teacher's, contrastive
     loss and distillation are SigLIP's, of sigmoids (`functional.sigmoid_contrastive_distillation_loss`).
 
-    Source: Oh et al. 2024 (arXiv 2311.01723).
+    TRACER distils from further perspectives, those of CLIP-KD. Their weights are 0 unless given, for no published
+    command says them. With u', t', s' of the teacher, which gets no gradient, and p' = softmax(s' u' t'^T):
+
+        feature             (1/N) sum_i ||u_i - u'_i||^2 + ||t_i - t'_i||^2
+        cross_distillation  -(1/N) sum_i p'_i . log softmax(s u t'^T)_i, and the same from text to image: the sum, as of
+                            the distillation
+        interactive         1/2 [CE(s u t'^T) + CE(s t u'^T)], the contrastive loss with the teacher for the other side
+
+    The last two hold matrices (N, N), and are of one process: without `group`. Under a sigmoid they are its losses of
+    the pairs (u, t') and (u', t), added up and halved as above.
+
+    Sources: Oh et al. 2024 (arXiv 2311.01723); the perspectives, TRACER, Asadollahzadeh et al. 2026 (arXiv 2605.29380)
+    and CLIP-KD, Yang et al. 2024 (arXiv 2307.12732), section 3, which takes means of both directions.
     """
 
     @checked
@@ -226,6 +241,9 @@ class CaRotLoss(_Terms):
         orthogonality_weight: float = ORTHOGONALITY_WEIGHT,
         distillation_weight: float = DISTILLATION_WEIGHT,
         cross_weight: float = CROSS_WEIGHT,
+        feature_weight: float = 0.0,
+        cross_distillation_weight: float = 0.0,
+        interactive_weight: float = 0.0,
         squared: bool = False,
         group: torch.distributed.ProcessGroup | None = None,
     ):
@@ -233,8 +251,17 @@ class CaRotLoss(_Terms):
         self.orthogonality_weight = orthogonality_weight
         self.distillation_weight = distillation_weight
         self.cross_weight = cross_weight
+        self.feature_weight = feature_weight
+        self.cross_distillation_weight = cross_distillation_weight
+        self.interactive_weight = interactive_weight
         self.squared = squared
         self.group = group
+        if group is not None and (feature_weight or cross_distillation_weight or interactive_weight):
+            raise ValueError(
+                f"feature_weight, cross_distillation_weight and interactive_weight are {feature_weight}, "
+                f"{cross_distillation_weight} and {interactive_weight}; expected 0 with a group: these terms are of "
+                "the rows of one process"
+            )
 
     def rank_group(self) -> torch.distributed.ProcessGroup | None:
         """The group over which the batch is spread, if it is."""
@@ -248,7 +275,16 @@ class CaRotLoss(_Terms):
             "distillation": self.distillation_weight,
             "orthogonality": self.orthogonality_weight,
             "cross": self.cross_weight,
+            "feature": self.feature_weight,
+            "cross_distillation": self.cross_distillation_weight,
+            "interactive": self.interactive_weight,
         }
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term compares with the teacher."""
+        weights = self.weights
+        return any(weights[name] for name in ("distillation", "feature", "cross_distillation", "interactive"))
 
     @checked
     def terms(
@@ -269,10 +305,11 @@ class CaRotLoss(_Terms):
     ) -> dict[str, Tensor]:
         """What `forward` adds up, un-weighted, by name."""
         student = (image_features, text_features, logit_scale)
-        teacher = u, t, s = (teacher_image_features, teacher_text_features, teacher_logit_scale)
+        u, t, s = (teacher_image_features, teacher_text_features, teacher_logit_scale)
+        teacher = None if u is None or t is None or s is None else (u.detach(), t.detach(), s)
 
         def of_projections() -> dict[str, Tensor]:
-            if any(part is None for part in teacher) != all(part is None for part in teacher):
+            if teacher is None and not (u is None and t is None and s is None):
                 raise ValueError("teacher_image_features, teacher_text_features and teacher_logit_scale go together")
             if s is not None and (logit_bias is None) != (teacher_logit_bias is None):
                 raise ValueError("logit_bias and teacher_logit_bias go together: both models have one, or neither")
@@ -291,19 +328,76 @@ class CaRotLoss(_Terms):
 
             ranks.check_group(self.group)
             penalties = ranks.checked(self.group, of_projections)  # before the others wait for the features
-        if self.distillation_weight and u is not None and t is not None and s is not None:
+        if teacher is not None and self.distillation_weight:
             if logit_bias is None or teacher_logit_bias is None:
-                both = contrastive_distillation_loss(*student, u, t, s, labels=labels, weight=weight, group=self.group)
+                both = contrastive_distillation_loss(*student, *teacher, labels=labels, weight=weight, group=self.group)
             else:
                 both = sigmoid_contrastive_distillation_loss(
-                    *student, logit_bias, u, t, s, teacher_logit_bias, labels=labels, weight=weight, group=self.group
+                    *student, logit_bias, *teacher, teacher_logit_bias, labels=labels, weight=weight, group=self.group
                 )
-            return {"contrastive": both.contrastive, "distillation": both.distillation} | penalties
-        if logit_bias is None:
-            loss = contrastive_loss(*student, labels=labels, weight=weight, group=self.group)
+            found = {"contrastive": both.contrastive, "distillation": both.distillation}
+        elif logit_bias is None:
+            found = {"contrastive": contrastive_loss(*student, labels=labels, weight=weight, group=self.group)}
         else:
             loss = sigmoid_contrastive_loss(*student, logit_bias, labels=labels, weight=weight, group=self.group)
-        return {"contrastive": loss} | penalties
+            found = {"contrastive": loss}
+        found |= penalties
+        if teacher is not None:
+            found |= self._perspectives((*student, logit_bias), (*teacher, teacher_logit_bias), labels, weight)
+        return found
+
+    def _perspectives(
+        self, student: _Side, teacher: _Side, labels: Tensor | None, weight: Tensor | None
+    ) -> dict[str, Tensor]:
+        """TRACER's terms beside the distillation, those that have a weight."""
+        (u, t, s, b), (u0, t0, s0, b0) = student, teacher
+        crossed = (u, t0), (u0, t)
+        found: dict[str, Tensor] = {}
+        if u0.shape != u.shape and (self.feature_weight or self.cross_distillation_weight or self.interactive_weight):
+            raise ValueError(
+                f"teacher_image_features is {tuple(u0.shape)}; expected {tuple(u.shape)}, as image_features, for terms "
+                "that compare features of both models"
+            )
+        if self.feature_weight:
+            image, text = (at_least_float32(x) - at_least_float32(x0) for x, x0 in ((u, u0), (t, t0)))
+            each = image.square().sum(1) + text.square().sum(1)
+            found["feature"] = (each if weight is None else weight * each).mean()
+        if self.cross_distillation_weight:
+            if b is None or b0 is None:
+                p = _logits(u0, t0, s0)
+                image, text = _soft_rows(u, t0, s, p.softmax(1), weight), _soft_rows(t, u0, s, p.T.softmax(1), weight)
+            else:
+                sigmoid = sigmoid_contrastive_distillation_loss
+                image, text = (sigmoid(*pair, s, b, u0, t0, s0, b0, weight=weight).distillation for pair in crossed)
+            found["cross_distillation"] = image + text
+        if self.interactive_weight:
+            if b is None:
+                targets = _targets(labels, u)
+                image, text = _soft_rows(u, t0, s, targets, weight), _soft_rows(t, u0, s, targets, weight)
+            else:
+                image, text = (sigmoid_contrastive_loss(*pair, s, b, labels=labels, weight=weight) for pair in crossed)
+            found["interactive"] = (image + text) / 2
+        return found
+
+
+def _logits(x: Tensor, y: Tensor, s: Tensor | float) -> Tensor:
+    """s x y^T, (N, M), at least float32 under autocast too."""
+    with torch.autocast(x.device.type, enabled=False):
+        return s * (at_least_float32(x) @ at_least_float32(y).T)
+
+
+def _soft_rows(x: Tensor, y: Tensor, s: Tensor | float, q: Tensor, weight: Tensor | None) -> Tensor:
+    """-(1/N) sum_i q_i . log softmax(s x y^T)_i; the gradient reaches x and s."""
+    # The head of the first risk is not used.
+    return dual_risk(x, y, y, torch.zeros(len(x), dtype=torch.int64, device=x.device), q, s, weight=weight).worst_case
+
+
+def _targets(labels: Tensor | None, like: Tensor) -> Tensor:
+    """The targets (N, N) of a contrastive loss: the diagonal, or evenly over the rows of the same label."""
+    if labels is None:
+        return torch.eye(len(like), dtype=at_least_float32(like).dtype, device=like.device)
+    same = (labels[:, None] == labels).to(at_least_float32(like).dtype)
+    return same / same.sum(1, keepdim=True)
 
 
 class ClassificationLoss(_Terms):

@@ -104,6 +104,52 @@ def test_half_a_teacher_is_refused():
         CaRotLoss()(X, T, 20.0, teacher_image_features=XT)
 
 
+@pytest.mark.parametrize("bias", [None, -3.0])
+def test_perspectives_of_the_teacher_equal_their_plain_restatement(bias):
+    """TRACER's terms, of samples with labels and weights, and their gradients."""
+    y, weight, s, s0 = torch.arange(12) % 5, torch.rand(12, dtype=torch.float64), 20.0, 15.0
+    x, t = (f.clone().requires_grad_() for f in (X, T))
+    weights = {"feature_weight": 1.0, "cross_distillation_weight": 2.0, "interactive_weight": 3.0}
+    loss = CaRotLoss(distillation_weight=0.0, orthogonality_weight=0.0, cross_weight=0.0, **weights)
+    given = {"teacher_image_features": XT, "teacher_text_features": TT, "teacher_logit_scale": s0}
+    given |= {"logit_bias": bias, "teacher_logit_bias": None if bias is None else -2.0, "labels": y, "weight": weight}
+    terms = loss.terms(x, t, s, **given)
+    same = (y[:, None] == y).double()
+    each = {"feature": ((x - XT) ** 2 + (t - TT) ** 2).sum(1)}
+    z, zt, p = s * x @ TT.T, s * t @ XT.T, s0 * XT @ TT.T  # image to the teacher's texts, text to its images
+    if bias is None:
+        soft = -(p.softmax(1) * z.log_softmax(1)).sum(1) - (p.T.softmax(1) * zt.log_softmax(1)).sum(1)
+        hard = -(same / same.sum(1, keepdim=True) * (z.log_softmax(1) + zt.log_softmax(1))).sum(1) / 2
+        each |= {"cross_distillation": soft, "interactive": hard}
+        expected = {name: (weight * value).mean() for name, value in each.items()}
+    else:
+        crossed, plain = ((x, TT), (XT, t)), {"weight": weight}
+        expected = {"feature": (weight * each["feature"]).mean()}
+        expected["cross_distillation"] = sum(
+            rf.sigmoid_contrastive_distillation_loss(*pair, s, bias, XT, TT, s0, -2.0, **plain).distillation
+            for pair in crossed
+        )
+        expected["interactive"] = sum(
+            rf.sigmoid_contrastive_loss(*pair, s, bias, labels=y, **plain) / 2 for pair in crossed
+        )
+    assert list(terms) == ["contrastive", *expected]
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-10, atol=1e-12)
+        found, wanted = (torch.autograd.grad(v, (x, t), retain_graph=True) for v in (terms[name], value))
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    parts = loss(x, t, s, **given, output_dict=True)
+    torch.testing.assert_close(sum(parts.values()), loss(x, t, s, **given))
+
+
+def test_perspectives_need_a_teacher_of_the_same_width_and_one_process():
+    with pytest.raises(ValueError, match=r"teacher_image_features is \(12, 5\); expected \(12, 8\)"):
+        CaRotLoss(feature_weight=1.0)(
+            X, T, 20.0, teacher_image_features=XT[:, :5], teacher_text_features=TT[:, :5], teacher_logit_scale=20.0
+        )
+    with pytest.raises(ValueError, match="feature_weight, .* are 0.0, 0.0 and 1.0; expected 0 with a group"):
+        CaRotLoss(interactive_weight=1.0, group=torch.distributed.ProcessGroup(0, 1))
+
+
 def test_carot_terms_keep_their_precision_under_autocast():
     wv, wt = torch.randn(10, 8), torch.randn(6, 8)
     arguments = (X.float(), T.float(), 20.0)

@@ -296,13 +296,14 @@ def test_what_tune_cannot_be_is_refused_with_a_way_out(world):
         FineTune(frozen, **world.prompts, tune="projection")
 
 
-def test_carots_teacher_is_an_average_of_the_adapters_alone_and_shares_the_rest(world):
+@pytest.mark.parametrize("teacher", ["ema", *exhaustive("beta")])
+def test_carots_teacher_is_an_average_of_the_adapters_alone_and_shares_the_rest(world, teacher):
     shape = copy.deepcopy(world.config["model_cfg"])
     shape["vision_cfg"] |= {"width": 256, "head_width": 64}
     shape["text_cfg"] |= {"width": 256, "vocab_size": 512}
     model = open_clip.CLIP(**shape)
     lora = LoRA(rank=1)
-    carot = CaRot(model, **world.prompts, total_steps=4, ema_interval=1, tune="lora", lora=lora)
+    carot = CaRot(model, **world.prompts, total_steps=4, ema_interval=1, teacher=teacher, tune="lora", lora=lora)
     flyp = methods.FLYP(model, **world.prompts, total_steps=4, tune="lora", lora=lora)
     assert held(flyp) < held(carot) <= 1.05 * held(flyp)
     moved(carot.model)

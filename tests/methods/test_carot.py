@@ -111,6 +111,74 @@ def test_buffers_of_the_teacher_stay_pretrained_and_it_stays_in_evaluation_mode(
     assert method.model.training and not method.teacher.training
 
 
+def test_the_beta_teacher_is_the_weighted_mean_of_all_iterates(clip_model, prompts, batches):
+    total = len(batches)
+    for interval, averaged in ((None, range(total + 1)), (3, (0, 1, 4, 7))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it does not collapse
+            method = CaRot(clip_model, total_steps=total, teacher="beta", ema_interval=interval, **prompts)
+        optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.05)
+        stored = [[p.detach().clone() for p in method.model.parameters()]]
+        for t, batch in enumerate(batches, 1):
+            optimizer.zero_grad()
+            method.step(batch).loss.backward()
+            optimizer.step()
+            method.after_step()
+            stored.append([p.detach().clone() for p in method.model.parameters()])
+            kept = [k for k in averaged if k <= t]
+            x = (torch.tensor(kept, dtype=torch.float64) + 0.5) / (total + 1)
+            w = torch.distributions.Beta(*torch.full((2, 1), 0.5, dtype=torch.float64)).log_prob(x).exp()
+            for i, p in enumerate(method.teacher.parameters()):
+                mean = sum(weight * stored[k][i] for weight, k in zip(w, kept, strict=True)) / w.sum()
+                torch.testing.assert_close(p, mean, rtol=1e-12, atol=1e-14)
+        last = [p.clone() for p in method.teacher.parameters()]
+        method.after_step()  # beyond the run
+        assert all(torch.equal(p, q) for p, q in zip(method.teacher.parameters(), last, strict=True))
+
+
+def test_the_beta_teacher_keeps_its_distance_where_an_exponential_average_collapses(clip_model, prompts):
+    """Of a student that moves by the same at every step."""
+    distances = {}
+    for teacher, interval in (("ema", 1), ("beta", None)):
+        method = CaRot(
+            clip_model, total_steps=100, teacher=teacher, ema_interval=interval, distillation_weight=0.0, **prompts
+        )
+        for _ in range(100):
+            with torch.no_grad():
+                method.model.visual.proj += 1.0
+            method.after_step()
+        distances[teacher] = (method.model.visual.proj - method.teacher.visual.proj).mean().item()
+    assert distances["ema"] < 10.0 and distances["beta"] == pytest.approx(50.0)
+
+
+def test_tracers_terms_are_those_of_the_loss_between_student_and_teacher(clip_model, prompts, batches):
+    weights = {"feature_weight": 0.3, "cross_distillation_weight": 0.4, "interactive_weight": 0.5}
+    method = CaRot(clip_model, total_steps=9, teacher="beta", distillation_weight=0.0, **weights, **prompts)
+    images, labels = batches[0]
+    texts = [f"{prompts['class_names'][label]} number {i}" for i, label in enumerate(labels.tolist())]
+    assert method.step((images, texts)).terms.keys() == {"contrastive", "orthogonality", "cross"}
+    with torch.no_grad():
+        method.model.visual.proj.mul_(2).add_(0.1)
+    method.after_step()
+    out = method.step((images, texts))
+    (u, t), (u0, t0) = (features(m, images, prompts["tokenizer"](texts)) for m in (method.model, method.teacher))
+    s = clip_model.logit_scale.exp()
+    p, targets = s * u0 @ t0.T, torch.arange(len(images))
+    towards_text, towards_image = (s * u @ t0.T).log_softmax(1), (s * t @ u0.T).log_softmax(1)
+    expected = {
+        "feature": ((u - u0).square() + (t - t0).square()).sum(1).mean(),
+        "cross_distillation": -(p.softmax(1) * towards_text + p.T.softmax(1) * towards_image).sum(1).mean(),
+        "interactive": (F.nll_loss(towards_text, targets) + F.nll_loss(towards_image, targets)) / 2,
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(out.terms[name], value.detach(), rtol=1e-9, atol=1e-12)
+    plain = out.terms["contrastive"] + 0.2 * out.terms["orthogonality"] + 0.05 * out.terms["cross"]
+    weighted = sum(weights[f"{name}_weight"] * value for name, value in expected.items())
+    torch.testing.assert_close(out.loss, plain + weighted, rtol=1e-9, atol=1e-12)
+    out.loss.backward()
+    assert all(q.grad is None for q in method.teacher.parameters())
+
+
 def test_student_and_teacher_each_have_their_classifier(clip_model, prompts, batches):
     method = CaRot(clip_model, total_steps=9, ema_interval=3, **prompts)
     with torch.no_grad():
@@ -159,11 +227,14 @@ def test_a_run_whose_length_nobody_told_is_an_error_at_its_first_step(clip_model
     assert given.run_length() == 20 and given.momentum(2) < method.momentum(2) == 0.9
 
 
-def test_fit_tells_the_length_of_the_run(clip_model, prompts, batches, tmp_path):
+@pytest.mark.parametrize("teacher", ["ema", "beta"])
+def test_fit_tells_the_length_of_the_run(clip_model, prompts, batches, tmp_path, teacher):
     """A run of which nobody counted the steps ends like one whose steps are given; so does one that was stopped."""
     data = tuple(torch.cat(parts) for parts in zip(*batches[:6], strict=True))
     recipe = {"epochs": 2, "batch_size": 6, "lr": 0.01, "progress": False}
-    counted, told, stopped, resumed = (CaRot(clip_model, total_steps=n, **prompts) for n in (12, None, None, None))
+    counted, told, stopped, resumed = (
+        CaRot(clip_model, total_steps=n, teacher=teacher, **prompts) for n in (12, None, None, None)
+    )
     fit(told, data, dry_run=True, **recipe)
     with pytest.raises(ValueError, match="total_steps is needed"):
         told.run_length()
@@ -204,6 +275,8 @@ def test_teacher_that_moves_at_every_step_is_warned_of_unless_the_run_is_very_sh
         ({"ema_interval": 0}, "ema_interval must be at least 1, got 0"),
         ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
         ({"targets": "row"}, "targets must be"),
+        ({"teacher": "mean"}, 'teacher must be "ema" or "beta", got \'mean\''),
+        ({"interactive_weight": -0.5}, "interactive_weight must be finite and not negative, got -0.5"),
     ],
 )
 def test_bad_arguments_are_named(clip_model, prompts, arguments, message):
