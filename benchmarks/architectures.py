@@ -1,7 +1,8 @@
 """Every method of robustft on every architecture of open_clip: works, or refuses and says why.
 
-    python -m benchmarks.architectures           # tries all of them, small; writes results/architectures.json
-    python -m benchmarks.architectures --table   # writes that file as a page, docs/architectures.md
+    python -m benchmarks.architectures                   # tries all, small; writes results/architectures.json
+    python -m benchmarks.architectures --methods CARFT   # tries some, and keeps what the file says of the others
+    python -m benchmarks.architectures --table           # writes that file as a page, docs/architectures.md
 
 Architectures of one structure (`small_architectures.structure`) differ in numbers alone: the methods are tried on the
 first of each. To work is to be made, to take steps whose gradients reach all that is trained, to give a classifier
@@ -38,8 +39,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "CaRot": {"ema_interval": 2},
     **{name: {"context": 3} for name in ("CoOp", "KgCoOp", "CoCoOp", "MaPLe")},
     "DRM": {"descriptions": {"ant": "six legs", "bee": ["striped", "flies"], "cow": "horns"}},
+    "LipsumFT": {"texts": 5, "length": 4},
     "LoCoOp": {"context": 3, "top_k": 2},
     "ProDA": {"context": 3, "prompts": 4, "prompt_batch": 2},
+    "StarFT": {"spurious": ("{} at sea", "{} in snow")},
     "WorstCaseFineTune": {"risk": methods.CVaR(0.5)},
 }
 
@@ -164,6 +167,19 @@ def survey() -> list[dict[str, Any]]:
     return list(groups.values())
 
 
+def with_methods(held: Mapping[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """The structures of a survey, of which some methods are tried again, or for the first time."""
+    with tempfile.TemporaryDirectory() as place, quiet():
+        folder = Path(place)
+        groups = []
+        for group in held["structures"]:
+            name = group["architectures"][0]
+            tried = sorted({*names, "LoCoOp"}, key="LoCoOp".__ne__)  # which says whether there are patches to score
+            found = group["methods"] | outcomes(small(name, folder), tried, folder / name)
+            groups.append({**group, "methods": {name: found[name] for name in methods.every_method()}})
+    return groups
+
+
 def page(held: Mapping[str, Any]) -> str:
     """docs/architectures.md: a row for each structure, a column for each method, and the reasons of refusals."""
     groups = held["structures"]
@@ -193,10 +209,19 @@ def page(held: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--table", action="store_true", help="write the page of the last survey")
-    if parser.parse_args().table:
+    parser.add_argument("--methods", nargs="+", choices=[*methods.every_method()], help="those to try; all by default")
+    asked = parser.parse_args()
+    if asked.table:
         write_text(PAGE, page(json.loads(RESULTS.read_text())))
         return
-    write_json(RESULTS, {"open_clip": clip.import_open_clip().__version__, "structures": survey()})
+    version = clip.import_open_clip().__version__
+    if not asked.methods:
+        write_json(RESULTS, {"open_clip": version, "structures": survey()})
+        return
+    held = json.loads(RESULTS.read_text())
+    if held["open_clip"] != version:
+        parser.error(f"--methods adds to a survey of open_clip {held['open_clip']}, and this is {version}: try all")
+    write_json(RESULTS, {**held, "structures": with_methods(held, asked.methods)})
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ _ROOMS = {
     "ensembles": "VRF LiNeS OutputEnsemble Tempering VRFFeatures WiSEFT greedy_soup model_stock uniform_soup",
     "evaluation": "macro_f1 worst_group_accuracy",
     "losses": "CaRotLoss ClassificationLoss ContrastiveLoss DualRiskLoss SigmoidContrastiveLoss",
-    "methods": "CaRot CLIPAdapter CoCoOp CoOp DRM FineTune FLYP KgCoOp LinearProbe LoCoOp LPFT MaPLe ProDA "
-    "TipAdapter TipAdapterF WorstCaseFineTune",
+    "methods": "CARFT CaRot CLIPAdapter CoCoOp CoOp DRM FineTune FLYP KgCoOp LinearProbe LipsumFT LoCoOp LPFT MaPLe "
+    "ProDA StarFT TipAdapter TipAdapterF WorstCaseFineTune",
     "methods.objective": "Objective",
     "neighbors": "NeighborIndex",
     "ops.dispatch": "backend build_info",
@@ -77,6 +77,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors; a test holds
     from robustft.losses import ContrastiveLoss as ContrastiveLoss
     from robustft.losses import DualRiskLoss as DualRiskLoss
     from robustft.losses import SigmoidContrastiveLoss as SigmoidContrastiveLoss
+    from robustft.methods import CARFT as CARFT
     from robustft.methods import DRM as DRM
     from robustft.methods import FLYP as FLYP
     from robustft.methods import LPFT as LPFT
@@ -87,9 +88,11 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors; a test holds
     from robustft.methods import FineTune as FineTune
     from robustft.methods import KgCoOp as KgCoOp
     from robustft.methods import LinearProbe as LinearProbe
+    from robustft.methods import LipsumFT as LipsumFT
     from robustft.methods import LoCoOp as LoCoOp
     from robustft.methods import MaPLe as MaPLe
     from robustft.methods import ProDA as ProDA
+    from robustft.methods import StarFT as StarFT
     from robustft.methods import TipAdapter as TipAdapter
     from robustft.methods import TipAdapterF as TipAdapterF
     from robustft.methods import WorstCaseFineTune as WorstCaseFineTune

@@ -6,7 +6,7 @@ import copy
 
 import open_clip
 import torch
-from small_options import PROMPTED
+from small_options import ANCHORED, PROMPTED
 from tiny_clip import CONFIG, NAMES, TEMPLATES, letters
 
 from robustft import methods
@@ -23,10 +23,21 @@ OPTIONS = {
     "FLYP, labels": {"targets": "label", "label_smoothing": 0.1},
     "FLYP, sigmoid": {"loss": "sigmoid"},
     "CaRot": {"total_steps": 4, "ema_interval": 2, "misalignment": 0.5},
+    "CaRot, beta": {
+        "total_steps": 4,
+        "teacher": "beta",
+        "feature_weight": 0.5,
+        "cross_distillation_weight": 0.5,
+        "interactive_weight": 0.5,
+    },
     "DRM": {"descriptions": DESCRIPTIONS, "text_chunk": 2},
     "DRM, present": {"descriptions": DESCRIPTIONS, "present_only": True, "empirical_weight": 0.0},
     "FineTune": {"objective": Objective(misalignment=0.5), "l2_sp": 0.1},
     "FineTune, of a batch": {"objective": OF_A_BATCH},
+    **ANCHORED,
+    "LipsumFT": {**ANCHORED["LipsumFT"], "l2_sp": 0.1},
+    "CARFT, of a batch": {**ANCHORED["CARFT"], "objective": OF_A_BATCH},
+    "StarFT": {**ANCHORED["StarFT"], "total_steps": 4},
     "WorstCaseFineTune": {"risk": methods.GroupDRO(2, 0.1)},
     "WorstCaseFineTune, worst": {"risk": methods.WorstGroup(2)},
     "WorstCaseFineTune, cvar": {"risk": methods.CVaR(0.3)},

@@ -1,4 +1,4 @@
-"""Options with which prompt learners fit the tests' tiny models."""
+"""Options with which methods fit the tests' tiny models, whose captions are of fourteen letters."""
 
 from robustft.methods import CoCoOp, CoOp, KgCoOp, LoCoOp, MaPLe, ProDA
 
@@ -9,4 +9,9 @@ PROMPTED = {
     CoCoOp: {"context": 3},
     ProDA: {"context": 3, "prompts": 4, "prompt_batch": 2},
     MaPLe: {"context": 3},
+}
+ANCHORED = {
+    "CARFT": {"contexts": ("a {}", "the {}", "red {}")},
+    "LipsumFT": {"texts": 5, "length": 4},
+    "StarFT": {"spurious": ("{} at sea", "{} in snow")},
 }

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hostile import failures, few
 from PIL import Image
-from small_options import PROMPTED
+from small_options import ANCHORED, PROMPTED
 
 from robustft import clip, data, detection, ensembles, evaluation, losses, methods, predictors, training
 from robustft.calibration import conformal
@@ -355,6 +355,7 @@ def trainings():
         "LPFT": {"probe": fine_tuned()},
         "TipAdapterF": {"train": PAIR},
     }
+    needed |= ANCHORED
     prompted = {kind.__name__: options for kind, options in PROMPTED.items()}
     return {name: (kind, needed.get(name) or prompted.get(name) or {}) for name, (kind, _) in found.items()}
 

@@ -239,6 +239,11 @@ def _pooling(tower: nn.Module) -> str | None:
     return getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
 
 
+def ends_in_the_largest(model: nn.Module) -> bool:
+    """Whether the text tower takes a text's feature from its largest token, as CLIP's does."""
+    return _pooling(text_tower(model)) == "argmax"
+
+
 def _may_be_looked_at(tokens: Tensor) -> bool:
     if torch.compiler.is_compiling() or not has_numbers(tokens):
         return False

@@ -36,6 +36,7 @@ from robustft.ensembles.vrf_features import VRFFeatures as VRFFeatures
 from robustft.ensembles.wise_ft import WiSEFT as WiSEFT
 from robustft.methods.base import Method as Method
 from robustft.methods.base import Step as Step
+from robustft.methods.car_ft import CARFT as CARFT
 from robustft.methods.carot import CaRot as CaRot
 from robustft.methods.clip_adapter import AdapterClassifier as AdapterClassifier
 from robustft.methods.clip_adapter import CLIPAdapter as CLIPAdapter
@@ -50,10 +51,12 @@ from robustft.methods.fine_tune import LPFT as LPFT
 from robustft.methods.fine_tune import FineTune as FineTune
 from robustft.methods.flyp import FLYP as FLYP
 from robustft.methods.linear_probe import LinearProbe as LinearProbe
+from robustft.methods.lipsum_ft import LipsumFT as LipsumFT
 from robustft.methods.locoop import LoCoOp as LoCoOp
 from robustft.methods.maple import MaPLe as MaPLe
 from robustft.methods.maple import MaPLeClassifier as MaPLeClassifier
 from robustft.methods.proda import ProDA as ProDA
+from robustft.methods.starft import StarFT as StarFT
 from robustft.methods.tip_adapter import CacheClassifier as CacheClassifier
 from robustft.methods.tip_adapter import TipAdapter as TipAdapter
 from robustft.methods.tip_adapter import TipAdapterF as TipAdapterF

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustft import clip
 from robustft.methods.base import Method
 from robustft.methods.objective import Objective
+from robustft.methods.unsaved import Unsaved
 from robustft.predictors.base import Classifier
 
 
-class ZeroShotReference(nn.Module):
+class ZeroShotReference(Unsaved):
     """Logits z0 (N, K) of the zero-shot model, for an objective that compares with them; called, None for others.
-
-    It is a method's submodule and moves with it, yet has no parameters and no state: who makes the method again makes
-    it again, so that checkpoints hold no second model. `config`, a part of the method's, identifies the model and the
-    prompts: a run is resumed with the same ones.
 
     Args:
         method: whose model, as it is now, class names and templates are taken.
@@ -28,23 +22,18 @@ class ZeroShotReference(nn.Module):
     """
 
     def __init__(self, method: Method, objective: Objective, *, trained: bool) -> None:
-        super().__init__()
-        self._classifier: tuple[Classifier, ...] = ()  # in a tuple, where nn.Module looks for no submodule
-        self.config: dict[str, Any] = {}
-        if objective.needs_zero_shot:
-            model = method.frozen_copy() if trained else method.model
-            self._classifier = (method.zero_shot_classifier(model),)
-            self.config = {"zero_shot": {"model": clip.fingerprint(model), "prompts": method.config["captions"]}}
+        if not objective.needs_zero_shot:
+            super().__init__(config={})
+            return
+        model = method.frozen_copy() if trained else method.model
+        config = {"zero_shot": {"model": clip.fingerprint(model), "prompts": method.config["captions"]}}
+        super().__init__(method.zero_shot_classifier(model), config=config)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor | None:
         """Logits of images (N, C, H, W), by a pass of the frozen tower, or of its unit features (N, D)."""
-        if not self._classifier:
+        if not self.held:
             return None
-        (classifier,) = self._classifier
+        (classifier,) = self.held
+        assert isinstance(classifier, Classifier)
         return (classifier.head_outputs(images) if images.ndim == 2 else classifier.outputs(images)).logits
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ZeroShotReference:
-        for classifier in self._classifier:  # .to(device) and .double() come by here
-            classifier._apply(fn, recurse)
-        return super()._apply(fn, recurse)

@@ -113,8 +113,13 @@ def check_needs(recipes: Mapping[str, Recipe], materials: Materials) -> None:
     """ValueError where a method asks for more than the data have, before anything is trained."""
     for name, recipe in recipes.items():
         check_tune(recipe.options.get("tune"), recipe.options.get("lora"), method_class(recipe))
-        if recipe.method == "DRM" and materials.descriptions is None:
-            raise ValueError(f"{name} needs {NEEDS['DRM']}")
+        missing = {
+            "DRM": materials.descriptions is None,
+            "StarFT": "spurious" not in recipe.options,
+            "CARFT": "contexts" not in recipe.options and len(materials.prompts["templates"]) < 2,
+        }
+        if missing.get(recipe.method):
+            raise ValueError(f"{name} needs {NEEDS[recipe.method]}")
         risk = recipe.options.get("risk", {})
         if isinstance(risk, Mapping) and risk.get("risk") in NEEDS and "num_groups" not in risk:
             number_of_groups(materials.data.train)

@@ -47,6 +47,9 @@ OWN: Mapping[str, Recipe] = {
     "FLYP": Recipe("FLYP", **_TOWERS),
     "FineTune": Recipe("FineTune", **_TOWERS),
     "LPFT": Recipe("LPFT", **_TOWERS),
+    "LipsumFT": Recipe("LipsumFT", **_TOWERS),
+    "CARFT": Recipe("CARFT", **_TOWERS),
+    "StarFT": Recipe("StarFT", **_TOWERS),
     "DRM": Recipe("DRM", **_TOWERS),
     "GroupDRO": Recipe("WorstCaseFineTune", **_TOWERS, options={"risk": {"risk": "GroupDRO"}}),
     "WorstGroup": Recipe("WorstCaseFineTune", **_TOWERS, options={"risk": {"risk": "WorstGroup"}}),
@@ -68,6 +71,8 @@ NEEDS: Mapping[str, str] = {
     "GroupDRO": "groups in the data (--groups)",
     "WorstGroup": "groups in the data (--groups)",
     "LPFT": "nothing more: its linear probe is trained first",
+    "CARFT": "two templates or more (--templates simple or imagenet)",
+    "StarFT": "captions with spurious attributes: methods: {StarFT: {options: {spurious: [...]}}} in a file of options",
 }
 """What a method asks for beside labelled images."""
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from damage import change
-from small_options import PROMPTED
+from small_options import ANCHORED, PROMPTED
 from targets import exhaustive
 
 from robustft import methods
@@ -26,7 +26,7 @@ from robustft.testing import check_method, check_predictor, tiny_world
 
 VISION = {"vit": None, "resnet": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "head_width": 16}}
 NAMES = list(methods.every_method())
-TOWERS = ("FLYP", "CaRot", "DRM", "FineTune", "LPFT", "WorstCaseFineTune")  # are trained, at a smaller rate
+TOWERS = ("FLYP", "CaRot", "DRM", "FineTune", "LPFT", "WorstCaseFineTune", *ANCHORED)  # trained, at a smaller rate
 RESNETS = "CaRot", "CoOp", "LinearProbe"  # with whom every method is tried by the exhaustive tests
 CASES = [(name, "vit") for name in NAMES] + [(name, "resnet") for name in RESNETS]
 CASES += exhaustive(*((name, "resnet") for name in NAMES if name not in (*RESNETS, "MaPLe")))
@@ -67,6 +67,8 @@ def maker(name, world):
             return lambda model, **options: kind(model, descriptions=described, **options).prepare(data(model))
         case "WorstCaseFineTune":
             return lambda model, **options: kind(model, risk=methods.GroupDRO(2, 0.1), **options)
+        case "CARFT" | "LipsumFT" | "StarFT":
+            return functools.partial(kind, **ANCHORED[name])
         case "LPFT":
             probe = methods.LinearProbe(world.model, **world.prompts).classifier()
             return lambda model, **options: kind(model, probe=probe, **options)

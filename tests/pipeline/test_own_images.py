@@ -368,6 +368,8 @@ def test_a_run_is_not_resumed_on_other_images(run, own, capsys):
         ({"methods": ["nowhere:Mine"]}, "method 'nowhere:Mine' cannot be imported: No module named 'nowhere'"),
         ({"methods": ["pathlib:Path"]}, "expected a subclass of robustft.methods.Method"),
         ({"methods": ["DRM"]}, "DRM needs descriptions"),
+        ({"methods": ["star-ft"]}, "StarFT needs captions with spurious attributes: methods: {StarFT: "),
+        ({"methods": ["CAR-FT"]}, "CARFT needs two templates or more"),
         ({"methods": ["group-dro"]}, "this method needs groups"),
         ({"model": "ViT-B-32"}, "pretrained is missing: without it ViT-B-32 has random weights"),
         ({"epochs": 0}, "epochs must be at least 1"),
