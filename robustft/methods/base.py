@@ -149,6 +149,7 @@ class Method(Configured, nn.Module):
         self.total_steps = total_steps
         self.seed = seed
         self._versions: tuple[int, int] | None = None  # of steps and of the weights, at the last step
+        self._numbers: dict[str, tuple[Tensor, int, int]] = {}  # of buffers, by `_number`
         self._noticed = False
         # The first captions' tokens tell tokenizers apart.
         self.config = {
@@ -181,7 +182,7 @@ class Method(Configured, nn.Module):
     def run_length(self) -> int:
         """Steps of the whole run, for schedules; ValueError where nobody told it."""
         self.scheduled = True
-        length = self.total_steps or int(self.run_steps)
+        length = self.total_steps or self._number("run_steps")
         if not length:
             raise ValueError(
                 f"total_steps is needed: {type(self).__name__} has a schedule over the run. Give it, or call "
@@ -292,7 +293,22 @@ class Method(Configured, nn.Module):
 
     def after_step(self) -> None:
         """Call after every optimiser step: counts it, and moves whatever follows the weights."""
+        done = self.steps_done
         self.steps += 1
+        self._numbers["steps"] = self.steps, self.steps._version, done + 1
+
+    @property
+    def steps_done(self) -> int:
+        """`steps` as a number. A device is asked for it only where something other than `after_step` has written it."""
+        return self._number("steps")
+
+    def _number(self, name: str) -> int:
+        """What a buffer holds, read once for each time that it was written."""
+        buffer = getattr(self, name)
+        known = self._numbers.get(name)
+        if known is None or known[0] is not buffer or known[1] != buffer._version:
+            known = self._numbers[name] = buffer, buffer._version, int(buffer)
+        return known[2]
 
     def classifier(self) -> Predictor:
         """The predictor learnt so far; it shares the method's model."""

@@ -169,7 +169,7 @@ class CaRot(CaptionMethod):
         pairs = self.pairs(batch)
         u, t = self.features(self.model, pairs)
         others: dict[str, Tensor | None] = {}
-        if self.loss.needs_teacher and self.steps > 0:
+        if self.loss.needs_teacher and self.steps_done > 0:
             with torch.no_grad():
                 others["teacher_image_features"], others["teacher_text_features"] = self.features(self.teacher, pairs)
                 others["teacher_logit_scale"] = clip.logit_scale(self.teacher)
@@ -187,7 +187,7 @@ class CaRot(CaptionMethod):
     @torch.no_grad()
     def after_step(self) -> None:
         """Move the teacher when its turn has come, and count the step."""
-        step = int(self.steps)
+        step = self.steps_done
         if step % self.ema_interval == 0:
             for module in (*self.model.modules(), *self.teacher.modules()):
                 if reshard := getattr(module, "reshard", None):  # FSDP's: a pass without a backward leaves them whole

@@ -107,7 +107,7 @@ class CaptionMethod(Method):
         rows: Tensor | None = None
         if texts is None:
             assert labels is not None  # a batch has one of both
-            tokens, rows = self.prompts.sample(labels, stateless_generator(self.seed, "captions", int(self.steps)))
+            tokens, rows = self.prompts.sample(labels, stateless_generator(self.seed, "captions", self.steps_done))
         else:
             tokens, rows = distinct(texts if isinstance(texts, Tensor) else tokenize(self.tokenizer, texts))
         multiple = 1 if self.steps.device.type == "cpu" else 8

@@ -105,7 +105,7 @@ class ProDA(FrozenModel):
 
     def chosen(self) -> Tensor:
         """The prompts (P,) of the current step: the next ones of a permutation, and of a new one after its end."""
-        turn, place = divmod(int(self.steps), len(self.contexts) // self.prompt_batch)
+        turn, place = divmod(self.steps_done, len(self.contexts) // self.prompt_batch)
         order = torch.randperm(len(self.contexts), generator=stateless_generator(self.seed, "prompts", turn))
         return order[place * self.prompt_batch :][: self.prompt_batch].to(self.contexts.device)
 

@@ -4,6 +4,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from robustft import fit
 from robustft.methods import FLYP, CaRot
@@ -300,3 +301,34 @@ def test_a_tower_without_a_projection_goes_without_its_penalties_of_which_it_is_
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         CaRot(clip_model, cross_weight=0.0, orthogonality_weight=0.0, **carot)
+
+
+class Reads(TorchDispatchMode):
+    """How often a number is asked for that lies in one of the tensors: on a GPU each waits for it."""
+
+    def __init__(self, *tensors):
+        super().__init__()
+        self.places, self.count = {tensor.data_ptr() for tensor in tensors}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.count += args[0].data_ptr() in self.places
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [FLYP, CaRot])
+def test_the_count_of_steps_is_read_once_and_again_where_it_was_written(clip_model, prompts, batches, kind):
+    method = kind(clip_model, **prompts)
+    method.begin_run(9)
+    method.step(batches[0])
+    method.after_step()
+    with Reads(method.steps, method.run_steps) as reads:
+        method.step(batches[1])
+        method.after_step()
+    assert reads.count == 0 and method.steps_done == int(method.steps) == 2
+    state = {name: value.clone() for name, value in method.state_dict().items()}
+    method.after_step()
+    method.load_state_dict(state)
+    assert method.steps_done == 2 and copy.deepcopy(method).steps_done == 2
+    method.steps.fill_(5)
+    assert method.steps_done == 5
