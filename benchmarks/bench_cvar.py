@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import bar
 from .work import Candidate, Row, Work, forward_backward, generator, ours, peer
 
 SIZES = (512, 32768, 1_048_576)
@@ -36,7 +37,7 @@ def candidates(row: Row) -> list[Candidate]:
 
 WORK = Work(
     "cvar",
-    rows=tuple(Row("cvar", n, 0) for n in SIZES),
+    rows=(*bar.rows("cvar"), *(Row("cvar", n, 0) for n in SIZES)),
     quick=(Row("cvar", 32768, 0),),
     inputs=inputs,
     candidates=candidates,

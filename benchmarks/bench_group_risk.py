@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import bar
 from .work import Candidate, Row, Work, forward_backward, generator, ours, peer
 
 SIZES = (512, 32768, 1_048_576)
@@ -45,7 +46,7 @@ def reference(losses: Tensor, groups: Tensor) -> tuple[Tensor, ...]:
 
 WORK = Work(
     "group_risk",
-    rows=tuple(Row("group_risk", n, 0, 16) for n in SIZES),
+    rows=(*bar.rows("group_risk"), *(Row("group_risk", n, 0, 16) for n in SIZES)),
     quick=(Row("group_risk", 32768, 0, 16),),
     inputs=inputs,
     candidates=candidates,
