@@ -36,6 +36,23 @@ STABLE_TORCH_LIBRARY(robustft, m) {
   m.def(
       "class_gradient(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, Tensor? targets, int heads, "
       "Tensor exponentials, Tensor coefficients, bool top1, str precision) -> (Tensor dx, Tensor dw, Tensor db)");
+  // Both and the losses between them in one, cpu/class_losses.cpp
+  m.def(
+      "class_losses(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, str variant, bool top1, "
+      "float label_smoothing, bool keep, str precision) -> (Tensor cross_entropy, Tensor misalignment, Tensor by_gap, "
+      "Tensor by_scale, Tensor softmaxes, Tensor exponentials)");
+  m.def(
+      "class_gradients(Tensor g, Tensor h, Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, bool top1, "
+      "float label_smoothing, Tensor by_gap, Tensor by_scale, Tensor softmaxes, Tensor exponentials, str precision) "
+      "-> (Tensor dx, Tensor dw, Tensor db, Tensor ds)");
+  m.def(
+      "dual_losses(Tensor x, Tensor w, Tensor scale, Tensor labels, Tensor core_labels, bool keep, str precision) "
+      "-> (Tensor empirical, Tensor worst_case, Tensor by_scale, Tensor softmaxes, Tensor exponentials)");
+  m.def(
+      "dual_gradients(Tensor g, Tensor h, Tensor x, Tensor w, Tensor scale, Tensor labels, Tensor core_labels, "
+      "Tensor by_scale, Tensor softmaxes, Tensor exponentials, str precision) -> (Tensor dx, Tensor dw, Tensor ds)");
+  // cpu/row_norms.cpp
+  m.def("row_norms(Tensor x) -> Tensor");
   // cpu/scores.cpp
   m.def(
       "class_scores(Tensor x, Tensor w, float temperature, Tensor scale, str precision) "

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from robustft.ops import arguments, classification, contrastive, neighbors, orthogonality, risks, scores, sigmoid
 from robustft.ops.precision import at_least_float32
+from robustft.ops.registry import reduced
 
 
 class ContrastiveTerms(NamedTuple):
@@ -171,8 +172,7 @@ def contrastive_loss(
         x, t, s, labels = ranks.checked(group, lambda: _contrastive_arguments(*given))
         return sharded.sharded_contrastive_loss(x, t, s, labels, label_smoothing, weight, reduction, group, memory)
     x, t, s, labels = _contrastive_arguments(*given)
-    losses = contrastive.contrastive_loss(x, t, s, labels, label_smoothing, memory)
-    return _reduce(losses, weight, reduction)
+    return contrastive.contrastive_loss(x, t, s, labels, label_smoothing, memory, weight, reduction)
 
 
 @arguments.own_precision
@@ -222,8 +222,8 @@ def contrastive_distillation_loss(
             *sharded.sharded_contrastive_distillation_loss(*matrices, labels, weight, reduction, group, memory)
         )
     matrices, labels = _distillation_arguments(student, teacher, labels, weight, reduction, memory)
-    terms = contrastive.contrastive_distillation_loss(*matrices, labels, memory)
-    return ContrastiveTerms(*(_reduce(term, weight, reduction) for term in terms))
+    how = {"labels": labels, "memory": memory, "weight": weight, "reduction": reduction}
+    return ContrastiveTerms(*contrastive.contrastive_distillation_loss(*matrices, **how))
 
 
 def _sigmoid_arguments(
@@ -356,7 +356,7 @@ def sigmoid_contrastive_distillation_loss(
         )
     matrices, labels = _sigmoid_distillation_arguments(*given)
     terms = sigmoid.contrastive_distillation_loss(*matrices, labels, memory)
-    return ContrastiveTerms(*(_reduce(term, weight, reduction) for term in terms))
+    return ContrastiveTerms(*(reduced(term, weight, reduction) for term in terms))
 
 
 @arguments.own_precision
@@ -413,8 +413,8 @@ def classification_loss(
     arguments.check_smoothing(label_smoothing)
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
-    terms = classification.classification_loss(x, w, s, bias, y, variant, top1, label_smoothing, memory)
-    return ClassificationTerms(*(_reduce(term, weight, reduction) for term in terms))
+    how = variant, top1, label_smoothing, memory, weight, reduction
+    return ClassificationTerms(*classification.classification_loss(x, w, s, bias, y, *how))
 
 
 @arguments.own_precision
@@ -454,7 +454,7 @@ def misalignment_penalty(
     penalty, errors = risks.misalignment_penalty(logits, labels, variant, top1)
     if reduction == "mean" and average == "errors":
         return penalty.sum() / errors.clamp(min=1)
-    return _reduce(penalty, None, reduction)
+    return reduced(penalty, None, reduction)
 
 
 @arguments.own_precision
@@ -506,12 +506,11 @@ def dual_risk(
         )
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
-    terms = classification.dual_risk(x, w, v, s, y, core_labels.detach(), memory)
-    return DualRiskTerms(*(_reduce(term, weight, reduction) for term in terms))
+    inputs = x, w, v, s, y, core_labels.detach()
+    return DualRiskTerms(*classification.dual_risk(*inputs, memory, weight, reduction))
 
 
 @arguments.own_precision
-@torch.no_grad()
 def concept_scores(
     features: Tensor,
     class_embeddings: Tensor,
@@ -552,8 +551,8 @@ def concept_scores(
     if isinstance(logit_scale, (int, float)) and logit_scale == 0:
         raise ValueError("logit_scale is 0; expected a positive number, 1/s is the energy's temperature")
     for name, value in (("features", features), ("class_embeddings", class_embeddings)):  # as rounded: not promoted
-        arguments.check_unit_norm(name, value)
-    return ConceptScores(*scores.concept_scores(x, w, temperature, s))
+        arguments.check_unit_norm(name, value.detach(), scores.norms)
+    return ConceptScores(*scores.concept_scores(x.detach(), w.detach(), temperature, s.detach()))
 
 
 @arguments.own_precision
@@ -743,15 +742,3 @@ def _neighbor_inputs(queries: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     q = arguments.neighbor_queries(queries, x)
     wider = torch.promote_types(q.dtype, x.dtype)
     return q.to(wider), x.to(wider)
-
-
-def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    if weight is not None:
-        losses = losses * weight
-    match reduction:
-        case "mean":
-            return losses.mean()
-        case "sum":
-            return losses.sum()
-        case _:
-            return losses

@@ -20,6 +20,7 @@
 #include <optional>
 #include <tuple>
 
+#include "class_operators.h"
 #include "dispatch.h"
 #include "duplicates.h"
 #include "tile.h"
@@ -82,7 +83,7 @@ struct Classes {
         d(in.x.size(1)),
         w(contiguous_as(in.w, scalar_type<T>())),
         labels(contiguous_as(in.labels, ScalarType::Long)),
-        scale(T(*contiguous_as(in.scale, ScalarType::Double).template const_data_ptr<double>())) {
+        scale(T(number_in(in.scale))) {
     if (in.bias) bias = contiguous_as(*in.bias, scalar_type<T>());
     // As the cache wants it, but not below the number of panels that threads want, nor that below what products want.
     const int64_t bytes = arithmetic == Arithmetic::ieee ? kAtenPanelBytes : kPanelBytes;
@@ -143,8 +144,8 @@ std::tuple<Tensor, Tensor> statistics(const ClassInputs& in, const ClassStatisti
   const int64_t n = c.n, cols = c.cols, stretch = c.stretch(kConvertedRows);
   const int64_t kinds = in.heads * class_statistic::kHardCount +
                         (in.targets ? class_statistic::kSoftCount - class_statistic::kHardCount : 0);
-  Tensor out = torch::stable::new_empty(in.x, {kinds, n}, scalar_type<T>());
-  Tensor exponentials = torch::stable::new_empty(in.x, {keep ? n : 0, cols}, scalar_type<T>());
+  Tensor out = uninitialized({kinds, n}, scalar_type<T>());
+  Tensor exponentials = uninitialized({keep ? n : 0, cols}, scalar_type<T>());
   T *result = out.mutable_data_ptr<T>(), *kept = exponentials.mutable_data_ptr<T>();
   const RightMatrix<T> right(c.w, RightMatrix<T>::kColumns, c.arithmetic);
   const Duplicates<T> duplicates = c.duplicates(true);
@@ -178,8 +179,8 @@ class ColumnGradient {
       : c_(c),
         blocks_((c.cols + kClassBlock - 1) / kClassBlock),
         parts_(std::clamp<int64_t>((kClassTasks + blocks_ - 1) / blocks_, 1, std::max<int64_t>(1, c.n / kMinStretch))),
-        dw_(torch::stable::new_empty(c.w, {c.cols, c.d})),
-        more_(torch::stable::new_empty(c.w, {(parts_ - 1) * c.cols, c.d})) {}
+        dw_(uninitialized({c.cols, c.d}, c.w.scalar_type())),
+        more_(uninitialized({(parts_ - 1) * c.cols, c.d}, c.w.scalar_type())) {}
 
   // From g (count, cols) and x (count, d) of a stretch.
   void add(const T* g, const Tensor& x) {
@@ -236,8 +237,8 @@ std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor&
   const T* kept = exponentials.size(0) == n ? exponentials.const_data_ptr<T>() : nullptr;
   const Tensor wide = contiguous_as(coefficients, scalar_type<T>());
   const bool converted = in.x.scalar_type() != scalar_type<T>();
-  Tensor dx = torch::stable::new_empty(in.x, {n, d});
-  Tensor dx_stretch = torch::stable::new_empty(in.x, {converted ? stretch : int64_t(0), d}, scalar_type<T>());
+  Tensor dx = uninitialized({n, d}, in.x.scalar_type());
+  Tensor dx_stretch = uninitialized({converted ? stretch : int64_t(0), d}, scalar_type<T>());
   const RightMatrix<T> w_columns(c.w, 0, kept ? 0 : cols, RightMatrix<T>::kColumns, c.arithmetic);
   const RightMatrix<T> w_rows(c.w, RightMatrix<T>::kRows, c.arithmetic);
   const Duplicates<T> duplicates = c.duplicates(!kept);
@@ -275,12 +276,14 @@ std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor&
       torch::stable::copy_(rows, narrow_rows(dx_stretch, 0, count));
     }
   }
-  Tensor db = torch::stable::new_zeros(c.w, {cols});
+  Tensor db = zeros<T>({cols});
   T* bias_gradient = db.mutable_data_ptr<T>();
   for (int64_t p = 0; p < panels; ++p)
     for (int64_t j = 0; j < cols; ++j) bias_gradient[j] += bias_gradients.get()[p * cols + j];
   return {dx, contiguous_as(dw.sum(), in.x.scalar_type()), db};
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> class_statistics(const Tensor& x, const Tensor& w, const Tensor& scale,
                                             const std::optional<Tensor>& bias, const Tensor& labels,
@@ -307,7 +310,6 @@ std::tuple<Tensor, Tensor, Tensor> class_gradient(const Tensor& x, const Tensor&
                                                : gradient<float>(in, exponentials, coefficients, top1);
 }
 
-}  // namespace
 }  // namespace robustft
 
 STABLE_TORCH_LIBRARY_IMPL(robustft, CPU, m) {

@@ -92,8 +92,8 @@ struct Cvar {
     }
     double sum = (budget - double(above)) * double(threshold);
     for (double part : sums) sum += part;
-    Tensor value = torch::stable::new_empty(losses, {});
-    Tensor boundary = torch::stable::new_empty(losses, {2}, ScalarType::Double);
+    Tensor value = uninitialized({}, losses.scalar_type());
+    Tensor boundary = uninitialized({2}, ScalarType::Double);
     *value.mutable_data_ptr<T>() = T(sum / budget);
     double* p = boundary.mutable_data_ptr<double>();
     p[0] = threshold, p[1] = double(last() - above);
@@ -104,8 +104,8 @@ struct Cvar {
     const T* v = losses.const_data_ptr<T>();
     const double* p = boundary.const_data_ptr<double>();
     const Key<T> threshold = key_of(T(p[0]));
-    const double g = *contiguous_as(grad, ScalarType::Double).template const_data_ptr<double>() / budget;
-    Tensor out = torch::stable::empty_like(losses);
+    const double g = number_in(grad) / budget;
+    Tensor out = uninitialized(losses.sizes(), losses.scalar_type());
     T* d = out.mutable_data_ptr<T>();
     for (int64_t i = 0; i < n; ++i) d[i] = key_of(v[i]) > threshold ? T(g) : T(0);
     int64_t whole = int64_t(p[1]);

@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> group_sums(const Tensor& values, const Tensor& groups
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
   const Tensor v = contiguous_as(values, dtype), g = contiguous_as(groups, ScalarType::Long);
   check_range(g, num_groups);
-  Tensor sums = torch::stable::new_empty(v, {num_groups}), counts = torch::stable::new_empty(g, {num_groups});
+  Tensor sums = uninitialized({num_groups}, v.scalar_type()), counts = uninitialized({num_groups}, g.scalar_type());
   const int64_t* pg = g.const_data_ptr<int64_t>();
   wide ? accumulate<double>(v, pg, sums, counts) : accumulate<float>(v, pg, sums, counts);
   return {sums, counts};
@@ -78,7 +78,7 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> risk_of(Tensor sums, Tensor counts) {
   T* mean = sums.mutable_data_ptr<T>();
   const int64_t index = means(mean, counts.const_data_ptr<int64_t>(), sums.numel());
-  Tensor worst = torch::stable::new_empty(sums, {}), worst_group = torch::stable::new_empty(counts, {});
+  Tensor worst = uninitialized({}, sums.scalar_type()), worst_group = uninitialized({}, counts.scalar_type());
   *worst.mutable_data_ptr<T>() = mean[index];
   *worst_group.mutable_data_ptr<int64_t>() = index;
   return {sums, worst, worst_group, counts};
@@ -95,13 +95,12 @@ Tensor gradient(const std::optional<Tensor>& mean, const std::optional<Tensor>& 
                 int64_t worst_group, const Tensor& counts) {
   const int64_t num_groups = counts.numel();
   const int64_t* count = counts.const_data_ptr<int64_t>();
-  Tensor by_group =
-      mean ? torch::stable::clone(*mean) : torch::stable::new_zeros(counts, {num_groups}, scalar_type<T>());
+  Tensor by_group = mean ? torch::stable::clone(*mean) : zeros<T>({num_groups});
   by_group = contiguous_as(by_group, scalar_type<T>());
   T* weight = by_group.mutable_data_ptr<T>();
   if (worst) weight[worst_group] += *contiguous_as(*worst, scalar_type<T>()).template const_data_ptr<T>();
   for (int64_t g = 0; g < num_groups; ++g) weight[g] /= T(std::max<int64_t>(1, count[g]));
-  Tensor out = torch::stable::new_empty(counts, {groups.numel()}, scalar_type<T>());
+  Tensor out = uninitialized({groups.numel()}, scalar_type<T>());
   T* d = out.mutable_data_ptr<T>();
   const int64_t* y = groups.const_data_ptr<int64_t>();
   for (int64_t i = 0, n = groups.numel(); i < n; ++i) d[i] = weight[y[i]];

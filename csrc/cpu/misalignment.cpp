@@ -19,47 +19,13 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "penalty.h"
 #include "torch_api.h"
 
 namespace robustft {
 namespace {
 
 constexpr int64_t kBlock = 16;
-
-template <class T>
-struct Penalty {
-  T value, slope;
-};
-
-template <class T>
-Penalty<T> neg_log_ratio(T gap) {
-  return {gap, T(1)};
-}
-template <class T>
-Penalty<T> neg_ratio(T gap) {
-  return {-std::expm1(-gap), std::exp(-gap)};
-}
-template <class T>
-Penalty<T> softplus(T gap) {
-  const T ratio = std::exp(-gap);  // at most 1: gaps are not negative
-  return {gap + std::log1p(ratio), 1 / (1 + ratio)};
-}
-template <class T>
-Penalty<T> ratio(T gap) {
-  return {std::exp(-gap), -std::exp(-gap)};
-}
-
-template <class T>
-using PenaltyOfGap = Penalty<T> (*)(T);
-
-template <class T>
-PenaltyOfGap<T> penalty_of(const std::string& variant) {
-  if (variant == "neg_log_ratio") return neg_log_ratio<T>;
-  if (variant == "neg_ratio") return neg_ratio<T>;
-  if (variant == "softplus") return softplus<T>;
-  STD_TORCH_CHECK(variant == "ratio", "misalignment_penalty: unknown variant ", variant);
-  return ratio<T>;
-}
 
 // Rows [begin, end) in blocks whose classes lie side by side: f(first row of the block, its rows).
 template <class P, class F>
@@ -83,9 +49,9 @@ std::tuple<Tensor, Tensor, Tensor> penalty(const Tensor& logits, const Tensor& l
   const int64_t n = logits.size(0), k = logits.size(1);
   const PenaltyOfGap<T> f = penalty_of<T>(variant);
   const int64_t* y = labels.const_data_ptr<int64_t>();
-  Tensor out = torch::stable::new_empty(logits, {n}, scalar_type<T>());
-  Tensor kept = torch::stable::new_empty(logits, {3, n}, scalar_type<T>());
-  Tensor errors = torch::stable::new_zeros(labels, {});
+  Tensor out = uninitialized({n}, scalar_type<T>());
+  Tensor kept = uninitialized({3, n}, scalar_type<T>());
+  Tensor errors = uninitialized({}, ScalarType::Long);
   T *value = out.mutable_data_ptr<T>(), *offset = kept.mutable_data_ptr<T>(), *log_sum = offset + n,
     *slope = log_sum + n;
   parallel_blocks(n, k, [&](int64_t begin, int64_t end) {
@@ -112,7 +78,7 @@ Tensor gradient(const Tensor& grad, const Tensor& logits, const Tensor& labels, 
   const int64_t* y = labels.const_data_ptr<int64_t>();
   const T *g = wide_grad.const_data_ptr<T>(), *offset = wide_kept.const_data_ptr<T>(), *log_sum = offset + n,
           *slope = log_sum + n;
-  Tensor out = torch::stable::new_empty(logits, {n, k});
+  Tensor out = uninitialized({n, k}, logits.scalar_type());
   P* result = static_cast<P*>(out.mutable_data_ptr());
   parallel_blocks(n, k, [&](int64_t begin, int64_t end) {
     for_each_block<P>(logits, y, begin, end, [&](int64_t i, const LogitRows<P>& rows) {

@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& w, bool squared) {
   const Arithmetic arithmetic = arithmetic_of_projection(w);
   const LeftRows<T> left(columns, 0, d, arithmetic);
   const RightMatrix<T> right(columns, RightMatrix<T>::kColumns, arithmetic);
-  Tensor residual = torch::stable::new_empty(columns, {d, d});
+  Tensor residual = uninitialized({d, d}, columns.scalar_type());
   T* r = residual.mutable_data_ptr<T>();
   const int64_t tiles = across * (across + 1) / 2, work = kSide * kSide * std::max<int64_t>(depth, 1);
   std::vector<double> squares(tiles);
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& w, bool squared) {
   });
   double sum = 0;
   for (double part : squares) sum += part;
-  Tensor penalty = torch::stable::new_empty(columns, {});
+  Tensor penalty = uninitialized({}, columns.scalar_type());
   *penalty.mutable_data_ptr<T>() = T(squared ? sum : std::sqrt(sum));
   return {penalty, residual};
 }
@@ -77,11 +77,11 @@ template <class T>
 Tensor backward(const Tensor& grad, const Tensor& w, const Tensor& residual, const Tensor& penalty, bool squared) {
   const Tensor rows = contiguous_as(w, scalar_type<T>()), r = contiguous_as(residual, scalar_type<T>());
   const int64_t p = rows.size(0), d = rows.size(1);
-  const double g = *contiguous_as(grad, ScalarType::Double).template const_data_ptr<double>();
-  const double norm = *contiguous_as(penalty, ScalarType::Double).template const_data_ptr<double>();
+  const double g = number_in(grad);
+  const double norm = number_in(penalty);
   const T factor = T(squared ? 4 * g : norm == 0 ? 0 * g : 2 * g / norm);
   const RightMatrix<T> right(r, RightMatrix<T>::kRows, arithmetic_of_projection(w));
-  Tensor out = torch::stable::empty_like(rows);
+  Tensor out = uninitialized(rows.sizes(), rows.scalar_type());
   const T* from = rows.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
   Pool<Scratch> pool;

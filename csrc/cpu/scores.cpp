@@ -30,11 +30,11 @@ std::tuple<Tensor, Tensor> scores(const Tensor& features, const Tensor& embeddin
                                   const Tensor& logit_scale, const std::string& precision) {
   const int64_t n = features.size(0), k = embeddings.size(0);
   const Arithmetic arithmetic = arithmetic_of(features.scalar_type(), precision);
-  Tensor out = torch::stable::new_empty(features, {class_score::kCount, n}, scalar_type<T>());
-  Tensor prediction = torch::stable::new_empty(features, {n}, ScalarType::Long);
+  Tensor out = uninitialized({class_score::kCount, n}, scalar_type<T>());
+  Tensor prediction = uninitialized({n}, ScalarType::Long);
   CosinePanel<T> shape{};
   shape.n = n, shape.k = k, shape.inverse_temperature = T(1 / temperature);
-  shape.scale = T(*contiguous_as(logit_scale, ScalarType::Double).template const_data_ptr<double>());
+  shape.scale = T(number_in(logit_scale));
   const Tensor w = contiguous_as(embeddings, scalar_type<T>());
   const RightMatrix<T> right(w, RightMatrix<T>::kColumns, arithmetic);
   const Duplicates<T> duplicates(w);

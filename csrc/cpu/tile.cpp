@@ -141,8 +141,8 @@ std::tuple<Tensor, Tensor, Tensor> products(const Tensor& x, const Tensor& t, co
   const ScalarType dtype = scalar_type<T>();
   const Tensor xs = contiguous_as(x, dtype), ts = contiguous_as(t, dtype), gs = contiguous_as(g, dtype);
   const int64_t n = xs.size(0), m = ts.size(0), d = xs.size(1);
-  Tensor s = torch::stable::new_empty(xs, {n, m}), dx = torch::stable::new_empty(xs, {n, d});
-  Tensor dt = torch::stable::new_empty(xs, {m, d});
+  Tensor s = uninitialized({n, m}, xs.scalar_type()), dx = uninitialized({n, d}, xs.scalar_type());
+  Tensor dt = uninitialized({m, d}, xs.scalar_type());
   const LeftRows<T> left(xs, 0, n, arithmetic);
   const RightMatrix<T> columns(ts, RightMatrix<T>::kColumns, arithmetic), rows(ts, RightMatrix<T>::kRows, arithmetic);
   const RightMatrix<T> x_rows(xs, RightMatrix<T>::kRows, arithmetic);
@@ -171,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> tile_products(const Tensor& x, const Tensor& 
 
 // (1,) int64: the Arithmetic of products of tensors like x.
 Tensor product_arithmetic(const Tensor& x, std::string precision) {
-  Tensor out = torch::stable::new_empty(x, {1}, ScalarType::Long);
+  Tensor out = uninitialized({1}, ScalarType::Long);
   *out.mutable_data_ptr<int64_t>() = int64_t(arithmetic_of(x.scalar_type(), precision));
   return out;
 }

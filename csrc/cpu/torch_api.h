@@ -3,6 +3,7 @@
 // There is no stable wrapper of mm or addmm; the C shims below are exported by every libtorch from 2.10 on. They call
 // the CPU kernel directly, below autograd.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -30,10 +31,52 @@ constexpr ScalarType scalar_type<double>() {
 }
 
 inline Tensor contiguous_as(const Tensor& a, ScalarType dtype) {
-  return torch::stable::contiguous(a.scalar_type() == dtype ? a : torch::stable::to(a, dtype));
+  if (a.scalar_type() != dtype) return torch::stable::contiguous(torch::stable::to(a, dtype));
+  return a.is_contiguous() ? a : torch::stable::contiguous(a);
+}
+
+// A tensor in memory, contiguous, of nothing yet. torch::stable::new_empty finds its operator by name at every call:
+// twenty of them took longer than a loss on 32 pairs.
+inline Tensor uninitialized(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  constexpr size_t kMost = 4;
+  STD_TORCH_CHECK(sizes.size() <= kMost, "at most ", kMost, " dimensions");
+  int64_t strides[kMost], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(1, sizes[i])) strides[i] = stride;
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+template <class T>
+Tensor zeros(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  Tensor out = uninitialized(sizes, scalar_type<T>());
+  std::fill_n(out.mutable_data_ptr<T>(), out.numel(), T(0));
+  return out;
+}
+
+// The one number of a tensor.
+inline double number_in(const Tensor& a) {
+  if (a.scalar_type() == ScalarType::Double) return *a.const_data_ptr<double>();
+  if (a.scalar_type() == ScalarType::Float) return *a.const_data_ptr<float>();
+  return *contiguous_as(a, ScalarType::Double).const_data_ptr<double>();
+}
+
+// A number in the dtype and shape of a tensor that has one.
+inline Tensor like_number(double value, const Tensor& of) {
+  if (of.scalar_type() == ScalarType::Float) {
+    Tensor out = uninitialized(of.sizes(), ScalarType::Float);
+    *out.mutable_data_ptr<float>() = float(value);
+    return out;
+  }
+  Tensor out = uninitialized(of.sizes(), ScalarType::Double);
+  *out.mutable_data_ptr<double>() = value;
+  return contiguous_as(out, of.scalar_type());
 }
 
 inline Tensor narrow_rows(const Tensor& a, int64_t start, int64_t length) {
+  if (start == 0 && length == a.size(0)) return a;
   Tensor view = a;
   return torch::stable::narrow(view, 0, start, length);
 }
@@ -45,8 +88,8 @@ class Stretches {
  public:
   Stretches(const Tensor& matrix, int64_t most)
       : matrix_(matrix),
-        room_(torch::stable::new_empty(
-            matrix, {matrix.scalar_type() == scalar_type<T>() ? 0 : std::min(most, matrix.size(0)), matrix.size(1)},
+        room_(uninitialized(
+            {matrix.scalar_type() == scalar_type<T>() ? 0 : std::min(most, matrix.size(0)), matrix.size(1)},
             scalar_type<T>())) {}
 
   Tensor rows(int64_t first, int64_t count) {
@@ -61,6 +104,12 @@ class Stretches {
   const Tensor matrix_;
   Tensor room_;
 };
+
+// torch.lerp
+template <class T>
+T between(T a, T b, T weight) {
+  return weight < T(0.5) ? a + weight * (b - a) : b - (b - a) * (T(1) - weight);
+}
 
 // out = a b
 inline void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {

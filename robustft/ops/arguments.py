@@ -175,13 +175,12 @@ def check_count(name: str, number: int, most: int = MOST) -> None:
         raise ValueError(f"{name} is {number}; expected at most {most:,}: memory is taken for each")
 
 
-def check_unit_norm(name: str, features: Tensor) -> None:
-    """On the CPU only: on a GPU the check would wait for it."""
+def check_unit_norm(name: str, features: Tensor, norms: Callable[[Tensor], tuple[float, float]]) -> None:
+    """By the lowest and the highest norm of the rows. On the CPU only: on a GPU the check would wait for it."""
     if not readable(features):
         return
     tolerance = 1e-3 if features.dtype in (torch.float64, torch.float32) else 1e-2  # of unit vectors as rounded
-    wide = None if features.dtype == torch.float64 else torch.float32
-    low, high = torch.aminmax(torch.linalg.vector_norm(features, dim=1, dtype=wide))
+    low, high = norms(features)
     if not (1 - tolerance <= low and high <= 1 + tolerance):
         raise ValueError(
             f"{name} has rows of norm {low:.4g} to {high:.4g}; expected 1 within {tolerance:g}: pass "

@@ -1,4 +1,4 @@
-"""Losses on class logits z = s x w^T + b over the kernels in csrc/cpu/classes.cpp; triton/classes.py has them whole.
+"""Losses on class logits z = s x w^T + b: csrc/cpu/class_losses.cpp and triton/classes.py compute them whole.
 
 `dual_risk` has two heads: its w (2K, D) holds one below the other, its statistics likewise. With the statistics of each
 row (max, log_sum, gaps and means; `above` the softmax over the classes that rank strictly above the label), smoothing e
@@ -19,15 +19,27 @@ logits makes all its terms NaN.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from robustft.ops import layouts, reference, registry
 from robustft.ops.dispatch import body_of
-from robustft.ops.registry import Backward, Call, Op, Source, accumulation_dtype, both, call, contiguous_like, register
+from robustft.ops.registry import (
+    Backward,
+    Call,
+    Op,
+    Source,
+    accumulation_dtype,
+    both,
+    call,
+    contiguous_like,
+    gradient,
+    reduced,
+    register,
+)
 
 
 class Statistics(NamedTuple):
@@ -77,121 +89,59 @@ def classification_loss(
     top1: bool,
     label_smoothing: float,
     memory: str | int,
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and misalignment, two (N,)."""
+    weight: Tensor | None,
+    reduction: str,
+) -> tuple[Tensor, ...]:
+    """Cross-entropy and misalignment: of two (N,) what `registry.reduced` gives."""
     body = body_of("classification_loss", x)
     if body == "reference":
         z = reference.class_logits(x, w, scale, bias)
-        return (
-            reference.class_cross_entropy(z, labels, label_smoothing),
-            reference.misalignment(z, labels, variant, top1),
-        )
+        cross_entropy = reference.class_cross_entropy(z, labels, label_smoothing)
+        misalignment = reference.misalignment(z, labels, variant, top1)
+        return reduced(cross_entropy, weight, reduction), reduced(misalignment, weight, reduction)
     keep = layouts.fits(memory, body, len(x), len(w), x, 1) and torch.is_grad_enabled()
     inputs = x, w, scale, bias, labels, variant, top1, label_smoothing, keep
-    cross_entropy, misalignment, *_ = call("classification_loss", *inputs)
-    return cross_entropy, misalignment
+    return call("classification_loss", *inputs, weight=weight, reduction=reduction)
 
 
 def dual_risk(
-    x: Tensor, w: Tensor, v: Tensor, scale: Tensor, labels: Tensor, core: Tensor, memory: str | int
-) -> tuple[Tensor, Tensor]:
-    """Empirical and worst-case risk, two (N,)."""
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    labels: Tensor,
+    core: Tensor,
+    memory: str | int,
+    weight: Tensor | None,
+    reduction: str,
+) -> tuple[Tensor, ...]:
+    """Empirical and worst-case risk: of two (N,) what `registry.reduced` gives."""
     body = body_of("dual_risk", x)
     if body == "reference":
-        return reference.dual_risk(x, w, v, scale, labels, core)
+        empirical, worst_case = reference.dual_risk(x, w, v, scale, labels, core)
+        return reduced(empirical, weight, reduction), reduced(worst_case, weight, reduction)
     keep = layouts.fits(memory, body, len(x), len(w), x, 2) and torch.is_grad_enabled()
-    empirical, worst_case, *_ = call("dual_risk", x, torch.cat((w, v)), scale, labels, core, keep)
-    return empirical, worst_case
-
-
-def _slope(gap: Tensor, variant: str) -> Tensor:
-    """f'(L)."""
-    match variant:
-        case "neg_log_ratio":
-            return torch.ones_like(gap)
-        case "neg_ratio":
-            return torch.exp(-gap)
-        case "softplus":
-            return torch.sigmoid(gap)
-        case _:
-            return -torch.exp(-gap)
+    inputs = x, torch.cat((w, v)), scale, labels, core, keep
+    return call("dual_risk", *inputs, weight=weight, reduction=reduction)
 
 
 def _classification_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep):
     precision = torch.get_float32_matmul_precision()
-    statistics, exponentials = torch.ops.robustft.class_statistics(
-        x, w, scale, bias, labels, None, 1, True, label_smoothing > 0, keep, precision
-    )
-    of = Statistics(*statistics)
-    wrong = of.above_log_sum != -torch.inf  # NaN too
-    gap = torch.where(wrong, of.label_gap if top1 else of.above_log_sum + of.label_gap, 0.0)
-    misalignment, by_gap = gap, wrong.to(gap.dtype)
-    if variant != "neg_log_ratio":
-        misalignment, by_gap = by_gap * reference.misalignment_of_gap(gap, variant), by_gap * _slope(gap, variant)
-    by_misalignment = by_gap * ((of.max_s if top1 else of.above_mean) - of.label)
-    label_gap, label = of.label_gap, of.label
-    if label_smoothing:
-        label_gap = torch.lerp(label_gap, of.mean_gap, label_smoothing)
-        label = torch.lerp(label, of.row_mean, label_smoothing)
-    by_scale = torch.stack((of.mean - label, by_misalignment))
-    kept = torch.stack((of.max, of.log_sum, of.above_log_sum))
-    return of.log_sum + label_gap, misalignment, by_gap, by_scale, kept, exponentials
+    return torch.ops.robustft.class_losses(x, w, scale, bias, labels, variant, top1, label_smoothing, keep, precision)
 
 
-def _classification_gradient(
-    g, h, x, w, scale, bias, labels, top1, label_smoothing, by_gap, by_scale, kept, exponentials
-):
-    ds = _scale_gradient(scale, g, h, by_scale)
-    highest, log_sum, above_log_sum = kept
-    g, c = g.to(kept.dtype), h.to(kept.dtype) * by_gap
-    uniform = zero = torch.zeros_like(g)
-    label = g
-    if label_smoothing:
-        label, uniform = (1 - label_smoothing) * g, g * (label_smoothing / len(w))
-    coefficients = torch.stack(Coefficients(highest, log_sum, above_log_sum, g, label, uniform, zero, c))
+def _classification_gradient(g, h, x, w, scale, bias, labels, top1, label_smoothing, *kept):
     precision = torch.get_float32_matmul_precision()
-    gradients = torch.ops.robustft.class_gradient(
-        x, w, scale, bias, labels, None, 1, exponentials, coefficients, top1, precision
-    )
-    return *gradients, ds
+    return torch.ops.robustft.class_gradients(g, h, x, w, scale, bias, labels, top1, label_smoothing, *kept, precision)
 
 
 def _dual_risk(x, w, scale, labels, core, keep):
-    targets = core if core.dim() == 2 else None
+    return torch.ops.robustft.dual_losses(x, w, scale, labels, core, keep, torch.get_float32_matmul_precision())
+
+
+def _dual_gradient(g, h, x, w, scale, labels, core, *kept):
     precision = torch.get_float32_matmul_precision()
-    statistics, exponentials = torch.ops.robustft.class_statistics(
-        x, w, scale, None, labels, targets, 2, False, False, keep, precision
-    )
-    last = len(Statistics._fields)
-    of, core_of = Statistics(*statistics[:last]), Statistics(*statistics[last : 2 * last])
-    if targets is None:
-        mass = core.to(statistics.dtype)
-        of_core = TargetStatistics(mass, mass * core_of.label_gap, mass * core_of.label)
-    else:
-        of_core = TargetStatistics(*statistics[2 * last :])
-    mass = of_core.mass
-    by_scale = torch.stack((of.mean - of.label, mass * core_of.mean - of_core.target))
-    kept = torch.stack((of.max, of.log_sum, core_of.max, core_of.log_sum, mass))
-    return of.log_sum + of.label_gap, mass * core_of.log_sum + of_core.gap, by_scale, kept, exponentials
-
-
-def _scale_gradient(scale, g, h, by_scale):
-    return (torch.stack((g, h)) * by_scale).sum().to(scale.dtype).reshape(scale.shape)
-
-
-def _dual_gradient(g, h, x, w, scale, labels, core, by_scale, kept, exponentials):
-    ds = _scale_gradient(scale, g, h, by_scale)
-    highest, log_sum, core_highest, core_log_sum, mass = kept
-    g, h = g.to(kept.dtype), h.to(kept.dtype)
-    zero, p = torch.zeros_like(g), h * mass
-    one_hot, soft, targets = (zero, h, core) if core.dim() == 2 else (p, zero, None)
-    first = Coefficients(highest, log_sum, zero, g, g, zero, zero, zero)
-    second = Coefficients(core_highest, core_log_sum, zero, p, one_hot, zero, soft, zero)
-    precision = torch.get_float32_matmul_precision()
-    dx, dw, _ = torch.ops.robustft.class_gradient(
-        x, w, scale, None, labels, targets, 2, exponentials, torch.stack((*first, *second)), False, precision
-    )
-    return dx, dw, ds
+    return torch.ops.robustft.dual_gradients(g, h, x, w, scale, labels, core, *kept, precision)
 
 
 def _fake_statistics(x, w, scale, bias, labels, targets, heads, misranked, means, keep, precision):
@@ -221,6 +171,22 @@ def _fake_dual_risk(x, w, scale, labels, core, keep):
     return empirical, worst_case, empirical.new_empty(2, len(x)), *_fake_kept("dual_risk", x, w.shape[0] // 2, 2, keep)
 
 
+def _fake_class_losses(x, w, scale, bias, labels, variant, top1, label_smoothing, keep, precision):
+    losses = (x.new_empty(len(x), dtype=accumulation_dtype(x.dtype)) for _ in range(3))
+    return *losses, *_fake_compiled(x, w, 1, keep)
+
+
+def _fake_dual_losses(x, w, scale, labels, core, keep, precision):
+    losses = (x.new_empty(len(x), dtype=accumulation_dtype(x.dtype)) for _ in range(2))
+    return *losses, *_fake_compiled(x, w, 2, keep)
+
+
+def _fake_compiled(x: Tensor, w: Tensor, heads: int, keep: bool) -> tuple[Tensor, ...]:
+    """by_scale, softmaxes and exponentials."""
+    by_scale = x.new_empty(2, len(x), dtype=accumulation_dtype(x.dtype))
+    return by_scale, *layouts.classes("compiled", len(x), len(w) // heads, heads, keep, x.dtype).like(x)
+
+
 def _setup(ctx, inputs, output):
     *tensors, _, ctx.top1, ctx.label_smoothing, _ = inputs
     _, _, *kept = output
@@ -234,8 +200,8 @@ def _backward(ctx, g, h, *_):
         return (None,) * 9
     g, h = both(g, h)
     x, w, scale, bias, labels, *kept = ctx.saved_tensors
-    dx, dw, db, ds = torch.ops.robustft.classification_loss_backward(
-        g, h, x, w, scale, bias, labels, ctx.top1, ctx.label_smoothing, *kept
+    dx, dw, db, ds = gradient(
+        "classification_loss", g, h, x, w, scale, bias, labels, ctx.top1, ctx.label_smoothing, *kept
     )
     return dx, dw, ds, None if bias is None else db.to(bias.dtype), None, None, None, None, None
 
@@ -252,7 +218,7 @@ def _backward_dual(ctx, g, h, *_):
     if g is None and h is None:
         return (None,) * 6
     g, h = both(g, h)
-    return *torch.ops.robustft.dual_risk_backward(g, h, *ctx.saved_tensors), None, None, None
+    return *gradient("dual_risk", g, h, *ctx.saved_tensors), None, None, None
 
 
 def _class_inputs(source: Source, heads: int, grad: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,6 +260,33 @@ def _sample_dual(source: Source) -> Iterator[tuple]:
     yield *inputs, source.uniform(9), True
 
 
+def _detached(values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(value.detach() if isinstance(value, Tensor) else value for value in values)
+
+
+def _sample_class_losses(source: Source) -> Iterator[tuple]:
+    yield from ((*_detached(inputs), "highest") for inputs in _sample_classification(source))
+
+
+def _sample_class_gradients(source: Source) -> Iterator[tuple]:
+    for inputs in _sample_class_losses(source):
+        *tensors, _, top1, label_smoothing, _, precision = inputs
+        cross_entropy, misalignment, *kept = torch.ops.robustft.class_losses(*inputs)
+        g, h = torch.ones_like(cross_entropy), torch.ones_like(misalignment)
+        yield g, h, *tensors, top1, label_smoothing, *kept, precision
+
+
+def _sample_dual_losses(source: Source) -> Iterator[tuple]:
+    yield from ((*_detached(inputs), "highest") for inputs in _sample_dual(source))
+
+
+def _sample_dual_gradients(source: Source) -> Iterator[tuple]:
+    for inputs in _sample_dual_losses(source):
+        *tensors, _, precision = inputs
+        empirical, worst_case, *kept = torch.ops.robustft.dual_losses(*inputs)
+        yield torch.ones_like(empirical), torch.ones_like(worst_case), *tensors, *kept, precision
+
+
 def _call_classification(source: Source) -> Iterator[Call]:
     for x, w, scale, bias, labels, variant, top1, label_smoothing, keep in _sample_classification(source):
         options = {"bias": bias, "variant": variant, "top1": top1, "label_smoothing": label_smoothing}
@@ -308,18 +301,35 @@ def _call_dual(source: Source) -> Iterator[Call]:
 
 register(Op("class_statistics", _fake_statistics, _sample_statistics))
 register(Op("class_gradient", lambda x, w, *_: _fake_gradient(x, w), _sample_gradient))
+register(Op("class_losses", _fake_class_losses, _sample_class_losses))
+register(
+    Op(
+        "class_gradients",
+        lambda g, h, x, w, scale, *_: (*_fake_gradient(x, w), torch.empty_like(scale)),
+        _sample_class_gradients,
+    )
+)
+register(Op("dual_losses", _fake_dual_losses, _sample_dual_losses))
+register(
+    Op(
+        "dual_gradients",
+        lambda g, h, x, w, scale, *_: (*_fake_gradient(x, w)[:2], torch.empty_like(scale)),
+        _sample_dual_gradients,
+    )
+)
 register(
     Op(
         "classification_loss",
         _fake_loss,
         _sample_classification,
         body=_classification_loss,
-        kernel="class_statistics",
+        kernel="class_losses",
         backward=Backward(
             _setup,
             _backward,
             lambda g, h, x, w, scale, *_: (*_fake_gradient(x, w), torch.empty_like(scale)),
             _classification_gradient,
+            results=2,
         ),
         triton="classes",
         public=_call_classification,
@@ -331,12 +341,13 @@ register(
         _fake_dual_risk,
         _sample_dual,
         body=_dual_risk,
-        kernel="class_statistics",
+        kernel="dual_losses",
         backward=Backward(
             _setup_dual,
             _backward_dual,
             lambda g, h, x, w, scale, *_: (*_fake_gradient(x, w)[:2], torch.empty_like(scale)),
             _dual_gradient,
+            results=2,
         ),
         triton="classes",
         public=_call_dual,

@@ -27,31 +27,53 @@ from torch import Tensor
 
 from robustft.ops import layouts, reference, registry, similarity
 from robustft.ops.dispatch import body_of
-from robustft.ops.registry import Backward, Call, Op, Source, accumulation_dtype, both, call, register, setup_two_losses
+from robustft.ops.registry import (
+    Backward,
+    Call,
+    Op,
+    Source,
+    accumulation_dtype,
+    both,
+    call,
+    gradient,
+    reduced,
+    register,
+    setup_two_losses,
+)
 from robustft.ops.similarity import Coefficients, Softmaxes, Statistics
 
 
 def contrastive_loss(
-    x: Tensor, t: Tensor, scale: Tensor, labels: Tensor | None, label_smoothing: float, memory: str | int
+    x: Tensor,
+    t: Tensor,
+    scale: Tensor,
+    labels: Tensor | None,
+    label_smoothing: float,
+    memory: str | int,
+    weight: Tensor | None,
+    reduction: str,
 ) -> Tensor:
-    """(n,) per-sample losses."""
+    """Of the per-sample losses, (n,), what `registry.reduced` gives."""
     body = body_of("contrastive_loss", x)
     if body == "reference":
-        return reference.contrastive_loss(x, t, scale, labels, label_smoothing)
+        return reduced(reference.contrastive_loss(x, t, scale, labels, label_smoothing), weight, reduction)
     keep = layouts.fits(memory, body, len(x), len(t), x, 1) and torch.is_grad_enabled()
-    return call("contrastive_loss", x, t, scale, labels, label_smoothing, keep)[0]
+    inputs = x, t, scale, labels, label_smoothing, keep
+    return call("contrastive_loss", *inputs, weight=weight, reduction=reduction)[0]
 
 
 def contrastive_distillation_loss(
-    x: Tensor, t: Tensor, scale: Tensor, xt: Tensor, tt: Tensor, st: Tensor, labels: Tensor | None, memory: str | int
-) -> tuple[Tensor, Tensor]:
-    """Two (n,): contrastive and distillation."""
+    *matrices: Tensor, labels: Tensor | None, memory: str | int, weight: Tensor | None, reduction: str
+) -> tuple[Tensor, ...]:
+    """Of x, t, scale and the teacher's, contrastive and distillation losses, (n,) each, as `contrastive_loss`."""
+    x, t, *_ = matrices
     body = body_of("contrastive_distillation_loss", x)
     if body == "reference":
-        return reference.contrastive_distillation_loss(x, t, scale, xt, tt, st, labels)
+        losses = reference.contrastive_distillation_loss(*matrices, labels)
+        return tuple(reduced(term, weight, reduction) for term in losses)
     keep = layouts.fits(memory, body, len(x), len(t), x, 2) and torch.is_grad_enabled()
-    contrastive, distillation, *_ = call("contrastive_distillation_loss", x, t, scale, xt, tt, st, labels, keep)
-    return contrastive, distillation
+    name, inputs = "contrastive_distillation_loss", (*matrices, labels, keep)
+    return call(name, *inputs, weight=weight, reduction=reduction)
 
 
 def label_counts(labels: Tensor | None, n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -177,7 +199,7 @@ def _backward_contrastive(ctx, grad, *_):
     if grad is None:
         return (None,) * 6
     x, t, scale, labels, *kept = ctx.saved_tensors
-    gradients = torch.ops.robustft.contrastive_loss_backward(grad, x, t, scale, labels, ctx.label_smoothing, *kept)
+    gradients = gradient("contrastive_loss", grad, x, t, scale, labels, ctx.label_smoothing, *kept)
     return *gradients, None, None, None
 
 
@@ -185,7 +207,7 @@ def _backward_distillation(ctx, g, h, *_):
     if g is None and h is None:
         return (None,) * 8
     g, h = both(g, h)
-    gradients = torch.ops.robustft.contrastive_distillation_loss_backward(g, h, *ctx.saved_tensors)
+    gradients = gradient("contrastive_distillation_loss", g, h, *ctx.saved_tensors)
     return *gradients, *[None] * 5
 
 
@@ -259,6 +281,7 @@ register(
             _backward_distillation,
             lambda g, h, x, t, scale, *_: (*similarity.fake_gradient(x, t), torch.empty_like(scale)),
             _contrastive_distillation_gradient,
+            results=2,
         ),
         triton="contrastive",
         public=_call_distillation,

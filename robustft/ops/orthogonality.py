@@ -18,7 +18,17 @@ from torch import Tensor
 from robustft.ops import registry
 from robustft.ops.dispatch import body_of
 from robustft.ops.precision import at_least_float32
-from robustft.ops.registry import Backward, Call, Op, Source, accumulation_dtype, call, contiguous_like, register
+from robustft.ops.registry import (
+    Backward,
+    Call,
+    Op,
+    Source,
+    accumulation_dtype,
+    call,
+    contiguous_like,
+    gradient,
+    register,
+)
 
 
 def orthogonality_penalty(w: Tensor, squared: bool) -> Tensor:
@@ -80,13 +90,13 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx, grad, *_):
     if grad is None:
         return None, None
     w, residual, penalty = ctx.saved_tensors
     if torch.is_grad_enabled():  # the gradient is to be differentiated in turn
         return _gradient(grad, w, ctx.squared), None
-    return torch.ops.robustft.orthogonality_penalty_backward(grad, w, residual, penalty, ctx.squared), None
+    return gradient("orthogonality_penalty", grad, w, residual, penalty, ctx.squared), None
 
 
 def _fake(w, squared):

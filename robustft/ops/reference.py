@@ -230,6 +230,11 @@ def concept_scores(
     return highest, mcm, msp, z.logsumexp(1) / s, negative_entropy, cosines.argmax(1)
 
 
+def row_norms(x: Tensor) -> Tensor:
+    """(2,): the lowest and the highest norm of the rows."""
+    return torch.stack(torch.aminmax(torch.linalg.vector_norm(at_least_float32(x), dim=1)))
+
+
 def cvar_weights(losses: Tensor, alpha: float) -> Tensor:
     """(N,): 1/(alpha N) on the worst alpha N losses, the fractional remainder on the next, 0 below; sums to 1."""
     n = len(losses)

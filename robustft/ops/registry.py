@@ -89,6 +89,8 @@ class Backward(NamedTuple):
     formula: Callable[..., object]
     fake: Callable[..., object]
     body: Callable[..., object] | None = None
+    results: int = 1
+    """How many of the operator's outputs callers want; the others are there for the gradient."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ BODIES: dict[tuple[str, str], Body] = {}
 
 library = torch.library.Library("robustft", "FRAGMENT")
 _direct: dict[str, type[torch.autograd.Function]] = {}
+_python: dict[tuple[str, str], Callable[..., Any]] = {}
+"""The bodies in Python of operators that have none of their own on a device type."""
 
 
 def register(op: Op) -> None:
@@ -141,9 +145,8 @@ def register(op: Op) -> None:
     if LIBRARIES["cpu"] == "loaded":
         _tell_torch(op)
     if op.backward is not None:
-        _, _, fake, body = op.backward
-        name = f"{op.name}_backward"
-        register(Op(name, fake, lambda source: _backward_samples(op, source), body, op.kernel, None, op.triton))
+        name, of = f"{op.name}_backward", op.backward
+        register(Op(name, of.fake, lambda source: _backward_samples(op, source), of.body, op.kernel, None, op.triton))
 
 
 def body(op: str, device: torch.device, dtype: torch.dtype) -> Body:
@@ -154,14 +157,55 @@ def body(op: str, device: torch.device, dtype: torch.dtype) -> Body:
     return found
 
 
-def call(name: str, *inputs: Any) -> Any:
-    """The operator `name`, called the way that costs least: in eager mode around register_autograd's Python kernel.
+def call(name: str, *inputs: Any, weight: Tensor | None = None, reduction: str = "none") -> tuple[Tensor, ...]:
+    """What callers want of the operator `name`, `reduced`, computed in the way that costs least.
 
-    That kernel takes longer than a loss on 512 numbers. The formula is the same one, so nothing else changes.
+    In eager mode that is one node of autograd: around register_autograd's Python kernel, the operator's own if its body
+    is Python too, and a node of the reduction's. Each of them takes longer than a loss on 64 pairs. The formulas are
+    the same ones, so nothing else changes.
     """
-    if torch.compiler.is_compiling():
-        return getattr(torch.ops.robustft, name)(*inputs)
-    return _direct[name].apply(*inputs)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        found = computed(name, *inputs)[: _results(name)]
+    elif weight is None:
+        return _direct[name].apply(*inputs, reduction)
+    else:
+        found = _direct[name].apply(*inputs, "none")
+    return found if reduction == "none" and weight is None else tuple(reduced(of, weight, reduction) for of in found)
+
+
+def gradient(name: str, *inputs: Any) -> Any:
+    """The operator `name`_backward, for the formulas of `Backward`."""
+    if torch.is_grad_enabled():  # create_graph: the operator refuses
+        return getattr(torch.ops.robustft, f"{name}_backward")(*inputs)
+    return computed(f"{name}_backward", *inputs)
+
+
+def reduced(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Losses (n,) times their weights, and of these what `reduction` says: "mean", "sum" or, for all, "none"."""
+    if weight is not None:
+        losses = losses * weight
+    match reduction:
+        case "mean":
+            return losses.mean()
+        case "sum":
+            return losses.sum()
+        case _:
+            return losses
+
+
+def _results(name: str) -> int:
+    backward = OPERATORS[name].backward
+    assert backward is not None
+    return backward.results
+
+
+def computed(name: str, *inputs: Any) -> Any:
+    """What the operator `name` gives, no gradient being wanted: where no trace or mode looks on, by its Python body."""
+    if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
+        device = next(value for value in inputs if isinstance(value, Tensor)).device.type
+        if (name, device) in _python:
+            return _python[name, device](*inputs)
+    return getattr(torch.ops.robustft, name).default(*inputs)
 
 
 def outcomes(function: Callable[..., Any], calls: Iterable[Call]) -> list[Tensor]:
@@ -186,7 +230,7 @@ def _tell_torch(op: Op) -> None:
     if op.backward is not None:
         setup, formula, *_ = op.backward
         torch.library.register_autograd(f"robustft::{op.name}", formula, setup_context=setup, lib=library)
-        _direct[op.name] = _direct_function(op.name, setup, formula)
+        _direct[op.name] = _direct_function(op.name, op.backward)
     elif op.name.endswith("_backward"):
         torch.library.register_autograd(
             f"robustft::{op.name}", _no_second_derivative, setup_context=lambda ctx, inputs, output: None, lib=library
@@ -195,31 +239,44 @@ def _tell_torch(op: Op) -> None:
         found = _body_on(op, device)
         if found is not None:
             BODIES[op.name, device] = found
+        if op.body is not None and found == "compiled" and not _has_kernel(op, device):
+            _python[op.name, device] = op.body
+
+
+def _has_kernel(op: Op, device: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"robustft::{op.name}", device.upper())
 
 
 def _body_on(op: Op, device: str) -> Body | None:
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"robustft::{op.name}", device.upper()):
+    if _has_kernel(op, device):
         return "triton" if op.triton is not None and device == accelerator.DEVICE else "compiled"
     return None if op.kernel is None else BODIES.get((op.kernel, device))
 
 
-def _direct_function(name: str, setup: Callable, formula: Callable) -> type[torch.autograd.Function]:
-    operator = getattr(torch.ops.robustft, name).default
+def _direct_function(name: str, of: Backward) -> type[torch.autograd.Function]:
     below = torch._C._AutoDispatchBelowAutograd
     """Without it the operators would call register_autograd's Python kernels after all, to find nothing to record."""
 
-    def forward(ctx, *inputs):
+    def forward(ctx, *given):
+        *inputs, reduction = given
         with below():
-            output = operator(*inputs)
-        setup(ctx, inputs, output)
-        return output
+            output = computed(name, *inputs)
+            of.setup(ctx, inputs, output)
+            found = output[: of.results]
+            ctx.reduction, ctx.count = reduction, 1 if reduction == "none" else len(found[0])
+            return found if reduction == "none" else tuple(reduced(losses, None, reduction) for losses in found)
+
+    def by_losses(ctx, grad):
+        if grad is None or ctx.reduction == "none":
+            return grad
+        return (grad / ctx.count if ctx.reduction == "mean" else grad).expand(ctx.count)
 
     def backward(ctx, *grads):
         if torch.is_grad_enabled():  # create_graph: the gradient's own formula refuses
-            return formula(ctx, *grads)
+            return *of.formula(ctx, *(by_losses(ctx, grad) for grad in grads)), None
         unpacked = _Unpacked(ctx)
         with below():
-            return formula(unpacked, *grads)
+            return *of.formula(unpacked, *(by_losses(ctx, grad) for grad in grads)), None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), methods)

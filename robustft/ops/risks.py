@@ -33,7 +33,7 @@ def misalignment_penalty(logits: Tensor, labels: Tensor, variant: str, top1: boo
         z = at_least_float32(logits)
         errors = (~(z <= z.gather(1, labels[:, None]))).any(1).sum()
         return reference.misalignment(z, labels, variant, top1), errors
-    penalty, errors, _ = call("misalignment_penalty", logits, labels, variant, top1)
+    penalty, errors = call("misalignment_penalty", logits, labels, variant, top1)
     return penalty, errors
 
 
@@ -67,7 +67,7 @@ def _setup_group_risk(ctx, inputs, output):
 def _backward_group_risk(ctx, mean, worst, *_):
     if mean is None and worst is None:
         return None, None, None
-    gradient = torch.ops.robustft.group_risk_backward(mean, worst, *ctx.saved_tensors)
+    gradient = registry.gradient("group_risk", mean, worst, *ctx.saved_tensors)
     return gradient.to(ctx.dtype), None, None
 
 
@@ -97,7 +97,7 @@ def _backward_misalignment(ctx, grad, *_):
     if grad is None:
         return None, None, None, None
     logits, labels, kept = ctx.saved_tensors
-    gradient = torch.ops.robustft.misalignment_penalty_backward(grad, logits, labels, ctx.top1, kept)
+    gradient = registry.gradient("misalignment_penalty", grad, logits, labels, ctx.top1, kept)
     return gradient, None, None, None
 
 
@@ -113,11 +113,11 @@ def _setup_cvar(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward_cvar(ctx, grad, _):
+def _backward_cvar(ctx, grad, *_):
     if grad is None:
         return None, None
     losses, boundary = ctx.saved_tensors
-    return torch.ops.robustft.cvar_backward(grad, losses, ctx.alpha, boundary), None
+    return registry.gradient("cvar", grad, losses, ctx.alpha, boundary), None
 
 
 def _fake_cvar(losses, alpha):
@@ -165,7 +165,9 @@ register(
         _sample_groups,
         body=_group_risk,
         kernel="group_sums",
-        backward=Backward(_setup_group_risk, _backward_group_risk, _fake_group_risk_gradient, _group_risk_gradient),
+        backward=Backward(
+            _setup_group_risk, _backward_group_risk, _fake_group_risk_gradient, _group_risk_gradient, results=4
+        ),
         public=lambda source: map(Call, _sample_groups(source)),
     )
 )
@@ -175,7 +177,7 @@ register(
         _fake_misalignment,
         _sample_misalignment,
         backward=Backward(
-            _setup_misalignment, _backward_misalignment, lambda grad, logits, *_: contiguous_like(logits)
+            _setup_misalignment, _backward_misalignment, lambda grad, logits, *_: contiguous_like(logits), results=2
         ),
         triton="misalignment",
         public=_call_misalignment,

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robustft.ops import reference
-from robustft.ops.dispatch import body_of
-from robustft.ops.registry import Call, Op, Source, accumulation_dtype, register
+from robustft.ops import reference, registry
+from robustft.ops.dispatch import body_of, chosen
+from robustft.ops.registry import Call, Op, Source, accumulation_dtype, computed, register
 
 
 class Scores(NamedTuple):
@@ -28,8 +28,15 @@ def concept_scores(x: Tensor, w: Tensor, temperature: float, scale: Tensor) -> S
     """The scores of unit rows x against unit rows w."""
     if body_of("concept_scores", x) == "reference":
         return Scores(*reference.concept_scores(x, w, temperature, scale))
-    (max_cosine, mcm, msp, energy, entropy), prediction = torch.ops.robustft.concept_scores(x, w, temperature, scale)
-    return Scores(max_cosine, mcm, msp, energy, entropy, prediction)
+    scores, prediction = computed("concept_scores", x, w, temperature, scale)
+    return Scores(*scores.unbind(), prediction)
+
+
+def norms(features: Tensor) -> tuple[float, float]:
+    """The lowest and the highest norm of the rows, NaN if one is."""
+    compiled = chosen() != "reference" and registry.body("row_norms", features.device, features.dtype) == "compiled"
+    low, high = (torch.ops.robustft.row_norms.default if compiled else reference.row_norms)(features).tolist()
+    return low, high
 
 
 def _concept_scores(x, w, temperature, scale):
@@ -54,3 +61,10 @@ register(
     Op("class_scores", _fake, lambda source: ((*inputs, "highest") for inputs in _sample(source)), triton="scores")
 )
 register(Op("concept_scores", _fake, _sample, body=_concept_scores, kernel="class_scores", public=_call))
+register(
+    Op(
+        "row_norms",
+        lambda x: x.new_empty(2, dtype=accumulation_dtype(x.dtype)),
+        lambda source: [(source.normal(9, 6),)],
+    )
+)

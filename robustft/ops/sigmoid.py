@@ -33,6 +33,7 @@ from robustft.ops.registry import (
     both,
     call,
     contiguous_like,
+    gradient,
     register,
     setup_two_losses,
 )
@@ -92,7 +93,7 @@ def contrastive_distillation_loss(
         same = indices(labels, len(x), x.device)
         contrastive = reference.sigmoid_contrastive_loss(x, t, scale, bias, same, same)
         return contrastive, reference.sigmoid_distillation_loss(x, t, scale, bias, xt, tt, st, bt)
-    contrastive, distillation, *_ = call(name, x, t, scale, bias, xt, tt, st, bt, labels, keeps(memory, x, t, 2))
+    contrastive, distillation = call(name, x, t, scale, bias, xt, tt, st, bt, labels, keeps(memory, x, t, 2))
     return contrastive, distillation
 
 
@@ -229,7 +230,7 @@ def _setup_contrastive(ctx, inputs, output):
 def _backward_contrastive(ctx, grad, *_):
     if grad is None:
         return (None,) * 8
-    *gradients, dweight = torch.ops.robustft.sigmoid_contrastive_loss_backward(grad, *ctx.saved_tensors)
+    *gradients, dweight = gradient("sigmoid_contrastive_loss", grad, *ctx.saved_tensors)
     return *gradients, None, dweight if ctx.needs_input_grad[5] else None, None, None
 
 
@@ -237,7 +238,7 @@ def _backward_distillation(ctx, g, h, *_):
     if g is None and h is None:
         return (None,) * 10
     g, h = both(g, h)
-    gradients = torch.ops.robustft.sigmoid_contrastive_distillation_loss_backward(g, h, *ctx.saved_tensors)
+    gradients = gradient("sigmoid_contrastive_distillation_loss", g, h, *ctx.saved_tensors)
     return *gradients, *[None] * 6
 
 
@@ -311,6 +312,7 @@ register(
                 *(torch.empty_like(scale), torch.empty_like(bias)),
             ),
             _contrastive_distillation_gradient,
+            results=2,
         ),
         public=_call_distillation,
     )

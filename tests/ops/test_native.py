@@ -62,7 +62,8 @@ def test_samples_are_the_same_for_a_seed_and_mark_what_gets_a_gradient(name):
 WITHOUT_GRADIENT = (
     *("similarity_statistics", "similarity_gradient", "class_statistics", "class_gradient", "class_scores"),
     *("pair_losses", "pair_gradients", "sigmoid_sweep", "vector_softplus", "vector_exp"),
-    *("tile_products", "product_arithmetic", "group_sums", "concept_scores"),
+    *("class_losses", "class_gradients", "dual_losses", "dual_gradients"),
+    *("tile_products", "product_arithmetic", "group_sums", "concept_scores", "row_norms"),
     *("neighbor_pack", "kth_neighbor_distance", "nearest_neighbors"),
 )
 """Operators that are differentiated by what calls them, or not at all: anything else declares its `Backward`."""

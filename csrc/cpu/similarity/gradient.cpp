@@ -56,7 +56,8 @@ std::tuple<Tensor, Tensor> gradient(const Inputs& in, const Tensor& row, const T
   const auto col_coefficients = coefficients_of<T>(col_c, teacher, totals);
   const RightMatrix<T> t_rows(all.student.t, RightMatrix<T>::kRows, all.arithmetic);
   std::vector<std::optional<RightMatrix<T>>> x_rows(all.panels);
-  Tensor dx = torch::stable::empty_like(all.student.x), dt = torch::stable::empty_like(all.student.t);
+  Tensor dx = uninitialized(all.student.x.sizes(), all.student.x.scalar_type()),
+         dt = uninitialized(all.student.t.sizes(), all.student.t.scalar_type());
   std::vector<char> panel_begun(all.panels, false), tile_begun(all.tiles, false);  // whether dx, dt hold a sum there
   T *const dx_at = dx.mutable_data_ptr<T>(), *const dt_at = dt.mutable_data_ptr<T>();
   const T* const kept_at = kept.const_data_ptr<T>();
@@ -138,7 +139,7 @@ namespace {
 // The exponential of the kernels, for its error-bound test.
 Tensor vector_exp(const Tensor& x) {
   Tensor in = torch::stable::contiguous(x);
-  Tensor out = torch::stable::empty_like(in);
+  Tensor out = uninitialized(in.sizes(), in.scalar_type());
   if (in.scalar_type() == ScalarType::Double) {
     ROBUSTFT_CALL(exp_values, in.const_data_ptr<double>(), out.mutable_data_ptr<double>(), in.numel());
   } else {

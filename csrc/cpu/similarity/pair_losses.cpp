@@ -23,8 +23,8 @@ struct Groups {
   std::vector<int64_t> counts;  // (n) how often each sample's occurs
 };
 
-Groups groups_of(const Tensor& like, int64_t n, const std::optional<Tensor>& labels) {
-  Groups groups{torch::stable::new_empty(like, {n}, ScalarType::Long), std::vector<int64_t>(n, 1)};
+Groups groups_of(int64_t n, const std::optional<Tensor>& labels) {
+  Groups groups{uninitialized({n}, ScalarType::Long), std::vector<int64_t>(n, 1)};
   int64_t* index = groups.index.mutable_data_ptr<int64_t>();
   if (!labels) {
     std::iota(index, index + n, int64_t(0));
@@ -42,12 +42,6 @@ Groups groups_of(const Tensor& like, int64_t n, const std::optional<Tensor>& lab
   }
   for (int64_t i = 0; i < n; ++i) groups.counts[i] = count[index[i]];
   return groups;
-}
-
-// torch.lerp
-template <class T>
-T between(T a, T b, T weight) {
-  return weight < T(0.5) ? a + weight * (b - a) : b - (b - a) * (T(1) - weight);
 }
 
 // One side's statistics of a sample.
@@ -74,7 +68,7 @@ template <class T>
 Tensor softmaxes_of(const Tensor& statistics, bool teacher) {
   namespace stat = similarity_statistic;
   const int64_t n = statistics.size(1), wanted[] = {stat::kMax, stat::kLogSum, stat::kTeacherMax, stat::kTeacherLogSum};
-  Tensor out = torch::stable::new_empty(statistics, {teacher ? 4 : 2, n});
+  Tensor out = uninitialized({teacher ? 4 : 2, n}, statistics.scalar_type());
   for (int64_t k = 0; k < out.size(0); ++k)
     std::copy_n(statistics.const_data_ptr<T>() + wanted[k] * n, n, out.mutable_data_ptr<T>() + k * n);
   return out;
@@ -84,10 +78,10 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> losses_of(const Tensor& row, const Tensor& col, const Tensor& scale,
                                                              const Groups& groups, bool teacher, T smoothing) {
   const int64_t n = row.size(1);
-  const T s = T(*contiguous_as(scale, ScalarType::Double).template const_data_ptr<double>());
-  Tensor contrastive = torch::stable::new_empty(row, {n});
-  Tensor distillation = torch::stable::new_empty(row, {teacher ? n : 0});
-  Tensor by_scale = torch::stable::new_empty(row, {teacher ? 2 : 1, n});
+  const T s = T(number_in(scale));
+  Tensor contrastive = uninitialized({n}, row.scalar_type());
+  Tensor distillation = uninitialized({teacher ? n : 0}, row.scalar_type());
+  Tensor by_scale = uninitialized({teacher ? 2 : 1, n}, row.scalar_type());
   const T *const of_rows = row.const_data_ptr<T>(), *const of_cols = col.const_data_ptr<T>();
   T *const c = contrastive.mutable_data_ptr<T>(), *const q = distillation.mutable_data_ptr<T>();
   T* const by = by_scale.mutable_data_ptr<T>();
@@ -114,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_losses(
     const std::optional<Tensor>& t_teacher, const std::optional<Tensor>& teacher_scale,
     const std::optional<Tensor>& labels, double label_smoothing, bool keep, std::string precision) {
   check_pairs("pair_losses", x, t, labels);
-  const Groups groups = groups_of(x, x.size(0), labels);
+  const Groups groups = groups_of(x.size(0), labels);
   const auto [row, col, centers, kept] =
       similarity_statistics(x, t, scale, groups.index, groups.index, x_teacher, t_teacher, teacher_scale,
                             label_smoothing > 0, keep, std::move(precision));
@@ -132,7 +126,7 @@ Tensor coefficients_of(const Tensor& softmaxes, const T* g, const T* h, const Gr
   namespace coefficient = similarity_coefficient;
   const int64_t n = softmaxes.size(1);
   const T* p = softmaxes.const_data_ptr<T>();
-  Tensor out = torch::stable::new_empty(softmaxes, {coefficient::count(h != nullptr), n});
+  Tensor out = uninitialized({coefficient::count(h != nullptr), n}, softmaxes.scalar_type());
   T* const o = out.mutable_data_ptr<T>();
   for (int64_t i = 0; i < n; ++i) {
     const T half = T(0.5) * g[i], count = T(groups.counts[i]), target = (T(1) - smoothing) * half / count;
@@ -161,11 +155,9 @@ std::tuple<Tensor, Tensor, Tensor> coefficients(const Tensor& g, const std::opti
   const T* const b = by.const_data_ptr<T>();
   double ds = 0;
   for (int64_t i = 0; i < n; ++i) ds += double(pg[i]) * b[i] + (ph ? double(ph[i]) * b[n + i] : 0.0);
-  Tensor by_s = torch::stable::new_empty(scale, scale.sizes(), ScalarType::Double);
-  *by_s.mutable_data_ptr<double>() = ds;
   const Tensor r = contiguous_as(row, scalar_type<T>()), c = contiguous_as(col, scalar_type<T>());
   return {coefficients_of<T>(r, pg, ph, groups, smoothing), coefficients_of<T>(c, pg, ph, groups, smoothing),
-          contiguous_as(by_s, scale.scalar_type())};
+          like_number(ds, scale)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> pair_gradients(const Tensor& g, const std::optional<Tensor>& h, const Tensor& x,
@@ -183,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_gradients(const Tensor& g, const std::op
                   "pair_gradients: row, col and by_scale must be what pair_losses returned");
   STD_TORCH_CHECK(g.numel() == n && h.has_value() == x_teacher.has_value() && (!h || h->numel() == n),
                   "pair_gradients: g, and h with a teacher, must be (n,)");
-  const Groups groups = groups_of(x, n, labels);
+  const Groups groups = groups_of(n, labels);
   const auto [of_rows, of_cols, ds] =
       x.scalar_type() == ScalarType::Double
           ? coefficients<double>(g, h, row, col, by_scale, groups, label_smoothing, scale)

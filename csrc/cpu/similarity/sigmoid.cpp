@@ -29,7 +29,7 @@ namespace {
 
 template <class T>
 T number_of(const std::optional<Tensor>& number) {
-  return number ? T(*contiguous_as(*number, ScalarType::Double).template const_data_ptr<double>()) : T(0);
+  return number ? T(number_in(*number)) : T(0);
 }
 
 template <class T>
@@ -40,10 +40,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sweep(const Inputs& in, const Tensor&
   const int64_t n = in.n(), m = in.m(), d = in.x.size(1);
   const bool teacher = in.heads() == 2, gradient = weight.has_value(), given = similarities.has_value();
   Tiles<T> all(in, TileShape::of(n, m));
-  Tensor sums = torch::stable::new_zeros(in.x, {sigmoid_sum::count(teacher), n}, scalar_type<T>());
-  Tensor dx = torch::stable::new_empty(in.x, {gradient ? n : 0, d}, scalar_type<T>());
-  Tensor dt = torch::stable::new_empty(in.x, {gradient ? m : 0, d}, scalar_type<T>());
-  Tensor kept = torch::stable::new_empty(in.x, {keep ? in.heads() * n : 0, m}, scalar_type<T>());
+  Tensor sums = zeros<T>({sigmoid_sum::count(teacher), n});
+  Tensor dx = uninitialized({gradient ? n : 0, d}, scalar_type<T>());
+  Tensor dt = uninitialized({gradient ? m : 0, d}, scalar_type<T>());
+  Tensor kept = uninitialized({keep ? in.heads() * n : 0, m}, scalar_type<T>());
   T* const keep_at = kept.mutable_data_ptr<T>();
   // Only read.
   T* const given_at = given ? const_cast<T*>(similarities->template const_data_ptr<T>()) : nullptr;
@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_sweep(
 // softplus(z) and its derivative as the kernels have them, for their error-bound test.
 std::tuple<Tensor, Tensor> vector_softplus(const Tensor& z) {
   Tensor in = torch::stable::contiguous(z);
-  Tensor out = torch::stable::empty_like(in), slope = torch::stable::empty_like(in);
+  Tensor out = uninitialized(in.sizes(), in.scalar_type()), slope = uninitialized(in.sizes(), in.scalar_type());
   if (in.scalar_type() == ScalarType::Double) {
     ROBUSTFT_CALL(softplus_values, in.const_data_ptr<double>(), out.mutable_data_ptr<double>(),
                   slope.mutable_data_ptr<double>(), in.numel());

@@ -58,10 +58,10 @@ struct StatisticsBuffer {
   }
 
   // The rows of similarity_statistic: logarithms and means in place of the sums that `view` holds there.
-  Tensor finish(const Tensor& like) {
+  Tensor finish() {
     namespace stat = similarity_statistic;
     const RunningStatistics<T> v = view();
-    Tensor out = torch::stable::new_empty(like, {stat::count(teacher), n}, scalar_type<T>());
+    Tensor out = uninitialized({stat::count(teacher), n}, scalar_type<T>());
     T* o = out.mutable_data_ptr<T>();
     for (int64_t i = 0; i < n; ++i) {
       o[stat::kMax * n + i] = v.max[i];
@@ -96,8 +96,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Inputs& in, bool kee
   const bool teacher = in.heads() == 2;
   StatisticsBuffer<T> row(n, teacher), col(m, teacher);
   const RunningStatistics<T> row_state = row.view(), col_state = col.view();
-  Tensor centers = torch::stable::new_zeros(in.x, Centers<T>::sizes(in.heads(), n, m), scalar_type<T>());
-  Tensor kept = torch::stable::new_empty(in.x, {keep ? in.heads() * n : 0, m}, scalar_type<T>());
+  Tensor centers = zeros<T>(Centers<T>::sizes(in.heads(), n, m));
+  Tensor kept = uninitialized({keep ? in.heads() * n : 0, m}, scalar_type<T>());
   const Centers<T> center_of_tile(centers.mutable_data_ptr<T>(), n, m);
   center_of_tile.keep(all.shape);
   T* keep_at = kept.mutable_data_ptr<T>();
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Inputs& in, bool kee
     center_of_tile.at(0, tile.row0, tile.col0) = narrow ? center : not_narrow;
     if (teacher) center_of_tile.at(1, tile.row0, tile.col0) = narrow ? teacher_center : not_narrow;
   });
-  return {row.finish(in.x), col.finish(in.x), centers, kept};
+  return {row.finish(), col.finish(), centers, kept};
 }
 
 }  // namespace

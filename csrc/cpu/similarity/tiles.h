@@ -79,7 +79,7 @@ void tournament(int64_t panels, int64_t tiles, const P& prepare, const F& f) {
 
 template <class T>
 T scale_of(const Tensor& scale) {
-  const double s = *contiguous_as(scale, ScalarType::Double).template const_data_ptr<double>();
+  const double s = number_in(scale);
   STD_TORCH_CHECK(!(s < 0), "logit_scale is ", s,
                   "; expected the multiplied-out scale exp(...), which is not negative");
   return T(s);
