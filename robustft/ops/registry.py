@@ -202,9 +202,12 @@ def _results(name: str) -> int:
 def computed(name: str, *inputs: Any) -> Any:
     """What the operator `name` gives, no gradient being wanted: where no trace or mode looks on, by its Python body."""
     if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
-        device = next(value for value in inputs if isinstance(value, Tensor)).device.type
-        if (name, device) in _python:
-            return _python[name, device](*inputs)
+        for value in inputs:
+            if isinstance(value, Tensor):
+                body = _python.get((name, value.device.type))
+                if body is not None:
+                    return body(*inputs)
+                break
     return getattr(torch.ops.robustft, name).default(*inputs)
 
 
