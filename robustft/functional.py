@@ -222,8 +222,10 @@ def contrastive_distillation_loss(
             *sharded.sharded_contrastive_distillation_loss(*matrices, labels, weight, reduction, group, memory)
         )
     matrices, labels = _distillation_arguments(student, teacher, labels, weight, reduction, memory)
-    how = {"labels": labels, "memory": memory, "weight": weight, "reduction": reduction}
-    return ContrastiveTerms(*contrastive.contrastive_distillation_loss(*matrices, **how))
+    terms = contrastive.contrastive_distillation_loss(
+        *matrices, labels=labels, memory=memory, weight=weight, reduction=reduction
+    )
+    return ContrastiveTerms(*terms)
 
 
 def _sigmoid_arguments(

@@ -134,11 +134,20 @@ def class_labels(labels: Tensor, n: int, k: int, device: torch.device) -> Tensor
     return indices
 
 
+FEW_LABELS = 64
+"""Labels of which a list is looked through sooner than by torch's operator: 8 in 1.3 us rather than 3.8, 32 in 2.3."""
+
+
 def check_range(name: str, values: Tensor, limit: int, meaning: str = "") -> None:
     """Integers in [0, limit), where looking does not mean waiting for a GPU or breaking a graph."""
     if not readable(values):
         return
-    lowest, highest = (int(end) for end in values.long().aminmax())  # unsigned ones have no minimum
+    wide = values.long()  # unsigned ones have no minimum
+    if wide.dim() == 1 and 0 < len(wide) <= FEW_LABELS:
+        listed = wide.tolist()
+        lowest, highest = min(listed), max(listed)
+    else:
+        lowest, highest = (int(end) for end in wide.aminmax())
     if lowest < 0 or highest >= limit:
         raise ValueError(f"{name} holds {lowest}..{highest}; expected values in [0, {limit}){meaning}")
 

@@ -272,6 +272,9 @@ def _direct_function(name: str, of: Backward) -> type[torch.autograd.Function]:
     def by_losses(ctx, grad):
         if grad is None or ctx.reduction == "none":
             return grad
+        if grad.device.type == "cpu" and not (torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack()):
+            number = grad.item()  # one tensor rather than three
+            return grad.new_full((ctx.count,), number / ctx.count if ctx.reduction == "mean" else number)
         return (grad / ctx.count if ctx.reduction == "mean" else grad).expand(ctx.count)
 
     def backward(ctx, *grads):
