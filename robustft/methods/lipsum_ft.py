@@ -50,7 +50,7 @@ class LipsumFT(TextAnchored):
         self.random_texts = RandomTexts(self.model, self.tokenizer, length)
 
     def texts(self, pretrained: Pretrained) -> Tensor:
-        generator = stateless_generator(self.seed, "random texts", int(self.steps))
+        generator = stateless_generator(self.seed, "random texts", self.steps_done)
         return pretrained.text_features(self.random_texts.draw(self.count, generator).to(self.steps.device))
 
     def divergence(self, z: Tensor, z0: Tensor) -> Tensor:

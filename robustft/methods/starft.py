@@ -78,7 +78,7 @@ class StarFT(CaptionMethod):
 
     def share(self) -> float:
         """The part of lambda that the next step has."""
-        return max(0.0, 1.0 - int(self.steps) / self.run_length()) if self.weight and self.diminishing else 1.0
+        return max(0.0, 1.0 - self.steps_done / self.run_length()) if self.weight and self.diminishing else 1.0
 
     def classifier(self) -> Classifier:
         """The fine-tuned image tower, and the prompts' class embeddings under the fine-tuned text tower."""
@@ -87,7 +87,7 @@ class StarFT(CaptionMethod):
     def _spurious(self, pretrained: Pretrained, u: Tensor, pairs: Pairs) -> Tensor:
         if pairs.classes is None:
             raise ValueError("StarFT needs labels in the batch, which has texts only")
-        generator = stateless_generator(self.seed, "spurious captions", int(self.steps))
+        generator = stateless_generator(self.seed, "spurious captions", self.steps_done)
         tokens, rows = (part.to(u.device) for part in self.spurious.sample(pairs.classes, generator))
         # F.embedding, because the gradient of v[index] adds up in no fixed order on several threads.
         texts = clip.encode_texts(self.model, tokens), pretrained.text_features(tokens)
