@@ -24,7 +24,8 @@ struct Groups {
 };
 
 Groups groups_of(int64_t n, const std::optional<Tensor>& labels) {
-  Groups groups{uninitialized({n}, ScalarType::Long), std::vector<int64_t>(n, 1)};
+  Groups groups{uninitialized({n}, ScalarType::Long), {}};
+  groups.counts.assign(n, 1);
   int64_t* index = groups.index.mutable_data_ptr<int64_t>();
   if (!labels) {
     std::iota(index, index + n, int64_t(0));
