@@ -705,13 +705,24 @@ def _reweighted(weights: Tensor, risk: Tensor, step_size: float) -> Tensor:
 
 
 @arguments.own_precision
-def kth_neighbor_distance(queries: Tensor, points: Tensor, k: int, *, squared: bool = True) -> Tensor:
+def kth_neighbor_distance(
+    queries: Tensor,
+    points: Tensor,
+    k: int,
+    *,
+    squared: bool = True,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:
     """Euclidean distance of each query to its k-th nearest point, exactly: (Q,), float32 (float64 for float64).
 
     Args:
         queries: (Q, D), Q may be 0. points: (N, D).
         k: in [1, N]; k = 1 is the nearest, a point equal to the query included.
         squared: the squared distance. Default True, as VRF's released code scores with it.
+        group: a process group over which the points are spread: this rank has some of the N rows, maybe none, and those
+            of all in the order of ranks are the points, to the bit. Queries, Q of each, are the rank's own, and so are
+            the results; where all ranks bring the same queries, each rank's points are searched once. Every rank makes
+            the same calls; where their arguments do not go together, all raise the same error.
 
     The relative error is that of rounding the result, near-duplicates and data far from the origin included: what a
     filter of fast products cannot rule out is measured by direct differences in float64. To search the same points
@@ -719,28 +730,57 @@ def kth_neighbor_distance(queries: Tensor, points: Tensor, k: int, *, squared: b
     No gradient: inputs that require one are detached. Half precision is widened to float32.
     Memory: 4 N bytes, 2 N D more on processors with AMX, up to 80 MB a thread; no Q x N matrix. Time: 2 Q N D flops.
     On a GPU 4 N + 2 N D bytes and up to 256 MB, or 4 N where that is more; float64 there is not filtered, so slower.
+    Of a group, N is a rank's own part, and beside it are the queries of one other rank and about 100 MB of what the
+    ranks found.
     Source: VRF, Zhu et al. 2024 (arXiv 2411.06966), the distance to the zero-shot-failure set.
     Raises: ValueError or TypeError naming the argument, for NaN and infinity too (under torch.compile NaN results).
     """
+    if group is not None:
+        return _sharded_neighbors("kth_neighbor_distance", queries, points, k, squared, group).distances[:, -1].clone()
     q, x = _neighbor_inputs(queries, points)
     k = arguments.check_neighbors(k, len(x))
     return neighbors.kth_distance(q, x, neighbors.prepare(x), k, squared)
 
 
 @arguments.own_precision
-def nearest_neighbors(queries: Tensor, points: Tensor, k: int, *, squared: bool = True) -> Neighbors:
+def nearest_neighbors(
+    queries: Tensor,
+    points: Tensor,
+    k: int,
+    *,
+    squared: bool = True,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Neighbors:
     """The k nearest points of each query, exactly: distances (Q, k), ascending, and indices (Q, k).
 
-    Points at equal distances (as returned) come in the order of their indices. Arguments, precision, memory (plus
-    the results) and errors as `kth_neighbor_distance`, which is faster where only the k-th is needed. No gradient.
+    Points at equal distances (as returned) come in the order of their indices. Of a group, indices count the points of
+    rank 0 first, then those of rank 1, and so on. Arguments, precision, memory (plus the results) and errors as
+    `kth_neighbor_distance`, which is faster where only the k-th is needed and there is no group. No gradient.
     """
+    if group is not None:
+        return _sharded_neighbors("nearest_neighbors", queries, points, k, squared, group)
     q, x = _neighbor_inputs(queries, points)
     k = arguments.check_neighbors(k, len(x))
     return Neighbors(*neighbors.nearest(q, x, neighbors.prepare(x), k, squared))
 
 
-def _neighbor_inputs(queries: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    x = arguments.neighbor_points(points)
+def _neighbor_inputs(queries: Tensor, points: Tensor, may_be_empty: bool = False) -> tuple[Tensor, Tensor]:
+    x = arguments.neighbor_points(points, may_be_empty=may_be_empty)
     q = arguments.neighbor_queries(queries, x)
     wider = torch.promote_types(q.dtype, x.dtype)
     return q.to(wider), x.to(wider)
+
+
+def _sharded_neighbors(
+    function: str, queries: Tensor, points: Tensor, k: int, squared: bool, group: torch.distributed.ProcessGroup
+) -> Neighbors:
+    from robustft.ops import ranks, sharded_neighbors
+
+    ranks.check_group(group)
+
+    def prepared() -> tuple[Tensor, Tensor, neighbors.PackedPoints | None]:
+        q, x = _neighbor_inputs(queries, points, may_be_empty=True)
+        neighbors.check_finite("queries", q)
+        return q, x, neighbors.prepare(x) if len(x) else None
+
+    return Neighbors(*sharded_neighbors.nearest(function, *ranks.checked(group, prepared), k, squared, group))

@@ -58,7 +58,7 @@ def prepare(points: Tensor) -> PackedPoints | None:
     """The points prepared for the compiled search, or None where the reference searches."""
     if not prepares(points):
         if _looked_at(points):
-            _refuse("points", not bool(points.isfinite().all()))
+            check_finite("points", points)
         return None
     packed = pack(points)
     if _looked_at(points):
@@ -95,6 +95,11 @@ def _checked(distances: Tensor) -> Tensor:
 
 def _looked_at(values: Tensor) -> bool:
     return not torch.compiler.is_compiling() and arguments.has_numbers(values)
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """ValueError for NaN and infinity."""
+    _refuse(name, not bool(values.isfinite().all()))
 
 
 def _refuse(name: str, condition: bool) -> None:
