@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
+from robustft.machine import PROCESS_TIMEOUT
 from robustft.pipeline import flags
 from robustft.pipeline.arguments import ImageSets, spelled_out
 from robustft.pipeline.several import by_all
@@ -38,6 +39,7 @@ def evaluate_runs(
     device: str = "auto",
     workers: int | None = None,
     cache: str | os.PathLike[str] | None = None,
+    process_timeout: float = PROCESS_TIMEOUT,
     progress: bool = True,
     log: Callable[[str], None] = print,
     **where: Unpack[ImageSets],
@@ -59,6 +61,7 @@ def evaluate_runs(
         workers: processes that read images; by default one a core.
         cache: folder for what the models make of image files: a command that was killed goes on there, and images that
             are known are not read again. It also keeps zero-shot heads.
+        process_timeout: seconds after which a process of several (torchrun) that does not answer ends the others.
         progress: say which set is being read.
         log: receives one line of text at a time.
 
@@ -81,8 +84,6 @@ def evaluate_runs(
 
     flags.check_source(data)
     check_score(score)
-    if cache is not None and current().count > 1:
-        raise ValueError(f"cache is for one process that goes on where it was, and there are {current().count}")
     kept = tuple(dict.fromkeys(("logits", "labels", *SCORES[score].reads)))
     if not len(runs) and model is None:
         raise ValueError("there is nothing to measure: name runs, or a zero-shot model (--model, --pretrained)")

@@ -3,7 +3,8 @@
     key = sha256(predictors, transform, images and labels of a chunk, parts)    ->    <cache>/outputs-<key>.safetensors
 
 A set of files is predicted chunk by chunk, each of which is read once for all predictors and then written. Sets of
-other kinds are predicted whole, and not kept.
+other kinds are predicted whole, and not kept. Of several processes the main one alone looks into the folder and
+writes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from robustft.clip.outputs import Outputs
 from robustft.data.paths import PathDataset
 from robustft.data.sources import row_fingerprints
 from robustft.files import load_fitted, save_fitted
+from robustft.ops.processes import current
 from robustft.predictors.base import Predictor, predict_each
 
 CHUNK = 8192  # images
@@ -51,11 +54,11 @@ def predict_kept(cache: Path, transform: str) -> Callable[..., tuple[Outputs, ..
             chunk = data.subset(span)
             digest = hashlib.sha256(key.encode() + row_fingerprints(chunk).numpy().tobytes()).hexdigest()
             path = cache / f"outputs-{digest}.safetensors"
-            made = _read(path, len(predictors))
+            made = current().of_main(partial(_read, path, len(predictors)))
             if made is None:
                 made = predict_each(predictors, chunk, batch_size, labelled=labelled, workers=workers, parts=parts)
                 if not made[0].skipped:  # they may be whole the next time
-                    _write(path, made)
+                    current().of_main(partial(_write, path, made))
             found.append(tuple(_moved(outputs, span.start) for outputs in made))
         return tuple(Outputs.cat(of_one) for of_one in zip(*found, strict=True))
 
@@ -94,5 +97,5 @@ def _read(path: Path, count: int) -> tuple[Outputs, ...] | None:
         classes = settings["classes"]
         return tuple(Outputs(**held, classes=names) for held, names in zip(parts, classes, strict=True))
     except ValueError as error:
-        warnings.warn(f"{error}; predicting again", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{error}; predicting again", RuntimeWarning, stacklevel=4)
         return None
