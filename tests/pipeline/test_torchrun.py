@@ -61,11 +61,23 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same_weights(found: Path, expected: Path) -> None:
-    """In single precision AdamW makes steps of a gradient that is but rounding, such as that of keys' biases."""
+    """To the rounding of single precision, which AdamW enlarges where a gradient is little more than that.
+
+    Moments differ by some 2e-5 of their tensor's largest. A weight with such a gradient goes another way by up to 1e-3
+    a step, so the mean of a tensor is compared: it differs by some 1e-7. The gradient of a key's bias is 0 but for
+    rounding (test_processes_fit.py), so of these, a third of in_proj_bias, there is only AdamW's own bound, 8 steps.
+    """
     theirs = state(found)
     for name, value in state(expected).items():
-        if "in_proj_bias" not in name and not name.startswith("optimizer"):
-            assert (theirs[name] - value).double().abs().mean() < 1e-5, name
+        off = (theirs[name].double() - value.double()).abs()
+        if name.startswith("optimizer"):
+            assert off.max() <= 2e-4 * value.abs().max(), name
+            continue
+        if name.endswith("in_proj_bias"):
+            query, key, values = off.chunk(3)
+            assert key.max() <= 8e-3, name
+            off = torch.cat((query, values))
+        assert off.mean() < 1e-6, name
 
 
 def numbers(found):
@@ -88,7 +100,7 @@ def test_a_folder_is_trained_alike_by_any_number(torchrun, tmp_path):
         assert {path.relative_to(tmp_path / count) for path in (tmp_path / count).rglob("*")} == files
         same_weights(tmp_path / count / "CaRot", tmp_path / "0" / "CaRot")
         measured = [json.loads((tmp_path / folder / "metrics.json").read_text()) for folder in ("0", count)]
-        assert numbers(measured[1]) == pytest.approx(numbers(measured[0]), abs=1e-3)
+        assert numbers(measured[1]) == pytest.approx(numbers(measured[0]), abs=1e-4)
 
 
 @pytest.mark.parametrize("fault", ["kill", "hang", "disk"])
