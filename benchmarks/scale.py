@@ -5,8 +5,9 @@
     memory(k) = m0 + (m1 - m0) / k              activations of one part; m0 is what is there without any
     time on p processes, of one core each = time(1) / p
 
-On paper, of a ViT-B/16 on GPUs: `python -m benchmarks.scale --paper` computes bytes on the wire, the share of the loss
-and the seconds of a checkpoint, from the same model and the rates that it is given.
+On paper, of a ViT-B/16 on GPUs: `python -m benchmarks.scale --paper` computes bytes on the wire, the share of the
+loss, what one-sided losses would save of a step, and the seconds of a checkpoint, from the same model and the rates
+that it is given.
 
     python -m benchmarks.scale [--batch 256] [--parts 1 2 4 8 16 32 64] [--processes 1 2] [--write]
 """
@@ -131,11 +132,14 @@ def paper(
     gradients = 2 * 4 * PAPER["parameters"] * (gpus - 1) / gpus
     features = 2 * 4 * batch * d * 3 * (gpus - 1) / gpus  # gathered once, their gradients added up
     step = towers + loss + (gradients + features) / wire
+    # One-sided, a GPU has its share of the products, gathers texts alone and scatters their gradients' sum.
+    saved = (loss + 2 * 2 * 4 * batch * d / wire) * (gpus - 1) / gpus
     return {
         "parts": max(1.0, parts),
         "memory_bytes": part * PAPER["activation_bytes"] + 4 * 4 * PAPER["parameters"] + 4 * 4 * 2 * batch * d,
         "wire_bytes_a_step": gradients + features,
         "share_of_the_loss": loss / step,
+        "share_that_one_sided_losses_save": saved / step,
         "seconds_a_step": step,
         "hours_an_epoch": images / batch * step / 3600,
         "checkpoint_seconds": 3 * 4 * PAPER["parameters"] / disk,
@@ -154,7 +158,7 @@ def main() -> None:
     if given.one:
         one(*given.one)
         return
-    sizes = ((1, 32768), (8, 512), (8, 32768))
+    sizes = ((1, 32768), (8, 512), (8, 4096), (8, 32768), (64, 32768))
     found: dict[str, Any] = {"paper": {f"{n} GPUs, batch {b}": paper(gpus=n, batch=b) for n, b in sizes}}
     print(json.dumps(found["paper"], indent=2))
     if not given.paper:
