@@ -59,9 +59,10 @@ def nearest(
         for part in rows.split(max(1, BLOCK // sum(widths))):
             if len(part):
                 distances, indices = _own(part, points, packed, widths[how.rank], squared)
-                brought = [_brought(one, widths, asker, how) for one in (distances, indices + first)]
+                distances = _brought(distances, widths, asker, how)
+                indices = _brought(indices + first, widths, asker, how)
                 if asker in (None, how.rank):
-                    found.append(_merged(*brought, k))
+                    found.append(_merged(distances, indices, k))
     distances, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
     return distances, indices
 
@@ -99,4 +100,4 @@ def _kind(rows: Tensor) -> str:
 
 
 def _digest(queries: Tensor) -> str:
-    return hashlib.blake2b(queries.cpu().contiguous().numpy()).hexdigest()
+    return hashlib.blake2b(queries.cpu().contiguous().numpy().data).hexdigest()

@@ -54,7 +54,7 @@ def search(rank, kind, backend):
         shared = found(x, queries, dist.group.WORLD)
         own = found(x, mine(queries, ASKED, rank), dist.group.WORLD)
         sharded_neighbors.BLOCK = 300
-        return shared, own, rf.nearest_neighbors(queries, x, 40, group=dist.group.WORLD)
+        return shared, own, [*rf.nearest_neighbors(queries, x, 40, group=dist.group.WORLD)]
 
 
 CASES = [(2, "ties", "auto"), *exhaustive((3, "double", "auto"), (3, "ties", "reference"), (3, "far", "auto"))]
