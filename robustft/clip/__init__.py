@@ -23,15 +23,12 @@ from robustft.clip.encoding import (
     encode_images_and_patches,
     encode_patches,
     encode_texts,
-    feature_width,
     logit_bias,
     logit_scale,
-    text_projection,
     text_tower,
     token_embedding,
     trim_padding,
     unwrap,
-    visual_projection,
 )
 from robustft.clip.exporting import CARD_FILE, export
 from robustft.clip.features import Features, encode
@@ -46,6 +43,7 @@ from robustft.clip.heads import (
 from robustft.clip.library import import_open_clip
 from robustft.clip.loading import CLASSIFIER_FILE, CONFIG_FILE, WEIGHTS_FILE, Bundle, eval_transform, load
 from robustft.clip.outputs import Outputs, evaluating, outputs_of, similarities
+from robustft.clip.projections import feature_width, text_projection, visual_projection
 from robustft.clip.weights import (
     average_states,
     check_trainable_precision,

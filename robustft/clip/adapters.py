@@ -27,8 +27,9 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from robustft.clip.encoding import encode_images, encode_texts, text_projection, text_tower, unwrap, visual_projection
+from robustft.clip.encoding import encode_images, encode_texts, text_tower, unwrap
 from robustft.clip.outputs import evaluating
+from robustft.clip.projections import text_projection, visual_projection
 from robustft.machine import Towers
 from robustft.ops.kinds import checked, described
 

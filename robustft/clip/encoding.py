@@ -5,7 +5,6 @@ u = normalise(f(x))     image features (N, D)         v = normalise(g(t))     te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ def logit_scale(model: nn.Module) -> Tensor:
     scale = getattr(unwrap(model), "logit_scale", None)
     if not isinstance(scale, Tensor) or scale.numel() != 1:
         raise ValueError(f"model: expected a logit_scale of one element, got {scale!r:.80}")
-    return at_least_float32(_whole(scale)).exp().reshape(())
+    return at_least_float32(whole(scale)).exp().reshape(())
 
 
 @checked
@@ -45,7 +44,7 @@ def logit_bias(model: nn.Module) -> Tensor | None:
         return None
     if not isinstance(bias, Tensor) or bias.numel() != 1:
         raise ValueError(f"model: expected a logit_bias of one element, got {bias!r:.80}")
-    return at_least_float32(_whole(bias)).reshape(())
+    return at_least_float32(whole(bias)).reshape(())
 
 
 @checked
@@ -302,82 +301,7 @@ def _with_text_tower(model: nn.Module, tower: Any) -> Any:
     return _shared(model, _modules={**model._modules, "text": tower}) if "text" in model._modules else tower
 
 
-_VISUAL_PROJECTIONS = (
-    "visual.proj",  # open_clip's ViT
-    "visual.attnpool.c_proj",  # ModifiedResNet
-    # timm's: the head that open_clip puts on the trunk, then the trunk's own, then its attention pool
-    "visual.head.proj",
-    "visual.head.mlp.fc2",
-    "visual.head.pool.proj",
-    "visual.trunk.head",
-    "visual.trunk.head.fc",
-    "visual.trunk.fc",
-    "visual.trunk.attn_pool.mlp.fc2",
-    "visual.trunk.attn_pool.proj",
-)
-_TEXT_PROJECTIONS = (
-    "text_projection",  # of CLIP
-    "text.text_projection",
-    "text.proj",  # of Hugging Face's, linear
-    "text.proj.2",  # and the last layer of an MLP
-)
-
-
-@checked
-def visual_projection(model: nn.Module) -> Tensor:
-    """W (width, D), the last linear map of the image tower: the parameter or a view of it; gradients reach it.
-
-    Image feature = h @ W (+ bias) for open_clip's ViT and ModifiedResNet, and for timm's trunks under a linear head or
-    an MLP, open_clip's or their own. Where the tower ends in timm's attention pool (SigLIP), W is the last map of its
-    MLP, to whose output the pooled tokens are added. Raises ValueError for towers without a final linear map.
-    """
-    return _projection(model, "visual", _VISUAL_PROJECTIONS)
-
-
-@checked
-def text_projection(model: nn.Module) -> Tensor:
-    """W (width, D) with text feature = h @ W (+ bias): the parameter or a view of it; gradients reach it.
-
-    Found for open_clip's own text tower, in `CLIP` and `CustomTextCLIP`, and for Hugging Face towers with a linear
-    projection or an MLP, of which it is the last map. Raises ValueError for towers without a final linear map.
-    """
-    return _projection(model, "text", _TEXT_PROJECTIONS)
-
-
-@checked
-def feature_width(model: nn.Module) -> int | None:
-    """D of a model's features, None where neither tower says."""
-    model = unwrap(model)
-    for tower in (getattr(model, "visual", None), getattr(model, "text", None)):
-        if isinstance(width := getattr(tower, "output_dim", None), int):
-            return width
-    found = _found(model, _TEXT_PROJECTIONS)  # of CLIP, whose text tower says nothing, with one of timm's
-    return None if found is None else found.shape[1]
-
-
-def _projection(model: nn.Module, tower: str, paths: Sequence[str]) -> Tensor:
-    if (found := _found(model, paths)) is not None:
-        return found
-    raise ValueError(
-        f"model: the {tower} tower of this {type(unwrap(model)).__name__} does not end in a linear projection "
-        f"(looked for {', '.join(paths)})"
-    )
-
-
-def _found(model: nn.Module, paths: Sequence[str]) -> Tensor | None:
-    for path in paths:
-        part: Any = unwrap(model)
-        for name in path.split("."):
-            part = getattr(part, name, None)
-        match part:
-            case nn.Linear() as linear:
-                return _whole(linear.weight).T
-            case Tensor() as weight:
-                return _whole(weight)
-    return None
-
-
-def _whole(parameter: Tensor) -> Tensor:
+def whole(parameter: Tensor) -> Tensor:
     """A parameter, of which FSDP has left each process a part, as a whole; each takes its part of the gradient."""
     gather = getattr(parameter, "full_tensor", None)
     return parameter if gather is None else gather()

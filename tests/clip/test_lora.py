@@ -12,6 +12,7 @@ import torch
 from targets import exhaustive
 
 import robustft
+from benchmarks.architectures import quiet, small, stepped
 from robustft import clip, methods
 from robustft.clip import LoRA, adapters
 from robustft.methods import CaRot, CoOp, FineTune, LinearProbe, WiSEFT, load_predictor, uniform_soup
@@ -205,6 +206,40 @@ def test_adapters_go_into_every_kind_of_tower(name):
     after = clip.encode_images(model, images)
     assert not torch.allclose(after, before, atol=1e-4)
     torch.testing.assert_close(clip.encode_images(clip.merged(model), images), after, atol=1e-5, rtol=0)
+
+
+def test_carots_penalty_is_of_the_last_map_with_its_adapter(tmp_path):
+    world = small("convnext_base", tmp_path)  # which ends in timm's head.proj
+    lora = LoRA(rank=2, targets=["head.proj"], towers="visual")
+    carot = CaRot(world.model, **world.prompts, total_steps=4, tune="lora", lora=lora)
+    frozen = world.model.visual.head.proj.weight
+    for step in range(2):  # at the first, B is 0
+        stepped(carot, world.data)
+        w = clip.visual_projection(carot.model)
+        merged = clip.merged(carot.model).visual.head.proj.weight.T
+        assert torch.equal(w, merged) and not torch.equal(w, frozen.T)
+        expected = (merged.T @ merged - torch.eye(16)).norm()
+        torch.testing.assert_close(carot.step(world.data).terms["orthogonality"], expected.detach())
+    ends = [p for p in carot.model.parameters() if p.requires_grad]
+    assert all(g.any() for g in torch.autograd.grad(clip.visual_projection(carot.model).square().sum(), ends))
+    carot.model.visual.head.proj.enable_adapters(False)
+    assert torch.equal(clip.visual_projection(carot.model), frozen.T)
+
+
+def test_a_last_map_that_peft_wraps_otherwise_is_taken_as_it_is_or_refused(tmp_path):
+    world = small("convnext_base", tmp_path)
+    for options, found in (
+        ({"target_modules": ["fc1"], "modules_to_save": ["head.proj"]}, True),
+        ({"target_modules": ["head.proj"], "use_dora": True}, False),
+    ):
+        model = peft.get_peft_model(copy.deepcopy(world.model), peft.LoraConfig(r=2, **options))
+        if found:
+            (trained,) = (p for name, p in model.named_parameters() if name.endswith("default.weight") and "head" in name)
+            assert clip.visual_projection(model).data_ptr() == trained.data_ptr() and trained.requires_grad
+        else:
+            with pytest.raises(ValueError, match="adapted otherwise than by adding a matrix"):
+                clip.visual_projection(model)
+        assert clip.feature_width(model) == 16
 
 
 @pytest.mark.parametrize(
