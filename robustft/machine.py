@@ -28,6 +28,10 @@ Tune = Literal["full", "visual", "text", "projection", "lora", "prompts"]
 """Which parameters of a model are trained (`robustft.methods.tuning`)."""
 Towers = Literal["visual", "text", "both"]
 """Which towers have adapters."""
+Graph = Literal["torch-export", "onnx", "aot-inductor"]
+"""What a model is exported to as one graph (`robustft.pipeline.deploying`)."""
+Bits = Literal["fp32", "fp16"]
+"""Of the towers in it."""
 PROCESS_TIMEOUT = 50.0
 """Seconds after which a process of several that does not answer ends the others, unless they are told otherwise."""
 

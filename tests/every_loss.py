@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import tempfile
+from pathlib import Path
 
 import open_clip
 import torch
 from small_options import ANCHORED, PROMPTED
 from tiny_clip import CONFIG, NAMES, TEMPLATES, letters
 
+from benchmarks.architectures import small
 from robustft import methods
 from robustft.methods.objective import Objective
 
@@ -30,6 +33,8 @@ OPTIONS = {
         "cross_distillation_weight": 0.5,
         "interactive_weight": 0.5,
     },
+    "FLYP, SigLIP": {},  # whose loss is the one that the model was made for
+    "CaRot, SigLIP": {"total_steps": 4, "ema_interval": 2},
     "DRM": {"descriptions": DESCRIPTIONS, "text_chunk": 2},
     "DRM, present": {"descriptions": DESCRIPTIONS, "present_only": True, "empirical_weight": 0.0},
     "FineTune": {"objective": Objective(misalignment=0.5), "l2_sp": 0.1},
@@ -62,14 +67,18 @@ def data():
 def make(name, dropout=0.0):
     """A method in training mode, one step after its start, so that CaRot's teacher teaches."""
     torch.manual_seed(0)
-    config = copy.deepcopy(CONFIG["model_cfg"])
+    config, prompts = copy.deepcopy(CONFIG["model_cfg"]), PROMPTS
     config["vision_cfg"]["patch_dropout"] = dropout
-    model = open_clip.CLIP(**config, init_logit_bias=-2.0 if "sigmoid" in name else None).double()
+    if "SigLIP" in name:
+        with tempfile.TemporaryDirectory() as folder:
+            model, _, _, prompts = small("ViT-B-16-SigLIP2", Path(folder))
+    else:
+        model = open_clip.CLIP(**config, init_logit_bias=-2.0 if "sigmoid" in name else None)
     kind = getattr(methods, name.partition(",")[0])
     options = dict(OPTIONS[name])
     if kind is methods.TipAdapterF:
         options["train"] = (data()["image"][:6], data()["label"][:6])
-    method = kind(model, **PROMPTS, **options)
+    method = kind(model.double(), **prompts, **options)
     if kind is methods.DRM:
         method.prepare((data()["image"], data()["label"]))
     method.train()

@@ -150,6 +150,20 @@ def test_perspectives_need_a_teacher_of_the_same_width_and_one_process():
         CaRotLoss(interactive_weight=1.0, group=torch.distributed.ProcessGroup(0, 1))
 
 
+def test_carot_with_biases_is_a_sum_of_sigmoids():
+    loss, b, c = CaRotLoss(distillation_weight=1.5), torch.tensor(-3.0, dtype=torch.float64), -2.0
+    teacher = {"teacher_image_features": XT, "teacher_text_features": TT, "teacher_logit_scale": 10.0}
+    z, p = 20.0 * X @ T.T + b, (10.0 * XT @ TT.T + c).sigmoid()
+    contrastive = F.softplus(-(2.0 * torch.eye(len(X)) - 1.0) * z).sum() / len(X)
+    distillation = -(p * F.logsigmoid(z) + (1 - p) * F.logsigmoid(-z)).sum() / len(X)
+    found = loss(X, T, 20.0, logit_bias=b, teacher_logit_bias=c, **teacher)
+    torch.testing.assert_close(found, contrastive + 1.5 * distillation)
+    torch.testing.assert_close(loss(X, T, 20.0, logit_bias=b), contrastive)
+    for half in ({"logit_bias": b}, {"teacher_logit_bias": c}):
+        with pytest.raises(ValueError, match="logit_bias and teacher_logit_bias go together"):
+            loss(X, T, 20.0, **half, **teacher)
+
+
 def test_carot_terms_keep_their_precision_under_autocast():
     wv, wt = torch.randn(10, 8), torch.randn(6, 8)
     arguments = (X.float(), T.float(), 20.0)

@@ -82,16 +82,18 @@ def read_base(folder: Path) -> dict[str, Any]:
     return found
 
 
-def put_adapters(model: nn.Module, folder: Path) -> Any:
-    """The model with a folder's adapters in it, in place.
-
-    ValueError, naming the file, for damaged files, and for a model of other weights than they were trained on."""
-    peft = import_peft()
+def check_base(model: nn.Module, folder: Path) -> None:
+    """ValueError, naming the file, for a model of other weights than a folder's adapters were trained on."""
     if digest(model.state_dict()) != read_base(folder)["weights"]:
         raise ValueError(
             f"{folder / BASE_FILE}: the adapters were trained on other weights than those that were found; its source "
             "says where to find them"
         )
+
+
+def put_adapters(model: nn.Module, folder: Path) -> Any:
+    """The model with a folder's adapters in it, in place; ValueError, naming the file, for damaged files."""
+    peft = import_peft()
     path = folder / ADAPTER_FILE
     for file in (path, folder / SETTINGS_FILE):
         if not file.is_file():

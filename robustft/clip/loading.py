@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustft.clip.adapter_files import BASE_FILE, digest, holds_adapters, put_adapters, read_base
+from robustft.clip.adapter_files import BASE_FILE, check_base, digest, holds_adapters, put_adapters, read_base
 from robustft.clip.adapter_files import FILES as ADAPTER_FILES
 from robustft.clip.from_transformers import THEIR_CONFIG, is_transformers, read_settings, read_weights, register
 from robustft.clip.library import import_open_clip
@@ -78,7 +78,8 @@ def load(
 
     image_size: of other images than the model was trained on, a side or (height, width), as open_clip's
     `force_image_size`: positions are interpolated. `config` says it, so that exports come back with it, by robustft;
-    open_clip itself cannot load the export of a timm tower that was resized.
+    open_clip itself cannot load the export of a timm tower that was resized. Adapters of a folder go with any size; the
+    weights below them are loaded twice then, for their checksum is that of the size that they were trained at.
 
     Raises ValueError for an unknown name or tag, for an image_size that the tower cannot have, and for a checkpoint
     that is truncated, pickled, or of another architecture; FileNotFoundError for a missing file; ImportError, naming
@@ -145,6 +146,10 @@ def _load_model(
         config["source"] = _source(name, pretrained)
     if directory and holds_adapters(folder := Path(name.partition(":")[2])):
         config["source"] = read_base(folder)["source"]
+        if image_size is None:
+            check_base(model, folder)
+        else:  # the weights below have other positions now: they are looked at in their own size
+            _load_model(name, pretrained, "cpu", torch.float32, cache_dir)
         model = put_adapters(model, folder)
     move(model, device, dtype)
     return model.eval(), (train_transform, eval_transform), config

@@ -2,8 +2,11 @@
 
 open_clip       a folder that open_clip loads, with the head in classifier.safetensors: one model, no ensemble
 transformers    a folder that transformers' AutoModel (CLIP, SigLIP) loads, with the head      extra `transformers`
-torch-export    model.pt2 for torch.export.load: images -> probabilities, ood_score
-onnx            model.onnx for onnxruntime and others: the same                               extra `onnx`
+torch-export    images -> probabilities, ood_score: `robustft.pipeline.deploying`, any ensemble
+onnx            the same                                                                      extra `onnx`
+aot-inductor    the same, compiled
+
+Beside the last three lies model.json: what the graph was made of, and is to be used with.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from robustft.machine import Bits, Graph
 from robustft.pipeline import flags
 
 if TYPE_CHECKING:
@@ -21,9 +25,10 @@ if TYPE_CHECKING:
 
     from robustft.pipeline.serving import Pipeline
 
-Form = Literal["open_clip", "transformers", "torch-export", "onnx"]
+Form = Literal["open_clip", "transformers", Graph]
 CHECKED = 8  # images
-TOLERANCE = 1e-4  # of probabilities and scores
+ABOUT_FILE = "model.json"
+TOLERANCE = 1e-4  # of features and probabilities
 PIXEL_LEVELS = 2  # of 255, by which another library's resizing may differ
 
 
@@ -41,36 +46,49 @@ def export_run(
     *,
     to: Form,
     output: str | os.PathLike[str],
+    precision: Bits = "fp32",
     log: Callable[[str], None] = print,
 ) -> Path:
     """Writes the model of a run in another form and returns its path.
 
     Args:
-        to: open_clip, transformers, torch-export or onnx.
+        to: open_clip, transformers, torch-export, onnx or aot-inductor.
         output: folder to write.
+        precision: of the towers in the last three; fp16 differs by up to 0.02 from the run, fp32 by 0.0001.
         log: receives one line of text at a time.
 
     The images are those of the run's predictions.csv, as far as they still lie there; else noise. ValueError for an
-    ensemble as one open_clip model, and where the export computes something else than the run, in which case nothing is
-    left; ImportError naming the extra of a form that is not installed.
+    ensemble as one open_clip model, for an operation that a form does not have, and where the export computes something
+    else than the run, in which case nothing is left; ImportError naming the extra of a form that is not installed.
     """
     from robustft.files import new_folder
     from robustft.pipeline.serving import load
 
     flags.check_word("to", to, Form)
+    flags.check_word("precision", precision, Bits)
+    if precision != "fp32" and to in ("open_clip", "transformers"):
+        raise ValueError(
+            f"precision is {precision!r}, but {to} keeps the weights as they are, for others to load in any precision"
+        )
     pipeline = load(run)
     checks = _checks(Path(run), pipeline)
     _merge_adapters(pipeline.predictor)
     folder = Path(output)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: is not empty; choose another folder")
-    write = {"open_clip": _open_clip, "transformers": _transformers, "torch-export": _torch_export, "onnx": _onnx}[to]
     with new_folder(folder) as fresh:
-        difference = write(pipeline, fresh, checks, Path(run))
-        if not difference <= TOLERANCE:
+        tolerance = TOLERANCE
+        match to:
+            case "open_clip":
+                difference = _open_clip(pipeline, fresh, checks, Path(run))
+            case "transformers":
+                difference = _transformers(pipeline, fresh, checks, Path(run))
+            case graph:
+                difference, tolerance = _graph(pipeline, fresh, checks, Path(run), graph, precision)
+        if not difference <= tolerance:
             raise ValueError(
                 f"the export differs from the run by {difference:.2g} on {checks.told}, expected at most "
-                f"{TOLERANCE:g}: nothing was written"
+                f"{tolerance:g}: nothing was written"
             )
     log(f"{folder}: {to}, within {difference:.2g} of the run on {checks.told}")
     return folder
@@ -111,34 +129,28 @@ def _checks(run: Path, pipeline: Pipeline) -> Checks:
     return Checks(noise, "noise, for want of the run's files", [])
 
 
-def _decisions(pipeline: Pipeline) -> Any:
-    """images (N, C, H, W) -> probabilities (N, K), OOD scores (N,) as one module; ValueError where there is none."""
-    import torch
+def _graph(
+    pipeline: Pipeline, folder: Path, checks: Checks, run: Path, form: Graph, precision: Bits
+) -> tuple[float, float]:
+    """Writes a graph with what is needed beside it; by how much it differs, and may."""
+    from robustft import clip
+    from robustft.files import read_json, write_json
+    from robustft.pipeline.deploying import TOLERANCES, write_graph
+    from robustft.pipeline.serving import own_model
 
-    from robustft.detection.by_name import SCORES
-
-    name = pipeline.detector.score
-    if not SCORES[name].of_outputs:
-        raise ValueError(f"score {name!r} learns or reads patches and cannot be exported; train with another score")
-    score, options = SCORES[name], pipeline.detector.options
-
-    class Decisions(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.predictor = pipeline.predictor
-            self.score = score(**options)
-
-        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-            outputs = self.predictor.outputs(images)
-            return outputs.logits.softmax(-1), self.score(outputs)
-
-    return Decisions().eval()
-
-
-def _differences(pipeline: Pipeline, images: Tensor, probabilities: Tensor, scores: Tensor) -> float:
-    outputs = pipeline.outputs(images)
-    shares = (outputs.probabilities - probabilities.double()).abs().max()
-    return max(float(shares), float((pipeline.detector.scores(outputs).double() - scores.double()).abs().max()))
+    difference = write_graph(pipeline, folder, form, precision, checks.images)
+    config = read_json(own_model(run) / clip.CONFIG_FILE, "an object with 'model_cfg'")
+    about = {
+        "form": form,
+        "precision": precision,
+        "images": [None, *checks.images.shape[1:]],
+        "preprocess": config["preprocess_cfg"],
+        "classes": list(pipeline.classes),
+        "ood_score": pipeline.detector.score,
+        "threshold": pipeline.detector.threshold_,
+    }
+    write_json(folder / ABOUT_FILE, about, indent=2)
+    return difference, TOLERANCES[precision]
 
 
 def _open_clip(pipeline: Pipeline, folder: Path, checks: Checks, run: Path) -> float:
@@ -156,7 +168,7 @@ def _open_clip(pipeline: Pipeline, folder: Path, checks: Checks, run: Path) -> f
     if not isinstance(pipeline.predictor, ModelPredictor):
         raise ValueError(
             f"the run's model is a {type(pipeline.predictor).__name__} of several models, which is no single open_clip "
-            "model: export it to torch-export or onnx, or train with the ensemble wise or none"
+            "model: export it to torch-export, onnx or aot-inductor, or train with the ensemble wise or none"
         )
     source = model_folder(run)
     adapted = holds_adapters(source)
@@ -187,7 +199,7 @@ def _transformers(pipeline: Pipeline, folder: Path, checks: Checks, run: Path) -
     if not isinstance(predictor, Classifier):
         raise ValueError(
             f"the run's model is a {type(predictor).__name__}, not one model with one head, as transformers could hold "
-            "it: export it to torch-export or onnx"
+            "it: export it to torch-export, onnx or aot-inductor"
         )
     source = model_folder(run)
     config = read_json(source / clip.CONFIG_FILE, "an object with 'model_cfg'")
@@ -258,42 +270,3 @@ The head's logits are calibrated: the temperature of the run is in `logit_scale`
 the text tower, give a zero-shot head, which the training may have left behind. The processor resizes images as the
 run does, and crops some of them one pixel aside{told}.
 """
-
-
-def _torch_export(pipeline: Pipeline, folder: Path, checks: Checks, run: Path) -> float:
-    import torch
-
-    module = _decisions(pipeline)
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    program = torch.export.export(module, (checks.images[:2],), dynamic_shapes=({0: batch},))
-    torch.export.save(program, folder / "model.pt2")
-    loaded = torch.export.load(folder / "model.pt2").module()
-    with torch.inference_mode():
-        return _differences(pipeline, checks.images, *loaded(checks.images))
-
-
-def _onnx(pipeline: Pipeline, folder: Path, checks: Checks, run: Path) -> float:
-    from importlib import import_module
-
-    import torch
-
-    try:
-        onnxruntime = import_module("onnxruntime")
-        import_module("onnxscript")  # torch.onnx needs it, and says so late
-    except ImportError as error:
-        raise ImportError(f"onnx needs {error.name}, which is not installed: pip install 'robustft[onnx]'") from error
-    path = folder / "model.onnx"
-    torch.onnx.export(
-        _decisions(pipeline),
-        (checks.images[:2],),
-        path,
-        dynamo=True,
-        input_names=["images"],
-        output_names=["probabilities", "ood_score"],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
-        external_data=False,
-        verbose=False,
-    )
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    probabilities, scores = session.run(None, {"images": checks.images.numpy()})
-    return _differences(pipeline, checks.images, torch.from_numpy(probabilities), torch.from_numpy(scores))

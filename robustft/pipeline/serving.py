@@ -244,7 +244,7 @@ def load(
     predictor = load_predictor(folder, device=device)
     detector = Detector.load(folder)
     conformal = ConformalSets.load(folder) if (folder / CONFORMAL_FILE).is_file() else None
-    transform = transform or clip.eval_transform(_own_model(folder))
+    transform = transform or clip.eval_transform(own_model(folder))
     return Pipeline(predictor, detector, transform, conformal=conformal, batch_size=batch_size)
 
 
@@ -266,8 +266,9 @@ def about(run: Path) -> dict[str, Any]:
     return found
 
 
-def _own_model(folder: Path) -> Path:
-    """A folder with open_clip's configuration: of an ensemble, that of a member, whose images are the same."""
+def own_model(run: Path) -> Path:
+    """A folder of a run with open_clip's configuration: of an ensemble, that of a member, whose images are the same."""
+    folder = model_folder(run)
     while (folder / ENSEMBLE_FILE).is_file():
         folder = next(inner for inner in sorted(folder.iterdir()) if inner.is_dir())
     return folder

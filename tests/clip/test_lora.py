@@ -9,7 +9,7 @@ import open_clip
 import peft
 import pytest
 import torch
-from targets import exhaustive
+from targets import case, exhaustive
 
 import robustft
 from benchmarks.architectures import quiet, small, stepped
@@ -394,6 +394,26 @@ def test_weights_that_can_be_loaded_again_are_not_written_below_adapters(world, 
     (base / clip.WEIGHTS_FILE).unlink()
     with pytest.raises(FileNotFoundError, match=r"base.json: the weights below the adapters are not found"):
         load_predictor(folder)
+
+
+@pytest.mark.exhaustive
+@torch.no_grad()
+def test_adapters_go_with_images_of_another_size(tmp_path):
+    for name in ("ViT-B-16", "PE-Core-B-16"):
+        with case(name):
+            world, images = small(name, tmp_path), torch.randn(2, 3, 16, 16)
+            base = clip.export(world.model, tmp_path / name, world.config)
+            bundle = clip.load(f"local-dir:{base}")
+            folder = clip.export(moved(clip.adapt(bundle.model, LoRA(rank=2))), tmp_path / f"{name}-lora", bundle.config)
+            large = clip.load(f"local-dir:{base}", image_size=16).model
+            found = clip.load(f"local-dir:{folder}", image_size=16)
+            assert found.config["preprocess_cfg"]["size"] == [16, 16]
+            expected = clip.encode_images(peft.PeftModel.from_pretrained(copy.deepcopy(large), folder).eval(), images)
+            torch.testing.assert_close(clip.encode_images(found.model, images), expected)
+            assert not torch.allclose(expected, clip.encode_images(large, images), atol=1e-3)
+            clip.export(moved(world.model), base, world.config)
+            with pytest.raises(ValueError, match=r"base.json: the adapters were trained on other weights"):
+                clip.load(f"local-dir:{folder}", image_size=16)
 
 
 def test_a_model_that_its_owner_wrapped_trains_and_comes_back(world, tmp_path):

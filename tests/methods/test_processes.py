@@ -47,7 +47,7 @@ def rows(rank):
     return {name: value[mine] for name, value in every_loss.data().items()}
 
 
-SOME = ["FLYP", "CaRot", "FineTune, of a batch", "WorstCaseFineTune"]
+SOME = ["FLYP", "CaRot", "CaRot, SigLIP", "FineTune, of a batch", "WorstCaseFineTune"]
 ALL = [name for name in OPTIONS if name != "MaPLe, of a batch"]
 CASES = [(2, 1, SOME), *exhaustive((2, 1, list(OPTIONS)), (2, 3, ALL), (4, 1, list(OPTIONS)), (4, 2, ALL))]
 

@@ -40,6 +40,11 @@ def on_a_process(rank, name, output, accumulate="1", epochs="2", resume="", opti
     return fitted(name, output or None, epochs, accumulate=int(accumulate), resume=bool(resume))
 
 
+def without_a_folder(rank, names):
+    torch.manual_seed(rank)
+    return [fitted(name) for name in names.split(";")]
+
+
 def same(found, expected, biases=AMPLIFIED):
     for name, value in expected["weights"].items():
         bound = biases if name.endswith("in_proj_bias") else EXACT
@@ -67,6 +72,18 @@ def test_without_adam_every_weight_is_the_same_to_rounding(by_process, tmp_path,
     expected = fitted("CaRot", tmp_path / "one")
     for found in by_process(2, on_a_process, "CaRot", tmp_path / "run", 2, 2, "", "SGD"):
         same(found, expected, EXACT)
+
+
+@pytest.mark.exhaustive
+def test_two_processes_train_the_same_siglip(by_process):
+    names = ["FLYP, SigLIP", "CaRot, SigLIP"]
+    all_expected = [fitted(name) for name in names]
+    start = every_loss.make(names[0]).state_dict()
+    for found in by_process(2, without_a_folder, ";".join(names)):
+        for mine, expected in zip(found, all_expected, strict=True):
+            same(mine, expected)
+            for name in ("model.logit_scale", "model.logit_bias", "model.visual.trunk.patch_embed.proj.weight"):
+                assert not torch.equal(mine["weights"][name], start[name])
 
 
 def test_a_run_goes_on_with_another_number(by_process, tmp_path):
