@@ -119,7 +119,7 @@ def _add_own_data(commands: Any) -> None:
     report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or of reports")
     flags.add_flags(report, report_runs)
 
-    export = commands.add_parser("export", help="write a run's model for open_clip, transformers, torch.export or ONNX")
+    export = commands.add_parser("export", help="write a run's model for open_clip, transformers, ONNX, torch.export")
     export.add_argument("run", metavar="RUN", help="folder that robustft train wrote")
     flags.add_flags(export, export_run)
 

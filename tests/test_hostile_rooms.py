@@ -280,7 +280,10 @@ def cases(folder):
             "train": (said(train), Call(("no data",), {"output": folder / "run", "pretrained": "no weights"})),
             "evaluate_runs": (said(evaluate_runs), Call(("no data", [run]))),
             "check_data": (said(check_data), Call(("no data",))),
-            "export_run": (said(export_run), Call(("no run",), {"to": "onnx", "output": folder / "onnx"})),
+            "export_run": (
+                said(export_run),
+                Call(("no run",), {"to": "onnx", "output": folder / "onnx", "precision": "fp16"}),
+            ),
             "report_runs": (said(report_runs), Call((["no run"],), {"output": folder / "reported"})),
             "predict_files": (said(predict_files), Call(("no run", [str(image)]))),
         },

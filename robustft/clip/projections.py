@@ -1,7 +1,7 @@
 """The last linear map of a tower, into the space of features: CaRot's penalties act on it, tune="projection" trains it.
 
-    u = normalise(h W + b)             h (N, width) the tower's last hidden state, W (width, D)
-    W = W_0 + (alpha / r) A^T B^T      under low-rank adapters (`robustft.clip.adapters`): what the tower computes with
+u = normalise(h W + b)             h (N, width) the tower's last hidden state, W (width, D)
+W = W_0 + (alpha / r) A^T B^T      under low-rank adapters (`robustft.clip.adapters`): what the tower computes with
 """
 
 from __future__ import annotations

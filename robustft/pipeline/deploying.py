@@ -167,7 +167,10 @@ def _onnx(program: ExportedProgram, folder: Path) -> Run:
         external_data=size > ONNX_BYTES,
         verbose=False,
     )
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    # At its last level onnxruntime 1.32 dies on a CPU of convolutions in float16 (its NchwcTransformer).
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
         probabilities, scores = session.run(None, {"images": images.numpy()})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import inspect
 import json
+import re
 import shutil
 import tarfile
 import threading
@@ -267,6 +269,31 @@ def test_nothing_to_measure_is_said(own):
 
 def test_names_of_runs_are_the_shortest_that_tell_them_apart():
     assert list(run_names(["a/x", "b/x"])) == ["a/x", "b/x"] and list(run_names(["a/x", "b/y"])) == ["x", "y"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("form", "precision"), [("torch-export", "fp32"), ("onnx", "fp16")])
+def test_a_graph_decides_as_the_run_without_robustft(run, tmp_path, form, precision, monkeypatch, capsys):
+    told: list[str] = []
+    folder = export_run(run.folder, to=form, output=tmp_path / "served", precision=precision, log=told.append)
+    assert "8 images of the run" in told[0]
+    about = json.loads((folder / "model.json").read_text())
+    pipeline = robustft.load(run.folder)
+    assert about["classes"] == list(pipeline.classes) and about["precision"] == precision
+    assert about["threshold"] == pipeline.detector.threshold_
+    monkeypatch.chdir(tmp_path)
+    files = [Path(row["file"]) for row in csv.DictReader((run.folder / "predictions.csv").open())][:2]
+    for file, name in zip(files, "ab", strict=True):
+        Image.open(file).save(f"{name}.jpg")
+    page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
+    shown = re.search(r"```python\n(import json\n.*?)```", page, re.DOTALL)[1]
+    call = re.search(rf"\| `{form}` \| `(.*?)` \|", page)[1]  # in the place of the one shown
+    shown = re.sub(r"^probabilities, scores = .*$", f"probabilities, scores = {call}", shown, flags=re.MULTILINE)
+    exec(shown, {"onnxruntime": importlib.import_module("onnxruntime")})
+    lines = [line.rsplit(" ", 2) for line in capsys.readouterr().out.splitlines()]
+    for found, (label, probability, accepted) in zip(pipeline(["a.jpg", "b.jpg"]), lines, strict=True):
+        assert label == found.label and accepted == str(found.accepted)
+        assert float(probability) == pytest.approx(found.probability, abs=0.02)
 
 
 @pytest.mark.parametrize("form", ["open_clip", *exhaustive("transformers", "torch-export", "onnx")])
