@@ -37,7 +37,8 @@ def pipeline_of(name: str, folder: Path, score: str = "mcm") -> tuple[Pipeline, 
     """A small zero-shot model with a detector, and six images."""
     model, _, data, prompts = small(name, folder)
     classifier = zero_shot_classifier(model, **prompts)
-    detector = Detector(score, tpr=0.5).fit(classifier, data["image"])
+    labelled = data["image"], data["label"]
+    detector = Detector(score, tpr=0.5).fit(classifier, labelled, validation=labelled)
     return Pipeline(classifier, detector, lambda image: image), data["image"]
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from targets import case, exhaustive
+from targets import exhaustive
 
 from benchmarks.deploy import ARCHITECTURES, pipeline_of
 from robustft.detection import Detector, by_name
@@ -25,27 +25,33 @@ def close(pipeline, found, images, bits):
     torch.testing.assert_close(found[1], pipeline.detector.scores(pipeline.outputs(images)), rtol=0, atol=NEAR[bits])
 
 
-def test_what_is_traced_is_the_image_tower_in_the_precision_and_the_head_in_float32(tmp_path):
-    for name in ARCHITECTURES:
-        with case(name), torch.no_grad():
-            pipeline, images = pipeline_of(name, tmp_path)
-            before = {key: (value.dtype, value.clone()) for key, value in pipeline.predictor.state_dict().items()}
-            module = deploying._decisions(pipeline, "fp16", images[:1])
-            close(pipeline, module(images), images, "fp16")
-            held = {key.removeprefix("predictor."): value.dtype for key, value in module.state_dict().items()}
-            towers = {key: dtype for key, dtype in held.items() if key.startswith("model.visual.")}
-            assert {*held} - {*towers} == {"class_embeddings", "logit_scale"}
-            assert {held["class_embeddings"], held["logit_scale"]} == {torch.float32}
-            assert {*towers.values()} - {torch.int64} == {torch.float16}
-            for key, (dtype, value) in before.items():  # of the pipeline, which goes on
-                assert pipeline.predictor.state_dict()[key].dtype == dtype
-                assert torch.equal(pipeline.predictor.state_dict()[key], value)
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP2", *exhaustive("ViT-B-16", "RN50", "convnext_base")])
+@torch.no_grad()
+def test_what_is_traced_is_the_image_tower_in_the_precision_and_the_head_in_float32(name, tmp_path):
+    pipeline, images = pipeline_of(name, tmp_path)
+    before = {key: (value.dtype, value.clone()) for key, value in pipeline.predictor.state_dict().items()}
+    module = deploying._decisions(pipeline, "fp16", images[:1])
+    close(pipeline, module(images), images, "fp16")
+    held = {key.removeprefix("predictor."): value.dtype for key, value in module.state_dict().items()}
+    towers = {key: dtype for key, dtype in held.items() if key.startswith("model.visual.")}
+    assert {*held} - {*towers} == {"class_embeddings", "logit_scale"}
+    assert {held["class_embeddings"], held["logit_scale"]} == {torch.float32}
+    assert {*towers.values()} == {torch.float16}
+    for key, (dtype, value) in before.items():  # of the pipeline, which goes on
+        assert pipeline.predictor.state_dict()[key].dtype == dtype
+        assert torch.equal(pipeline.predictor.state_dict()[key], value)
 
 
-GRID = [(name, form, bits) for name in ARCHITECTURES for form in ("torch-export", "onnx") for bits in TOLERANCES]
+# `python -m benchmarks.deploy` has the whole grid, which takes minutes.
+SOME = [(name, "onnx", "fp16") for name in ARCHITECTURES]
+SOME += [
+    ("ViT-B-16-SigLIP2", "onnx", "fp32"),
+    ("ViT-B-16", "torch-export", "fp32"),
+    ("ViT-B-16", "aot-inductor", "fp16"),
+]
 
 
-@pytest.mark.parametrize(("name", "form", "bits"), exhaustive(*GRID, ("ViT-B-16", "aot-inductor", "fp16")))
+@pytest.mark.parametrize(("name", "form", "bits"), exhaustive(*SOME))
 def test_a_graph_computes_what_the_pipeline_does_for_any_number_of_images(name, form, bits, tmp_path, monkeypatch):
     pipeline, images = pipeline_of(name, tmp_path)
     sizes, differences = [], deploying._differences
@@ -56,17 +62,12 @@ def test_a_graph_computes_what_the_pipeline_does_for_any_number_of_images(name, 
         return differences(pipeline, run, some)
 
     monkeypatch.setattr(deploying, "_differences", noting)
+    if name == "RN50":  # weights that are too large for one file lie beside it
+        monkeypatch.setattr(deploying, "ONNX_BYTES", 0)
     apart = write_graph(pipeline, tmp_path, form, bits, images)
     assert apart <= TOLERANCES[bits] and sizes == [1, 6]  # traced with two
     assert (apart > 1e-6) == (bits == "fp16")
-
-
-@pytest.mark.exhaustive
-def test_weights_that_are_too_large_for_one_file_lie_beside_it(tmp_path, monkeypatch):
-    pipeline, images = pipeline_of("ViT-B-16", tmp_path)
-    monkeypatch.setattr(deploying, "ONNX_BYTES", 0)
-    assert write_graph(pipeline, tmp_path, "onnx", "fp32", images) < 1e-5
-    assert (tmp_path / "model.onnx.data").stat().st_size > 4 * (tmp_path / "model.onnx").stat().st_size / 5
+    assert (tmp_path / "model.onnx.data").exists() == (name == "RN50")
 
 
 def scored_by(pipeline, monkeypatch, reads, score):
@@ -121,8 +122,8 @@ def test_what_is_missing_is_named_before_anything_is_traced(tmp_path, monkeypatc
 
 
 def test_features_that_float16_does_not_have_are_no_small_difference(tmp_path):
-    pipeline, images = pipeline_of("ViT-B-16", tmp_path)
-    with torch.inference_mode():
+    pipeline, images = pipeline_of("ViT-B-16", tmp_path, score="energy")
+    with torch.no_grad():
         pipeline.predictor.model.visual.proj *= 1e7
         module = deploying._decisions(pipeline, "fp16", images[:1])
         apart = deploying._differences(pipeline, module, images)
