@@ -272,7 +272,7 @@ def test_names_of_runs_are_the_shortest_that_tell_them_apart():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("form", "precision"), [("torch-export", "fp32"), ("onnx", "fp16")])
+@pytest.mark.parametrize(("form", "precision"), [("torch-export", "fp16"), ("onnx", "fp32")])
 def test_a_graph_decides_as_the_run_without_robustft(run, tmp_path, form, precision, monkeypatch, capsys):
     told: list[str] = []
     folder = export_run(run.folder, to=form, output=tmp_path / "served", precision=precision, log=told.append)
