@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from robustft.detection.by_name import SCORES
 from robustft.machine import Bits, Graph, compiler_found
-from robustft.predictors.base import ModelPredictor
+from robustft.predictors.base import ModelPredictor, Predictor
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -51,7 +51,7 @@ Run = Callable[[Tensor], tuple[Tensor, Tensor]]
 class Decisions(nn.Module):
     """images (N, 3, H, W) -> probabilities (N, K), scores (N,)."""
 
-    def __init__(self, predictor: nn.Module, score: Callable[[Any], Tensor]) -> None:
+    def __init__(self, predictor: Predictor, score: Callable[[Any], Tensor]) -> None:
         super().__init__()
         self.predictor = predictor
         self.score = score
