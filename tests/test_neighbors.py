@@ -475,18 +475,20 @@ VARIANT = """
 import sys, torch, robustft
 from robustft import functional as rf
 assert robustft.build_info()["active_isa"] == sys.argv[1]
-torch.set_num_threads(int(sys.argv[2]))
-torch.manual_seed(0)
-out = []
-for dtype in (torch.float32, torch.float64):
-    for n, d, m in ((9001, 37, 400), (700, 64, 33), (20000, 100, 1)):
-        points, queries = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype)
-        points[::3] += 4
-        for offset in (0, 100):
-            found = rf.nearest_neighbors(queries + offset, points + offset, 50)
-            assert torch.equal(rf.kth_neighbor_distance(queries + offset, points + offset, 50), found.distances[:, -1])
-            out += found
-torch.save(out, sys.argv[3])
+def computed():
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.float64):
+        for n, d, m in ((9001, 37, 400), (700, 64, 33), (20000, 100, 1)):
+            points, queries = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype)
+            points[::3] += 4
+            for offset in (0, 100):
+                found = rf.nearest_neighbors(queries + offset, points + offset, 50)
+                distances = rf.kth_neighbor_distance(queries + offset, points + offset, 50)
+                assert torch.equal(distances, found.distances[:, -1])
+                yield from found
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    torch.save(list(computed()), f"{sys.argv[2]}-{threads}")
 """
 
 
@@ -497,11 +499,9 @@ def test_every_instruction_set_and_thread_count_finds_the_same(tmp_path, python)
     for isa in names:
         if isa == "avx512" and robustft.build_info()["detected_isa"] not in ("avx512", "amx"):
             continue  # an emulated matrix unit beside narrower vectors
-        for threads in (1, 2):
-            path = tmp_path / f"{isa}-{threads}.pt"
-            environment = {**os.environ, "ROBUSTFT_CPU_ISA": isa}
-            python.run("-c", VARIANT, isa, str(threads), str(path), environment=environment, check=True)
-            results[isa, threads] = torch.load(path, weights_only=True)
+        environment = {**os.environ, "ROBUSTFT_CPU_ISA": isa}
+        python.run("-c", VARIANT, isa, tmp_path / isa, environment=environment, check=True)
+        results |= {(isa, n): torch.load(tmp_path / f"{isa}-{n}", weights_only=True) for n in (1, 2)}
     for isa in {isa for isa, _ in results}:
         for a, b in zip(results[isa, 1], results[isa, 2], strict=True):
             assert torch.equal(a, b)
