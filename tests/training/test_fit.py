@@ -430,9 +430,10 @@ def test_missing_checkpoint_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     "damage", ["truncated", "emptied", "no json", b'{"st', b"[]", b"null", b'{"step": "9"}', b"\xff\xfe", b"[" * 10**5]
 )
-def test_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_path, damage):
-    reference, method = make(), make()
-    run(reference, tmp_path)
+def test_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_path, whole, damage):
+    reference, output, _ = whole(CaRot)
+    method = make()
+    shutil.copytree(output, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoints" / f"step_{TOTAL:08d}"
     match damage:
         case "truncated":
