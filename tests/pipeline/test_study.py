@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from robustft.cli import main
 from robustft.clip.outputs import Outputs
+from robustft.data import glyphworld
 from robustft.evaluation import Suite
 from robustft.methods import CVaR
 from robustft.pipeline import study
@@ -130,8 +132,12 @@ def test_a_run_is_trained_once_and_its_weights_survive_a_kill(tmp_path):
     assert other is not method and len(list((tmp_path / "runs").iterdir())) == 2
 
 
-@pytest.mark.exhaustive  # whole trainings in two processes
-def test_processes_measure_what_is_missing(tmp_path, capfd):
+@pytest.mark.exhaustive  # trainings in two processes
+def test_processes_measure_what_is_missing(tmp_path, monkeypatch):
+    data = glyphworld.sets(20)
+    few = replace(data, train=data.train.subset(range(300)))
+    monkeypatch.setattr(glyphworld, "sets", lambda limit: few)
+    monkeypatch.setattr(study, "get_context", lambda _: get_context("fork"))  # so that processes have few, too
     output = tmp_path / "study"
     answers = study.study(output, sections=["calibration"], seeds=(0,), quick=True, workers=2)
     (measured,) = answers[0].seeds
