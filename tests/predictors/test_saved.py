@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import warnings
 
@@ -15,8 +14,6 @@ from tiny_clip import CONFIG
 import robustft
 from robustft import clip, methods
 from robustft.data import glyphworld
-from robustft.evaluation import Evaluation
-from robustft.pipeline import quickstart
 from robustft.predictors.saving import ENSEMBLE_FILE
 
 
@@ -138,21 +135,6 @@ def test_every_kind_is_known_whatever_was_imported_before(bundle, tmp_path, pyth
 def test_a_predictor_of_ones_own_may_not_take_the_name_of_robustfts(bundle):
     with pytest.raises(TypeError, match="robustft has a predictor of kind 'Classifier'"):
         type("Classifier", (methods.Predictor,), {})
-
-
-@pytest.mark.exhaustive  # test_quickstart.py has it of FLYP
-def test_exports_of_the_quickstart_predict_what_its_table_says(tmp_path):
-    out = tmp_path / "out"
-    options = {"method_names": ("FT", "FLYP"), "quick": True, "limit_batches": 2, "progress": False}
-    quickstart.quickstart(out, log=lambda _: None, **options)
-    table = Evaluation.from_dict(json.loads((out / "metrics.json").read_text())).models
-    for name in ("zero-shot", "FT", "WiSE FT", "FLYP", "WiSE FLYP"):
-        classifier = methods.load_predictor(out / "export" / name.lower().replace(" ", "-"))
-        predictions = classifier.predict(glyphworld.sets(200).test)
-        accuracy = (predictions.logits.argmax(1) == predictions.labels).double().mean().item()
-        assert accuracy == table[name].id_accuracy, name
-    held = {path.name for path in (out / "export").iterdir()}
-    assert held == {"zero-shot", "ft", "flyp", "wise-ft", "wise-flyp"}
 
 
 def test_a_head_of_another_models_width_is_refused_with_both_widths(bundle, tmp_path):
