@@ -78,5 +78,6 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if INTERPRETED:
         items[:] = [i for i in items if "target" in i.fixturenames or i.path.name.startswith("interpreted")]
