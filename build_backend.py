@@ -67,6 +67,23 @@ def torch_floor() -> str:
     return floor("pyproject.toml", r'"torch>=([\d.]+)"')
 
 
+def reads_metadata(version: str, arguments: list[str]) -> bool:
+    """Whether setup.py lets setuptools of that version read pyproject.toml.
+
+    pip installs what [build-system] asks for; `python setup.py` takes what is there. Older ones refuse the licence as
+    it is written there, but compiling alone needs none of it. SystemExit for what does.
+    """
+    wanted = floor("pyproject.toml", r'"setuptools>=([\d.]+)"')
+    if int(version.split(".")[0]) >= int(wanted):
+        return True
+    if "build_ext" in arguments:
+        return False
+    raise SystemExit(
+        f"robustft: setuptools {version} cannot read pyproject.toml, which needs {wanted} or newer; `pip install .` "
+        "brings its own, and `python setup.py build_ext --inplace` compiles with this one"
+    )
+
+
 def floor(file: str, pattern: str) -> str:
     found = re.search(pattern, (ROOT / file).read_text())
     if found is None:

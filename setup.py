@@ -14,10 +14,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+import setuptools
+from setuptools import Distribution, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-from build_backend import torch_dir, torch_floor, version_of
+from build_backend import reads_metadata, torch_dir, torch_floor, version_of
 from robustft.machine import compiler_found, sources_digest
 
 HERE = Path(__file__).resolve().parent
@@ -89,7 +90,15 @@ class CMakeBuild(build_ext):
         return []
 
 
+class Compiled(Distribution):
+    """What is compiled by setuptools that are too old to read pyproject.toml."""
+
+    def parse_config_files(self, filenames=None, ignore_option_errors=False) -> None:
+        pass
+
+
 setup(
+    distclass=Distribution if reads_metadata(setuptools.__version__, sys.argv[1:]) else Compiled,
     packages=[*find_packages(include=["robustft", "robustft.*"]), "robustft.benchmarks"],
     package_dir={"robustft.benchmarks": "benchmarks"},
     ext_modules=[Extension("robustft._native", sources=[])],

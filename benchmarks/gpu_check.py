@@ -3,6 +3,7 @@
     python -m benchmarks.gpu_check                # about ten minutes; --minutes 5 leaves out what does not fit
     python -m benchmarks.gpu_check --only rows    # some of: build, values, rates, rows, tests, sanitizer, profile, host
     python -m benchmarks.gpu_check --list         # what is to be measured, as results/gpu.md has it; needs no GPU
+    python -m benchmarks.gpu_check --rehearse     # where there is no GPU: every step, each of which says so
 
 Needs torch with CUDA, Triton and pytest, and unless libraries of these sources are there, nvcc, CMake and pybind11;
 neither open_clip nor a network. Peers that are installed are measured too (pip install liger-kernel cut-cross-entropy
@@ -34,9 +35,12 @@ from typing import IO, Any, NamedTuple
 
 from robustft.files import write_json, write_text
 
+NO_DEVICE = "no device"
+"""What a job says, and ends with 1, where there is no GPU."""
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 OTHER_DEMANDS = {"carot-step-512": "1.45 of a FLYP step", "contrastive-bf16-1M": "fits 80 GB"}
+COMMAND = "python -m benchmarks.gpu_check"
 STEPS = ("build", "values", "rates", "rows", "tests", "sanitizer", "profile", "host")
 HEAVY = ("distillation-bf16-32768", "carot-step-512", "contrastive-bf16-1M")
 """Rows that are first run one after the other: together they would not fit the card."""
@@ -68,13 +72,14 @@ class Job:
         return self.status is not None
 
     def result(self) -> dict[str, Any]:
-        """{"seconds", "status", "output"}: status is the exit status, or "cut off" at the limit."""
+        """{"seconds", "status", "output"}: status is the exit status, "cut off" at the limit, or "no device"."""
         while not self.ended():
             time.sleep(0.02)
         self.said.seek(0)
         output = self.said.read()
         self.said.close()
-        return {"seconds": self.seconds, "status": self.status, "output": output}
+        status = NO_DEVICE if self.status == 1 and output.rstrip().endswith(NO_DEVICE) else self.status
+        return {"seconds": self.seconds, "status": status, "output": output}
 
 
 class Check:
@@ -82,11 +87,13 @@ class Check:
 
     forks = False
     """Whether a forked process can use the GPU; else every job imports torch for itself."""
+    rehearsal = False
+    """Whether there is no GPU, and nothing is to be built, measured or overwritten."""
 
     def __init__(self, path: Path | None, minutes: float) -> None:
         self.deadline = time.monotonic() + 60 * minutes
         self.path = path
-        self.results: dict[str, Any] = {"command": "python -m benchmarks.gpu_check"}
+        self.results: dict[str, Any] = {"command": COMMAND}
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -167,7 +174,7 @@ def gpu_name(check: Check) -> str:
         importlib.import_module(name)
     found = forked(lambda: exec(say), 60).result()
     check.forks = found["status"] == 0 and found["output"].strip() != ""
-    if not check.forks:
+    if not check.forks and not check.rehearsal:
         found = check.run([sys.executable, "-c", say], 60)
     return found["output"].strip().splitlines()[-1] if found["output"].strip() else ""
 
@@ -187,6 +194,13 @@ def build(check: Check) -> None:
             return {"error": run["output"][-1500:]}
 
     found = info()
+    if check.rehearsal:
+        # As far as setup.py comes without a compiler, into a folder that goes: what setuptools' age would stop.
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder]
+            run = check.run(command, 60, ROBUSTFT_NO_NATIVE="1")
+        check.keep("build", run | {"info": found})
+        return
     loaded = found.get("libraries", {}).get("cuda") == "loaded"
     if loaded and not found["out of date"]:
         check.keep("build", {"status": 0, "built before": True, "info": found})
@@ -204,7 +218,9 @@ def values(check: Check) -> None:
     for name, run in runs.items():
         lines = [json.loads(line) for line in run["output"].splitlines() if line.startswith('{"function"')]
         found[name] = {line["dtype"].removeprefix("torch."): line["error"] for line in lines}
-        if run["status"] != 0 or not all(line["right"] for line in lines):
+        if run["status"] == NO_DEVICE:
+            found[name]["status"] = NO_DEVICE
+        elif run["status"] != 0 or not all(line["right"] for line in lines):
             found[name] |= {"wrong": True, "status": run["status"], "output": run["output"][-1500:]}
     check.keep("values", found)
 
@@ -276,7 +292,10 @@ def tests(check: Check) -> None:
     def one(part: Part) -> dict[str, Any]:
         command = [sys.executable, "-m", "pytest", "-vv", "-m", "", "--maxfail=10", "-p", "no:cacheprovider"]
         limit = deadline - time.monotonic()
-        return outcome(check.run([*command, "-k", part.selects, *part.suites], limit, OMP_NUM_THREADS="1"))
+        run = outcome(check.run([*command, "-k", part.selects, *part.suites], limit, OMP_NUM_THREADS="1"))
+        if check.rehearsal and run["status"] == 5:  # pytest's, for no tests: those of a GPU are not there without one
+            run["status"] = NO_DEVICE
+        return run
 
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(one, part): part.name for part in parts()}
@@ -355,6 +374,9 @@ def profile(check: Check) -> None:
 
 def host(check: Check) -> None:
     """The CPU's bar, where this host is what it was set for."""
+    if check.rehearsal:
+        check.keep("host", "not measured: a rehearsal")
+        return
     say = "import robustft; print(robustft.build_info()['active_isa'])"
     isa = check.run([sys.executable, "-c", say], 60)["output"].split()[-1:]
     if isa != ["amx"]:
@@ -452,6 +474,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, help="these steps alone")
     parser.add_argument("--output", type=Path, default=None, help="folder of the results (default benchmarks/results)")
     parser.add_argument("--list", action="store_true", help="print the rows instead")
+    parser.add_argument("--rehearse", action="store_true", help="every step without a GPU; the output is a new folder")
     options = parser.parse_args()
     if options.list:
         print(page())
@@ -459,17 +482,26 @@ def main() -> int:
     from benchmarks import triton_resources
 
     check = Check(None, options.minutes)
+    check.rehearsal = options.rehearse
     card = gpu_name(check)
-    if not card:
+    if options.rehearse and card:
+        print(f"there is a {card}: leave out --rehearse to measure it")
+        return 1
+    if not card and not options.rehearse:
         print("no GPU that torch can use: nothing is measured")
         return 2
-    name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
-    folder = options.output or RESULTS
+    folder = options.output or (Path(tempfile.mkdtemp(prefix="rehearsal-")) if options.rehearse else RESULTS)
+    check.forks |= options.rehearse  # there is no GPU that a fork could not use
+    check.results["command"] += " --rehearse" * options.rehearse
+    name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-") or "rehearsal"
     check.path = folder / f"{name}.json"
     check.results["sources"] = triton_resources.sources()
     for step in (step for step in STEPS if step in options.only):
         globals()[step](check)
     print(table(check.results.get("rows", {})))
+    if check.rehearsal:
+        print(f"no GPU that torch can use: what each step says is in {check.path}")
+        return 2
     if folder == RESULTS:
         write_text(RESULTS / "gpu.md", page() + "\n")
     return 0 if "tests" not in options.only or check.results["tests"]["status"] == 0 else 1

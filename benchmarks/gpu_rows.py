@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import robustft
+from benchmarks.gpu_check import NO_DEVICE
 from robustft import functional as rf
+from robustft.ops import accelerator
 
 DEVICE = "cuda"
-"""Asked for by `main` where there is none: whoever imports this and forks must not have touched the GPU."""
 SECONDS = 3.0
 """Of timed rounds of a row, about."""
 SLOW = 1.0
@@ -622,7 +623,7 @@ def small() -> None:
 
 def values(name: str) -> None:
     """A public function's results and gradients in every dtype, against its reference on the CPU, which widens it."""
-    from robustft.ops import accelerator, registry
+    from robustft.ops import registry
 
     def outcomes(source: registry.Source) -> list[Tensor]:
         found = registry.outcomes(getattr(rf, name), registry.PUBLIC[name](source))
@@ -638,10 +639,18 @@ def values(name: str) -> None:
         say(function=name, dtype=str(dtype), error=max(errors), right=right)
 
 
+def _known(arguments: list[str]) -> bool:
+    """Whether they ask for something to be computed."""
+    match arguments:
+        case ["rates" | "small"] | ["values", _]:
+            return True
+        case ["ours" | "once", name] | [name]:
+            return name in ROWS
+        case _:
+            return False
+
+
 def main(arguments: list[str]) -> None:
-    global DEVICE
-    if not torch.cuda.is_available():
-        DEVICE = "cpu"
     match arguments:
         case ["list"]:
             print(*ROWS)
@@ -649,6 +658,8 @@ def main(arguments: list[str]) -> None:
             from robustft.ops import registry
 
             print(*(name for name in registry.PUBLIC if name in registry.OPERATORS))
+        case _ if _known(arguments) and not torch.cuda.is_available():
+            raise SystemExit(NO_DEVICE)
         case ["rates"]:
             print(json.dumps(rates()))
         case ["small"]:

@@ -123,10 +123,33 @@ def _build() -> Iterator[Check]:
         cure = cuda_compiler + cure
         yield Check("compiled CUDA operators", False if needed else None, str(libraries["cuda"]), cure)
     yield Check("Triton kernels", None, str(info.get("triton")))
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    yield Check("GPU", None, gpu)
+    yield _gpu()
     yield Check("threads", None, f"{torch.get_num_threads()} (set OMP_NUM_THREADS to change)")
     yield from _operators()
+
+
+def _gpu() -> Check:
+    import torch
+
+    if torch.cuda.is_available():
+        return Check("GPU", None, torch.cuda.get_device_name())
+    driver = _driver()
+    if torch.version.cuda is None or not 0 < driver < int(torch.version.cuda.split(".")[0]):
+        return Check("GPU", None, "none")
+    found = f"not usable: its driver is for CUDA {driver}, and this torch for CUDA {torch.version.cuda}"
+    return Check("GPU", False, found, f"update the NVIDIA driver, or install a torch for CUDA {driver}")
+
+
+def _driver() -> int:
+    """The newest major version of CUDA that the NVIDIA driver serves; 0 where there is none."""
+    import ctypes
+
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return 0 if failed else version.value // 1000
 
 
 def _operators() -> Iterator[Check]:

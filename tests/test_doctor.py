@@ -30,6 +30,29 @@ class NaNGradient(torch.autograd.Function):
         return gradient * torch.nan
 
 
+@pytest.mark.parametrize(
+    ("driver", "of_torch", "passed", "found"),
+    [
+        (0, "13.0", None, "none"),
+        (13, "13.2", None, "none"),
+        (12, None, None, "none"),
+        (12, "13.0", False, "not usable: its driver is for CUDA 12, and this torch for CUDA 13.0"),
+    ],
+)
+def test_a_driver_older_than_torch_wants_is_said(driver, of_torch, passed, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", of_torch)
+    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+    check = doctor._gpu()
+    assert (check.name, check.passed, check.found) == ("GPU", passed, found)
+    assert passed is None or check.cure == "update the NVIDIA driver, or install a torch for CUDA 12"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_where_there_is_no_driver_none_is_found():
+    assert doctor._driver() == 0
+
+
 @compiled
 def test_every_operator_is_compared_with_its_reference():
     found = operators()

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -94,9 +93,8 @@ def test_a_step_that_hangs_costs_only_itself(tmp_path):
     check.keep("build", run)
     check.keep("rows", {"carot-step-512": {"status": 1}})
     held = json.loads((tmp_path / "gpu.json").read_text())
-    assert held["build"][
-        "status"
-    ] == "cut off" and "| carot-step-512 | 1.45 of a FLYP step | not measured (1) |" in gpu_check.table(held["rows"])
+    assert held["build"]["status"] == "cut off"
+    assert "| carot-step-512 | 1.45 of a FLYP step | not measured (1) |" in gpu_check.table(held["rows"])
 
 
 def collected(suites: list[str], python) -> list[str]:
@@ -238,9 +236,32 @@ def test_every_job_of_a_step_ends_and_says_how(capfd):
     assert job.result()["status"] == "cut off" and "begun" not in capfd.readouterr().out
 
 
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
 @pytest.mark.exhaustive
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@without_gpu
 def test_without_a_gpu_nothing_is_claimed(python):
-    root = Path(gpu_check.__file__).parent.parent
-    run = python.run("-m", "benchmarks.gpu_check", folder=root)
+    run = python.run("-m", "benchmarks.gpu_check", folder=gpu_check.ROOT)
     assert run.returncode == 2 and "no GPU that torch can use" in run.stdout
+
+
+@pytest.mark.exhaustive
+@without_gpu
+def test_a_rehearsal_without_a_gpu_says_so_at_every_step(python, tmp_path):
+    # Not those of processes that import torch: 22 of tests, and one before a build.
+    steps = [step for step in gpu_check.STEPS if step not in ("tests", "build")]
+    options = ["--rehearse", "--output", str(tmp_path), "--only", *steps]
+    before = {path: path.read_bytes() for path in gpu_check.RESULTS.iterdir()}
+    run = python.run("-m", "benchmarks.gpu_check", *options, folder=gpu_check.ROOT)
+    assert run.returncode == 2, run.stdout + run.stderr
+    assert "| carot-step-512 | 1.45 of a FLYP step | not measured (no device) |" in run.stdout
+    held = json.loads((tmp_path / "rehearsal.json").read_text())
+    assert held["command"] == "python -m benchmarks.gpu_check --rehearse" and set(steps) < set(held)
+    assert {run["status"] for run in held["values"].values()} == {held["rates"]["status"]} == {"no device"}
+    assert {run["status"] for run in held["rows"].values()} == {"no device"} and set(held["rows"]) == set(gpu_rows.ROWS)
+    assert set(held["compiled"]["failed"]) <= set(gpu_rows.ROWS)
+    for step in ("sanitizer", "profile", "host"):
+        said = held[step]
+        assert "not measured" in said if isinstance(said, str) else "no device" in json.dumps(said)
+    assert before == {path: path.read_bytes() for path in gpu_check.RESULTS.iterdir()}

@@ -88,6 +88,30 @@ def test_the_backend_asks_for_compiling_tools_only(backend, monkeypatch):
     assert backend.tools() == []
 
 
+@pytest.mark.parametrize(
+    ("version", "command", "says"),
+    [("65.5.0", "build_ext", ""), ("84.2.1", "build_ext", "project.license"), ("65.5.0", "bdist_wheel", "needs 77")],
+)
+def test_setuptools_too_old_for_the_metadata_compile_all_the_same(version, command, says, tree, tmp_path, python):
+    """A licence that no setuptools take stands for one that older ones do not."""
+    for name in ("setup.py", "build_backend.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(tree / name, tmp_path)
+    (tmp_path / "robustft").mkdir()
+    (tmp_path / "robustft" / "__init__.py").touch()
+    shutil.copy(tree / "robustft" / "machine.py", tmp_path / "robustft")
+    project = tmp_path / "pyproject.toml"
+    project.write_text(project.read_text().replace('license = "MIT"', "license = 1"))
+    into = ["--build-lib", "lib"] if command == "build_ext" else ["--dist-dir", "lib"]
+    code = (
+        f"import runpy, sys, setuptools; setuptools.__version__ = {version!r};"
+        f"sys.argv = {['setup.py', command, *into]}; runpy.run_path('setup.py', run_name='__main__')"
+    )
+    environment = {**os.environ, "ROBUSTFT_NO_NATIVE": "1"}
+    run = python.run("-c", code, environment=environment, folder=tmp_path)
+    assert (run.returncode == 0) == (not says), run.stdout + run.stderr
+    assert (says or "installing without compiled code") in run.stdout + run.stderr
+
+
 @pytest.mark.parametrize("failing", [False, True])
 def test_where_there_is_no_torch_its_headers_come_out_of_a_wheel_or_torch_is_required(backend, monkeypatch, failing):
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import robustft
 from robustft import functional as rf
-from robustft.ops import accelerator, dispatch, registry
+from robustft.ops import accelerator, dispatch, libraries, registry
 from robustft.ops.arguments import VARIANTS
 
 pytestmark = pytest.mark.skipif(
@@ -317,8 +317,13 @@ def test_losses_of_cpu_tensors_ask_nothing_of_triton(count):
             "loaded",
             "library for cuda needs Triton for the losses, and Triton is not installed; using the eager",
         ),
+        (
+            "cuda",
+            libraries._of_another_cuda("nvcc 13.0.88", "12.8"),
+            "library for cuda not loaded: it was built by nvcc 13.0.88, and this torch is for CUDA 12.8; build it",
+        ),
     ],
-    ids=["host", "pretended GPU", "pretended GPU without Triton"],
+    ids=["host", "pretended GPU", "pretended GPU without Triton", "pretended GPU of an older CUDA"],
 )
 def test_without_compiled_code_everything_falls_back_with_one_warning(device, library, message, monkeypatch):
     monkeypatch.setitem(dispatch.LIBRARIES, device, library)
@@ -369,3 +374,19 @@ def test_compiled_losses_are_the_eager_ones(family, target):
         found = results(torch.compile(terms, fullgraph=True, backend=backend, dynamic=False))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gpu_library_of_another_major_version_than_torchs_is_not_loaded(bare_python):
+    assert libraries._of_another_cuda("nvcc 13.0.88", "13.2") is None
+    assert libraries._of_another_cuda("", "12.8") is None  # built without a CUDA compiler
+    if dispatch.LIBRARIES["cuda"] == "not built":
+        pytest.skip("installed without a CUDA compiler")
+    code = (
+        "import torch; torch.version.cuda = '1.0'; load = torch.ops.load_library;"
+        "torch.ops.load_library = lambda path: print(path) or load(path);"
+        "from robustft.ops import libraries; print(libraries.LIBRARIES['cuda'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(robustft.__file__).parent.parent)}
+    run = bare_python.run("-c", code, environment=environment, check=True)
+    loaded, status = run.stdout.splitlines()
+    assert loaded.endswith("_ops_cpu.so") and status.startswith("not loaded: it was built by nvcc")
