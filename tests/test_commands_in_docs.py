@@ -11,12 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from robustft import cli, clip
-from robustft.data import glyphworld
-from robustft.evaluation import curves, pictures
+from robustft.data import glyphworld, stress
+from robustft.evaluation import report
 from robustft.pipeline import flags, recipes, train
 
 ROOT = Path(__file__).parent.parent
@@ -117,10 +116,9 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_commands_run_as_shown(page, folder, monkeypatch, capsys):
-    for name in ("frontier", "reliability", "scores", "samples"):  # drawing takes longer than all the rest
-        monkeypatch.setattr(pictures, name, lambda *_: Figure(figsize=(1, 1)))
-    for name in ("training", "risk"):
-        monkeypatch.setattr(curves, name, lambda *_: Figure(figsize=(1, 1)))
+    # Drawing, and all kinds of corruption, take longer than all the rest.
+    monkeypatch.setattr(report, "render", lambda drawing: (b"\x89PNG", "<svg></svg>"))
+    monkeypatch.setattr("robustft.pipeline.job.stress", lambda images: stress(images, names=["noise", "blur"]))
     short = replace(recipes.OWN["CoOp"], options={"context": 4})  # of a model that reads 20 tokens
     monkeypatch.setitem(recipes.OWN, "CoOp", short)
     whole = train.train

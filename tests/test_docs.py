@@ -19,7 +19,7 @@ def some(make):
     return lambda name, **how: make(name, **how).subset(range({each}))
 
 glyphworld.SPLITS = {{
-    "train": slice(0, {train}), "validation": slice(1000, 1000 + 2 * {each}), "test": slice(1297, 1297 + {each})
+    "train": slice(0, {train}), "validation": slice(1000, 1000 + {validation}), "test": slice(1297, 1297 + {each})
 }}
 glyphworld.ood = some(glyphworld.ood)
 glyphworld.shift = some(glyphworld.shift)
@@ -72,11 +72,11 @@ def test_a_page_runs_as_shown(small, page, tmp_path, python):
     if small:
         shown = re.sub(r"\brange\(\d{3}\)", "range(9)", program(page))
         shown = re.sub(r"\brange\(\d{3} if .* else \d+\)", "range(30)", shown)
-        code += f"exec({FEW.format(train=140, each=30) + SMALL!r}, {{}})\n{shown}"
+        code += f"exec({FEW.format(train=140, validation=60, each=15) + SMALL!r}, {{}})\n{shown}"
     elif page.stem == "README":  # with every image
         code += program(page, whole=True)
     else:
-        code += f"exec({FEW.format(train=300, each=100)!r}, {{}})\n{program(page, whole=True)}"
+        code += f"exec({FEW.format(train=300, validation=200, each=100)!r}, {{}})\n{program(page, whole=True)}"
     run = python.run("-c", code, folder=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     if page.stem == "README":
