@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
+from robustft.files import write_file, write_text
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 128.0
@@ -126,18 +127,16 @@ def cpio_entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] 
 def booted(program: Path, linux: Path, folder: Path) -> str:
     """What a program prints as the only one of a Linux under bochs."""
     disc = folder / "disc"
-    (disc / "isolinux").mkdir(parents=True)
     console = cpio_entry("dev", 0o040755) + cpio_entry("dev/console", 0o020600, device=(5, 1))
     init = cpio_entry("init", 0o100755, program.read_bytes())
-    (disc / "isolinux" / "initrd").write_bytes(console + init + cpio_entry("TRAILER!!!", 0))
-    shutil.copy(linux, disc / "isolinux" / "linux")
-    for part in ("/usr/lib/ISOLINUX/isolinux.bin", "/usr/lib/syslinux/modules/bios/ldlinux.c32"):
-        shutil.copy(part, disc / "isolinux")
+    write_file(disc / "isolinux" / "initrd", console + init + cpio_entry("TRAILER!!!", 0))
+    write_file(disc / "isolinux" / "linux", linux.read_bytes())
+    for part in (Path("/usr/lib/ISOLINUX/isolinux.bin"), Path("/usr/lib/syslinux/modules/bios/ldlinux.c32")):
+        write_file(disc / "isolinux" / part.name, part.read_bytes())
     # bochs 2.7 misstates the size of the compacted state, and Linux would forgo vectors for it: hence no xsavec.
     arguments = "initrd=initrd console=ttyS0 loglevel=4 clearcpuid=xsaves,xsavec mitigations=off nosmp acpi=off"
-    (disc / "isolinux" / "isolinux.cfg").write_text(
-        f"default go\nprompt 0\nlabel go\n kernel linux\n append {arguments}\n"
-    )
+    started = f"default go\nprompt 0\nlabel go\n kernel linux\n append {arguments}\n"
+    write_text(disc / "isolinux" / "isolinux.cfg", started)
     image = ["-as", "mkisofs", "-quiet", "-b", "isolinux/isolinux.bin", "-c", "isolinux/boot.cat", "-no-emul-boot"]
     image += ["-boot-load-size", "4", "-boot-info-table", "-o", str(folder / "boot.iso"), str(disc)]
     subprocess.run([needed("xorriso"), *image], check=True, capture_output=True)
@@ -156,8 +155,8 @@ plugin_ctrl: speaker=0
 pci: enabled=0
 clock: sync=none, time0=1
 """
-    (folder / "settings").write_text(settings)
-    (folder / "commands").write_text("c\n")  # Debian's bochs has a debugger, which waits to be told
+    write_text(folder / "settings", settings)
+    write_text(folder / "commands", "c\n")  # Debian's bochs has a debugger, which waits to be told
     bochs = f"{needed('bochs')} -q -f {folder / 'settings'} -rc {folder / 'commands'}"
     run = subprocess.Popen(  # `script` gives it a terminal to draw on
         [needed("script"), "-qc", bochs, "/dev/null"],

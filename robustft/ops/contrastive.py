@@ -63,10 +63,20 @@ def contrastive_loss(
 
 
 def contrastive_distillation_loss(
-    *matrices: Tensor, labels: Tensor | None, memory: str | int, weight: Tensor | None, reduction: str
+    x: Tensor,
+    t: Tensor,
+    scale: Tensor,
+    x_teacher: Tensor,
+    t_teacher: Tensor,
+    teacher_scale: Tensor,
+    *,
+    labels: Tensor | None,
+    memory: str | int,
+    weight: Tensor | None,
+    reduction: str,
 ) -> tuple[Tensor, ...]:
-    """Of x, t, scale and the teacher's, contrastive and distillation losses, (n,) each, as `contrastive_loss`."""
-    x, t, *_ = matrices
+    """Contrastive and distillation losses, (n,) each, as `contrastive_loss`."""
+    matrices = x, t, scale, x_teacher, t_teacher, teacher_scale
     body = body_of("contrastive_distillation_loss", x)
     if body == "reference":
         losses = reference.contrastive_distillation_loss(*matrices, labels)

@@ -86,7 +86,7 @@ class Backward(NamedTuple):
     """
 
     setup: Callable[[Any, tuple, Any], None]
-    formula: Callable[..., object]
+    formula: Callable[..., Any]
     fake: Callable[..., object]
     body: Callable[..., object] | None = None
     results: int = 1
@@ -264,7 +264,7 @@ def _direct_function(name: str, of: Backward) -> type[torch.autograd.Function]:
         *inputs, reduction = given
         with below():
             output = computed(name, *inputs)
-            of.setup(ctx, inputs, output)
+            of.setup(ctx, tuple(inputs), output)
             found = output[: of.results]
             ctx.reduction, ctx.count = reduction, 1 if reduction == "none" else len(found[0])
             return found if reduction == "none" else tuple(reduced(losses, None, reduction) for losses in found)

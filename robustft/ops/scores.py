@@ -29,7 +29,7 @@ def concept_scores(x: Tensor, w: Tensor, temperature: float, scale: Tensor) -> S
     if body_of("concept_scores", x) == "reference":
         return Scores(*reference.concept_scores(x, w, temperature, scale))
     scores, prediction = computed("concept_scores", x, w, temperature, scale)
-    return Scores(*scores.unbind(), prediction)
+    return Scores._make((*scores.unbind(), prediction))
 
 
 def norms(features: Tensor) -> tuple[float, float]:
