@@ -72,7 +72,7 @@ def test_a_page_runs_as_shown(small, page, tmp_path, python):
     if small:
         shown = re.sub(r"\brange\(\d{3}\)", "range(9)", program(page))
         shown = re.sub(r"\brange\(\d{3} if .* else \d+\)", "range(30)", shown)
-        code += f"exec({FEW.format(train=140, validation=60, each=15) + SMALL!r}, {{}})\n{shown}"
+        code += f"exec({FEW.format(train=140, validation=60, each=30) + SMALL!r}, {{}})\n{shown}"
     elif page.stem == "README":  # with every image
         code += program(page, whole=True)
     else:
