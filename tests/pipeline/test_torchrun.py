@@ -102,7 +102,7 @@ def same_weights(found: Path, expected: Path) -> None:
     """To the rounding of single precision, which AdamW enlarges where a gradient is little more than that.
 
     Moments differ by some 2e-5 of their tensor's largest. A weight with such a gradient goes another way by up to 1e-3
-    a step, so the mean of a tensor is compared: it differs by some 1e-7. The gradient of a key's bias is 0 but for
+    a step, so the mean of a tensor is compared: it differs by 1e-7 to 1e-6. The gradient of a key's bias is 0 but for
     rounding (test_processes_fit.py), so of these, a third of in_proj_bias, there is only AdamW's own bound, 8 steps.
     """
     theirs = state(found)
@@ -115,7 +115,7 @@ def same_weights(found: Path, expected: Path) -> None:
             query, key, values = off.chunk(3)
             assert key.max() <= 8e-3, name
             off = torch.cat((query, values))
-        assert off.mean() < 1e-6, name
+        assert off.mean() < 5e-6, name
 
 
 def numbers(found):
