@@ -12,6 +12,6 @@ PROMPTED = {
 }
 ANCHORED = {
     "CARFT": {"contexts": ("a {}", "the {}", "red {}")},
-    "LipsumFT": {"texts": 5, "length": 4, "weight": 0.1},  # other texts each step: large, it hides the rest
+    "LipsumFT": {"texts": 5, "length": 4},
     "StarFT": {"spurious": ("{} at sea", "{} in snow")},
 }

@@ -67,7 +67,9 @@ def maker(name, world):
             return lambda model, **options: kind(model, descriptions=described, **options).prepare(data(model))
         case "WorstCaseFineTune":
             return lambda model, **options: kind(model, risk=methods.GroupDRO(2, 0.1), **options)
-        case "CARFT" | "LipsumFT" | "StarFT":
+        case "LipsumFT":  # other texts each step: a large weight would hide what is learnt
+            return functools.partial(kind, weight=0.1, **ANCHORED[name])
+        case "CARFT" | "StarFT":
             return functools.partial(kind, **ANCHORED[name])
         case "LPFT":
             probe = methods.LinearProbe(world.model, **world.prompts).classifier()
