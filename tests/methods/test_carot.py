@@ -4,6 +4,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from steps import step_each
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from robustft import fit
@@ -51,10 +52,7 @@ def test_carot_equals_its_plain_restatement_at_every_step(clip_model, prompts, b
         for name, value in terms.items():
             torch.testing.assert_close(out.terms[name], value.detach(), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(out.loss, loss, rtol=1e-9, atol=1e-12)
-        for chosen, value in ((optimizer, out.loss), (plain, loss)):
-            chosen.zero_grad()
-            value.backward()
-            chosen.step()
+        step_each((optimizer, out.loss), (plain, loss))
         method.after_step()
         if step % interval == 0:
             m = 0.05 + 0.85 * step / (0.2 * total) if step < 0.2 * total else 0.9

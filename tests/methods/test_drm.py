@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from faulty import interrupt
+from steps import step_each
 
 from robustft import clip
 from robustft.clip.prompts import read_descriptions
@@ -80,10 +81,7 @@ def test_drm_equals_its_plain_restatement_at_every_step(clip_model, described, b
         torch.testing.assert_close(out.terms["contrastive"], contrastive.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(out.terms["worst_case"], worst_case.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=1e-6)
-        for chosen, value in ((optimizer, out.loss), (plain, loss)):
-            chosen.zero_grad()
-            value.backward()
-            chosen.step()
+        step_each((optimizer, out.loss), (plain, loss))
         method.after_step()
     for (name, p), r in zip(method.model.named_parameters(), student.parameters(), strict=True):
         torch.testing.assert_close(p, r, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from steps import step_each
 
 from robustft.methods import FineTune, zero_shot_classifier
 
@@ -31,10 +32,7 @@ def test_fine_tune_equals_its_plain_restatement_at_every_step(clip_model, prompt
             F.normalize(student.encode_image(images), dim=-1) @ head.T, labels, label_smoothing=smoothing
         )
         torch.testing.assert_close(out.loss, loss, rtol=1e-9, atol=1e-12)
-        for chosen, value in ((optimizer, out.loss), (plain, loss)):
-            chosen.zero_grad()
-            value.backward()
-            chosen.step()
+        step_each((optimizer, out.loss), (plain, loss))
         method.after_step()
     torch.testing.assert_close(method.head, head, rtol=1e-8, atol=1e-10)
     for p, q in zip(method.model.parameters(), student.parameters(), strict=True):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from steps import step_each
 
 from robustft import fit
 from robustft.methods import FLYP, LPFT, FineTune, LinearProbe, WiSEFT, zero_shot_classifier
@@ -143,10 +144,7 @@ def test_lp_ft_with_l2_sp_equals_its_plain_restatement_at_every_step(case, promp
         loss = F.cross_entropy(F.normalize(student.encode_image(images), dim=-1) @ w.T + b, labels)
         loss = loss + 0.3 / 2 * sum((p - p0).square().sum() for p, p0 in zip(tuned, start, strict=True))
         torch.testing.assert_close(out.loss, loss)
-        for chosen, value in ((optimizer, out.loss), (plain, loss)):
-            chosen.zero_grad()
-            value.backward()
-            chosen.step()
+        step_each((optimizer, out.loss), (plain, loss))
         method.after_step()
     torch.testing.assert_close((method.head, method.bias), (w, b))
     for name, value in student.state_dict().items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_options import ANCHORED
+from steps import step_each
 from tiny_clip import letters
 
 from robustft import methods
@@ -62,10 +63,7 @@ def test_they_equal_their_plain_restatement_at_every_step(model_and_batches, pro
         assert out.terms.keys() == {"cross_entropy", HEADED[name]}
         torch.testing.assert_close(out.terms[HEADED[name]], expected.detach(), rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(out.loss, loss, rtol=1e-9, atol=1e-12)
-        for chosen, value in ((optimizer, out.loss), (plain, loss)):
-            chosen.zero_grad()
-            value.backward()
-            chosen.step()
+        step_each((optimizer, out.loss), (plain, loss))
         method.after_step()
     assert out.terms[HEADED[name]] > 0
     torch.testing.assert_close(method.head, head, rtol=1e-8, atol=1e-10)
@@ -99,10 +97,7 @@ def test_starft_equals_its_plain_restatement_at_every_step(model_and_batches, pr
         loss = contrastive + 0.7 * (1 - step / 8) * expected
         torch.testing.assert_close(out.terms["spurious"], expected.detach(), rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(out.loss, loss, rtol=1e-9, atol=1e-12)
-        for chosen, value in ((optimizer, out.loss), (plain, loss)):
-            chosen.zero_grad()
-            value.backward()
-            chosen.step()
+        step_each((optimizer, out.loss), (plain, loss))
         method.after_step()
     assert out.terms["spurious"] > 0
     for p, q in zip(method.model.parameters(), student.parameters(), strict=True):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from faulty import interrupt
+from steps import step_each
 
 from robustft.data import ImageDataset
 from robustft.methods import Classifier, CVaR, FineTune, GroupDRO, WorstCaseFineTune, WorstGroup
@@ -66,10 +67,7 @@ def test_worst_case_equals_its_plain_restatement_at_every_step(clip_model, promp
         loss = plain_risk(losses, batch["group"], state)
         torch.testing.assert_close(out.loss, loss, rtol=1e-6, atol=1e-9)  # the weights are float32
         torch.testing.assert_close(out.terms["cross_entropy"], entropies.detach().mean(), rtol=1e-6, atol=1e-9)
-        for chosen, value in ((optimizer, out.loss), (plain, loss)):
-            chosen.zero_grad()
-            value.backward()
-            chosen.step()
+        step_each((optimizer, out.loss), (plain, loss))
         method.after_step()
     torch.testing.assert_close(method.head, head, rtol=1e-5, atol=1e-7)
     for p, q in zip(method.model.parameters(), student.parameters(), strict=True):
