@@ -374,6 +374,14 @@ class PromptTable:
     def sample(self, labels: Tensor, generator: torch.Generator | None = None) -> SampledCaptions:
         """Draws a template for each label, uniformly, and returns the batch's distinct captions.
 
+        labels, generator, errors: as for `draw`.
+        """
+        return self._distinct(self.draw(labels, generator))
+
+    @checked
+    def draw(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draws a template for each label, uniformly: the rows (N,) of `captions` that it makes with them.
+
         labels: (N,) integers in [0, K). generator: the source of randomness; one on the CPU draws the same
         templates whatever device the table is on. Raises ValueError for labels out of range.
         """
@@ -381,7 +389,7 @@ class PromptTable:
         # float64, so that a draw just below 1 cannot round up to the count.
         draw = torch.rand(labels.shape, dtype=torch.float64, device=device, generator=generator)
         labels = self._checked(labels)
-        return self._distinct(self.rows[labels, (draw.to(labels.device) * self.counts[labels]).long()])
+        return self.rows[labels, (draw.to(labels.device) * self.counts[labels]).long()]
 
     def _distinct(self, rows: Tensor) -> SampledCaptions:
         distinct, index = rows.unique(return_inverse=True)

@@ -30,13 +30,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from robustft import clip
 from robustft.losses import CROSS_WEIGHT, DISTILLATION_WEIGHT, ORTHOGONALITY_WEIGHT, CaRotLoss
 from robustft.methods.base import Step
-from robustft.methods.flyp import CaptionMethod, CaptionOptions
+from robustft.methods.flyp import CaptionMethod, CaptionOptions, Pairs
+from robustft.methods.kept_texts import KeptTexts
 from robustft.methods.options import check_weights
 from robustft.ops import arguments
 from robustft.predictors.base import Classifier
@@ -50,7 +52,8 @@ class CaRot(CaptionMethod):
     The defaults reproduce the released code, which differs from the paper: the orthogonality penalty is the
     norm itself (`squared=True` for the paper's square), there is the cross penalty, and the distillation adds
     both directions without the half. The distillation is skipped at step 0, where teacher and student are
-    one; it is computed from log-softmax, where the released code's log(softmax) can overflow. The teacher
+    one; it is computed from log-softmax, where the released code's log(softmax) can overflow. Captions made from labels
+    pass the teacher once between its updates, where that costs less (`kept_texts`, with its memory). The teacher
     averages parameters only: buffers (running statistics of a ResNet tower) stay the pre-trained ones, in
     evaluation mode. Of a model with adapters it averages these alone, and shares the frozen weights. The student is
     evaluated; `classifier(teacher=True)` for the other. An exponential average that moves at every step collapses onto
@@ -140,6 +143,7 @@ class CaRot(CaptionMethod):
         self.ema_start, self.ema_end = ema_start, ema_end
         self.ema_warmup_fraction = ema_warmup_fraction
         self.teacher = self.frozen_copy()
+        self.teacher_texts = KeptTexts(self.prompts)
         self.penalised = self._projections()
         if self.total_steps is not None:
             self._warn_of_the_interval()
@@ -171,7 +175,7 @@ class CaRot(CaptionMethod):
         others: dict[str, Tensor | None] = {}
         if self.loss.needs_teacher and self.steps_done > 0:
             with torch.no_grad():
-                others["teacher_image_features"], others["teacher_text_features"] = self.features(self.teacher, pairs)
+                others["teacher_image_features"], others["teacher_text_features"] = self._teacher_features(pairs)
                 others["teacher_logit_scale"] = clip.logit_scale(self.teacher)
                 if self.sigmoid:
                     others["teacher_logit_bias"] = clip.logit_bias(self.teacher)
@@ -214,6 +218,15 @@ class CaRot(CaptionMethod):
     def classifier(self, *, teacher: bool = False) -> Classifier:
         """The student's classifier, the one that the paper evaluates, or its teacher's."""
         return self.zero_shot_classifier(self.teacher if teacher else self.model)
+
+    def _teacher_features(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Unit features of images and captions, (N, D) each; captions of labels are encoded once for an interval."""
+        if pairs.captions is None or pairs.rows is None:
+            return self.features(self.teacher, pairs)
+        t = self.teacher_texts.of(self.teacher, pairs.captions, self.ema_interval)
+        if t is None:
+            return self.features(self.teacher, pairs)
+        return clip.encode_images(self.teacher, pairs.images), F.embedding(pairs.rows, t)
 
     def _projections(self) -> tuple[str, ...]:
         """The last linear maps that the penalties need; a warning where a tower has none, and so no penalty."""

@@ -33,7 +33,8 @@ from robustft.predictors.base import Classifier
 class Pairs(NamedTuple):
     """Images (N, C, H, W), tokens (U, L) and each image's row of these (N,), or None for 0 .. N - 1.
 
-    `labels` (N,) are those that share targets, None for the diagonal's; `classes` (N,) those that are known.
+    `labels` (N,) are those that share targets, None for the diagonal's; `classes` (N,) those that are known. `captions`
+    (U,) are the tokens' rows of the method's table of prompts, None for texts that came with the batch.
     """
 
     images: Tensor
@@ -41,6 +42,7 @@ class Pairs(NamedTuple):
     rows: Tensor | None
     labels: Tensor | None
     classes: Tensor | None
+    captions: Tensor | None
 
 
 class CaptionOptions(Shared, total=False):
@@ -105,15 +107,18 @@ class CaptionMethod(Method):
                 "labels would be (N,)"
             )
         rows: Tensor | None = None
+        captions: Tensor | None = None
         if texts is None:
             assert labels is not None  # a batch has one of both
-            tokens, rows = self.prompts.sample(labels, stateless_generator(self.seed, "captions", self.steps_done))
+            drawn = self.prompts.draw(labels, stateless_generator(self.seed, "captions", self.steps_done))
+            captions, rows = drawn.unique(return_inverse=True)
+            tokens = self.prompts.captions[captions]
         else:
             tokens, rows = distinct(texts if isinstance(texts, Tensor) else tokenize(self.tokenizer, texts))
         multiple = 1 if self.steps.device.type == "cpu" else 8
         tokens = clip.trim_padding(self.model, tokens, multiple=multiple).to(self.steps.device)
         rows = None if rows is None else rows.to(self.steps.device)
-        return Pairs(images, tokens, rows, labels if self.targets == "label" else None, labels)
+        return Pairs(images, tokens, rows, labels if self.targets == "label" else None, labels, captions)
 
     @staticmethod
     def features(model: nn.Module, pairs: Pairs) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from robustft.clip.prompts import PromptTable, Template
 from robustft.data.seeds import stateless_generator
 from robustft.methods.base import Step
 from robustft.methods.flyp import CaptionMethod, CaptionOptions, Pairs
+from robustft.methods.kept_texts import KeptTexts
 from robustft.methods.options import check_weights, digest
 from robustft.methods.text_anchored import captions_of, kl
 from robustft.methods.unsaved import Pretrained
@@ -64,6 +65,7 @@ class StarFT(CaptionMethod):
         super().__init__(model, **options)
         self.config["spurious"] = digest(captions_of("spurious", spurious, self.class_names))
         self.spurious = PromptTable(self.tokenizer, self.class_names, spurious)
+        self.spurious_texts = KeptTexts(self.spurious)
         self.weight, self.diminishing = weight, diminishing
         self.pretrained = Pretrained(self) if weight else None
         self.config |= self.pretrained.config if self.pretrained else {}
@@ -88,9 +90,11 @@ class StarFT(CaptionMethod):
         if pairs.classes is None:
             raise ValueError("StarFT needs labels in the batch, which has texts only")
         generator = stateless_generator(self.seed, "spurious captions", self.steps_done)
-        tokens, rows = (part.to(u.device) for part in self.spurious.sample(pairs.classes, generator))
+        captions, rows = self.spurious.draw(pairs.classes, generator).unique(return_inverse=True)
+        tokens, rows = self.spurious.captions[captions].to(u.device), rows.to(u.device)
+        kept = self.spurious_texts.of(pretrained.held[0], captions, self.total_steps or self._number("run_steps") or 1)
+        texts = clip.encode_texts(self.model, tokens), pretrained.text_features(tokens) if kept is None else kept
         # F.embedding, because the gradient of v[index] adds up in no fixed order on several threads.
-        texts = clip.encode_texts(self.model, tokens), pretrained.text_features(tokens)
         v, v0 = (F.embedding(rows, found) for found in texts)
         u0, s0 = pretrained.image_features(pairs.images), pretrained.logit_scale
         same = pairs.classes[:, None] == pairs.classes
