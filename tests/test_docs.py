@@ -9,9 +9,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
-from targets import exhaustive
 
-# A page on few images, in names that it does not see. In all else the exhaustive tests run it as shown;
+# A page on few images, in names that it does not see. In all else the exhaustive tests run every page as shown;
 FEW = """
 from robustft.data import glyphworld
 
@@ -24,7 +23,7 @@ glyphworld.SPLITS = {{
 glyphworld.ood = some(glyphworld.ood)
 glyphworld.shift = some(glyphworld.shift)
 """
-# the plain run takes fewer yet, one epoch or nine steps, and empty pictures.
+# the plain run takes a few pages, fewer images yet, one epoch or nine steps, and empty pictures.
 SMALL = """
 import robustft
 from matplotlib.figure import Figure
@@ -60,13 +59,17 @@ def site_pages() -> dict[str, Callable[[], str]]:
     return hooks.PAGES
 
 
-SHOWN = [page for page in (*PAGES, *FRONT) if program(page)]
-SLOW = ("lora",)  # peft takes seconds to be imported
-SHOWN = [pytest.param(page, marks=[pytest.mark.exhaustive] * (page.stem in SLOW), id=page.stem) for page in SHOWN]
+SHOWN = {page.stem: page for page in (*PAGES, *FRONT) if program(page)}
+FIRST = ("README", "own_data", "ood_detection")  # what a newcomer opens
 
 
-@pytest.mark.parametrize("page", SHOWN)
-@pytest.mark.parametrize("small", [True, *exhaustive(False)], ids=["small", "whole"])
+@pytest.mark.parametrize(
+    ("page", "small"),
+    [
+        *(pytest.param(SHOWN[name], True, id=f"{name}-small") for name in FIRST),
+        *(pytest.param(page, False, id=f"{name}-whole", marks=pytest.mark.exhaustive) for name, page in SHOWN.items()),
+    ],
+)
 def test_a_page_runs_as_shown(small, page, tmp_path, python):
     code = "import warnings; warnings.filterwarnings('error', '', DeprecationWarning, 'robustft')\n"
     if small:
