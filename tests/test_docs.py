@@ -79,7 +79,7 @@ def test_a_page_runs_as_shown(small, page, tmp_path, python):
     elif page.stem == "README":  # with every image
         code += program(page, whole=True)
     else:
-        code += f"exec({FEW.format(train=300, validation=200, each=100)!r}, {{}})\n{program(page, whole=True)}"
+        code += f"exec({FEW.format(train=200, validation=100, each=60)!r}, {{}})\n{program(page, whole=True)}"
     run = python.run("-c", code, folder=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     if page.stem == "README":
