@@ -149,7 +149,9 @@ def fit(
         progress: a bar on a terminal, else a line every few seconds to `log` (standard error by default).
 
     Raises:
-        NonFiniteError: before the update that would spoil the weights. The last checkpoint stays.
+        NonFiniteError: before the update that would spoil the weights. The last checkpoint stays. A GPU does not wait
+            for its numbers: there that update leaves the weights as they are and the error comes with the next step,
+            when what follows the weights, as a teacher, has counted it.
         KeyboardInterrupt: on Ctrl-C, after the current step and its checkpoint. A second Ctrl-C does not
             wait.
         ValueError, TypeError: bad arguments or data, a configuration other than the checkpoint's, or trained weights

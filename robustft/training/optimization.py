@@ -28,6 +28,10 @@ class Optimization:
     `logit_scale` is the model's parameter ln s where it is trained, held at or below `settings.max_logit_scale`, or at
     its first value where that is higher: otherwise it grows as long as that lowers the loss, and confidence with it.
     `skipped` counts the last steps, one after another, that fp16 has not taken because their gradient overflowed.
+
+    `waits` is whether loss and norm are looked at before the update. On an accelerator that would let it run dry at
+    every step: there the update itself leaves the weights alone where they are not finite, and who trains is told when
+    the numbers have come.
     """
 
     def __init__(self, method: Method, settings: Settings, how: Spread = ONE_PASS) -> None:
@@ -46,6 +50,7 @@ class Optimization:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.skipped = 0
+        self.waits = self.device.type != "cuda"
         scale = getattr(unwrap(method.model), "logit_scale", None)
         self.logit_scale = scale if isinstance(scale, nn.Parameter) and scale.requires_grad else None
         self._highest = math.inf
@@ -92,18 +97,33 @@ class Optimization:
         self.skipped = self.skipped + 1 if self.scaler.is_enabled() and not finite else 0
         return math.isfinite(loss) and (finite or 0 < self.skipped < SKIPS_BEFORE_ERROR)
 
-    def apply(self, norm: Tensor, rate: float) -> None:
-        """Clips the gradient of this norm, moves the weights at this rate and tells the method."""
+    def apply(self, loss: Tensor, norm: Tensor, rate: float) -> None:
+        """Clips the gradient of this norm, moves the weights at this rate and tells the method.
+
+        Weights and moments stay as they are where the loss or the norm is not finite; nothing is waited for.
+        """
         for group in self.adamw.param_groups:
             group["lr"] = rate
         if self.settings.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, norm)
-        self.scaler.step(self.adamw)
-        self.scaler.update()
+        if self.waits or self.scaler.is_enabled():  # seen before, or by the loss scale
+            self.scaler.step(self.adamw)
+            self.scaler.update()
+        else:
+            self._step_where_finite(loss, norm)
         if self.logit_scale is not None and self._highest < math.inf:
             with torch.no_grad():
                 self.logit_scale.clamp_(max=self._highest)
         self.method.after_step()
+
+    def _step_where_finite(self, loss: Tensor, norm: Tensor) -> None:
+        """By the way that a fused AdamW has for loss scales, which it looks at on the device."""
+        adamw: Any = self.adamw
+        adamw.found_inf = 1.0 - (loss.detach().isfinite() & norm.isfinite()).float()
+        try:
+            adamw.step()
+        finally:
+            del adamw.found_inf
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The moments of each parameter by "<index>.<name>", and the loss scale's state."""

@@ -34,6 +34,28 @@ class NonFiniteError(FloatingPointError):
         self.names = names
 
 
+class Told:
+    """Numbers of a step on their way from the device: (loss, norm of the gradient), and of which step they are."""
+
+    def __init__(self, step: int, out: Step, norm: Tensor) -> None:
+        self.step, self.out = step, out
+        numbers = torch.stack([out.loss.detach().double(), norm.double()])
+        self._event: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(2, dtype=torch.float64, pin_memory=True).copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._numbers = numbers
+
+    def read(self) -> tuple[float, float]:
+        """Waits for this step, and for no later one."""
+        if self._event is not None:
+            self._event.synchronize()
+        loss, norm = self._numbers.tolist()
+        return loss, norm
+
+
 @dataclass
 class Training:
     """A run under way: `step` steps are done, `records` are what was logged of them."""
@@ -54,6 +76,8 @@ class Training:
     def __post_init__(self) -> None:
         self.kept: dict[str, Tensor] = {}  # the best weights of a run without output
         self.clock = Clock(self.step)
+        self.told: Told | None = None  # of the last step, if it was not looked at yet
+        self.loss = self.norm = math.nan  # of the last step that was looked at
 
     def over(self) -> bool:
         """Whether there is nothing left to do."""
@@ -75,10 +99,13 @@ class Training:
             for batch in batches:
                 self.one_step(batch)
                 if self.validation is not None and self.validation.due(self.step, schedule.total):
+                    self.look()
                     self.validate(self.validation)
                 stop = self.processes.any(bool(interrupted), device)
-                if self.run is not None and (stop or self.over() or self.step % schedule.per_epoch == 0):
-                    self.run.save(self.step)
+                if stop or self.over() or self.step % schedule.per_epoch == 0:
+                    self.look()
+                    if self.run is not None:
+                        self.run.save(self.step)
                 if stop:
                     saved = "nothing was saved: no output" if self.run is None else f"resume from {self.run.checkpoint}"
                     raise KeyboardInterrupt(f"stopped after step {self.step} of {schedule.total}; {saved}")
@@ -92,23 +119,36 @@ class Training:
         optimization.start()
         out = optimization.backward(batch if optimization.how.parts > 1 else to_device(batch, optimization.device))
         norm = optimization.norm()
-        loss, size = out.loss.item(), norm.item()
-        if not optimization.accepts(loss, size):
-            raise _non_finite(self.method, out, self.step, epoch, None if self.run is None else self.run.checkpoint)
-        optimization.apply(norm, rate)
+        self.look()
+        self.told = Told(self.step, out, norm)
+        due = (self.step + 1) % self.log_every == 0 or self.step + 1 in (1, self.schedule.total)
+        if due or optimization.waits:
+            self.look()
+        optimization.apply(out.loss, norm, rate)
         self.step += 1
-        self.shown.update(self.step, f"epoch {epoch + 1}/{settings.epochs}", f"loss {loss:.4f}")
-        if self.step % self.log_every == 0 or self.step in (1, self.schedule.total):
+        self.shown.update(self.step, f"epoch {epoch + 1}/{settings.epochs}", f"loss {self.loss:.4f}")
+        if due:
             terms = {name: value.item() for name, value in out.terms.items()}
             # None where fp16 skipped the update: JSON has no word for infinity.
-            shown = {"gradient_norm": None if optimization.skipped else size}
+            shown = {"gradient_norm": None if optimization.skipped else self.norm}
             if optimization.logit_scale is not None:
                 shown["logit_scale"] = math.exp(optimization.logit_scale.item())
             speed = self.clock.rate(self.step) * min(settings.batch_size, self.schedule.samples)
             self.record(
-                {"step": self.step, "epoch": epoch + 1, "lr": rate, "loss": loss, **terms, **shown},
+                {"step": self.step, "epoch": epoch + 1, "lr": rate, "loss": self.loss, **terms, **shown},
                 {"samples_per_second": speed, **peak_memory(optimization.device)},
             )
+
+    def look(self) -> None:
+        """Loss and norm of the last step, if they were not looked at; NonFiniteError where they would spoil weights."""
+        told, self.told = self.told, None
+        if told is None:
+            return
+        self.loss, self.norm = told.read()
+        if not self.optimization.accepts(self.loss, self.norm):
+            epoch = told.step // self.schedule.per_epoch
+            checkpoint = None if self.run is None else self.run.checkpoint
+            raise _non_finite(self.method, told.out, told.step, epoch, checkpoint, there=told.step == self.step)
 
     def validate(self, validation: Validation) -> None:
         """Measures, and keeps the weights if they are the best so far."""
@@ -144,7 +184,10 @@ class Training:
             self.on_record({**record, **beside})
 
 
-def _non_finite(method: Method, out: Step, step: int, epoch: int, checkpoint: Path | None) -> NonFiniteError:
+def _non_finite(
+    method: Method, out: Step, step: int, epoch: int, checkpoint: Path | None, there: bool
+) -> NonFiniteError:
+    """there: whether the gradients are still that step's."""
     terms = [name for name, value in out.terms.items() if not value.isfinite().all()]
     if terms:
         what = f"term {', '.join(repr(name) for name in terms)}"
@@ -152,7 +195,7 @@ def _non_finite(method: Method, out: Step, step: int, epoch: int, checkpoint: Pa
         terms, what = ["loss"], "the loss"
     else:
         named = method.named_parameters()
-        terms = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+        terms = [name for name, p in named if there and p.grad is not None and not p.grad.isfinite().all()]
         what = f"the gradient of {terms[0]} and {len(terms) - 1} other parameters" if terms else "the gradient's norm"
     values = ", ".join(f"{name} {value.item():.4g}" for name, value in out.terms.items())
     kept = "no checkpoint was written" if checkpoint is None else f"the last good checkpoint is {checkpoint}"

@@ -24,9 +24,10 @@ from targets import exhaustive
 from robustft.methods import FLYP, CaRot, FineTune, Method, Step
 from robustft.training.checkpoint import _checksums, load_checkpoint, save_checkpoint
 from robustft.training.loop import fit
+from robustft.training.optimization import Optimization
 from robustft.training.run import holds_run
 from robustft.training.schedule import learning_rate, steps_per_epoch
-from robustft.training.steps import NonFiniteError
+from robustft.training.steps import NonFiniteError, Told
 
 SAMPLES, BATCH, EPOCHS = 26, 8, 3  # three whole batches an epoch, nine steps
 TOTAL = 9
@@ -356,6 +357,62 @@ def test_a_term_that_is_not_finite_stops_the_run_before_the_update(tmp_path, who
         resumed = make()
         run(resumed, tmp_path, resume=True)
         assert torch.equal(resumed.model.visual.proj, whole(CaRot)[0].model.visual.proj)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Training as on a GPU, which does not wait for the numbers of a step before it makes the next."""
+
+    class Late(Optimization):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.waits = False
+
+    monkeypatch.setattr("robustft.training.loop.Optimization", Late)
+
+
+def test_numbers_that_are_looked_at_a_step_late_are_the_same(late, tmp_path, whole):
+    method, looked = make(), []
+    read = Told.read
+
+    def noted(told):
+        looked.append((told.step, int(method.steps)))
+        return read(told)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Told, "read", noted)
+        run(method, tmp_path, log_every=4)
+    # A record or the end of an epoch is due after the steps 0, 2, 3, 5, 7 and 8.
+    assert [(step, now - step) for step, now in looked] == [
+        *((0, 0), (1, 1), (2, 1), (3, 0), (4, 1), (5, 1), (6, 1), (7, 0), (8, 0))
+    ]
+    reference, folder, _ = whole(CaRot)
+    for name, value in reference.state_dict().items():
+        assert torch.equal(method.state_dict()[name], value), name
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    waited = {one["step"]: one for one in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+    assert [one["step"] for one in records] == [1, 4, 8, 9] and all(waited[one["step"]] == one for one in records)
+
+
+def test_a_step_that_is_seen_late_has_not_moved_the_weights(late, tmp_path, whole):
+    method = make()
+    original = method.after_step
+
+    def after_step():
+        original()
+        if int(method.steps) == 4:
+            method.before = [p.detach().clone() for p in method.model.parameters()]
+            poison(method)
+
+    method.after_step = after_step
+    with pytest.raises(NonFiniteError, match=r"step 4 \(epoch 2\): term 'contrastive'.*step_00000003") as caught:
+        run(method, tmp_path)
+    assert caught.value.step == 4 and int(method.steps) == 5
+    for (name, p), before in zip(method.model.named_parameters(), method.before, strict=True):
+        assert name == "logit_scale" or torch.equal(p, before), name
+    resumed = make()
+    run(resumed, tmp_path, resume=True)
+    assert torch.equal(resumed.model.visual.proj, whole(CaRot)[0].model.visual.proj)
 
 
 class Cliff(Method):
