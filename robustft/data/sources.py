@@ -491,6 +491,9 @@ def check_workers(workers: int) -> None:
         raise ValueError(f"workers is {workers}; expected at most {MOST_WORKERS} processes")
 
 
+HOST = "_labels_on_host"
+
+
 def check_labels(labels: Tensor, classes: int) -> None:
     """ValueError unless every label lies in [0, classes)."""
     low, high = (int(bound) for bound in labels.aminmax())
@@ -549,15 +552,27 @@ def unpack(batch: Any, features: bool = False) -> Batch:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with all its tensors on a device."""
+    """A batch with all its tensors on a device; `on_host` finds where its labels came from."""
     match batch:
         case Tensor():
-            return batch.to(device, non_blocking=True)
+            moved = batch.to(device, non_blocking=True)
+            if moved is not batch and batch.ndim <= 1 and not batch.is_floating_point() and batch.device.type == "cpu":
+                setattr(moved, HOST, batch)
+            return moved
         case tuple() | list() if batch and not isinstance(batch[0], str):
             return tuple(to_device(part, device) for part in batch)
         case dict():
             return {key: to_device(part, device) for key, part in batch.items()}
     return batch
+
+
+def on_host(labels: Tensor) -> Tensor:
+    """The same labels on the CPU, if `to_device` moved them and they were not written since; else as they are.
+
+    To check them, or to draw by them, an accelerator need not be waited for.
+    """
+    host = getattr(labels, HOST, None)
+    return labels if host is None or labels._version else host
 
 
 def in_parts(batch: Any, parts: int) -> list[Any]:

@@ -32,7 +32,7 @@ from robustft.clip.encoding import unwrap
 from robustft.clip.prompts import Template, Tokenizer, captions, split_names, tokenize
 from robustft.clip.spread import Spread, current, drawn_seed, joined, seeded, spread
 from robustft.data.classes import ClassNames
-from robustft.data.sources import Batch, check_labels, column, in_parts, to_device, unpack
+from robustft.data.sources import Batch, check_labels, column, in_parts, on_host, to_device, unpack
 from robustft.losses import weighted_sum
 from robustft.machine import Tune
 from robustft.methods.options import Configured, digest
@@ -375,8 +375,8 @@ class Method(Configured, nn.Module):
         elif images.device != device and current() is None:
             raise ValueError(f"images are on {images.device}, the model is on {device}")
         if labels is not None:
+            check_labels(on_host(labels), len(self.class_names))
             labels = labels.to(device, torch.int64)
-            check_labels(labels, len(self.class_names))
         return Batch(images, labels, texts)
 
     def _notice_after_step(self) -> None:

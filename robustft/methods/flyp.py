@@ -21,6 +21,7 @@ from robustft import clip
 from robustft.clip.encoding import freeze_idle
 from robustft.clip.prompts import PromptTable, tokenize
 from robustft.data.seeds import stateless_generator
+from robustft.data.sources import on_host
 from robustft.functional import classification_loss, contrastive_loss, sigmoid_contrastive_loss
 from robustft.machine import Loss
 from robustft.methods.base import Method, Shared, Step
@@ -110,14 +111,14 @@ class CaptionMethod(Method):
         captions: Tensor | None = None
         if texts is None:
             assert labels is not None  # a batch has one of both
-            drawn = self.prompts.draw(labels, stateless_generator(self.seed, "captions", self.steps_done))
+            drawn = self.prompts.draw(on_host(labels), stateless_generator(self.seed, "captions", self.steps_done))
             captions, rows = drawn.unique(return_inverse=True)
             tokens = self.prompts.captions[captions]
         else:
             tokens, rows = distinct(texts if isinstance(texts, Tensor) else tokenize(self.tokenizer, texts))
         multiple = 1 if self.steps.device.type == "cpu" else 8
-        tokens = clip.trim_padding(self.model, tokens, multiple=multiple).to(self.steps.device)
-        rows = None if rows is None else rows.to(self.steps.device)
+        tokens = clip.trim_padding(self.model, tokens, multiple=multiple).to(self.steps.device, non_blocking=True)
+        rows = None if rows is None else rows.to(self.steps.device, non_blocking=True)
         return Pairs(images, tokens, rows, labels if self.targets == "label" else None, labels, captions)
 
     @staticmethod

@@ -54,4 +54,4 @@ class KeptTexts:
             with spread.spread(None):
                 parts = [clip.encode_texts(model, part.to(device)) for part in self.prompts.captions.split(CHUNK)]
             self._state, self._features = state, torch.cat(parts)
-        return self._features[captions.to(device)]
+        return self._features[captions.to(device, non_blocking=True)]

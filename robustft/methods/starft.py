@@ -21,6 +21,7 @@ from robustft import clip
 from robustft.clip.outputs import similarities
 from robustft.clip.prompts import PromptTable, Template
 from robustft.data.seeds import stateless_generator
+from robustft.data.sources import on_host
 from robustft.methods.base import Step
 from robustft.methods.flyp import CaptionMethod, CaptionOptions, Pairs
 from robustft.methods.kept_texts import KeptTexts
@@ -90,8 +91,8 @@ class StarFT(CaptionMethod):
         if pairs.classes is None:
             raise ValueError("StarFT needs labels in the batch, which has texts only")
         generator = stateless_generator(self.seed, "spurious captions", self.steps_done)
-        captions, rows = self.spurious.draw(pairs.classes, generator).unique(return_inverse=True)
-        tokens, rows = self.spurious.captions[captions].to(u.device), rows.to(u.device)
+        captions, rows = self.spurious.draw(on_host(pairs.classes), generator).unique(return_inverse=True)
+        tokens, rows = (part.to(u.device, non_blocking=True) for part in (self.spurious.captions[captions], rows))
         kept = self.spurious_texts.of(pretrained.held[0], captions, self.total_steps or self._number("run_steps") or 1)
         texts = clip.encode_texts(self.model, tokens), pretrained.text_features(tokens) if kept is None else kept
         # F.embedding, because the gradient of v[index] adds up in no fixed order on several threads.

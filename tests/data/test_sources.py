@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 import robustft
 from robustft import clip
 from robustft.data import sources
-from robustft.data.sources import Source, batches, image_batches
+from robustft.data.sources import Source, batches, image_batches, on_host, to_device
 from robustft.evaluation import evaluate
 from robustft.predictors import zero_shot_classifier
 
@@ -227,3 +227,14 @@ def test_an_iterable_set_is_not_trained_on_nor_cached(clip_model, prompts, valid
         robustft.fit(robustft.FineTune(clip_model, **prompts), Streamed(*validation), epochs=1, batch_size=8, lr=1e-3)
     with pytest.raises(ValueError, match="encode it without cache"):
         clip.encode(clip_model, Streamed(*validation), cache=tmp_path)
+
+
+def test_labels_that_were_moved_are_found_where_they_came_from_until_they_are_written():
+    images, labels = torch.randn(3, 3, 8, 8), torch.tensor([2, 0, 1])
+    moved = to_device((images, labels), torch.device("meta"))
+    assert on_host(moved[1]) is labels and on_host(moved[0]) is moved[0]
+    assert on_host(to_device({"image": images, "label": labels}, torch.device("meta"))["label"]) is labels
+    stayed = to_device((images, labels), torch.device("cpu"))[1]
+    assert stayed is labels and on_host(labels) is labels
+    moved[1].add_(1)
+    assert on_host(moved[1]) is moved[1]

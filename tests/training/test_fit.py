@@ -27,7 +27,7 @@ from robustft.training.loop import fit
 from robustft.training.optimization import Optimization
 from robustft.training.run import holds_run
 from robustft.training.schedule import learning_rate, steps_per_epoch
-from robustft.training.steps import NonFiniteError, Told
+from robustft.training.steps import NonFiniteError, Told, Training
 
 SAMPLES, BATCH, EPOCHS = 26, 8, 3  # three whole batches an epoch, nine steps
 TOTAL = 9
@@ -413,6 +413,22 @@ def test_a_step_that_is_seen_late_has_not_moved_the_weights(late, tmp_path, whol
     resumed = make()
     run(resumed, tmp_path, resume=True)
     assert torch.equal(resumed.model.visual.proj, whole(CaRot)[0].model.visual.proj)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", [FineTune, FLYP, CaRot])
+def test_a_step_waits_for_nothing_on_a_gpu(kind, monkeypatch):
+    one_step = Training.one_step
+
+    def watched(training, batch):
+        torch.cuda.set_sync_debug_mode("error" if 2 <= training.step <= 4 else "default")
+        try:
+            one_step(training, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Training, "one_step", watched)
+    assert run(make(kind, total_steps=6), batch_size=4, epochs=1, log_every=99, device="cuda").steps == 6
 
 
 class Cliff(Method):
