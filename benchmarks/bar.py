@@ -91,7 +91,7 @@ NO_SLOWER = 0.95
 """What a small batch must reach of eager's speed: never slower, with 5 % for the measurement."""
 _FEW = (8, 32, 128)
 SMALL_ROWS = (
-    *(Row(work, n) for work in ("contrastive", "distillation") for n in _FEW),
+    *(Row(work, n) for work in ("contrastive", "distillation", "sigmoid") for n in _FEW),
     *(Row(work, n, k=k) for work in ("classification", "dual_risk") for k in (10, 100) for n in _FEW),
     *(Row("group_risk", n, 0, 16) for n in _FEW),
     *(Row("cvar", n, 0) for n in _FEW),

@@ -59,7 +59,11 @@ def distill_clip_loss() -> Callable[..., Tensor]:
 
 def candidates(row: Row) -> list[Candidate]:
     def both(function: Callable[..., tuple[Tensor, Tensor]]):
-        return forward_backward(lambda *features: sum(function(*features)))
+        def total(*features: Tensor, **options: int) -> Tensor:
+            contrastive, distillation = function(*features, **options)
+            return contrastive + distillation  # not sum(), which begins by adding 0
+
+        return forward_backward(total)
 
     found = [
         ours("contrastive_distillation_loss", row, both),

@@ -63,7 +63,11 @@ def chunked(x: Tensor, w: Tensor, v: Tensor, y: Tensor, q: Tensor, s: Tensor) ->
 
 def candidates(row: Row) -> list[Candidate]:
     def both(function: Callable[..., tuple[Tensor, Tensor]]):
-        return forward_backward(lambda *arguments, **options: sum(function(*arguments, **options)))
+        def total(*arguments: Tensor, **options: int) -> Tensor:
+            empirical, worst_case = function(*arguments, **options)
+            return empirical + worst_case  # not sum(), which begins by adding 0
+
+        return forward_backward(total)
 
     found = [
         ours("dual_risk", row, both),

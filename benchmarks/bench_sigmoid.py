@@ -51,7 +51,7 @@ def candidates(row: Row) -> list[Candidate]:
         peer("eager", row, forward_backward(eager), matrices=4),
         peer("open_clip", row, forward_backward(siglip_loss()), matrices=6),
     ]
-    if row in bar.rows("sigmoid") and row.precision == "highest":
+    if row in bar.rows("sigmoid") and row.n > 512 and row.precision == "highest":
         found += [
             peer("robustft reference", row, forward_backward(with_labels), matrices=7),
             compiled(eager, row, matrices=4),
