@@ -14,8 +14,8 @@ STABLE_TORCH_LIBRARY(robustft, m) {
   // Both and the losses between them in one, cpu/similarity/pair_losses.cpp
   m.def(
       "pair_losses(Tensor x, Tensor t, Tensor scale, Tensor? x_teacher, Tensor? t_teacher, Tensor? teacher_scale, "
-      "Tensor? labels, float label_smoothing, bool keep, str precision) -> (Tensor contrastive, Tensor distillation, "
-      "Tensor by_scale, Tensor row, Tensor col, Tensor centers, Tensor kept)");
+      "Tensor? labels, float label_smoothing, bool keep, bool mean, str precision) -> (Tensor contrastive, "
+      "Tensor distillation, Tensor by_scale, Tensor row, Tensor col, Tensor centers, Tensor kept)");
   m.def(
       "pair_gradients(Tensor g, Tensor? h, Tensor x, Tensor t, Tensor scale, Tensor? x_teacher, Tensor? t_teacher, "
       "Tensor? teacher_scale, Tensor? labels, float label_smoothing, Tensor by_scale, Tensor row, Tensor col, "
@@ -24,6 +24,12 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "sigmoid_sweep(Tensor x, Tensor t, Tensor scale, Tensor bias, Tensor x_labels, Tensor t_labels, "
       "Tensor? x_teacher, Tensor? t_teacher, Tensor? teacher_scale, Tensor? teacher_bias, Tensor? weight, "
       "Tensor? similarities, bool keep, str precision) -> (Tensor sums, Tensor dx, Tensor dt, Tensor kept)");
+  m.def(
+      "sigmoid_totals(Tensor x, Tensor t, Tensor scale, Tensor bias, Tensor? labels, bool mean, str precision) "
+      "-> (Tensor loss, Tensor sums, Tensor dx, Tensor dt, Tensor kept)");
+  m.def(
+      "sigmoid_scaled(Tensor g, Tensor x, Tensor t, Tensor scale, Tensor bias, Tensor sums, Tensor kept_dx, "
+      "Tensor kept_dt, bool mean) -> (Tensor dx, Tensor dt, Tensor ds, Tensor db)");
   // For the tests, cpu/similarity/: the kernels' exp and softplus; cpu/tile.cpp: a tile's products and their arithmetic
   m.def("vector_exp(Tensor x) -> Tensor");
   m.def("vector_softplus(Tensor z) -> (Tensor softplus, Tensor sigmoid)");
@@ -39,15 +45,16 @@ STABLE_TORCH_LIBRARY(robustft, m) {
   // Both and the losses between them in one, cpu/class_losses.cpp
   m.def(
       "class_losses(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, str variant, bool top1, "
-      "float label_smoothing, bool keep, str precision) -> (Tensor cross_entropy, Tensor misalignment, Tensor by_gap, "
-      "Tensor by_scale, Tensor softmaxes, Tensor exponentials)");
+      "float label_smoothing, bool keep, bool mean, str precision) -> (Tensor cross_entropy, Tensor misalignment, "
+      "Tensor by_gap, Tensor by_scale, Tensor softmaxes, Tensor exponentials)");
   m.def(
       "class_gradients(Tensor g, Tensor h, Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor labels, bool top1, "
       "float label_smoothing, Tensor by_gap, Tensor by_scale, Tensor softmaxes, Tensor exponentials, str precision) "
       "-> (Tensor dx, Tensor dw, Tensor db, Tensor ds)");
   m.def(
-      "dual_losses(Tensor x, Tensor w, Tensor scale, Tensor labels, Tensor core_labels, bool keep, str precision) "
-      "-> (Tensor empirical, Tensor worst_case, Tensor by_scale, Tensor softmaxes, Tensor exponentials)");
+      "dual_losses(Tensor x, Tensor w, Tensor scale, Tensor labels, Tensor core_labels, bool keep, bool mean, "
+      "str precision) -> (Tensor empirical, Tensor worst_case, Tensor by_scale, Tensor softmaxes, "
+      "Tensor exponentials)");
   m.def(
       "dual_gradients(Tensor g, Tensor h, Tensor x, Tensor w, Tensor scale, Tensor labels, Tensor core_labels, "
       "Tensor by_scale, Tensor softmaxes, Tensor exponentials, str precision) -> (Tensor dx, Tensor dw, Tensor ds)");
@@ -57,6 +64,9 @@ STABLE_TORCH_LIBRARY(robustft, m) {
   m.def(
       "class_scores(Tensor x, Tensor w, float temperature, Tensor scale, str precision) "
       "-> (Tensor scores, Tensor prediction)");
+  m.def(
+      "unit_scores(Tensor x, Tensor w, float temperature, Tensor scale, str precision) -> (Tensor max_cosine, "
+      "Tensor mcm, Tensor msp, Tensor energy, Tensor entropy, Tensor prediction, Tensor norms)");
   // cpu/group_risk.cpp, cuda/group_risk.cu
   m.def("group_sums(Tensor values, Tensor groups, int num_groups) -> (Tensor sums, Tensor counts)");
   // With autograd, compiled whole: cpu/group_risk.cpp, cuda/group_risk.cu; other devices compose it from group_sums
@@ -106,10 +116,10 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "Tensor centers, Tensor kept) -> (Tensor dx, Tensor dt, Tensor ds)");
   m.def(
       "sigmoid_contrastive_loss(Tensor x, Tensor t, Tensor scale, Tensor bias, Tensor? labels, Tensor? weight, "
-      "bool total, bool keep) -> (Tensor loss, Tensor sums, Tensor dx, Tensor dt, Tensor kept)");
+      "str reduction, bool keep) -> (Tensor loss, Tensor sums, Tensor dx, Tensor dt, Tensor kept)");
   m.def(
       "sigmoid_contrastive_loss_backward(Tensor grad, Tensor x, Tensor t, Tensor scale, Tensor bias, Tensor? labels, "
-      "Tensor? weight, Tensor sums, Tensor kept_dx, Tensor kept_dt, Tensor kept) "
+      "Tensor? weight, str reduction, Tensor sums, Tensor kept_dx, Tensor kept_dt, Tensor kept) "
       "-> (Tensor dx, Tensor dt, Tensor ds, Tensor db, Tensor dweight)");
   m.def(
       "sigmoid_contrastive_distillation_loss(Tensor x, Tensor t, Tensor scale, Tensor bias, Tensor x_teacher, "

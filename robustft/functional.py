@@ -93,7 +93,7 @@ def _contrastive_arguments(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The features, the scale and the labels, after the checks of all arguments."""
     x, t, s = arguments.feature_pair(image_features, text_features, logit_scale)
-    n = len(x)
+    n = x.shape[0]  # len() of a tensor takes three times as long
     labels = arguments.sample_labels(labels, n, x.device)
     arguments.check_smoothing(label_smoothing)
     arguments.check_reduction(reduction)
@@ -112,13 +112,19 @@ def _distillation_arguments(
     """Both pairs of features and their scales, in one dtype, and the labels, after the checks of all arguments."""
     x, t, s, labels = _contrastive_arguments(*student, labels, 0.0, weight, reduction, memory)
     xt, tt, st = arguments.feature_pair(*teacher, "teacher_")
-    if len(xt) != len(x):
+    if xt.shape[0] != x.shape[0]:
         raise ValueError(f"teacher_image_features has {len(xt)} rows; expected {len(x)}, as image_features")
     if xt.device != x.device:
         raise ValueError(f"teacher_image_features is on {xt.device}; expected {x.device}, as image_features")
     # Everything in the widest dtype: narrowing a float32 teacher to the student's bfloat16 would lose what it knows.
-    wider = torch.promote_types(x.dtype, xt.dtype)
-    return (x.to(wider), t.to(wider), s, xt.detach().to(wider), tt.detach().to(wider), st.detach()), labels
+    if xt.dtype != x.dtype:
+        wider = torch.promote_types(x.dtype, xt.dtype)
+        x, t, xt, tt = x.to(wider), t.to(wider), xt.to(wider), tt.to(wider)
+    return (x, t, s, _constant(xt), _constant(tt), _constant(st)), labels
+
+
+def _constant(number: Tensor) -> Tensor:
+    return number.detach() if number.requires_grad else number
 
 
 @arguments.own_precision
@@ -255,7 +261,7 @@ def _sigmoid_distillation_arguments(
     (x, t, s, xt, tt, st), labels = _distillation_arguments(student, teacher, labels, weight, reduction, memory)
     b = arguments.bias_tensor(logit_bias, x.device)
     bt = arguments.bias_tensor(teacher_logit_bias, x.device, "teacher_logit_bias")
-    return (x, t, s, b, xt, tt, st, bt.detach()), labels
+    return (x, t, s, b, xt, tt, st, _constant(bt)), labels
 
 
 @arguments.own_precision
@@ -305,8 +311,7 @@ def sigmoid_contrastive_loss(
         matrices, labels = ranks.checked(group, lambda: _sigmoid_arguments(*given))
         return sharded.sharded_sigmoid_contrastive_loss(*matrices, labels, weight, reduction, group, memory)
     matrices, labels = _sigmoid_arguments(*given)
-    losses = sigmoid.contrastive_loss(*matrices, labels, weight, reduction != "none", memory)
-    return losses / len(image_features) if reduction == "mean" else losses
+    return sigmoid.contrastive_loss(*matrices, labels, weight, reduction, memory)
 
 
 @arguments.own_precision
@@ -405,8 +410,8 @@ def classification_loss(
     Raises: ValueError or TypeError naming the argument.
     """
     x, w, s = arguments.class_inputs(features, class_embeddings, logit_scale)
-    n, k = len(x), len(w)
-    y = arguments.class_labels(labels, n, k, x.device)
+    n, k = x.shape[0], w.shape[0]
+    y = arguments.class_labels(labels, n, x.device)
     if bias is not None and (bias.shape != (k,) or bias.device != x.device or bias.dtype not in arguments.FLOATS):
         raise ValueError(
             f"bias is {tuple(bias.shape)} {bias.dtype} on {bias.device}; expected floating ({k},) on {x.device}"
@@ -447,8 +452,7 @@ def misalignment_penalty(
         raise TypeError(f"logits is {type(logits).__name__}; expected a tensor (N, K)")
     if logits.dim() != 2 or logits.dtype not in arguments.FLOATS or logits.numel() == 0:
         raise ValueError(f"logits is {tuple(logits.shape)} {logits.dtype}; expected floating (N, K), not empty")
-    n, k = logits.shape
-    labels = arguments.class_labels(labels, n, k, logits.device)
+    labels = arguments.class_labels(labels, len(logits), logits.device)
     arguments.check_variant(variant)
     arguments.check_reduction(reduction)
     if average not in ("batch", "errors"):
@@ -491,12 +495,13 @@ def dual_risk(
     Raises: ValueError or TypeError naming the argument.
     """
     x, w, s = arguments.class_inputs(features, class_embeddings, logit_scale)
-    _, v, _ = arguments.class_inputs(features, core_embeddings, logit_scale, "core_embeddings")
-    v = v.to(x.dtype)
-    n, k = len(x), len(w)
-    if len(v) != k:
+    n, k, v = x.shape[0], w.shape[0], core_embeddings
+    if not (arguments.alike(w, v) and v.shape == w.shape):
+        _, v, _ = arguments.class_inputs(features, core_embeddings, s, "core_embeddings")
+        v = v.to(x.dtype)
+    if v.shape[0] != k:
         raise ValueError(f"core_embeddings has {len(v)} rows; expected {k}, as class_embeddings")
-    y = arguments.class_labels(labels, n, k, x.device)
+    y = arguments.class_labels(labels, n, x.device)
     if (
         core_labels.shape not in ((n,), (n, k))
         or core_labels.dtype not in arguments.FLOATS
@@ -508,7 +513,7 @@ def dual_risk(
         )
     arguments.check_reduction(reduction)
     arguments.check_weight(weight, n, x.device)
-    inputs = x, w, v, s, y, core_labels.detach()
+    inputs = x, w, v, s, y, _constant(core_labels)
     return DualRiskTerms(*classification.dual_risk(*inputs, memory, weight, reduction))
 
 
@@ -552,9 +557,11 @@ def concept_scores(
     )
     if isinstance(logit_scale, (int, float)) and logit_scale == 0:
         raise ValueError("logit_scale is 0; expected a positive number, 1/s is the energy's temperature")
-    for name, value in (("features", features), ("class_embeddings", class_embeddings)):  # as rounded: not promoted
-        arguments.check_unit_norm(name, value.detach(), scores.norms)
-    return ConceptScores(*scores.concept_scores(x.detach(), w.detach(), temperature, s.detach()))
+    found, norms = scores.concept_scores(x, w, temperature, s)
+    if norms:
+        arguments.check_unit_norm("features", features.dtype, *norms[:2])  # as rounded: not promoted
+        arguments.check_unit_norm("class_embeddings", class_embeddings.dtype, *norms[2:])
+    return ConceptScores._make(found)
 
 
 @arguments.own_precision

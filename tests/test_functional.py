@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 import threading
 from itertools import product
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import robustft
 from robustft import functional as rf
-from robustft.ops import dispatch, reference
+from robustft.ops import dispatch, reference, registry
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -47,6 +48,40 @@ def test_reductions_agree(backend):
     assert each.shape == (33,)
     torch.testing.assert_close(rf.contrastive_loss(x, t, 10.0, weight=weight, reduction="sum"), each.sum())
     torch.testing.assert_close(rf.contrastive_loss(x, t, 10.0, weight=weight), each.sum() / 33)
+
+
+AVERAGED = [
+    name for name, call in registry.PUBLIC.items() if "reduction" in inspect.signature(getattr(rf, name)).parameters
+]
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_a_mean_is_that_of_the_single_losses_and_so_are_its_gradients(name):
+    def found(mean: bool) -> list[Tensor]:
+        def terms(*arguments, **options):
+            terms = getattr(rf, name)(*arguments, **{**options, "reduction": "mean" if mean else "none"})
+            terms = [terms] if isinstance(terms, Tensor) else list(terms)
+            return [(k + 1.5) * (term if mean else term.mean()) for k, term in enumerate(terms)]
+
+        return registry.outcomes(terms, registry.PUBLIC[name](registry.Source("cpu", torch.float64)))
+
+    for mean, expected in zip(found(True), found(False), strict=True):
+        assert mean.shape == expected.shape
+        torch.testing.assert_close(mean, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_a_mean_may_be_differentiated_twice_over_while_its_graph_is_kept(name):
+    (arguments, options), *_ = registry.PUBLIC[name](registry.Source("cpu", torch.float64))
+    terms = getattr(rf, name)(*arguments, **{**options, "reduction": "mean"})
+    leaves = [a for a in (*arguments, *options.values()) if isinstance(a, Tensor) and a.requires_grad]
+    total = terms if isinstance(terms, Tensor) else sum(terms)
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for gradient in first:
+        gradient.zero_()
+    for again, expected in zip(torch.autograd.grad(3 * total, leaves), kept, strict=True):
+        torch.testing.assert_close(again, 3 * expected)
 
 
 def test_distinct_labels_change_nothing(backend):

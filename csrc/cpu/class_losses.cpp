@@ -4,7 +4,8 @@
 //
 //   class_losses, one head     cross_entropy_i, misalignment_i;  by_gap_i = f'(L_i), 0 where nothing is misranked
 //   dual_losses, two heads     empirical_i, worst_case_i;  core the soft labels (n, k) or confidences (n) of the second
-//   by_scale (2, n)            derivatives of the two losses by the scale
+//                              both (n,), or their means, 0-d, and then gradients by those
+//   by_scale (2, n)            derivatives of the samples' two losses by the scale
 //   softmaxes                  what the backward needs of the statistics: max, log_sum, above_log_sum (3, n);
 //                              for two heads max, log_sum of each, and the mass of core, (5, n)
 //   exponentials               as class_statistics returns them
@@ -26,7 +27,7 @@ namespace coefficient = class_coefficient;
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> losses_of(const Tensor& statistics, const std::string& variant,
-                                                             bool top1, T smoothing) {
+                                                             bool top1, T smoothing, bool mean) {
   const int64_t n = statistics.size(1);
   const PenaltyOfGap<T> f = penalty_of<T>(variant);
   Tensor cross_entropy = uninitialized({n}, scalar_type<T>()), misalignment = uninitialized({n}, scalar_type<T>());
@@ -53,11 +54,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> losses_of(const Tensor& stati
     by[i] = of(stat::kMean) - label;
     kept[i] = of(stat::kMax), kept[n + i] = of(stat::kLogSum), kept[2 * n + i] = above;
   }
+  if (mean) cross_entropy = mean_of<T>(cross_entropy), misalignment = mean_of<T>(misalignment);
   return {cross_entropy, misalignment, by_gap, by_scale, softmaxes};
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> dual_losses_of(const Tensor& statistics, const Tensor& core) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> dual_losses_of(const Tensor& statistics, const Tensor& core, bool mean) {
   const int64_t n = statistics.size(1);
   const bool soft = core.dim() == 2;
   const Tensor confidences = soft ? core : contiguous_as(core, scalar_type<T>());
@@ -80,6 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dual_losses_of(const Tensor& statisti
     kept[i] = first(stat::kMax), kept[n + i] = first(stat::kLogSum);
     kept[2 * n + i] = second(stat::kMax), kept[3 * n + i] = second(stat::kLogSum), kept[4 * n + i] = mass;
   }
+  if (mean) empirical = mean_of<T>(empirical), worst_case = mean_of<T>(worst_case);
   return {empirical, worst_case, by_scale, softmaxes};
 }
 
@@ -89,9 +92,9 @@ struct Given {
   const Tensor g_held, h_held;
   const T *const g, *const h;
 
-  Given(const Tensor& by_first, const Tensor& by_second)
-      : g_held(contiguous_as(by_first, scalar_type<T>())),
-        h_held(contiguous_as(by_second, scalar_type<T>())),
+  Given(const Tensor& by_first, const Tensor& by_second, int64_t n)
+      : g_held(gradients_by_each<T>(by_first, n)),
+        h_held(gradients_by_each<T>(by_second, n)),
         g(g_held.const_data_ptr<T>()),
         h(h_held.const_data_ptr<T>()) {}
 
@@ -154,7 +157,7 @@ bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; 
 void check_kept(const char* op, const Tensor& g, const Tensor& h, const Tensor& x, const Tensor& scale,
                 const Tensor& by_scale, const Tensor& softmaxes, int64_t rows) {
   const int64_t n = x.size(0);
-  STD_TORCH_CHECK(g.dim() == 1 && h.dim() == 1 && g.numel() == n && h.numel() == n, op, ": g and h must be (n,)");
+  STD_TORCH_CHECK(is_gradient_of(g, n) && is_gradient_of(h, n), op, ": g and h must be (n,) or of the means");
   STD_TORCH_CHECK(scale.numel() == 1 && by_scale.numel() == 2 * n && softmaxes.dim() == 2 &&
                       softmaxes.size(0) == rows && softmaxes.size(1) == n,
                   op, ": by_scale and softmaxes must be what the forward returned");
@@ -162,12 +165,12 @@ void check_kept(const char* op, const Tensor& g, const Tensor& h, const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> class_losses(
     const Tensor& x, const Tensor& w, const Tensor& scale, const std::optional<Tensor>& bias, const Tensor& labels,
-    std::string variant, bool top1, double label_smoothing, bool keep, std::string precision) {
+    std::string variant, bool top1, double label_smoothing, bool keep, bool mean, std::string precision) {
   const auto [statistics, exponentials] = class_statistics(x, w, scale, bias, labels, std::nullopt, 1, true,
                                                            label_smoothing > 0, keep, std::move(precision));
   const auto [cross_entropy, misalignment, by_gap, by_scale, softmaxes] =
-      is_double(x) ? losses_of<double>(statistics, variant, top1, label_smoothing)
-                   : losses_of<float>(statistics, variant, top1, float(label_smoothing));
+      is_double(x) ? losses_of<double>(statistics, variant, top1, label_smoothing, mean)
+                   : losses_of<float>(statistics, variant, top1, float(label_smoothing), mean);
   return {cross_entropy, misalignment, by_gap, by_scale, softmaxes, exponentials};
 }
 
@@ -175,7 +178,7 @@ template <class T>
 std::tuple<Tensor, Tensor> class_coefficients(const Tensor& g, const Tensor& h, const Tensor& scale,
                                               const Tensor& by_gap, const Tensor& by_scale, const Tensor& softmaxes,
                                               T smoothing, int64_t k) {
-  const Given<T> by(g, h);
+  const Given<T> by(g, h, softmaxes.size(1));
   return {coefficients_of(by, softmaxes, by_gap, smoothing, k), by.scale_gradient(by_scale, scale)};
 }
 
@@ -203,19 +206,19 @@ void check_core(const char* op, const Tensor& x, const Tensor& core) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dual_losses(const Tensor& x, const Tensor& w, const Tensor& scale,
                                                                const Tensor& labels, const Tensor& core, bool keep,
-                                                               std::string precision) {
+                                                               bool mean, std::string precision) {
   check_core("dual_losses", x, core);
   const auto [statistics, exponentials] = class_statistics(x, w, scale, std::nullopt, labels, targets_in(core), 2,
                                                            false, false, keep, std::move(precision));
   const auto [empirical, worst_case, by_scale, softmaxes] =
-      is_double(x) ? dual_losses_of<double>(statistics, core) : dual_losses_of<float>(statistics, core);
+      is_double(x) ? dual_losses_of<double>(statistics, core, mean) : dual_losses_of<float>(statistics, core, mean);
   return {empirical, worst_case, by_scale, softmaxes, exponentials};
 }
 
 template <class T>
 std::tuple<Tensor, Tensor> dual_coefficients(const Tensor& g, const Tensor& h, const Tensor& scale,
                                              const Tensor& by_scale, const Tensor& softmaxes, bool soft) {
-  const Given<T> by(g, h);
+  const Given<T> by(g, h, softmaxes.size(1));
   return {dual_coefficients_of(by, softmaxes, soft), by.scale_gradient(by_scale, scale)};
 }
 

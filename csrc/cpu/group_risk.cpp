@@ -95,10 +95,13 @@ Tensor gradient(const std::optional<Tensor>& mean, const std::optional<Tensor>& 
                 int64_t worst_group, const Tensor& counts) {
   const int64_t num_groups = counts.numel();
   const int64_t* count = counts.const_data_ptr<int64_t>();
-  Tensor by_group = mean ? torch::stable::clone(*mean) : zeros<T>({num_groups});
-  by_group = contiguous_as(by_group, scalar_type<T>());
-  T* weight = by_group.mutable_data_ptr<T>();
-  if (worst) weight[worst_group] += *contiguous_as(*worst, scalar_type<T>()).template const_data_ptr<T>();
+  std::vector<T> weight(num_groups, T(0));
+  if (mean) {  // by strides: that of a sum of the means is one number
+    const Tensor given = mean->scalar_type() == scalar_type<T>() ? *mean : contiguous_as(*mean, scalar_type<T>());
+    const T* const by = given.template const_data_ptr<T>();
+    for (int64_t g = 0, stride = given.stride(0); g < num_groups; ++g) weight[g] = by[g * stride];
+  }
+  if (worst) weight[worst_group] += T(number_in(*worst));
   for (int64_t g = 0; g < num_groups; ++g) weight[g] /= T(std::max<int64_t>(1, count[g]));
   Tensor out = uninitialized({groups.numel()}, scalar_type<T>());
   T* d = out.mutable_data_ptr<T>();
@@ -111,8 +114,8 @@ Tensor group_risk_backward(const std::optional<Tensor>& mean, const std::optiona
                            const Tensor& worst_group, const Tensor& counts) {
   const Tensor y = contiguous_as(groups, ScalarType::Long), c = contiguous_as(counts, ScalarType::Long);
   STD_TORCH_CHECK(mean || worst, "group_risk_backward: no gradient");
-  STD_TORCH_CHECK(y.dim() == 1 && c.dim() == 1 && worst_group.numel() == 1 && (!mean || mean->numel() == c.numel()) &&
-                      (!worst || worst->numel() == 1),
+  STD_TORCH_CHECK(y.dim() == 1 && c.dim() == 1 && worst_group.numel() == 1 &&
+                      (!mean || (mean->dim() == 1 && mean->numel() == c.numel())) && (!worst || worst->numel() == 1),
                   "group_risk_backward: mean and counts must be (G,), worst and worst_group of one element");
   check_range(y, c.numel());
   const int64_t index = *contiguous_as(worst_group, ScalarType::Long).const_data_ptr<int64_t>();

@@ -1,12 +1,12 @@
 // The lowest and the highest norm of the rows of x (n, d): (2,) in the dtype of the sums, NaN both if one is.
 //
 // What a check of unit features asks for. torch takes four operators for it, longer than the scores of one image.
+#include "row_norms.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
-
-#include "torch_api.h"
 
 namespace robustft {
 namespace {
@@ -63,12 +63,13 @@ Tensor norms(const Tensor& features) {
   return out;
 }
 
+}  // namespace
+
 Tensor row_norms(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(0) > 0, "row_norms: x must be (n, d), n at least 1");
   return x.scalar_type() == ScalarType::Double ? norms<double>(x) : norms<float>(x);
 }
 
-}  // namespace
 }  // namespace robustft
 
 STABLE_TORCH_LIBRARY_IMPL(robustft, CPU, m) { m.impl("row_norms", TORCH_BOX(&robustft::row_norms)); }

@@ -9,6 +9,9 @@
 // A thread multiplies a panel of rows by all classes and sweeps over its rows twice while it is in cache: for m, then
 // for the sums. No (n, k) matrix exists. Features that are not in the dtype of the computation are converted a stretch
 // of rows at a time.
+//
+// unit_scores is class_scores with what its caller looks at next: each score a tensor of its own, and the lowest and
+// the highest norm of the rows of x, then of w. For one image a call of torch each would take longer than its scores.
 #include "scores.h"
 
 #include <algorithm>
@@ -16,6 +19,7 @@
 
 #include "dispatch.h"
 #include "duplicates.h"
+#include "row_norms.h"
 #include "tile.h"
 
 namespace robustft {
@@ -72,7 +76,42 @@ std::tuple<Tensor, Tensor> class_scores(const Tensor& x, const Tensor& w, double
                                                : scores<float>(x, w, temperature, scale, precision);
 }
 
+template <class T>
+Tensor row_of(const Tensor& matrix, int64_t i) {
+  const int64_t n = matrix.size(1);
+  Tensor out = uninitialized({n}, scalar_type<T>());
+  std::copy_n(matrix.const_data_ptr<T>() + i * n, n, out.mutable_data_ptr<T>());
+  return out;
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> parted(const Tensor& all, const Tensor& prediction,
+                                                                          const Tensor& of_x, const Tensor& of_w) {
+  Tensor norms = uninitialized({4}, scalar_type<T>());
+  T* const to = norms.mutable_data_ptr<T>();
+  std::copy_n(of_w.const_data_ptr<T>(), 2, std::copy_n(of_x.const_data_ptr<T>(), 2, to));
+  return {row_of<T>(all, class_score::kMaxCosine),
+          row_of<T>(all, class_score::kMcm),
+          row_of<T>(all, class_score::kMsp),
+          row_of<T>(all, class_score::kEnergy),
+          row_of<T>(all, class_score::kEntropy),
+          prediction,
+          norms};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unit_scores(const Tensor& x, const Tensor& w,
+                                                                               double temperature, const Tensor& scale,
+                                                                               std::string precision) {
+  const auto [all, prediction] = class_scores(x, w, temperature, scale, std::move(precision));
+  const Tensor of_x = row_norms(x), of_w = row_norms(w);
+  return x.scalar_type() == ScalarType::Double ? parted<double>(all, prediction, of_x, of_w)
+                                               : parted<float>(all, prediction, of_x, of_w);
+}
+
 }  // namespace
 }  // namespace robustft
 
-STABLE_TORCH_LIBRARY_IMPL(robustft, CPU, m) { m.impl("class_scores", TORCH_BOX(&robustft::class_scores)); }
+STABLE_TORCH_LIBRARY_IMPL(robustft, CPU, m) {
+  m.impl("class_scores", TORCH_BOX(&robustft::class_scores));
+  m.impl("unit_scores", TORCH_BOX(&robustft::unit_scores));
+}

@@ -75,6 +75,32 @@ inline Tensor like_number(double value, const Tensor& of) {
   return contiguous_as(out, of.scalar_type());
 }
 
+// The mean of numbers (n), 0-d.
+template <class T>
+Tensor mean_of(const Tensor& numbers) {
+  const T* const v = numbers.const_data_ptr<T>();
+  const int64_t n = numbers.numel();
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += double(v[i]);
+  Tensor out = uninitialized({}, scalar_type<T>());
+  *out.mutable_data_ptr<T>() = T(sum / double(n));
+  return out;
+}
+
+// Gradients (n) by n numbers: as they are, or, 0-d, of the numbers' mean.
+template <class T>
+Tensor gradients_by_each(const Tensor& given, int64_t n) {
+  if (given.dim() > 0) return contiguous_as(given, scalar_type<T>());
+  Tensor out = uninitialized({n}, scalar_type<T>());
+  std::fill_n(out.mutable_data_ptr<T>(), n, T(number_in(given) / double(n)));
+  return out;
+}
+
+// Whether it is what gradients_by_each takes.
+inline bool is_gradient_of(const Tensor& given, int64_t n) {
+  return given.dim() == 0 || (given.dim() == 1 && given.numel() == n);
+}
+
 inline Tensor narrow_rows(const Tensor& a, int64_t start, int64_t length) {
   if (start == 0 && length == a.size(0)) return a;
   Tensor view = a;
@@ -94,7 +120,7 @@ class Stretches {
 
   Tensor rows(int64_t first, int64_t count) {
     const Tensor source = narrow_rows(matrix_, first, count);
-    if (matrix_.scalar_type() == scalar_type<T>()) return torch::stable::contiguous(source);
+    if (matrix_.scalar_type() == scalar_type<T>()) return contiguous_as(source, scalar_type<T>());
     Tensor converted = narrow_rows(room_, 0, count);
     torch::stable::copy_(converted, source);
     return converted;

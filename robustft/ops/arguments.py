@@ -17,6 +17,7 @@ from robustft.ops.kinds import checked as checked
 from robustft.ops.kinds import dense as dense
 from robustft.ops.kinds import described as described
 from robustft.ops.kinds import has_numbers as has_numbers
+from robustft.ops.kinds import taking
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,7 +36,7 @@ on a GPU two matrices of 32,768 x 32,768 in bfloat16."""
 
 def readable(values: Tensor) -> bool:
     """Whether looking at its numbers is possible, and means neither waiting for a GPU nor breaking a graph."""
-    return not torch.compiler.is_compiling() and values.device.type == "cpu" and has_numbers(values)
+    return not torch.compiler.is_compiling() and values.is_cpu and has_numbers(values)
 
 
 def own_precision(function: Callable[P, R]) -> Callable[P, R]:
@@ -43,15 +44,19 @@ def own_precision(function: Callable[P, R]) -> Callable[P, R]:
 
     This is the operators' autocast rule. Under autocast the eager forms would be rounded to half precision.
     """
-    function = checked(function)
+    take = taking(function)
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = args[0] if args and isinstance(args[0], Tensor) else _first_tensor((*args, *kwargs.values()))
+        traced = torch.compiler.is_compiling()
+        given, options = (args, kwargs) if traced else take(args, kwargs)
+        if not traced and not torch._C._is_any_autocast_enabled():
+            return function(*given, **options)
+        first = given[0] if given and isinstance(given[0], Tensor) else _first_tensor((*given, *options.values()))
         if first is None or first.is_meta or not torch.is_autocast_enabled(first.device.type):
-            return function(*args, **kwargs)
+            return function(*given, **options)
         with torch.autocast(first.device.type, enabled=False):
-            return function(*args, **kwargs)
+            return function(*given, **options)
 
     return wrapper
 
@@ -65,7 +70,7 @@ def feature_pair(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checked, in one dtype, the scale as a tensor beside them."""
     x, t = image_features, text_features
-    if _alike(x, t) and x.shape == t.shape:  # nothing to say: at N = 8 the questions below take as long as a product
+    if alike(x, t) and x.shape == t.shape:  # nothing to say: at N = 8 the questions below take as long as a product
         return x, t, scale_tensor(logit_scale, x.device, f"{prefix}logit_scale")
     names = f"{prefix}image_features", f"{prefix}text_features", f"{prefix}logit_scale"
     for name, features in zip(names, (image_features, text_features), strict=False):
@@ -89,7 +94,7 @@ def feature_pair(
     return image_features, text_features, scale_tensor(logit_scale, image_features.device, names[2])
 
 
-def _alike(x: Tensor, t: Tensor) -> bool:
+def alike(x: Tensor, t: Tensor) -> bool:
     """Whether both are matrices of one floating dtype, on one device, and x is not empty."""
     return (
         isinstance(x, Tensor)
@@ -98,7 +103,7 @@ def _alike(x: Tensor, t: Tensor) -> bool:
         and x.dtype == t.dtype
         and x.dtype in FLOATS
         and x.device == t.device
-        and len(x) > 0
+        and x.shape[0] > 0
     )
 
 
@@ -106,7 +111,7 @@ def class_inputs(
     features: Tensor, embeddings: Tensor, logit_scale: Tensor | float, name: str = "class_embeddings"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checked, in one dtype, the scale as a tensor beside them."""
-    if _alike(features, embeddings) and features.shape[1] == embeddings.shape[1] and len(embeddings):
+    if alike(features, embeddings) and features.shape[1] == embeddings.shape[1] and embeddings.shape[0]:
         return features, embeddings, scale_tensor(logit_scale, features.device)
     for argument, value in (("features", features), (name, embeddings)):
         if not isinstance(value, Tensor):
@@ -125,13 +130,18 @@ def class_inputs(
     return features, embeddings, scale_tensor(logit_scale, features.device)
 
 
-def class_labels(labels: Tensor, n: int, k: int, device: torch.device) -> Tensor:
+def class_labels(labels: Tensor, n: int, device: torch.device) -> Tensor:
+    """Checked, as int64, but for their range."""
     if labels is None:
         raise TypeError(f"labels is None; expected a tensor of integers ({n},)")
     indices = sample_labels(labels, n, device)
     assert indices is not None
-    check_range("labels", indices, k, f", K = {k} classes")
     return indices
+
+
+def check_classes(labels: Tensor, k: int) -> None:
+    """ValueError unless labels lie in [0, k), where they can be looked at."""
+    check_range("labels", labels, k, f", K = {k} classes")
 
 
 FEW_LABELS = 64
@@ -155,7 +165,7 @@ def check_range(name: str, values: Tensor, limit: int, meaning: str = "") -> Non
 def loss_vector(losses: Tensor) -> None:
     if not isinstance(losses, Tensor):
         raise TypeError(f"losses is {type(losses).__name__}; expected a tensor (N,)")
-    if losses.dim() != 1 or losses.dtype not in FLOATS or len(losses) == 0:
+    if losses.dim() != 1 or losses.dtype not in FLOATS or losses.numel() == 0:
         raise ValueError(f"losses is {tuple(losses.shape)} {losses.dtype}; expected floating (N,), not empty")
 
 
@@ -176,18 +186,16 @@ def group_weights(weights: Tensor, step_size: float) -> None:
 
 
 def group_indices(groups: Tensor, losses: Tensor, num_groups: int) -> Tensor:
-    """Checked, as int64."""
+    """Checked, as int64, but for their range."""
     if not isinstance(groups, Tensor):
         raise TypeError(f"groups is {type(groups).__name__}; expected a tensor of integers {tuple(losses.shape)}")
-    integral = not (groups.dtype.is_floating_point or groups.dtype.is_complex or groups.dtype == torch.bool)
-    if groups.shape != losses.shape or not integral or groups.device != losses.device:
+    if groups.shape != losses.shape or groups.dtype not in INTEGERS or groups.device != losses.device:
         raise ValueError(
             f"groups is {tuple(groups.shape)} {groups.dtype} on {groups.device}; expected integers "
             f"{tuple(losses.shape)} on {losses.device}, as losses"
         )
     check_count("num_groups", num_groups)
-    check_range("groups", groups, num_groups)
-    return groups.long()
+    return groups if groups.dtype == torch.int64 else groups.long()
 
 
 MOST = 2**24
@@ -202,12 +210,9 @@ def check_count(name: str, number: int, most: int = MOST) -> None:
         raise ValueError(f"{name} is {number}; expected at most {most:,}: memory is taken for each")
 
 
-def check_unit_norm(name: str, features: Tensor, norms: Callable[[Tensor], tuple[float, float]]) -> None:
-    """By the lowest and the highest norm of the rows. On the CPU only: on a GPU the check would wait for it."""
-    if not readable(features):
-        return
-    tolerance = 1e-3 if features.dtype in (torch.float64, torch.float32) else 1e-2  # of unit vectors as rounded
-    low, high = norms(features)
+def check_unit_norm(name: str, dtype: torch.dtype, low: float, high: float) -> None:
+    """By the lowest and the highest norm of the rows of features of that dtype."""
+    tolerance = 1e-3 if dtype in (torch.float64, torch.float32) else 1e-2  # of unit vectors as rounded
     if not (1 - tolerance <= low and high <= 1 + tolerance):
         raise ValueError(
             f"{name} has rows of norm {low:.4g} to {high:.4g}; expected 1 within {tolerance:g}: pass "
@@ -260,11 +265,11 @@ def sample_labels(labels: Tensor | None, n: int, device: torch.device) -> Tensor
         raise TypeError(f"labels is {type(labels).__name__}; expected a tensor of integers ({n},)")
     if labels.shape != (n,):
         raise ValueError(f"labels has shape {tuple(labels.shape)}; expected ({n},), one per sample")
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+    if labels.dtype not in INTEGERS:
         raise TypeError(f"labels is {labels.dtype}; expected integers")
     if labels.device != device:
         raise ValueError(f"labels is on {labels.device}; expected {device}, as image_features")
-    return labels.long()
+    return labels if labels.dtype == torch.int64 else labels.long()
 
 
 def check_smoothing(label_smoothing: float) -> None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from robustft.ops import layouts, reference, registry
+from robustft.ops.arguments import check_classes
 from robustft.ops.dispatch import body_of
 from robustft.ops.registry import (
     Backward,
@@ -94,14 +95,20 @@ def classification_loss(
 ) -> tuple[Tensor, ...]:
     """Cross-entropy and misalignment: of two (N,) what `registry.reduced` gives."""
     body = body_of("classification_loss", x)
+    if body != "compiled":
+        check_classes(labels, len(w))
     if body == "reference":
         z = reference.class_logits(x, w, scale, bias)
         cross_entropy = reference.class_cross_entropy(z, labels, label_smoothing)
         misalignment = reference.misalignment(z, labels, variant, top1)
         return reduced(cross_entropy, weight, reduction), reduced(misalignment, weight, reduction)
-    keep = layouts.fits(memory, body, len(x), len(w), x, 1) and torch.is_grad_enabled()
+    keep = layouts.fits(memory, body, x.shape[0], w.shape[0], x, 1) and torch.is_grad_enabled()
     inputs = x, w, scale, bias, labels, variant, top1, label_smoothing, keep
-    return call("classification_loss", *inputs, weight=weight, reduction=reduction)
+    try:
+        return call("classification_loss", *inputs, weight=weight, reduction=reduction)
+    except RuntimeError:  # the kernel looks at the labels too, sooner than torch's operators do
+        check_classes(labels, len(w))
+        raise
 
 
 def dual_risk(
@@ -117,17 +124,22 @@ def dual_risk(
 ) -> tuple[Tensor, ...]:
     """Empirical and worst-case risk: of two (N,) what `registry.reduced` gives."""
     body = body_of("dual_risk", x)
+    if body != "compiled":
+        check_classes(labels, len(w))
     if body == "reference":
         empirical, worst_case = reference.dual_risk(x, w, v, scale, labels, core)
         return reduced(empirical, weight, reduction), reduced(worst_case, weight, reduction)
-    keep = layouts.fits(memory, body, len(x), len(w), x, 2) and torch.is_grad_enabled()
-    inputs = x, torch.cat((w, v)), scale, labels, core, keep
-    return call("dual_risk", *inputs, weight=weight, reduction=reduction)
+    keep = layouts.fits(memory, body, x.shape[0], w.shape[0], x, 2) and torch.is_grad_enabled()
+    try:
+        return call("dual_risk", x, w, v, scale, labels, core, keep, weight=weight, reduction=reduction)
+    except RuntimeError:  # as in `classification_loss`
+        check_classes(labels, len(w))
+        raise
 
 
-def _classification_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep):
-    precision = torch.get_float32_matmul_precision()
-    return torch.ops.robustft.class_losses(x, w, scale, bias, labels, variant, top1, label_smoothing, keep, precision)
+def _classification_loss(x, w, scale, bias, labels, variant, top1, label_smoothing, keep, mean=False):
+    how = variant, top1, label_smoothing, keep, mean, torch.get_float32_matmul_precision()
+    return torch.ops.robustft.class_losses(x, w, scale, bias, labels, *how)
 
 
 def _classification_gradient(g, h, x, w, scale, bias, labels, top1, label_smoothing, *kept):
@@ -135,8 +147,8 @@ def _classification_gradient(g, h, x, w, scale, bias, labels, top1, label_smooth
     return torch.ops.robustft.class_gradients(g, h, x, w, scale, bias, labels, top1, label_smoothing, *kept, precision)
 
 
-def _dual_risk(x, w, scale, labels, core, keep):
-    return torch.ops.robustft.dual_losses(x, w, scale, labels, core, keep, torch.get_float32_matmul_precision())
+def _dual_risk(x, w, scale, labels, core, keep, mean=False):
+    return torch.ops.robustft.dual_losses(x, w, scale, labels, core, keep, mean, torch.get_float32_matmul_precision())
 
 
 def _dual_gradient(g, h, x, w, scale, labels, core, *kept):
@@ -171,14 +183,19 @@ def _fake_dual_risk(x, w, scale, labels, core, keep):
     return empirical, worst_case, empirical.new_empty(2, len(x)), *_fake_kept("dual_risk", x, w.shape[0] // 2, 2, keep)
 
 
-def _fake_class_losses(x, w, scale, bias, labels, variant, top1, label_smoothing, keep, precision):
-    losses = (x.new_empty(len(x), dtype=accumulation_dtype(x.dtype)) for _ in range(3))
-    return *losses, *_fake_compiled(x, w, 1, keep)
+def _fake_class_losses(x, w, scale, bias, labels, variant, top1, label_smoothing, keep, mean, precision):
+    by_gap = x.new_empty(len(x), dtype=accumulation_dtype(x.dtype))
+    return *_fake_two(x, mean), by_gap, *_fake_compiled(x, w, 1, keep)
 
 
-def _fake_dual_losses(x, w, scale, labels, core, keep, precision):
-    losses = (x.new_empty(len(x), dtype=accumulation_dtype(x.dtype)) for _ in range(2))
-    return *losses, *_fake_compiled(x, w, 2, keep)
+def _fake_dual_losses(x, w, scale, labels, core, keep, mean, precision):
+    return *_fake_two(x, mean), *_fake_compiled(x, w, 2, keep)
+
+
+def _fake_two(x: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
+    """Two losses, of each sample or their means."""
+    loss = x.new_empty(() if mean else (len(x),), dtype=accumulation_dtype(x.dtype))
+    return loss, torch.empty_like(loss)
 
 
 def _fake_compiled(x: Tensor, w: Tensor, heads: int, keep: bool) -> tuple[Tensor, ...]:
@@ -264,25 +281,30 @@ def _detached(values: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(value.detach() if isinstance(value, Tensor) else value for value in values)
 
 
+def _with_means(samples: Iterable[tuple]) -> Iterator[tuple[tuple, bool]]:
+    """Every other sample with the means of its losses."""
+    return ((inputs, i % 2 == 0) for i, inputs in enumerate(samples))
+
+
 def _sample_class_losses(source: Source) -> Iterator[tuple]:
-    yield from ((*_detached(inputs), "highest") for inputs in _sample_classification(source))
+    yield from ((*_detached(inputs), mean, "highest") for inputs, mean in _with_means(_sample_classification(source)))
 
 
 def _sample_class_gradients(source: Source) -> Iterator[tuple]:
     for inputs in _sample_class_losses(source):
-        *tensors, _, top1, label_smoothing, _, precision = inputs
+        *tensors, _, top1, label_smoothing, _, _, precision = inputs
         cross_entropy, misalignment, *kept = torch.ops.robustft.class_losses(*inputs)
         g, h = torch.ones_like(cross_entropy), torch.ones_like(misalignment)
         yield g, h, *tensors, top1, label_smoothing, *kept, precision
 
 
 def _sample_dual_losses(source: Source) -> Iterator[tuple]:
-    yield from ((*_detached(inputs), "highest") for inputs in _sample_dual(source))
+    yield from ((*_detached(inputs), mean, "highest") for inputs, mean in _with_means(_sample_dual(source)))
 
 
 def _sample_dual_gradients(source: Source) -> Iterator[tuple]:
     for inputs in _sample_dual_losses(source):
-        *tensors, _, precision = inputs
+        *tensors, _, _, precision = inputs
         empirical, worst_case, *kept = torch.ops.robustft.dual_losses(*inputs)
         yield torch.ones_like(empirical), torch.ones_like(worst_case), *tensors, *kept, precision
 
@@ -330,6 +352,7 @@ register(
             lambda g, h, x, w, scale, *_: (*_fake_gradient(x, w), torch.empty_like(scale)),
             _classification_gradient,
             results=2,
+            means=True,
         ),
         triton="classes",
         public=_call_classification,
@@ -348,6 +371,8 @@ register(
             lambda g, h, x, w, scale, *_: (*_fake_gradient(x, w)[:2], torch.empty_like(scale)),
             _dual_gradient,
             results=2,
+            means=True,
+            joined=1,
         ),
         triton="classes",
         public=_call_dual,

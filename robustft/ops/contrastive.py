@@ -57,7 +57,7 @@ def contrastive_loss(
     body = body_of("contrastive_loss", x)
     if body == "reference":
         return reduced(reference.contrastive_loss(x, t, scale, labels, label_smoothing), weight, reduction)
-    keep = layouts.fits(memory, body, len(x), len(t), x, 1) and torch.is_grad_enabled()
+    keep = layouts.fits(memory, body, x.shape[0], t.shape[0], x, 1) and torch.is_grad_enabled()
     inputs = x, t, scale, labels, label_smoothing, keep
     return call("contrastive_loss", *inputs, weight=weight, reduction=reduction)[0]
 
@@ -81,7 +81,7 @@ def contrastive_distillation_loss(
     if body == "reference":
         losses = reference.contrastive_distillation_loss(*matrices, labels)
         return tuple(reduced(term, weight, reduction) for term in losses)
-    keep = layouts.fits(memory, body, len(x), len(t), x, 2) and torch.is_grad_enabled()
+    keep = layouts.fits(memory, body, x.shape[0], t.shape[0], x, 2) and torch.is_grad_enabled()
     name, inputs = "contrastive_distillation_loss", (*matrices, labels, keep)
     return call(name, *inputs, weight=weight, reduction=reduction)
 
@@ -142,12 +142,12 @@ def kept_softmaxes(of: Statistics) -> Tensor:
 # csrc/cpu/similarity/pair_losses.cpp has both losses in one operator each way.
 
 
-def _contrastive_loss(x, t, scale, labels, label_smoothing, keep):
+def _contrastive_loss(x, t, scale, labels, label_smoothing, keep, mean=False):
     precision = torch.get_float32_matmul_precision()
-    contrastive, _, by_scale, *kept = torch.ops.robustft.pair_losses(
-        x, t, scale, None, None, None, labels, label_smoothing, keep, precision
+    contrastive, _, *kept = torch.ops.robustft.pair_losses(
+        x, t, scale, None, None, None, labels, label_smoothing, keep, mean, precision
     )
-    return contrastive, by_scale[0], *kept
+    return contrastive, *kept
 
 
 def _contrastive_gradient(grad, x, t, scale, labels, label_smoothing, *kept):
@@ -157,9 +157,9 @@ def _contrastive_gradient(grad, x, t, scale, labels, label_smoothing, *kept):
     )
 
 
-def _contrastive_distillation_loss(x, t, scale, xt, tt, st, labels, keep):
+def _contrastive_distillation_loss(x, t, scale, xt, tt, st, labels, keep, mean=False):
     precision = torch.get_float32_matmul_precision()
-    return torch.ops.robustft.pair_losses(x, t, scale, xt, tt, st, labels, 0.0, keep, precision)
+    return torch.ops.robustft.pair_losses(x, t, scale, xt, tt, st, labels, 0.0, keep, mean, precision)
 
 
 def _contrastive_distillation_gradient(g, h, x, t, scale, xt, tt, st, labels, *kept):
@@ -167,12 +167,14 @@ def _contrastive_distillation_gradient(g, h, x, t, scale, xt, tt, st, labels, *k
     return torch.ops.robustft.pair_gradients(g, h, x, t, scale, xt, tt, st, labels, 0.0, *kept, precision)
 
 
-def _fake_pair_losses(x, t, scale, xt, tt, st, labels, label_smoothing, keep, precision):
-    dtype, heads = accumulation_dtype(x.dtype), 1 if xt is None else 2
-    contrastive = x.new_empty(len(x), dtype=dtype)
+def _fake_pair_losses(x, t, scale, xt, tt, st, labels, label_smoothing, keep, mean, precision):
+    dtype, heads, each = accumulation_dtype(x.dtype), 1 if xt is None else 2, () if mean else (len(x),)
+    contrastive = x.new_empty(each, dtype=dtype)
     sides = (contrastive.new_empty(2 * heads, len(x)) for _ in range(2))
     kept = layouts.similarities("compiled", len(x), len(t), heads, keep, x.dtype).like(x)
-    return contrastive, contrastive.new_empty(len(x) * (heads - 1)), contrastive.new_empty(heads, len(x)), *sides, *kept
+    distillation = contrastive.new_empty(each if heads == 2 else (0,))
+    by_scale = contrastive.new_empty((2, len(x)) if heads == 2 else (len(x),))
+    return contrastive, distillation, by_scale, *sides, *kept
 
 
 def _fake_pair_gradients(g, h, x, t, scale, *_):
@@ -236,16 +238,16 @@ def _sample_distillation(source: Source) -> Iterator[tuple]:
 
 def _sample_pair_losses(source: Source) -> Iterator[tuple]:
     for x, t, scale, labels, label_smoothing, keep in _sample_contrastive(source):
-        yield x.detach(), t.detach(), scale.detach(), None, None, None, labels, label_smoothing, keep, "highest"
+        yield x.detach(), t.detach(), scale.detach(), None, None, None, labels, label_smoothing, keep, keep, "highest"
     for *matrices, labels, keep in _sample_distillation(source):
-        yield *(of.detach() for of in matrices), labels, 0.0, keep, "highest"
+        yield *(of.detach() for of in matrices), labels, 0.0, keep, not keep, "highest"
 
 
 def _sample_pair_gradients(source: Source) -> Iterator[tuple]:
-    for *matrices, labels, label_smoothing, keep, precision in _sample_pair_losses(source):
-        found = torch.ops.robustft.pair_losses(*matrices, labels, label_smoothing, keep, precision)
+    for *matrices, labels, label_smoothing, keep, mean, precision in _sample_pair_losses(source):
+        found = torch.ops.robustft.pair_losses(*matrices, labels, label_smoothing, keep, mean, precision)
         contrastive, distillation, *kept = found
-        g, h = torch.ones_like(contrastive), torch.ones_like(distillation) if len(distillation) else None
+        g, h = torch.ones_like(contrastive), torch.ones_like(distillation) if distillation.numel() else None
         yield g, h, *matrices, labels, label_smoothing, *kept, precision
 
 
@@ -274,6 +276,7 @@ register(
             _backward_contrastive,
             lambda grad, x, t, scale, *_: (*similarity.fake_gradient(x, t), torch.empty_like(scale)),
             _contrastive_gradient,
+            means=True,
         ),
         triton="contrastive",
         public=_call_contrastive,
@@ -292,6 +295,7 @@ register(
             lambda g, h, x, t, scale, *_: (*similarity.fake_gradient(x, t), torch.empty_like(scale)),
             _contrastive_distillation_gradient,
             results=2,
+            means=True,
         ),
         triton="contrastive",
         public=_call_distillation,

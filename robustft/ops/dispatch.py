@@ -85,13 +85,16 @@ def body_of(op: str, tensor: Tensor) -> Body:
     choice = chosen()
     if choice == "reference":
         return "reference"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    traced = torch.compiler.is_compiling()
+    if not traced and torch._C._are_functorch_transforms_active():
         if choice != "auto":
             raise RuntimeError(
                 f"backend is {choice!r}, whose kernels torch.func cannot transform; robustft.backend('reference') can"
             )
         _warn_once("torch.func cannot transform robustft's kernels; using the eager reference, which is slower")
         return "reference"
+    if choice == "auto" and tensor.is_cpu and registry.BODIES.get((op, "cpu")) == "compiled":
+        return "compiled"  # as below, and most often
     device, dtype = tensor.device, tensor.dtype
     if device.type == "meta":  # shapes, by the operators' fakes where these are declared
         return "compiled" if LIBRARIES["cpu"] == "loaded" else "reference"
@@ -101,7 +104,7 @@ def body_of(op: str, tensor: Tensor) -> Body:
     tensors = f"{device.type} tensors of {dtype}"
     if choice != "auto":
         raise RuntimeError(f"backend is {choice!r}, but there is no such kernel of {op} for {tensors}")
-    if not torch.compiler.is_compiling():  # a warning would break the graph
+    if not traced:  # a warning would break the graph
         _warn_once(
             f"robustft's compiled library for {device.type} {_lacks(op, device, tensors)}; using the eager reference, "
             "which is slower and stores N x N matrices. `robustft doctor` tells more."

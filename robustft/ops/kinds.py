@@ -89,6 +89,24 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     arrays become tensors where arrays are taken. Of a sequence or a mapping the entries are looked at too. Parameters
     that are `Any`, a protocol, or not annotated, are left alone. `**options: Unpack[T]` are those of the TypedDict T.
     """
+    take = taking(function)
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        given, options = take(args, kwargs)
+        return function(*given, **options)
+
+    return wrapper
+
+
+Given = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a call, by place and by name."""
+
+
+def taking(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], Given]:
+    """How `checked` takes the arguments of a call of the function."""
     signature = inspect.signature(function)
     parameters = signature.parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -106,29 +124,26 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
                 of |= {name: _taker(name, kind) for name, kind in _unpacked(_evaluated(p.annotation, space)).items()}
         return tuple(of[name] for name in placed), {name: taker for name, taker in of.items() if taker is not None}
 
-    def taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         by_place, by_name = takers()
         given = [value if take is None else take(value) for take, value in zip(by_place, args, strict=False)]
-        options = {name: by_name[name](value) if name in by_name else value for name, value in kwargs.items()}
-        return (*given, *args[len(given) :]), options
+        if kwargs:
+            kwargs = {name: by_name[name](value) if name in by_name else value for name, value in kwargs.items()}
+        return (*given, *args[len(given) :]), kwargs
 
-    @wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
-            return function(*args, **kwargs)
+    def take(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         group = kwargs.get("group") if grouped else _group_of(args[0]) if owned and args else None
-        if isinstance(group, ranks.ProcessGroup):
-            # An error of one rank's arguments is raised by all: the others wait for this rank.
-            def check() -> tuple[tuple[Any, ...], dict[str, Any]]:
-                signature.bind(*args, **kwargs)
-                return taken(args, kwargs)
+        if group is None or not isinstance(group, ranks.ProcessGroup):
+            return taken(args, kwargs)
 
-            given, options = ranks.checked(group, check)
-        else:
-            given, options = taken(args, kwargs)
-        return function(*given, **options)
+        # An error of one rank's arguments is raised by all: the others wait for this rank.
+        def check() -> Given:
+            signature.bind(*args, **kwargs)
+            return taken(args, kwargs)
 
-    return wrapper
+        return ranks.checked(group, check)
+
+    return take if grouped or owned else taken
 
 
 def _group_of(owner: Any) -> Any:

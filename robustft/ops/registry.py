@@ -91,6 +91,25 @@ class Backward(NamedTuple):
     body: Callable[..., object] | None = None
     results: int = 1
     """How many of the operator's outputs callers want; the others are there for the gradient."""
+    means: bool = False
+    """Whether the operator's body in Python takes `mean=True`: then these results are means, 0-d, and its gradient's
+    body takes gradients by them."""
+    joined: int | None = None
+    """The place of an input that callers give `call` as two tensors: one below the other they are the operator's."""
+
+    def join(self, given: tuple) -> tuple:
+        """The operator's inputs, of those that `call` was given."""
+        if self.joined is None:
+            return given
+        first, end = self.joined, self.joined + 2
+        return *given[:first], torch.cat(given[first:end]), *given[end:]
+
+    def part(self, values: tuple) -> tuple:
+        """What belongs to the inputs of `call`, of what belongs to the operator's: gradients, or the inputs."""
+        if self.joined is None:
+            return values
+        whole, end = values[self.joined], self.joined + 1
+        return *values[: self.joined], *((None, None) if whole is None else whole.chunk(2)), *values[end:]
 
 
 @dataclass(frozen=True)
@@ -103,7 +122,8 @@ class Op:
     sample: Callable[[Source], Iterable[tuple]]
     """Arguments to try it on."""
     body: Callable[..., object] | None = None
-    """A body in Python, below autograd, for devices that have none of their own."""
+    """A body in Python, below autograd, for devices that have none of their own; with `Backward.means` it also takes
+    `mean=True`."""
     kernel: str | None = None
     """The operator that `body` needs, where it needs one."""
     backward: Backward | None = None
@@ -133,8 +153,8 @@ BODIES: dict[tuple[str, str], Body] = {}
 
 library = torch.library.Library("robustft", "FRAGMENT")
 _direct: dict[str, type[torch.autograd.Function]] = {}
-_python: dict[tuple[str, str], Callable[..., Any]] = {}
-"""The bodies in Python of operators that have none of their own on a device type."""
+_python: dict[str, dict[str, Callable[..., Any]]] = {}
+"""By name and device type, the bodies in Python of operators that have none of their own there."""
 
 
 def register(op: Op) -> None:
@@ -165,7 +185,11 @@ def call(name: str, *inputs: Any, weight: Tensor | None = None, reduction: str =
     the same ones, so nothing else changes.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        found = computed(name, *inputs)[: _results(name)]
+        of = _backward(name)
+        inputs = of.join(inputs)
+        if weight is None and reduction == "mean" and of.means and (body := _python_body(name, inputs)):
+            return body(*inputs, mean=True)[: of.results]
+        found = computed(name, *inputs)[: of.results]
     elif weight is None:
         return _direct[name].apply(*inputs, reduction)
     else:
@@ -193,22 +217,27 @@ def reduced(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
             return losses
 
 
-def _results(name: str) -> int:
+def _backward(name: str) -> Backward:
     backward = OPERATORS[name].backward
     assert backward is not None
-    return backward.results
+    return backward
 
 
 def computed(name: str, *inputs: Any) -> Any:
     """What the operator `name` gives, no gradient being wanted: where no trace or mode looks on, by its Python body."""
-    if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
-        for value in inputs:
-            if isinstance(value, Tensor):
-                body = _python.get((name, value.device.type))
-                if body is not None:
-                    return body(*inputs)
-                break
-    return getattr(torch.ops.robustft, name).default(*inputs)
+    body = _python_body(name, inputs)
+    return getattr(torch.ops.robustft, name).default(*inputs) if body is None else body(*inputs)
+
+
+def _python_body(name: str, inputs: tuple) -> Callable[..., Any] | None:
+    """The body in Python of an operator, for these inputs, if it has one and no trace or mode looks on."""
+    bodies = _python.get(name)
+    if bodies is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    for value in inputs:
+        if isinstance(value, Tensor):
+            return bodies.get(value.device.type)
+    return None
 
 
 def outcomes(function: Callable[..., Any], calls: Iterable[Call]) -> list[Tensor]:
@@ -243,7 +272,7 @@ def _tell_torch(op: Op) -> None:
         if found is not None:
             BODIES[op.name, device] = found
         if op.body is not None and found == "compiled" and not _has_kernel(op, device):
-            _python[op.name, device] = op.body
+            _python.setdefault(op.name, {})[device] = op.body
 
 
 def _has_kernel(op: Op, device: str) -> bool:
@@ -260,14 +289,26 @@ def _direct_function(name: str, of: Backward) -> type[torch.autograd.Function]:
     below = torch._C._AutoDispatchBelowAutograd
     """Without it the operators would call register_autograd's Python kernels after all, to find nothing to record."""
 
+    operator, joins, results = getattr(torch.ops.robustft, name).default, of.joined is not None, of.results
+
     def forward(ctx, *given):
-        *inputs, reduction = given
+        inputs, reduction = given[:-1], given[-1]
         with below():
-            output = computed(name, *inputs)
-            of.setup(ctx, tuple(inputs), output)
-            found = output[: of.results]
-            ctx.reduction, ctx.count = reduction, 1 if reduction == "none" else len(found[0])
-            return found if reduction == "none" else tuple(reduced(losses, None, reduction) for losses in found)
+            if joins:
+                inputs = of.join(inputs)
+            body = _python_body(name, inputs)
+            if body is not None and of.means and reduction == "mean":
+                output = body(*inputs, mean=True)
+                ctx.reduction = "none"  # the gradients of what the body returned are what its gradient takes
+                of.setup(ctx, inputs, output)
+                return output[:results]
+            output = operator(*inputs) if body is None else body(*inputs)
+            of.setup(ctx, inputs, output)
+            found, ctx.reduction = output[:results], reduction
+            if reduction == "none":
+                return found
+            ctx.count = found[0].shape[0]
+            return tuple(reduced(losses, None, reduction) for losses in found)
 
     def by_losses(ctx, grad):
         if grad is None or ctx.reduction == "none":
@@ -279,10 +320,13 @@ def _direct_function(name: str, of: Backward) -> type[torch.autograd.Function]:
 
     def backward(ctx, *grads):
         if torch.is_grad_enabled():  # create_graph: the gradient's own formula refuses
-            return *of.formula(ctx, *(by_losses(ctx, grad) for grad in grads)), None
+            return *of.part(of.formula(ctx, *(by_losses(ctx, grad) for grad in grads))), None
         unpacked = _Unpacked(ctx)
         with below():
-            return *of.formula(unpacked, *(by_losses(ctx, grad) for grad in grads)), None
+            if ctx.reduction != "none":
+                grads = tuple(by_losses(ctx, grad) for grad in grads)
+            found = of.formula(unpacked, *grads)
+            return *(of.part(found) if joins else found), None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), methods)

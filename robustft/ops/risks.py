@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from robustft.ops import reference, registry
+from robustft.ops.arguments import check_classes, check_range
 from robustft.ops.dispatch import body_of
 from robustft.ops.precision import at_least_float32
 from robustft.ops.registry import Backward, Call, Op, Source, accumulation_dtype, call, contiguous_like, register
@@ -20,20 +21,34 @@ from robustft.ops.registry import Backward, Call, Op, Source, accumulation_dtype
 
 def group_risk(losses: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean loss of each group, the largest, and the groups' sizes."""
-    if body_of("group_risk", losses) == "reference":
+    body = body_of("group_risk", losses)
+    if body != "compiled":
+        check_range("groups", groups, num_groups)
+    if body == "reference":
         mean, worst, _, counts = reference.group_risk(losses, groups, num_groups)
-    else:
+        return mean, worst, counts
+    try:
         mean, worst, _, counts = call("group_risk", losses, groups, num_groups)
+    except RuntimeError:  # the kernel looks at the groups too, sooner than torch's operators do
+        check_range("groups", groups, num_groups)
+        raise
     return mean, worst, counts
 
 
 def misalignment_penalty(logits: Tensor, labels: Tensor, variant: str, top1: bool) -> tuple[Tensor, Tensor]:
     """(N,), and how many rows have a misranked class."""
-    if body_of("misalignment_penalty", logits) == "reference":
+    body, k = body_of("misalignment_penalty", logits), logits.shape[1]
+    if body != "compiled":
+        check_classes(labels, k)
+    if body == "reference":
         z = at_least_float32(logits)
         errors = (~(z <= z.gather(1, labels[:, None]))).any(1).sum()
         return reference.misalignment(z, labels, variant, top1), errors
-    penalty, errors = call("misalignment_penalty", logits, labels, variant, top1)
+    try:
+        penalty, errors = call("misalignment_penalty", logits, labels, variant, top1)
+    except RuntimeError:  # as in `group_risk`
+        check_classes(labels, k)
+        raise
     return penalty, errors
 
 
@@ -68,7 +83,7 @@ def _backward_group_risk(ctx, mean, worst, *_):
     if mean is None and worst is None:
         return None, None, None
     gradient = registry.gradient("group_risk", mean, worst, *ctx.saved_tensors)
-    return gradient.to(ctx.dtype), None, None
+    return gradient if gradient.dtype == ctx.dtype else gradient.to(ctx.dtype), None, None
 
 
 def _fake_sums(values, groups, num_groups):

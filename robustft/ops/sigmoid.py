@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robustft.ops import arguments, reference
+from robustft.ops import arguments, reference, registry
 from robustft.ops.dispatch import body_of
 from robustft.ops.registry import (
     Backward,
@@ -34,6 +34,7 @@ from robustft.ops.registry import (
     call,
     contiguous_like,
     gradient,
+    reduced,
     register,
     setup_two_losses,
 )
@@ -59,20 +60,19 @@ def contrastive_loss(
     bias: Tensor,
     labels: Tensor | None,
     weight: Tensor | None,
-    total: bool,
+    reduction: str,
     memory: str | int,
 ) -> Tensor:
-    """(n,) losses times their weights, or the total of them, 0-d."""
+    """Of the per-sample losses, (n,), what `registry.reduced` gives."""
     if body_of("sigmoid_contrastive_loss", x) == "reference":
         same = indices(labels, len(x), x.device)
         losses = reference.sigmoid_contrastive_loss(x, t, scale, bias, same, same)
-    elif total and in_forward(memory, x, t):
-        return call("sigmoid_contrastive_loss", x, t, scale, bias, labels, weight, True, False)[0]
+    elif reduction != "none" and in_forward(memory, x, t):
+        return call("sigmoid_contrastive_loss", x, t, scale, bias, labels, weight, reduction, False)[0]
     else:
         keep = keeps(memory, x, t, 1)
-        losses = call("sigmoid_contrastive_loss", x, t, scale, bias, labels, None, False, keep)[0]
-    losses = losses if weight is None else losses * weight
-    return losses.sum() if total else losses
+        losses = call("sigmoid_contrastive_loss", x, t, scale, bias, labels, None, "none", keep)[0]
+    return reduced(losses, weight, reduction)
 
 
 def contrastive_distillation_loss(
@@ -148,14 +148,21 @@ def by_numbers(rows: Tensor, sums: Tensor, scale: Tensor, bias: Tensor) -> tuple
     return ds.to(scale.dtype, copy=True), db.to(bias.dtype, copy=True)  # results of an operator share no memory
 
 
-def _contrastive_loss(x, t, scale, bias, labels, weight, total, keep):
+def _contrastive_loss(x, t, scale, bias, labels, weight, reduction, keep):
+    if _compiled_whole(x, weight, reduction):
+        precision = torch.get_float32_matmul_precision()
+        return torch.ops.robustft.sigmoid_totals(x, t, scale, bias, labels, reduction == "mean", precision)
     same = indices(labels, len(x), x.device)
-    rows = unit_gradient(x, weight) if total else None
+    rows = None if reduction == "none" else unit_gradient(x, weight)
     sums, *kept = sweep(Matrices(x, t, scale, bias), same, same, rows, keep=keep)
     losses = sums[0]
-    if not total:
-        return losses.clone(), sums, *kept
-    return (losses if weight is None else losses * weight).sum(), sums, *kept
+    return losses.clone() if reduction == "none" else reduced(losses, weight, reduction), sums, *kept
+
+
+def _compiled_whole(x: Tensor, weight: Tensor | None, reduction: str) -> bool:
+    """Whether sigmoid_totals computes the loss, and sigmoid_scaled its gradient."""
+    by = registry.BODIES.get(("sigmoid_totals", x.device.type)), registry.body("sigmoid_sweep", x.device, x.dtype)
+    return reduction != "none" and weight is None and by == ("compiled", "compiled")
 
 
 def unit_gradient(x: Tensor, weight: Tensor | None) -> Tensor:
@@ -170,9 +177,14 @@ def row_gradient(grad: Tensor, weight: Tensor | None, n: int) -> Tensor:
     return (grad * weight.to(torch.promote_types(grad.dtype, weight.dtype)))[None]  # a 0-d factor does not promote
 
 
-def _contrastive_gradient(grad, x, t, scale, bias, labels, weight, sums, kept_dx, kept_dt, kept):
-    if grad.dim() == 0:
-        rows, dx, dt = row_gradient(grad, weight, len(x)), kept_dx * grad, kept_dt * grad
+def _contrastive_gradient(grad, x, t, scale, bias, labels, weight, reduction, sums, kept_dx, kept_dt, kept):
+    if _compiled_whole(x, weight, reduction):
+        numbers = scale, bias, sums, kept_dx, kept_dt, reduction == "mean"
+        return *torch.ops.robustft.sigmoid_scaled(grad, x, t, *numbers), x.new_empty(0)
+    if reduction != "none":
+        grad = grad / len(x) if reduction == "mean" else grad
+        dx, dt = kept_dx * grad, kept_dt * grad
+        rows = row_gradient(grad, weight, len(x))
     else:
         same, rows = indices(labels, len(x), x.device), grad[None]
         _, dx, dt, _ = sweep(Matrices(x, t, scale, bias), same, same, rows, kept)
@@ -199,13 +211,17 @@ def _fake_sweep(x, t, scale, bias, x_labels, t_labels, xt, tt, st, bt, weight, s
     return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-def _fake_contrastive_loss(x, t, scale, bias, labels, weight, total, keep):
-    dtype, (n, d) = accumulation_dtype(x.dtype), x.shape
+def _fake_contrastive_loss(x, t, scale, bias, labels, weight, reduction, keep):
+    dtype, (n, d), total = accumulation_dtype(x.dtype), x.shape, reduction != "none"
     loss = x.new_empty(n, dtype=dtype)
     if total:
         loss = x.new_empty((), dtype=dtype if weight is None else torch.promote_types(dtype, weight.dtype))
     gradient, kept = x.new_empty(n if total else 0, d, dtype=dtype), x.new_empty(n if keep else 0, n, dtype=dtype)
     return loss, x.new_empty(3, n, dtype=dtype), gradient, torch.empty_like(gradient), kept
+
+
+def _fake_totals(x, t, scale, bias, labels, mean, precision):
+    return _fake_contrastive_loss(x, t, scale, bias, labels, None, "sum", False)
 
 
 def _fake_contrastive_gradient(grad, x, t, scale, bias, labels, weight, *_):
@@ -220,7 +236,7 @@ def _fake_distillation_loss(x, t, scale, bias, xt, tt, st, bt, labels, keep):
 
 
 def _setup_contrastive(ctx, inputs, output):
-    *tensors, _, _ = inputs
+    *tensors, ctx.reduction_within, _ = inputs
     _, *kept = output
     ctx.save_for_backward(*tensors, *kept)
     ctx.mark_non_differentiable(*kept)
@@ -230,7 +246,9 @@ def _setup_contrastive(ctx, inputs, output):
 def _backward_contrastive(ctx, grad, *_):
     if grad is None:
         return (None,) * 8
-    *gradients, dweight = gradient("sigmoid_contrastive_loss", grad, *ctx.saved_tensors)
+    x, t, scale, bias, labels, weight, *kept = ctx.saved_tensors
+    inputs = x, t, scale, bias, labels, weight, ctx.reduction_within
+    *gradients, dweight = gradient("sigmoid_contrastive_loss", grad, *inputs, *kept)
     return *gradients, None, dweight if ctx.needs_input_grad[5] else None, None, None
 
 
@@ -244,9 +262,12 @@ def _backward_distillation(ctx, g, h, *_):
 
 def _sample_contrastive(source: Source) -> Iterator[tuple]:
     of = source.features(9, 5), source.features(9, 5), source.scale(7.0), source.scale(-2.0)
-    yield *of, source.labels(9, 4), source.uniform(9, grad=True), True, False
-    yield *of, None, None, False, True
-    yield *of, None, None, False, False
+    yield *of, source.labels(9, 4), source.uniform(9, grad=True), "mean", False
+    yield *of, None, None, "none", True
+    yield *of, None, None, "none", False
+    yield *of, source.labels(9, 4), None, "mean", False
+    yield *of, None, source.uniform(9, grad=True), "sum", False
+    yield *of, None, None, "sum", False
 
 
 def _sample_distillation(source: Source) -> Iterator[tuple]:
@@ -274,9 +295,21 @@ def _sample_sweep(source: Source) -> Iterator[tuple]:
             yield *of, *by, source.uniform(heads, n), similarities, False, "highest"
 
 
+def _sample_totals(source: Source) -> Iterator[tuple]:
+    features = source.features(9, 5, False), source.features(9, 5, False)
+    for mean, labels in ((True, source.labels(9, 4)), (False, None)):
+        yield *features, source.scale(7.0, False), source.scale(-2.0, False), labels, mean, "highest"
+
+
+def _sample_scaled(source: Source) -> Iterator[tuple]:
+    for *of, labels, mean, precision in _sample_totals(source):
+        loss, *kept, _ = torch.ops.robustft.sigmoid_totals(*of, labels, mean, precision)
+        yield torch.full_like(loss, 3.0), *of, *kept, mean
+
+
 def _call_contrastive(source: Source) -> Iterator[Call]:
-    for *of, labels, weight, total, keep in _sample_contrastive(source):
-        options = {"reduction": "sum" if total else "none", "memory": "auto" if total or keep else 0}
+    for *of, labels, weight, reduction, keep in _sample_contrastive(source):
+        options = {"reduction": reduction, "memory": "auto" if reduction != "none" or keep else 0}
         yield Call(tuple(of), {"labels": labels, "weight": weight, **options})
 
 
@@ -286,6 +319,8 @@ def _call_distillation(source: Source) -> Iterator[Call]:
 
 
 register(Op("sigmoid_sweep", _fake_sweep, _sample_sweep, triton="sigmoid"))
+register(Op("sigmoid_totals", _fake_totals, _sample_totals))
+register(Op("sigmoid_scaled", lambda g, *of: _fake_contrastive_gradient(g, *of[:4], None, None)[:4], _sample_scaled))
 register(
     Op(
         "sigmoid_contrastive_loss",

@@ -3,47 +3,20 @@
 // torch cost ten times the arithmetic.
 //
 //   labels        (n) or none: a sample's own;  counts_i how many share that of i
-//   losses        contrastive_i, and with a teacher distillation_i;  by_scale (heads, n) their derivatives
-//   row, col      softmaxes of the sides for the backward, (2, n), with a teacher (4, n): `Softmaxes` in similarity.py
-//   centers, kept as similarity_statistics returns them
+//   losses        contrastive_i, and with a teacher distillation_i, (n), or their means, 0-d, and then gradients by
+//   those by_scale      the derivatives of the samples' losses, (n), with a teacher (2, n) row, col      softmaxes of
+//   the sides for the backward, (2, n), with a teacher (4, n): `Softmaxes` in similarity.py centers, kept as
+//   similarity_statistics returns them
 #include <algorithm>
-#include <numeric>
-#include <vector>
 
 #include "../dispatch.h"
+#include "groups.h"
 #include "operators.h"
 #include "similarity.h"
 
 namespace robustft {
 namespace similarity {
 namespace {
-
-struct Groups {
-  Tensor index;                 // (n) labels renumbered from 0: the kernels compare 32 bits
-  std::vector<int64_t> counts;  // (n) how often each sample's occurs
-};
-
-Groups groups_of(int64_t n, const std::optional<Tensor>& labels) {
-  Groups groups{uninitialized({n}, ScalarType::Long), {}};
-  groups.counts.assign(n, 1);
-  int64_t* index = groups.index.mutable_data_ptr<int64_t>();
-  if (!labels) {
-    std::iota(index, index + n, int64_t(0));
-    return groups;
-  }
-  const Tensor given = contiguous_as(*labels, ScalarType::Long);
-  const int64_t* y = given.const_data_ptr<int64_t>();
-  std::vector<int64_t> values(y, y + n);
-  std::sort(values.begin(), values.end());
-  values.erase(std::unique(values.begin(), values.end()), values.end());
-  std::vector<int64_t> count(values.size(), 0);
-  for (int64_t i = 0; i < n; ++i) {
-    index[i] = std::lower_bound(values.begin(), values.end(), y[i]) - values.begin();
-    ++count[index[i]];
-  }
-  for (int64_t i = 0; i < n; ++i) groups.counts[i] = count[index[i]];
-  return groups;
-}
 
 // One side's statistics of a sample.
 template <class T>
@@ -77,12 +50,13 @@ Tensor softmaxes_of(const Tensor& statistics, bool teacher) {
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> losses_of(const Tensor& row, const Tensor& col, const Tensor& scale,
-                                                             const Groups& groups, bool teacher, T smoothing) {
+                                                             const Groups& groups, bool teacher, T smoothing,
+                                                             bool mean) {
   const int64_t n = row.size(1);
   const T s = T(number_in(scale));
   Tensor contrastive = uninitialized({n}, row.scalar_type());
   Tensor distillation = uninitialized({teacher ? n : 0}, row.scalar_type());
-  Tensor by_scale = uninitialized({teacher ? 2 : 1, n}, row.scalar_type());
+  Tensor by_scale = teacher ? uninitialized({2, n}, row.scalar_type()) : uninitialized({n}, row.scalar_type());
   const T *const of_rows = row.const_data_ptr<T>(), *const of_cols = col.const_data_ptr<T>();
   T *const c = contrastive.mutable_data_ptr<T>(), *const q = distillation.mutable_data_ptr<T>();
   T* const by = by_scale.mutable_data_ptr<T>();
@@ -96,6 +70,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> losses_of(const Tensor& row, 
     q[i] = (r.log_sum - s * r.teacher_gap) + (k.log_sum - s * k.teacher_gap);
     by[n + i] = (r.gap - r.teacher_gap) + (k.gap - k.teacher_gap);
   }
+  if (mean) contrastive = mean_of<T>(contrastive);
+  if (mean && teacher) distillation = mean_of<T>(distillation);
   return {contrastive, distillation, by_scale, softmaxes_of<T>(row, teacher), softmaxes_of<T>(col, teacher)};
 }
 
@@ -107,7 +83,7 @@ void check_pairs(const char* op, const Tensor& x, const Tensor& t, const std::op
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_losses(
     const Tensor& x, const Tensor& t, const Tensor& scale, const std::optional<Tensor>& x_teacher,
     const std::optional<Tensor>& t_teacher, const std::optional<Tensor>& teacher_scale,
-    const std::optional<Tensor>& labels, double label_smoothing, bool keep, std::string precision) {
+    const std::optional<Tensor>& labels, double label_smoothing, bool keep, bool mean, std::string precision) {
   check_pairs("pair_losses", x, t, labels);
   const Groups groups = groups_of(x.size(0), labels);
   const auto [row, col, centers, kept] =
@@ -116,8 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_losses(
   const bool teacher = x_teacher.has_value();
   const auto [contrastive, distillation, by_scale, of_rows, of_cols] =
       x.scalar_type() == ScalarType::Double
-          ? losses_of<double>(row, col, scale, groups, teacher, label_smoothing)
-          : losses_of<float>(row, col, scale, groups, teacher, float(label_smoothing));
+          ? losses_of<double>(row, col, scale, groups, teacher, label_smoothing, mean)
+          : losses_of<float>(row, col, scale, groups, teacher, float(label_smoothing), mean);
   return {contrastive, distillation, by_scale, of_rows, of_cols, centers, kept};
 }
 
@@ -150,8 +126,8 @@ std::tuple<Tensor, Tensor, Tensor> coefficients(const Tensor& g, const std::opti
                                                 const Tensor& col, const Tensor& by_scale, const Groups& groups,
                                                 T smoothing, const Tensor& scale) {
   const int64_t n = row.size(1);
-  const Tensor of_g = contiguous_as(g, scalar_type<T>()), by = contiguous_as(by_scale, scalar_type<T>());
-  const Tensor of_h = h ? contiguous_as(*h, scalar_type<T>()) : of_g;
+  const Tensor of_g = gradients_by_each<T>(g, n), by = contiguous_as(by_scale, scalar_type<T>());
+  const Tensor of_h = h ? gradients_by_each<T>(*h, n) : of_g;
   const T *const pg = of_g.const_data_ptr<T>(), *const ph = h ? of_h.const_data_ptr<T>() : nullptr;
   const T* const b = by.const_data_ptr<T>();
   double ds = 0;
@@ -174,8 +150,8 @@ std::tuple<Tensor, Tensor, Tensor> pair_gradients(const Tensor& g, const std::op
   auto softmaxes = [&](const Tensor& of) { return of.dim() == 2 && of.size(0) == 2 * heads && of.size(1) == n; };
   STD_TORCH_CHECK(softmaxes(row) && softmaxes(col) && by_scale.numel() == heads * n && scale.numel() == 1,
                   "pair_gradients: row, col and by_scale must be what pair_losses returned");
-  STD_TORCH_CHECK(g.numel() == n && h.has_value() == x_teacher.has_value() && (!h || h->numel() == n),
-                  "pair_gradients: g, and h with a teacher, must be (n,)");
+  STD_TORCH_CHECK(is_gradient_of(g, n) && h.has_value() == x_teacher.has_value() && (!h || is_gradient_of(*h, n)),
+                  "pair_gradients: g, and h with a teacher, must be (n,) or of the means");
   const Groups groups = groups_of(n, labels);
   const auto [of_rows, of_cols, ds] =
       x.scalar_type() == ScalarType::Double

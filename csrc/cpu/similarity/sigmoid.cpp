@@ -12,6 +12,9 @@
 // No row waits for another, nor for the end of its own: a tile's gradient is known as soon as the tile is. So losses
 // and gradients come from one sweep, 6 n m d flops, in which S exists a tile at a time; without weights it takes 2. A
 // sweep without weights may keep S, and one with weights take it from there: 4 n m d flops.
+//
+// sigmoid_totals and sigmoid_scaled are one sweep for the sum or the mean of the losses of pairs, and what a gradient
+// by it makes of that sweep's: at N = 8 a dozen calls of torch around the sweep take longer than it.
 #include "sigmoid.h"
 
 #include <optional>
@@ -21,6 +24,7 @@
 #include <vector>
 
 #include "../dispatch.h"
+#include "groups.h"
 #include "tiles.h"
 
 namespace robustft {
@@ -119,6 +123,77 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_sweep(
                                      : sweep<float>(in, bias, teacher_bias, weight, kept, keep);
 }
 
+// A row's share of the total. The sweep's gradient is that of the sum: to round the share of each row would show where
+// rows cancel.
+double share(int64_t n, bool mean) { return mean ? 1 / double(n) : 1; }
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> totals(const Inputs& in, const Tensor& bias, bool mean) {
+  const int64_t n = in.n();
+  Tensor weights = uninitialized({1, n}, scalar_type<T>());
+  std::fill_n(weights.mutable_data_ptr<T>(), n, T(1));
+  auto [sums, dx, dt, kept] = sweep<T>(in, bias, std::nullopt, weights, std::nullopt, false);
+  const T* const losses = sums.template const_data_ptr<T>();
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) total += double(losses[sigmoid_sum::kLoss * n + i]);
+  Tensor loss = uninitialized({}, scalar_type<T>());
+  *loss.mutable_data_ptr<T>() = T(total * share(n, mean));
+  return {loss, sums, dx, dt, kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_totals(const Tensor& x, const Tensor& t, const Tensor& scale,
+                                                                  const Tensor& bias,
+                                                                  const std::optional<Tensor>& labels, bool mean,
+                                                                  std::string precision) {
+  STD_TORCH_CHECK(x.dim() == 2 && t.dim() == 2 && x.size(0) == t.size(0) && bias.numel() == 1 &&
+                      (!labels || labels->numel() == x.size(0)),
+                  "sigmoid_totals: x and t must be (n, d), labels (n,), bias of one element");
+  const Groups groups = groups_of(x.size(0), labels);
+  const std::optional<Tensor> none;
+  const Inputs in{x, t, scale, groups.index, groups.index, none, none, none, precision};
+  in.check("sigmoid_totals");
+  return x.scalar_type() == ScalarType::Double ? totals<double>(in, bias, mean) : totals<float>(in, bias, mean);
+}
+
+template <class T>
+Tensor scaled(const Tensor& gradient, double factor, ScalarType dtype) {
+  const Tensor held = contiguous_as(gradient, scalar_type<T>());
+  Tensor out = uninitialized(held.sizes(), scalar_type<T>());
+  const T* const from = held.template const_data_ptr<T>();
+  T* const to = out.template mutable_data_ptr<T>();
+  const T by = T(factor);
+  torch::stable::parallel_for(0, held.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = from[i] * by;
+  });
+  return contiguous_as(out, dtype);
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> scaled(double g, const Tensor& x, const Tensor& t, const Tensor& scale,
+                                                  const Tensor& bias, const Tensor& sums, const Tensor& dx,
+                                                  const Tensor& dt, bool mean) {
+  const int64_t n = x.size(0);
+  const Tensor held = contiguous_as(sums, scalar_type<T>());
+  const T* const s = held.template const_data_ptr<T>();
+  double ds = 0, db = 0;
+  for (int64_t i = 0; i < n; ++i)
+    ds += double(s[sigmoid_sum::kByScale * n + i]), db += double(s[sigmoid_sum::kByBias * n + i]);
+  const double factor = g * share(n, mean);
+  return {scaled<T>(dx, factor, x.scalar_type()), scaled<T>(dt, factor, t.scalar_type()),
+          like_number(factor * ds, scale), like_number(factor * db, bias)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_scaled(const Tensor& g, const Tensor& x, const Tensor& t,
+                                                          const Tensor& scale, const Tensor& bias, const Tensor& sums,
+                                                          const Tensor& dx, const Tensor& dt, bool mean) {
+  STD_TORCH_CHECK(g.numel() == 1 && scale.numel() == 1 && bias.numel() == 1 && x.dim() == 2 && sums.dim() == 2 &&
+                      sums.size(0) == sigmoid_sum::count(false) && sums.size(1) == x.size(0) &&
+                      dx.numel() == x.numel() && dt.numel() == t.numel(),
+                  "sigmoid_scaled: g must have one element; sums, dx and dt must be what sigmoid_totals returned");
+  return x.scalar_type() == ScalarType::Double ? scaled<double>(number_in(g), x, t, scale, bias, sums, dx, dt, mean)
+                                               : scaled<float>(number_in(g), x, t, scale, bias, sums, dx, dt, mean);
+}
+
 // softplus(z) and its derivative as the kernels have them, for their error-bound test.
 std::tuple<Tensor, Tensor> vector_softplus(const Tensor& z) {
   Tensor in = torch::stable::contiguous(z);
@@ -140,5 +215,7 @@ std::tuple<Tensor, Tensor> vector_softplus(const Tensor& z) {
 
 STABLE_TORCH_LIBRARY_IMPL(robustft, CPU, m) {
   m.impl("sigmoid_sweep", TORCH_BOX(&robustft::similarity::sigmoid_sweep));
+  m.impl("sigmoid_totals", TORCH_BOX(&robustft::similarity::sigmoid_totals));
+  m.impl("sigmoid_scaled", TORCH_BOX(&robustft::similarity::sigmoid_scaled));
   m.impl("vector_softplus", TORCH_BOX(&robustft::similarity::vector_softplus));
 }
