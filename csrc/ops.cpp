@@ -88,7 +88,7 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "orthogonality_penalty_backward(Tensor grad, Tensor w, Tensor residual, Tensor penalty, bool squared) -> Tensor");
   // cpu/neighbors/, cuda/neighbor_pack.cu, cuda/neighbors.cu
   m.def(
-      "neighbor_pack(Tensor points, int samples) "
+      "neighbor_pack(Tensor points, int samples, bool filter=True) "
       "-> (Tensor centre, Tensor bias, Tensor filter, Tensor sample, Tensor bounds)");
   m.def(
       "kth_neighbor_distance(Tensor queries, Tensor points, Tensor centre, Tensor bias, Tensor filter, Tensor sample, "

@@ -746,7 +746,7 @@ def kth_neighbor_distance(
         return _sharded_neighbors("kth_neighbor_distance", queries, points, k, squared, group).distances[:, -1].clone()
     q, x = _neighbor_inputs(queries, points)
     k = arguments.check_neighbors(k, len(x))
-    return neighbors.kth_distance(q, x, neighbors.prepare(x), k, squared)
+    return neighbors.kth_distance(q, x, neighbors.prepare(x, len(q) >= neighbors.FILTERED), k, squared)
 
 
 @arguments.own_precision
@@ -768,7 +768,7 @@ def nearest_neighbors(
         return _sharded_neighbors("nearest_neighbors", queries, points, k, squared, group)
     q, x = _neighbor_inputs(queries, points)
     k = arguments.check_neighbors(k, len(x))
-    return Neighbors(*neighbors.nearest(q, x, neighbors.prepare(x), k, squared))
+    return Neighbors(*neighbors.nearest(q, x, neighbors.prepare(x, len(q) >= neighbors.FILTERED), k, squared))
 
 
 def _neighbor_inputs(queries: Tensor, points: Tensor, may_be_empty: bool = False) -> tuple[Tensor, Tensor]:

@@ -413,6 +413,31 @@ void neighbors(const std::string& type) {
   }
 }
 
+// Products of queries and points in fixed point, and the rows from which they come: every number of queries that a
+// group can have, and points that fill no panel.
+void fixed_point() {
+  for (int64_t d : kWidths) {
+    const std::vector<float> x = numbers<float>(d);
+    std::vector<int16_t> whole(d);
+    double residual;
+    isa::to_fixed(x.data(), d, 1000, whole.data(), &residual);
+    show("to_fixed/" + of(d), std::vector<int32_t>(whole.begin(), whole.end()));
+    show("to_fixed/" + of(d) + ".residual", &residual, 1);
+  }
+  for (int64_t pairs : {1, 7, 64})
+    for (int64_t rows : {1, 2, 3, 4, 5, 6, 11})
+      for (int64_t cols : {1, 15, 16, 39, 64}) {
+        const int64_t panels = (cols + kPanel - 1) / kPanel;
+        std::vector<int16_t> left, right;
+        for (int32_t i : integers<int32_t>(rows * pairs * 2, 5001)) left.push_back(int16_t(i - 2500));
+        for (int32_t i : integers<int32_t>(panels * kPanel * pairs * 2, 5001)) right.push_back(int16_t(i - 2500));
+        const std::vector<float> factors = numbers<float>(rows);
+        std::vector<float> out(rows * cols);
+        isa::fixed_products({left.data(), factors.data(), right.data(), rows, cols, pairs}, out.data(), cols);
+        show("fixed_products/" + of(pairs) + "," + of(rows) + "," + of(cols), out);
+      }
+}
+
 template <class T>
 void all_of(const std::string& type) {
   exponentials<T>(type);
@@ -430,6 +455,7 @@ int main() {
   std::printf("kernels %s, vectors of %d bytes\n", ROBUSTFT_NAME(ROBUSTFT_ISA), ROBUSTFT_VECTOR_BYTES);
   robustft::all_of<float>("f32");
   robustft::all_of<double>("f64");
+  robustft::fixed_point();
   robustft::misalignment<robustft::Bf16>("bf16");
   robustft::misalignment<robustft::Fp16>("f16");
   std::puts("end");

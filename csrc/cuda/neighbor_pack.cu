@@ -56,7 +56,7 @@ __global__ void neighbor_bounds_kernel(const unsigned long long* __restrict__ la
   bounds[neighbor_bound::kCentred] = 1;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> neighbor_pack(const Tensor& input, int64_t samples) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> neighbor_pack(const Tensor& input, int64_t samples, bool) {
   STD_TORCH_CHECK(input.dim() == 2 && input.size(0) > 0 && input.size(1) > 0,
                   "neighbor_pack: points must be (n, d), n and d at least 1");
   STD_TORCH_CHECK(input.scalar_type() != ScalarType::Double, "neighbor_pack: float64 points are searched without it");

@@ -35,14 +35,19 @@ class PackedPoints(NamedTuple):
         return not bool(self.bounds[0].isnan())
 
 
+FILTERED = 128
+"""A single search of fewer queries is faster without a filter on processors that have no AMX."""
+
+
 def sample_size(n: int) -> int:
     """How many points a search looks at to guess where to start; small sets are searched without."""
     return 0 if n < 8192 else min(8192, max(2048, n // 64))
 
 
-def pack(points: Tensor) -> PackedPoints:
-    """Reads the points once; they are referred to, not copied."""
-    return PackedPoints(points, *torch.ops.robustft.neighbor_pack(points, sample_size(len(points))))
+def pack(points: Tensor, filter: bool = True) -> PackedPoints:
+    """Reads the points once or twice; they are referred to, not copied. Without AMX a filter is made only if asked for:
+    it takes the time that it spares on `FILTERED` queries."""
+    return PackedPoints(points, *torch.ops.robustft.neighbor_pack(points, sample_size(len(points)), filter))
 
 
 def prepares(points: Tensor) -> bool:
@@ -54,13 +59,13 @@ def prepares(points: Tensor) -> bool:
     return body_of("neighbor_pack", points) != "reference"
 
 
-def prepare(points: Tensor) -> PackedPoints | None:
+def prepare(points: Tensor, filter: bool = True) -> PackedPoints | None:
     """The points prepared for the compiled search, or None where the reference searches."""
     if not prepares(points):
         if _looked_at(points):
             check_finite("points", points)
         return None
-    packed = pack(points)
+    packed = pack(points, filter)
     if _looked_at(points):
         _refuse("points", not packed.finite)
     return packed
@@ -107,7 +112,7 @@ def _refuse(name: str, condition: bool) -> None:
         raise ValueError(f"{name} holds NaN or infinity; expected finite numbers")
 
 
-def _fake_pack(points, samples):
+def _fake_pack(points, samples, filter=True):
     n, d = points.shape
     filter_size = torch.library.get_ctx().new_dynamic_size()  # it depends on the processor
     new, dtype = points.new_empty, accumulation_dtype(points.dtype)

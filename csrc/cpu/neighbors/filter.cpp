@@ -12,29 +12,45 @@ namespace {
 
 constexpr int64_t kGrowth = 4;  // of the hits of a block
 
+// Where the bound of fixed point leaves more than this share of the points to be measured, float32 products are faster:
+// a distance takes about twenty times what the filter spares on a point.
+constexpr double kWideBand = 0.04;
+
 }  // namespace
 
 template <class T>
 void Search<T>::filtered(const std::vector<int64_t>& ids, std::vector<T> thresholds, int64_t threads) {
   const int64_t rows = ids.size(), d = set_.d;
-  const bool bf16 = set_.arithmetic == Arithmetic::bf16;
+  const bool bf16 = set_.form == FilterForm::bf16;
   const Buffer<T> centred(rows * d);
-  std::vector<double> eps(rows), norms_squared(rows);
+  std::vector<RowNorms> norms(rows);
+  std::vector<double> eps(rows);
   std::vector<int64_t> beyond;  // the bound, or the range of T
+  std::optional<fixed::Queries> in_fixed;
+  if (set_.form == FilterForm::fixed) in_fixed.emplace(rows, d);
   for (int64_t r = 0; r < rows; ++r) {
-    RowNorms norms;
     const T* query = queries_ + ids[r] * d;
     std::copy(query, query + d, centred.get() + r * d);
-    ROBUSTFT_CALL(centre_row<T>, query, set_.centre_or_null(), d, bf16, centred.get() + r * d, &norms);
-    norms_squared[r] = norms.squared;
-    eps[r] = bound(std::sqrt(norms.squared), std::sqrt(norms.residual));
+    ROBUSTFT_CALL(centre_row<T>, query, set_.centre_or_null(), d, bf16, centred.get() + r * d, &norms[r]);
+    if constexpr (std::is_same_v<T, float>)
+      if (in_fixed) norms[r].residual = in_fixed->set(r, centred.get() + r * d, std::sqrt(norms[r].squared));
+    eps[r] = bound(norms[r], set_.form);
     if (!(eps[r] > 0)) {
       beyond.push_back(ids[r]);
       std::fill_n(centred.get() + r * d, d, T(0));
     }
   }
   const LeftRows<T> left(centred.get(), rows, d, set_.arithmetic);
-  if (thresholds.empty()) thresholds = guess(left, eps, threads);
+  if (thresholds.empty()) {
+    double share = 0;
+    thresholds = guess(left, eps, threads, &share);
+    if (in_fixed && share > kWideBand) {
+      in_fixed.reset();
+      for (int64_t r = 0; r < rows; ++r)
+        if (eps[r] > 0) eps[r] = bound(norms[r], FilterForm::points);
+      thresholds = guess(left, eps, threads, &share);
+    }
+  }
   for (int64_t r = 0; r < rows; ++r)
     if (!(eps[r] > 0)) thresholds[r] = std::numeric_limits<T>::infinity();
 
@@ -47,7 +63,8 @@ void Search<T>::filtered(const std::vector<int64_t>& ids, std::vector<T> thresho
     auto workspace = pool_.take([] { return SearchWorkspace<T>(); });
     for (int64_t p = first; p < last; ++p)
       for (int64_t tile = tiles * p / parts; tile < tiles * (p + 1) / parts; ++tile)
-        scan(left, tile * step, std::min(step, set_.n - tile * step), hits[p], *workspace);
+        scan(left, in_fixed ? &*in_fixed : nullptr, tile * step, std::min(step, set_.n - tile * step), hits[p],
+             *workspace);
   });
 
   constexpr T kDone = std::numeric_limits<T>::quiet_NaN();
@@ -55,7 +72,7 @@ void Search<T>::filtered(const std::vector<int64_t>& ids, std::vector<T> thresho
   torch::stable::parallel_for(0, rows, threads == 1 ? rows : 1, [&](int64_t first, int64_t last) {
     auto workspace = pool_.take([] { return SearchWorkspace<T>(); });
     for (int64_t r = first; r < last; ++r)
-      if (eps[r] > 0) again[r] = finish(ids[r], r, eps[r], norms_squared[r], hits, *workspace);
+      if (eps[r] > 0) again[r] = finish(ids[r], r, eps[r], norms[r].squared, hits, *workspace);
   });
   std::vector<int64_t> repeated;
   std::vector<T> certain;
@@ -74,21 +91,26 @@ void Search<T>::filtered(const std::vector<int64_t>& ids, std::vector<T> thresho
 }
 
 template <class T>
-double Search<T>::bound(double norm, double residual) const {
-  const double scale = norm + set_.norm, rounded = norm + residual;
+double Search<T>::bound(const RowNorms& norms, FilterForm form) const {
+  const bool exact = form == FilterForm::points;
+  const double norm = std::sqrt(norms.squared), residual = exact ? 0 : std::sqrt(norms.residual);
+  const double of_points = exact ? 0 : set_.residual, scale = norm + set_.norm, rounded = norm + residual;
+  const double gamma = form == FilterForm::fixed ? 4 * double(std::numeric_limits<T>::epsilon()) : gamma_;
   const bool is_float = scalar_type<T>() == ScalarType::Float;
   if (!(scale > (is_float ? 1e-10 : 1e-140) && scale < (is_float ? 1e15 : 1e140))) return 0;  // squares leave T's range
-  return 1.001 * (residual * set_.norm + rounded * set_.residual + gamma_ * rounded * (set_.norm + set_.residual) +
+  return 1.001 * (residual * set_.norm + rounded * of_points + gamma * rounded * (set_.norm + of_points) +
                   rounding_ * scale * scale);
 }
 
 template <class T>
-std::vector<T> Search<T>::guess(const LeftRows<T>& left, const std::vector<double>& eps, int64_t threads) {
+std::vector<T> Search<T>::guess(const LeftRows<T>& left, const std::vector<double>& eps, int64_t threads,
+                                double* share) {
   std::vector<T> thresholds(left.count, -std::numeric_limits<T>::infinity());
   if (!sample_) return thresholds;
   const int64_t m = set_.samples;
   std::vector<T> bias(m);
   for (int64_t i = 0; i < m; ++i) bias[i] = set_.bias.template const_data_ptr<T>()[sample_row(i, m, set_.n)];
+  std::vector<int64_t> open(left.count);  // sampled points that the bound would leave to be measured
   const int64_t step = kSampleSize / m / 16 * 16, steps = (left.count + step - 1) / step;
   torch::stable::parallel_for(0, steps, threads == 1 ? steps : 1, [&](int64_t first, int64_t last) {
     auto workspace = pool_.take([] { return SearchWorkspace<T>(); });
@@ -100,17 +122,26 @@ std::vector<T> Search<T>::guess(const LeftRows<T>& left, const std::vector<doubl
         T score;
         ROBUSTFT_CALL(score_reached<T>, scores + r * m, bias.data(), m, rank_, &score);
         thresholds[i + r] = below<T>(score - 2 * eps[i + r]);
+        const T low = thresholds[i + r], high = T(score + 2 * eps[i + r]);
+        for (int64_t j = 0; j < m; ++j) {
+          const T t = scores[r * m + j] - bias[j];
+          open[i + r] += (t >= low) & (t <= high);
+        }
       }
     }
   });
+  *share = double(std::accumulate(open.begin(), open.end(), int64_t(0))) / double(m * left.count);
   return thresholds;
 }
 
 template <class T>
-void Search<T>::scan(const LeftRows<T>& left, int64_t begin, int64_t count, Hits<T>& hits, SearchWorkspace<T>& w) {
+void Search<T>::scan(const LeftRows<T>& left, const fixed::Queries* in_fixed, int64_t begin, int64_t count,
+                     Hits<T>& hits, SearchWorkspace<T>& w) {
   const int64_t d = set_.d;
   T* scores = w.scores.get();
-  if (set_.arithmetic == Arithmetic::bf16 || !set_.centred) {
+  if (in_fixed) {
+    if constexpr (std::is_same_v<T, float>) in_fixed->multiply(set_.panels(begin), set_.scale, count, scores);
+  } else if (set_.form == FilterForm::bf16 || !set_.centred) {
     multiply(left, 0, left.count, set_.columns, begin, count, scores, count);
   } else {
     w.centred.resize(count * d);

@@ -9,7 +9,9 @@
 //   |t - s| <= eps = |q - qh| max|x| + |qh| max|x - xh| + gamma |qh| max|xh| + 4 u (|q| + max|x|)^2
 //
 // for every point, by Cauchy-Schwarz: the residual norms are measured (0 for ieee), gamma covers sums of d products in
-// any order, and the last term the rounding of centring, bias, score and distance (u the unit roundoff of T).
+// any order, and the last term the rounding of centring, bias, score and distance (u the unit roundoff of T). Factors
+// are bfloat16 on the matrix unit, else in 16-bit fixed point (fixed.h), where sums are exact and gamma is the rounding
+// of three numbers; or the numbers themselves, where that is no gain or its bound leaves too much to be measured.
 //
 // Filter (filter.cpp). Points whose t reaches a threshold are kept: all that can matter, and few more.
 // Band (band.cpp). Only where t leaves open on which side of the k-th they are, within 2 eps, are points measured by
@@ -75,7 +77,7 @@ void Search<T>::run(int64_t count) {
     sample_.emplace(set_.sample, RightMatrix<T>::kColumns, set_.arithmetic);
   std::vector<int64_t> all(count);
   std::iota(all.begin(), all.end(), 0);
-  if (set_.arithmetic == Arithmetic::ieee && count <= kDirectQueries) return direct(all);
+  if (set_.form == FilterForm::points && count <= kDirectQueries) return direct(all);
   if (indices_ && k_ > set_.n / kDirectShare) return direct(all);
   const int64_t threads = torch::stable::get_num_threads();
   const bool shared = count < kSharedRows * threads;
@@ -120,9 +122,9 @@ struct NeighborInputs {
     STD_TORCH_CHECK(centre.numel() == d && bias.numel() == n && bounds.numel() == neighbor_bound::kCount &&
                         sample.dim() == 2 && sample.size(1) == d,
                     op, ": not what neighbor_pack made of these points");
-    STD_TORCH_CHECK(
-        !filter.numel() || (amx::available() && filter.numel() == (n + 15) / 16 * amx::depth_tiles(d) * amx::kTile), op,
-        ": the filter is not what neighbor_pack makes of these points here");
+    const FilterForm form = amx::available() ? FilterForm::bf16 : FilterForm::fixed;
+    STD_TORCH_CHECK(!filter.numel() || (filter.numel() == filter_size(form, n, d) && dtype() == ScalarType::Float), op,
+                    ": the filter is not what neighbor_pack makes of these points here");
   }
 
   void run(Tensor& distances, Tensor* indices) const {

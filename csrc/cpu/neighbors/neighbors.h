@@ -24,6 +24,15 @@ struct Scores {
   int64_t rows, cols, ld, first;
 };
 
+// Products of queries by points in fixed point (fixed.h), which are whole numbers, times a factor for each query.
+struct FixedProducts {
+  const int16_t* groups;
+  const float* factors;  // (rows)
+  const int16_t* panels;
+  int64_t rows, cols, pairs;  // pairs: half the depth
+};
+constexpr int64_t kPanel = 16, kGroup = 6;  // points, and queries, packed side by side
+
 #define ROBUSTFT_DECLARE_NEIGHBORS(isa)                                                                       \
   namespace isa {                                                                                             \
   template <class T>                                                                                          \
@@ -35,6 +44,8 @@ struct Scores {
   template <class T>                                                                                          \
   void squared_distances(const double* query, const T* points, int64_t d, const int32_t* rows, int64_t count, \
                          double* out);                                                                        \
+  void to_fixed(const float* x, int64_t d, float scale, int16_t* out, double* residual);                      \
+  void fixed_products(const FixedProducts& in, float* out, int64_t ld);                                       \
   }
 ROBUSTFT_DECLARE_NEIGHBORS(portable)
 ROBUSTFT_DECLARE_NEIGHBORS(avx2)

@@ -40,12 +40,15 @@ class Search {
 
   // The queries `ids` by filter and band, with the given thresholds or guessed ones, points shared among `threads`.
   void filtered(const std::vector<int64_t>& ids, std::vector<T> thresholds, int64_t threads);
-  // eps of a query of this norm, rounded to bfloat16 with this residual; 0 where it would not hold.
-  double bound(double norm, double residual) const;
-  // For each query a threshold that a little more than its k best points should reach, or -inf.
-  std::vector<T> guess(const LeftRows<T>& left, const std::vector<double>& eps, int64_t threads);
+  // eps of a query of these norms, what it lost to rounding among them, in a filter of this form; 0 where it would not
+  // hold.
+  double bound(const RowNorms& norms, FilterForm form) const;
+  // For each query a threshold that a little more than its k best points should reach, or -inf; and by the sample, what
+  // share of the points the bound leaves to be measured.
+  std::vector<T> guess(const LeftRows<T>& left, const std::vector<double>& eps, int64_t threads, double* share);
   // Collects the hits among points [begin, begin + count).
-  void scan(const LeftRows<T>& left, int64_t begin, int64_t count, Hits<T>& hits, SearchWorkspace<T>& w);
+  void scan(const LeftRows<T>& left, const fixed::Queries* in_fixed, int64_t begin, int64_t count, Hits<T>& hits,
+            SearchWorkspace<T>& w);
 
   // In band.cpp:
 
@@ -65,8 +68,8 @@ class Search {
   const int64_t k_;
   const bool squared_;
   T* out_;
-  int64_t* indices_;  // null: only the k-th distance is asked for
-  double gamma_, rounding_;
+  int64_t* indices_;         // null: only the k-th distance is asked for
+  double gamma_, rounding_;  // gamma of products in floating point
   int64_t rank_, room_, max_rows_;
   std::optional<RightMatrix<T>> sample_;  // where thresholds are guessed
   Pool<SearchWorkspace<T>> pool_;

@@ -1,13 +1,24 @@
 // A set of points prepared for neighbour searches: what neighbor_pack makes and the searches read.
 #pragma once
-#include "../tile.h"
+#include "fixed.h"
 
 namespace robustft {
 
-// bfloat16 on the matrix unit where there is one: the search is exact under either, see neighbors.cpp.
-template <class T>
-Arithmetic neighbor_arithmetic() {
-  return scalar_type<T>() == ScalarType::Float && amx::available() ? Arithmetic::bf16 : Arithmetic::ieee;
+// What the filter multiplies. The search is exact under any, see neighbors.cpp.
+enum class FilterForm {
+  points,  // the points themselves
+  bf16,    // bfloat16 on the matrix unit, where there is one
+  fixed    // 16-bit fixed point
+};
+
+// The numbers of a filter of n points.
+inline int64_t filter_size(FilterForm form, int64_t n, int64_t d) {
+  const int64_t panels = (n + 15) / 16;
+  switch (form) {
+    case FilterForm::bf16: return panels * amx::depth_tiles(d) * amx::kTile;
+    case FilterForm::fixed: return panels * fixed::panel_size(d);
+    default: return 0;
+  }
 }
 
 // The i-th of m sampled rows: one of each m-th part of the n, at a pseudo-random place within it. Sorted data are
@@ -24,7 +35,7 @@ inline int64_t sample_row(int64_t i, int64_t m, int64_t n) {
 namespace neighbor_bound {
 enum : int64_t {
   kNorm,      // max |x - c|; NaN when a point is not finite
-  kResidual,  // max |x - c - bf16(x - c)|, 0 for ieee
+  kResidual,  // max |x - c - xh|, xh what the filter has of x - c
   kCentred,   // 1 when c is subtracted from points and queries, else 0
   kCount
 };
@@ -34,9 +45,11 @@ template <class T>
 struct PointSet {
   Tensor points, centre, bias, filter, sample;
   int64_t n, d, samples;
-  Arithmetic arithmetic;
+  FilterForm form;
+  Arithmetic arithmetic;  // of products that are not in fixed point
   bool centred;
   double norm, residual;
+  float scale;             // of points in fixed point
   RightMatrix<T> columns;  // points, or for bf16 what is packed of them
 
   PointSet(const Tensor& points, const Tensor& centre, const Tensor& bias, const Tensor& filter, const Tensor& sample,
@@ -49,22 +62,29 @@ struct PointSet {
         n(points.size(0)),
         d(points.size(1)),
         samples(sample.size(0)),
-        arithmetic(filter.numel() ? Arithmetic::bf16 : Arithmetic::ieee),
+        form(!filter.numel()    ? FilterForm::points
+             : amx::available() ? FilterForm::bf16
+                                : FilterForm::fixed),
+        arithmetic(form == FilterForm::bf16 ? Arithmetic::bf16 : Arithmetic::ieee),
         columns(this->points.template const_data_ptr<T>(), n, d, packed()) {
     const Tensor in_double = contiguous_as(bounds, ScalarType::Double);
     const double* bound = in_double.const_data_ptr<double>();
     norm = bound[neighbor_bound::kNorm];
     residual = bound[neighbor_bound::kResidual];
     centred = bound[neighbor_bound::kCentred] != 0;
+    scale = fixed::scale_of_points(norm, d);
   }
 
   const T* row(int64_t i) const { return points.const_data_ptr<T>() + i * d; }
   const T* centre_or_null() const { return centred ? centre.const_data_ptr<T>() : nullptr; }
   bool finite() const { return norm == norm; }
+  const int16_t* panels(int64_t i) const {
+    return filter.const_data_ptr<int16_t>() + i / kPanel * fixed::panel_size(d);
+  }
 
  private:
   const uint16_t* packed() const {
-    return filter.numel() ? reinterpret_cast<const uint16_t*>(filter.const_data_ptr<int16_t>()) : nullptr;
+    return form == FilterForm::bf16 ? reinterpret_cast<const uint16_t*>(filter.const_data_ptr<int16_t>()) : nullptr;
   }
 };
 
