@@ -735,7 +735,8 @@ def kth_neighbor_distance(
     filter of fast products cannot rule out is measured by direct differences in float64. To search the same points
     again use `robustft.NeighborIndex`, which prepares them once.
     No gradient: inputs that require one are detached. Half precision is widened to float32.
-    Memory: 4 N bytes, 2 N D more on processors with AMX, up to 80 MB a thread; no Q x N matrix. Time: 2 Q N D flops.
+    Memory: 4 N bytes, up to 80 MB a thread, and 2 N D bytes on processors with AMX, or with AVX2 where Q is at least
+    128 and D at least 32; no Q x N matrix. Time: 2 Q N D flops.
     On a GPU 4 N + 2 N D bytes and up to 256 MB, or 4 N where that is more; float64 there is not filtered, so slower.
     Of a group, N is a rank's own part, and beside it are the queries of one other rank and about 100 MB of what the
     ranks found.
