@@ -1,7 +1,11 @@
-"""What every shipped Triton configuration takes of a GPU that need not be there: registers, spills, shared memory.
+"""What every shipped Triton configuration takes of a GPU that need not be there: registers, spills, shared memory,
+instructions.
 
     python -m benchmarks.triton_resources          # compiles what changed, writes results/triton_resources.json
     python -m benchmarks.triton_resources --table  # prints that file as a table
+
+The file holds what each version of Triton made of a kernel, the oldest that is supported and the newest, each written
+where that version is installed: a run adds its own and keeps the others' that are of the same kernels.
 
 The launches are those of the operators in robustft/ops/triton themselves, recorded on meta tensors instead of run, and
 compiled for their architecture with the specialisations that such tensors get: 16-byte aligned pointers, sizes that 16
@@ -23,13 +27,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
+from benchmarks import sass
 from robustft.files import write_json
 from robustft.ops.triton import configs
 
@@ -80,7 +86,7 @@ def cases() -> Iterator[Case]:
                     yield Case(architecture, "float32", precision, heads, True, labels)
             yield Case(architecture, "bfloat16", "highest", heads, True)
             yield Case(architecture, "float16", "highest", heads, True)
-            for dtype in ("bfloat16", "float32"):
+            for dtype in ("bfloat16", "float16", "float32"):
                 yield from (
                     Case(architecture, dtype, "highest", heads, False, labels, library=True) for labels in (False, True)
                 )
@@ -91,8 +97,9 @@ def cases() -> Iterator[Case]:
                 yield Case(architecture, "float16", "highest", heads, True, operator=operator)
             for precision in ("highest", "high", "medium"):
                 yield Case(architecture, "float32", precision, heads, True, operator=operator)
-        for dtype in ("bfloat16", "float32"):
-            yield Case(architecture, dtype, "highest", 1, False, operator="misalignment_penalty")
+        for dtype in ("bfloat16", "float16", "float32"):
+            if dtype != "float16":
+                yield Case(architecture, dtype, "highest", 1, False, operator="misalignment_penalty")
             yield Case(architecture, dtype, "highest", 1, False, operator="sigmoid_contrastive_loss")
             yield Case(architecture, dtype, "highest", 2, False, operator="sigmoid_contrastive_distillation_loss")
 
@@ -126,10 +133,10 @@ def of_sigmoids(case: Case, gradient: bool) -> None:
     sigmoid.sigmoid_sweep(x, t, s, s, labels, labels, *teacher, weight, None, False, case.precision)
 
 
-def of_classes(case: Case, keep: bool) -> None:
+def of_classes(case: Case, keep: bool, rows: int | None = None) -> None:
     from robustft.ops.triton import classes, misalignment, scores
 
-    n, k, d, dtype = 512 if case.small else 16384, 1000, 512, getattr(torch, case.dtype)
+    n, k, d, dtype = rows or (512 if case.small else 16384), 1000, 512, getattr(torch, case.dtype)
     x, w, s, g, labels = new(n, d, dtype=dtype), new(k, d, dtype=dtype), new(()), new(n), new(n, dtype=torch.int64)
     match case.operator:
         case "classification_loss":
@@ -156,7 +163,7 @@ def launches(case: Case) -> dict[str, object]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(case.precision)
     try:
-        with recorded(case.architecture) as found:
+        with recorded(case.architecture) as found, patch.object(configs, "by_library", lambda *_: case.library):
             for keep in (True, False):
                 run(case, keep)
     finally:
@@ -167,82 +174,91 @@ def launches(case: Case) -> dict[str, object]:
     return first
 
 
-def source(launch):
-    """The launch as Triton's compiler takes it."""
-    from triton.compiler import ASTSource
+class Given(NamedTuple):
+    """What Triton's compiler is given of a launch's arguments, by name; the last by position."""
 
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, str]
+    constants: dict[str, object]
+    attributes: dict[tuple[int], list[list[object]]]
+
+
+def given(launch) -> Given:
+    found = Given({}, {}, {})
     for k, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            found.signature[parameter.name], found.constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-            attributes[(k,)] = [["tt.divisibility", 16]]
+            found.signature[parameter.name] = TYPES[value.dtype]
+            found.attributes[(k,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            found.signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
             if value % 16 == 0:
-                attributes[(k,)] = [["tt.divisibility", 16]]
+                found.attributes[(k,)] = [["tt.divisibility", 16]]
         else:
-            signature[parameter.name] = "fp32"
-    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+            found.signature[parameter.name] = "fp32"
+    return found
 
 
-def resources(architecture: str, launch) -> dict[str, int]:
-    """Registers, bytes of stack (spills), bytes of shared memory and counts of some instructions."""
+def resources(architecture: str, launch) -> dict[str, Any]:
+    """Registers, bytes of stack (spills), bytes of shared memory, counts of some instructions, and ways (sass.py)."""
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
 
     target = GPUTarget("cuda", ARCHITECTURES[architecture], 32)
+    signature, constants, attributes = given(launch)
+    code = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        compiled = triton.compile(source(launch), target=target, options=launch.options)
+        compiled = triton.compile(code, target=target, options=launch.options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (
+        usage, disassembly = (
             subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
             for flag in ("--dump-resource-usage", "-sass")
         )
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    counts = {op: len(re.findall(rf"\b{op}\b", sass)) for op in (*TENSOR_CORES.values(), "LDGSTS", "STL")}
-    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared, **counts}
+    counts = {op: len(re.findall(rf"\b{op}\b", disassembly)) for op in (*TENSOR_CORES.values(), "LDGSTS", "STL")}
+    once, loops = sass.ways(disassembly)
+    shared = compiled.metadata.shared
+    return {"registers": registers, "stack": stack, "shared": shared, **counts, "once": once, "loops": loops}
 
 
-def origin(launch) -> str:
-    """A fingerprint of all that the compiler is given: the kernel, the functions and constants that it names, and the
-    launch's types, constants and options."""
-    texts, seen = [], set()
+def origin(architecture: str, launch) -> str:
+    """A fingerprint of all that the compiler is given, whatever its version: the kernel, the functions and constants
+    that it names, and the launch's types, constants and options."""
+    texts, seen = [architecture], set()
 
     def collect(function) -> None:
         if id(function) in seen:
             return
         seen.add(id(function))
         texts.append(function.src)
-        for name in function.fn.__code__.co_names:
+        for name in sorted(function.fn.__code__.co_names):
             of = function.fn.__globals__.get(name)
             if hasattr(of, "src"):
                 collect(of)
             elif of is not None and not callable(of) and not inspect.ismodule(of):
-                texts.append(f"{name} = {of!r}")
+                texts.append(f"{name} = {getattr(of, 'value', of)!r}")
 
     collect(launch.kernel)
-    given = source(launch)
-    texts += [repr((given.signature, sorted(map(repr, given.constants.items())), given.attrs, dict(launch.options)))]
+    signature, constants, attributes = given(launch)
+    constants = {name: getattr(value, "value", value) for name, value in constants.items()}
+    texts.append(repr((signature, constants, attributes, dict(launch.options))))
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
-def measure(case: Case, known: dict[str, dict] | None = None) -> dict[str, dict[str, object]]:
-    """By kernel: its resources, its configuration, and what it was compiled from. What is known of the same is kept."""
-    result = {}
+def measure(case: Case, known: Iterable[str] = ()) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """The fingerprint of each of its kernels, and, of those that are not known, configuration and resources."""
+    names, found = {}, {}
     for name, launch in launches(case).items():
-        before, of = (known or {}).get(name, {}), origin(launch)
-        if before.get("origin") == of:
-            result[name] = before
-            continue
-        sides = {k: launch.arguments[k] for k in ("BM", "BN", "BD", "BK") if k in launch.arguments}
-        result[name] = {**sides, **launch.options, **resources(case.architecture, launch), "origin": of}
-    return result
+        names[name] = of = origin(case.architecture, launch)
+        if of not in known:
+            sides = {k: launch.arguments[k] for k in ("BM", "BN", "BD", "BK", "CHUNKS") if k in launch.arguments}
+            found[of] = {"kernel": name, **sides, **launch.options, **resources(case.architecture, launch)}
+    return names, found
 
 
 def sources() -> str:
@@ -251,41 +267,78 @@ def sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def table(results: dict) -> str:
+def able(architecture: str) -> bool:
+    """Whether this Triton compiles the kernels for it."""
+    from robustft.ops import accelerator
+
+    return architecture != "sm_100" or accelerator.TENSOR_MEMORY
+
+
+def table(results: dict[str, Any]) -> str:
+    """A kernel of a case and of a version of Triton a line; instructions are those of the longest loop, else `once`."""
     lines = [
-        "| case | kernel | tile | warps, stages | registers | stack | shared KB |",
-        "|---|---|---|---|---|---|---|",
+        "| case | kernel | tile | warps, stages | Triton | registers | stack | shared KB | instructions |",
+        "|---|---|---|---|---|--:|--:|--:|--:|",
     ]
     for case, kernels in results["cases"].items():
-        for name, r in kernels.items():
-            tile = "x".join(str(r[k]) for k in ("BM", "BN", "BD", "BK") if k in r)
-            shared = f"{r['shared'] / 1024:.0f}"
-            lines.append(
-                f"| {case} | {name} | {tile} | {r['num_warps']}, {r['num_stages']} | {r['registers']} | {r['stack']} "
-                f"| {shared} |"
-            )
+        for name, of in kernels.items():
+            for version, made in results["triton"].items():
+                if (r := made.get(of)) is None:
+                    continue
+                tile = "x".join(str(r[k]) for k in ("BM", "BN", "BD", "BK") if k in r)
+                most = max((way[0] for way in r["loops"]), default=r["once"][0])
+                lines.append(
+                    f"| {case} | {name} | {tile} | {r['num_warps']}, {r['num_stages']} | {version} | {r['registers']} "
+                    f"| {r['stack']} | {r['shared'] / 1024:.0f} | {most} |"
+                )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the committed results")
-    if parser.parse_args().table:
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes that compile")
+    options = parser.parse_args()
+    if options.table:
         print(table(json.loads(RESULTS.read_text())))
         return
     import triton
 
-    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    known = before["cases"] if before.get("triton") == triton.__version__ else {}
+    before: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cases": {}, "triton": {}}
+    made = before["triton"].setdefault(triton.__version__, {})
+    head = {"command": "python -m benchmarks.triton_resources", "sources": sources()}
+    cases_of: dict[str, dict[str, str]] = {}
     wanted = list(cases())
-    found = {}
-    with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        results = pool.map(measure, wanted, [known.get(case.name) for case in wanted])
-        for case, result in zip(wanted, results, strict=True):
-            found[case.name] = result
-            print(table({"cases": {case.name: result}}).split("\n", 2)[2], file=sys.stderr, flush=True)
-    head = {"command": "python -m benchmarks.triton_resources", "triton": triton.__version__, "sources": sources()}
-    write_json(RESULTS, {**head, "cases": found})
+    # Cases share kernels: what one has compiled, the next of the same process need not.
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for case, (names, found) in zip(wanted, pool.map(_measured, wanted, [set(made)] * len(wanted)), strict=True):
+            cases_of[case.name] = names
+            made |= found
+            print(f"{case.name}: {len(found)} of {len(names)} compiled", file=sys.stderr, flush=True)
+            if found:  # a run that is cut off goes on there
+                write_json(RESULTS, {**head, **before, "sources": "unfinished"})
+    used = {of for names in cases_of.values() for of in names.values()}
+    kept = {
+        version: {of: held[of] for of in sorted(used & set(held))}
+        for version, held in sorted(before["triton"].items(), key=lambda item: numbers(item[0]))
+    }
+    write_json(RESULTS, {**head, "cases": cases_of, "triton": kept})
+
+
+_of_this_process: set[str] = set()
+
+
+def _measured(case: Case, known: set[str]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    if not able(case.architecture):
+        return {name: origin(case.architecture, launch) for name, launch in launches(case).items()}, {}
+    names, found = measure(case, known | _of_this_process)
+    _of_this_process.update(found)
+    return names, found
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Of a version, to order by."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def arithmetic(dtype: torch.dtype, precision: str) -> str:
 
 
 def gradient_arithmetic(dtype: torch.dtype, precision: str) -> str:
-    """Of G t and G^T x. float16 features are widened: their range cannot hold G, and TF32 has their precision."""
+    """Of G t and G^T x in own kernels. float16 features are widened: their range cannot hold G as it is, and TF32 has
+    their precision."""
     return "tf32" if dtype == torch.float16 else arithmetic(dtype, precision)
 
 
@@ -138,10 +139,22 @@ class Strip(NamedTuple):
         return self.bn * self.chunks
 
 
-LIBRARY_FROM = {torch.bfloat16: 8192, torch.float32: 4096}
-"""Matrices with that many rows and columns have their products made by the device's library. On an H200 those take less
-time from 4096 (bfloat16: .20 ms for .32) and from 1024 (float32 at "highest": .15 for .26), but there are more kernels,
-and the host needs 1.3 ms to launch them."""
+LIBRARY_FROM = {
+    ("sm_80", torch.bfloat16): 8192,  # 8192: 1.61 ms for 2.85; 4096: .90 ms for .82
+    ("sm_80", torch.float16): 8192,  # 8192: 1.78 ms for 5.25; 4096: 1.68 ms for 1.38
+    ("sm_80", torch.float32): 4096,  # 4096: 3.81 ms for 6.76 (highest); 2048: .90 ms for .46 (medium)
+    ("sm_90", torch.bfloat16): 8192,  # 8192: .90 ms for 1.44; 4096: .90 ms for .37
+    ("sm_90", torch.float16): 8192,  # 8192: 1.68 ms for 3.01; 4096: 1.68 ms for .76
+    ("sm_90", torch.float32): 4096,  # 4096: .90 ms for 1.01 (medium); 2048: .90 ms for .26 (medium)
+    ("sm_100", torch.bfloat16): 8192,  # 8192: .90 ms for 1.07; 4096: .90 ms for .30
+    ("sm_100", torch.float16): 8192,  # 8192: 1.68 ms for 1.85; 4096: 1.68 ms for .47
+    ("sm_100", torch.float32): 8192,  # 8192: 3.76 ms for 10.1 (highest); 4096: .90 ms for .63 (medium)
+}
+"""Matrices with that many rows and columns have their products made by the device's library: the least power of two
+from which on benchmarks/gpu_model.py has it faster, with a teacher and without, at every precision of float32 (a
+forward's may not be its backward's). tests/test_gpu_model.py holds one against the other. On an H200 its kernels alone
+take less time from 4096 (bfloat16: .20 ms for .32) and from 1024 (float32 at "highest": .15 for .26), but there are
+more of them, and the host needs a millisecond to launch them."""
 FORWARD_PIECE = Sides(8192, 8192)
 """Whole strips. Smaller ones stay in L2, but the library multiplies them more slowly."""
 BACKWARD_PIECE = Sides(8192, 8192)
@@ -168,11 +181,10 @@ def strip_rows(m: int, kinds: int, bm: int) -> int:
     return max(1, PANEL_BYTES * bm // (4 * kinds * m) // FORWARD_PIECE.rows) * FORWARD_PIECE.rows
 
 
-def by_library(n: int, m: int, factors: Sequence[Tensor]) -> bool:
-    """Whether the device's library multiplies, of rows that are aligned to 16 bytes. Not of float16: its G, in
-    float16, would lack range. What is kept depends on this, so this depends on nothing that may change until the
-    backward, as torch.get_float32_matmul_precision() may."""
-    if min(n, m) < LIBRARY_FROM.get(factors[0].dtype, 2**63):
+def by_library(n: int, m: int, factors: Sequence[Tensor], architecture: str) -> bool:
+    """Whether the device's library multiplies, of rows that are aligned to 16 bytes. What is kept depends on this, so
+    this depends on nothing that may change until the backward, as torch.get_float32_matmul_precision() may."""
+    if min(n, m) < LIBRARY_FROM.get((architecture, factors[0].dtype), 2**63):
         return False
     return all(f.shape[1] * f.itemsize % 16 == 0 and f.stride(0) * f.itemsize % 16 == 0 for f in factors)
 

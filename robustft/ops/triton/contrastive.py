@@ -85,7 +85,7 @@ class Matrices(NamedTuple):
     def by_library(self) -> bool:
         """Whether the products are the library's."""
         factors = [f for f in (self.x, self.t, self.x_teacher, self.t_teacher) if f is not None]
-        return configs.by_library(self.x.shape[0], self.t.shape[0], factors)
+        return configs.by_library(self.x.shape[0], self.t.shape[0], factors, architecture(self.x.device))
 
     def strip(self, load: int) -> configs.Strip:
         return configs.strip(architecture(self.x.device), self.x.dtype, load)
@@ -151,7 +151,7 @@ def _strips(of: Matrices, strip: configs.Strip, panel_rows: int) -> Callable[[di
     """Likewise the library's products and strips_kernel, piece by piece of a panel."""
     m = of.t.shape[0]
     sides = [min(a, b) for a, b in zip(configs.FORWARD_PIECE, (panel_rows, m), strict=True)]
-    given = [of.x.new_empty(sides, dtype=torch.float32) for _ in range(of.heads)]
+    given = [of.x.new_empty(sides[0], layouts.pitch(sides[1]), dtype=torch.float32) for _ in range(of.heads)]
     pairs = of.targets != RECTANGLE.value
     bounds = products.bounds(of.x, of.t, pairs)
     more = {
@@ -294,6 +294,24 @@ def _backward(
     return dx, sums.to(dt.dtype), ds
 
 
+def _in_range(of: Matrices, row, col, g, h) -> tuple[Tensor, dict[str, Any]]:
+    """The unit by which G is within float16's range (products.py), and weights_kernel's arguments times it.
+
+    A side's part of G is a p - b same - u - c pt with p, pt of a row between 0 and 1. Of a loss, a is what b, u and c
+    are together: so the part is no more than a, which is g / 2 + h.
+    """
+    if of.targets == RECTANGLE.value:
+        linear = [2, 3, 4] if of.heads == 1 else [2, 3, 4, 7]  # of `Coefficients`
+        unit = products.unit(products.largest(*(side[kind] for side in (row, col) for kind in linear)))
+        factors = torch.ones(len(row), 1, dtype=row.dtype, device=row.device)
+        for kind in linear:
+            factors[kind] = unit
+        return unit, {"ROW": row * factors, "COL": col * factors}
+    unit = products.unit(products.largest(g) if h is None else products.largest(g, h, h))
+    g, h = (None if each is None else each * unit for each in (g, h))
+    return unit, {"G": g, "H": h, "g_stride": _stride(g), "h_stride": _stride(h)}
+
+
 def _backward_by_library(
     of: Matrices, row, col, tiles, kept, totals: bool, smoothing: float, g, h, by_scale
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -303,14 +321,17 @@ def _backward_by_library(
     rows, cols = (min(a, b) for a, b in zip(configs.BACKWARD_PIECE, (n, m), strict=True))
     new, f32 = of.x.new_empty, torch.float32
     x_sums, t_sums = new(n, d, dtype=f32), new(m, d, dtype=f32)
-    weights = new(rows, cols, dtype=of.x.dtype)
-    given = [None if keep else new(rows, cols, dtype=f32) for _ in range(heads)]
+    weights = new(rows, layouts.pitch(cols), dtype=of.x.dtype)
+    given = [None if keep else new(rows, layouts.pitch(cols), dtype=f32) for _ in range(heads)]
     switches = {"TARGETS": of.targets, "TEACHER": heads == 2, "SMOOTHED": totals}
     of_samples = {
         "SCALE": of.scale, "TEACHER_SCALE": of.teacher_scale,
         "ROW": row, "COL": col, "COUNTS": row[COUNTS_ROW:], "G": g, "H": h,
         "n": n, "m": m, "g_stride": _stride(g), "h_stride": _stride(h), "smoothing": float(smoothing), **switches,
     }  # fmt: skip
+    in_range: dict[str, Any] = {}
+    if of.x.dtype == torch.float16:
+        unit, in_range = _in_range(of, row, col, g, h)
     for part in products.pieces(n, m, rows, cols):
         if not keep:
             _similarities(of, part, given)
@@ -323,7 +344,7 @@ def _backward_by_library(
                 "WEIGHTS": weights, "weights_stride": weights.stride(0),
                 "X_LABELS": of.x_labels, "T_LABELS": of.t_labels,
                 "row0": part.row0, "rows": part.rows, "col0": part.col0, "cols": part.cols, "pitch": kept.shape[1],
-                **of_samples, "GIVEN": not keep,
+                **of_samples, **in_range, "GIVEN": not keep,
                 "TILE_M": tile.bm, "TILE_N": tile.bn, "BM": weigh.bm, "BN": weigh.bn,
             },
             warps=weigh.warps,
@@ -332,6 +353,9 @@ def _backward_by_library(
         i, j = slice(part.row0, part.row0 + part.rows), slice(part.col0, part.col0 + part.cols)
         products.multiply(G, of.t[j], x_sums[i], of.precision, add=part.col0 > 0)
         products.multiply(G.T, of.x[i], t_sums[j], of.precision, add=part.row0 > 0)
+    if in_range:
+        for sums in (x_sums, t_sums):
+            sums.div_(unit)
     dx, dt = (torch.empty_like(f, memory_format=torch.contiguous_format) for f in (of.x, of.t))
     ds = None if by_scale is None else torch.empty_like(of.scale)
     finish = configs.FINISH

@@ -6,6 +6,11 @@
 So the kernels that stand between are elementwise, and a logit is written once and read once as its exponential, and
 once more as G. The numbers are those of the kernels that multiply themselves: S and sums in float32, G in the
 features' dtype.
+
+float16 ends at 2^16 and 2^-24, and G of a mean over n pairs is 1 / n and less. So of float16 features G is made of
+coefficients that were multiplied by a power of two, `unit`, which takes what G is at most, B, to (2^14, 2^15]; sums are
+divided by it. No G overflows; one of at least 2^-28 B keeps the 11 bits that it has in TF32, too, and a smaller one is
+off by no more than 2^-39 B. What is kept of such features is in float32 (layouts.py), and needs no unit.
 """
 
 from __future__ import annotations
@@ -47,7 +52,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, precision: str, add: bool = Fals
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    if a.dtype != out.dtype and a.is_cuda:
+    if a.dtype != out.dtype and a.is_cuda and not _sums_in_halves(a.dtype):
         if add:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:
@@ -55,6 +60,12 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         return
     a, b = a.to(out.dtype), b.to(out.dtype)
     torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+
+
+def _sums_in_halves(dtype: torch.dtype) -> bool:
+    """Whether a caller's switch has the library add up in float16: what it cannot return in float32 then, and G's sums
+    would be out of that range. So factors are widened."""
+    return dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
 
 
 def _in_two(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,4 +77,17 @@ def _in_two(a: Tensor) -> tuple[Tensor, Tensor]:
 def bounds(x: Tensor, t: Tensor, pairs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """The largest norms of x's and of t's rows, and, of pairs, about the least of their products."""
     x_norm, t_norm = (torch.linalg.vector_norm(f, dim=1, dtype=torch.float32).amax() for f in (x, t))
-    return x_norm, t_norm, (x * t).sum(1, dtype=torch.float32).amin() if pairs else None
+    if not pairs:
+        return x_norm, t_norm, None
+    own = x.float() if x.dtype == torch.float16 else x  # whose products may be out of its range
+    return x_norm, t_norm, (own * t).sum(1, dtype=torch.float32).amin()
+
+
+def largest(*of: Tensor) -> Tensor:
+    """The sum of the largest magnitudes of each."""
+    return torch.stack([torch.linalg.vector_norm(each, float("inf"), dtype=torch.float32) for each in of]).sum()
+
+
+def unit(most: Tensor) -> Tensor:
+    """The power of two that takes `most` to (2^14, 2^15], of the range of float16; that of 2^-100 if it is less."""
+    return torch.exp2(15.0 - torch.ceil(torch.log2(most.clamp(min=2.0**-100))))

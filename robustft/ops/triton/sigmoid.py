@@ -8,9 +8,9 @@ with, per entry, z = s S + b, e = exp(-|z|) and log(1 + e) by its own series, si
 
 One kernel for losses and gradients: a row waits for nothing but its own entries. The library's rate at the products is
 what no kernel here reaches, and between them an entry is written and read once as S and once as G. G is rounded to
-bfloat16 for features of bfloat16; of float16 it would lose small entries, so there it and the features are widened, and
-multiply as float32 does. Nothing here waits for the device. Memory beyond the results: a piece of S and of the
-teacher's, unless they are kept whole, and one of G, 0.7 GB at most for bfloat16.
+the features' dtype; of float16 it is multiplied by a power of two before (products.py), by its bound s max |weight|,
+the teacher's weights added. Nothing here waits for the device. Memory beyond the results: a piece of S and of the
+teacher's, unless they are kept whole, and one of G, 0.7 GB at most for 16 bits.
 """
 
 import torch
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from robustft.ops import layouts
 from robustft.ops.triton import configs, products
 from robustft.ops.triton.launch import launch
 from robustft.ops.triton.tile import long
@@ -129,9 +130,13 @@ def sigmoid_sweep(x, t, scale, bias, x_labels, t_labels, xt, tt, st, bt, weight,
     dx, dt = new(n if gradient else 0, d, dtype=f32), new(m if gradient else 0, d, dtype=f32)
     rows, cols = (min(a, b) for a, b in zip(configs.BACKWARD_PIECE, (n, m), strict=True))
     factors = [(x, t), (xt, tt)] if teacher else [(x, t)]
-    of_rows, of_cols = (f.float() if f.dtype == torch.float16 and gradient else f for f in (x, t))
-    pitch = -(-cols // 8) * 8  # rows begin at multiples of 16 bytes
-    weighted = new(rows, pitch, dtype=of_rows.dtype) if gradient else None
+    unit = None
+    if weight is not None and x.dtype == torch.float16:
+        # A scale of 0 must not leave room for a unit that takes the weights themselves out of float32's range.
+        unit = products.unit(products.largest(*weight) * scale.abs().clamp(min=2.0**-60))
+        weight = weight * unit
+    pitch = layouts.pitch(cols)
+    weighted = new(rows, pitch, dtype=x.dtype) if gradient else None
     kept = new(len(factors) * n if keep else 0, m, dtype=f32)
     whole = similarities if similarities is not None else kept if keep else None
     pieces = [] if whole is not None else [new(rows, pitch, dtype=f32) for _ in factors]
@@ -161,6 +166,9 @@ def sigmoid_sweep(x, t, scale, bias, x_labels, t_labels, xt, tt, st, bt, weight,
         )  # fmt: skip
         if weighted is not None:
             g: Tensor = weighted[: part.rows, : part.cols]
-            products.multiply(g, of_cols[others], dx[mine], precision, add=part.col0 > 0)
-            products.multiply(g.T, of_rows[mine], dt[others], precision, add=part.row0 > 0)
+            products.multiply(g, t[others], dx[mine], precision, add=part.col0 > 0)
+            products.multiply(g.T, x[mine], dt[others], precision, add=part.row0 > 0)
+    if unit is not None:
+        for total in (dx, dt):
+            total.div_(unit)
     return sums, dx, dt, kept

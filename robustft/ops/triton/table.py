@@ -1,11 +1,12 @@
 """The static table of tiles, by architecture, arithmetic, work and size. configs.py says who takes which row.
 
-Evidence. Every entry compiles, offline, without spilling on sm_80 and sm_90 and within the shared memory a block may
-have; registers, shared memory and instructions of each are in benchmarks/results/triton_resources.json, written by
+Evidence. Every entry compiles, offline, within the shared memory a block may have, and by Triton 3.9 without spilling;
+3.6 spills 24 bytes of a thread's stack in sm_90's large half tile of work 1, and up to 16 in three gradients of
+float32. Registers, shared memory and instructions of each are in benchmarks/results/triton_resources.json, written by
 `python -m benchmarks.triton_resources` and held by tests/ops/test_triton.py. No entry has been tuned: choices follow
-from registers alone. What spills: tiles of 128 x 256, and gradient blocks of 128 x 256 (312 bytes of a thread's stack
-on sm_90, 56 on sm_80; with BK = 32 and without the diagonal 24); on sm_100 a teacher's tiles with BK = 64; two heads'
-blocks of 32 x 64 in TF32.
+from registers alone. What would spill: tiles of 128 x 256, and gradient blocks of 128 x 256 (312 bytes on sm_90, 56 on
+sm_80; with BK = 32 and without the diagonal 24); on sm_100 a teacher's tiles with BK = 64; two heads' blocks of 32 x 64
+in TF32.
 
 Measured on an H200 (benchmarks/results/gpu_bodies.json; 785 TFLOP/s of bfloat16, N = 32768, D = 512): the tile pass
 takes 5.7 ms, where its product alone takes 1.4, and the gradient 12.8, where its two take 2.8. Before that they were
