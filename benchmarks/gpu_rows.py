@@ -198,6 +198,12 @@ def sigmoid(n: int, d: int, dtype: torch.dtype, peers: bool = True) -> Candidate
     x, t = pairs(n, d, dtype)
     s, b = (torch.tensor(number, device=DEVICE, requires_grad=True) for number in (50.0, -10.0))
     found = Candidates({"robustft": backward(lambda: rf.sigmoid_contrastive_loss(x, t, s, b), x, t, s, b)})
+    try:
+        from siglip_kernel import fused_siglip_loss
+
+        found["siglip-kernel"] = backward(lambda: fused_siglip_loss(x, t, s.log(), b), x, t, s, b)
+    except ImportError:
+        pass
     if not peers:
         return found.checked(sampled_rows(x, t, s, b))
     compiled = torch.compile(eager_sigmoid, dynamic=False)
@@ -511,6 +517,7 @@ def rates() -> dict[str, Any]:
     return {
         "gpu": properties.name,
         "memory_gb": round(properties.total_memory / 1e9, 1),
+        "architecture": accelerator.architecture(torch.device(DEVICE, 0)),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "bf16_tflops": round(2 * 8192**3 / product / 1e9, 1),

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,18 @@ def test_candidates_of_a_row_compute_the_same(make, monkeypatch):
                 torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)
 
 
+def test_siglip_kernel_is_asked_for_the_same_loss(monkeypatch):
+    def fused_siglip_loss(x, t, log_temperature, bias):  # what its README says that it computes
+        z = x @ t.T * log_temperature.exp() + bias
+        return -torch.nn.functional.logsigmoid((2 * torch.eye(len(x)) - 1) * z).sum() / len(x)
+
+    monkeypatch.setitem(sys.modules, "siglip_kernel", SimpleNamespace(fused_siglip_loss=fused_siglip_loss))
+    candidates = gpu_rows.sigmoid(40, 16, torch.float32, peers=False)
+    ours, theirs = values(candidates["robustft"]), values(candidates["siglip-kernel"])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_every_kernel_runs_once_on_a_small_case(capsys):
     gpu_rows.small()
     assert capsys.readouterr().out == "done\n"
@@ -94,7 +107,7 @@ def test_a_step_that_hangs_costs_only_itself(tmp_path):
     check.keep("rows", {"carot-step-512": {"status": 1}})
     held = json.loads((tmp_path / "gpu.json").read_text())
     assert held["build"]["status"] == "cut off"
-    assert "| carot-step-512 | 1.45 of a FLYP step | not measured (1) |" in gpu_check.table(held["rows"])
+    assert "| carot-step-512 | 1.45 of a FLYP step |  | not measured (1) |" in gpu_check.table(held)
 
 
 def collected(suites: list[str], python) -> list[str]:
@@ -255,7 +268,7 @@ def test_a_rehearsal_without_a_gpu_says_so_at_every_step(python, tmp_path):
     before = {path: path.read_bytes() for path in gpu_check.RESULTS.iterdir()}
     run = python.run("-m", "benchmarks.gpu_check", *options, folder=gpu_check.ROOT)
     assert run.returncode == 2, run.stdout + run.stderr
-    assert "| carot-step-512 | 1.45 of a FLYP step | not measured (no device) |" in run.stdout
+    assert "no row was measured" in run.stdout and "\nncu" in run.stdout
     held = json.loads((tmp_path / "rehearsal.json").read_text())
     assert held["command"] == "python -m benchmarks.gpu_check --rehearse" and set(steps) < set(held)
     assert {run["status"] for run in held["values"].values()} == {held["rates"]["status"]} == {"no device"}
@@ -265,3 +278,36 @@ def test_a_rehearsal_without_a_gpu_says_so_at_every_step(python, tmp_path):
         said = held[step]
         assert "not measured" in said if isinstance(said, str) else "no device" in json.dumps(said)
     assert before == {path: path.read_bytes() for path in gpu_check.RESULTS.iterdir()}
+
+
+def test_it_ends_with_the_rows_that_are_farthest_behind_the_model(monkeypatch):
+    names = list(gpu_rows.ROWS)[:5]
+    monkeypatch.setattr(gpu_check, "predictions", lambda card: dict.fromkeys(names, 2.0))
+    times = [4.0, 2.0, 20.0, 6.0]
+    rows = {name: {"milliseconds": {"robustft": t, "eager": 9.0}} for name, t in zip(names, times, strict=False)}
+    results = {"rows": rows | {names[4]: {"status": "cut off"}, "unknown": {"milliseconds": {"robustft": 9.0}}}}
+    assert [gap.row for gap in gpu_check.gaps(results)] == [names[2], names[3], names[0]]
+    assert f"{names[2]}: 20.000 ms, predicted 2.000, 10.00 times that" in gpu_check.closing(results)
+    assert gpu_check.closing(results | {"profile": "not measured: no ncu"}).endswith("\nncu: not measured: no ncu")
+    said = {"row": names[2], "status": 0, "said": ["  Duration 3 ms"]}
+    assert gpu_check.closing(results | {"profile": said}).endswith(
+        f"ncu of {names[2]}, which ended with 0:\n  Duration 3 ms"
+    )
+
+
+def test_ncu_looks_at_the_row_that_is_farthest_behind(monkeypatch):
+    asked = []
+
+    class Check(gpu_check.Check):
+        def run(self, command, limit, **environment):
+            asked.append(command[-1])
+            return {"seconds": 1.0, "status": 0, "output": "  Duration 3 ms\n"}
+
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
+    monkeypatch.setattr(gpu_check, "predictions", lambda card: {"classes-bf16-512": 1.0})
+    for rows in ({}, {"classes-bf16-512": {"milliseconds": {"robustft": 2.0}}}):
+        check = Check(None, minutes=1)
+        check.results["rows"] = rows
+        gpu_check.profile(check)
+        assert check.results["profile"] == {"row": asked[-1], "status": 0, "seconds": 1.0, "said": ["  Duration 3 ms"]}
+    assert asked == [gpu_check.PROFILED, "classes-bf16-512"]
