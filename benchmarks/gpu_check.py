@@ -1,7 +1,8 @@
 """All that a GPU can tell, in one command and within minutes: build, values, the bar's GPU rows, tests, sanitizer.
 
     python -m benchmarks.gpu_check                # about ten minutes; --minutes 5 leaves out what does not fit
-    python -m benchmarks.gpu_check --only rows    # some of: build, values, rates, rows, tests, sanitizer, profile, host
+    python -m benchmarks.gpu_check --only rows    # some of: build, values, rates, rows, tests, sanitizer, profile,
+                                                  # host, tune
     python -m benchmarks.gpu_check --list         # what is to be measured, as results/gpu.md has it; needs no GPU
     python -m benchmarks.gpu_check --rehearse     # where there is no GPU: every step, each of which says so
 
@@ -43,11 +44,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 OTHER_DEMANDS = {"carot-step-512": "1.45 of a FLYP step", "contrastive-bf16-1M": "fits 80 GB"}
 COMMAND = "python -m benchmarks.gpu_check"
-STEPS = ("build", "values", "rates", "rows", "tests", "sanitizer", "profile", "host")
+STEPS = ("build", "values", "rates", "rows", "tests", "sanitizer", "profile", "host", "tune")
 HEAVY = ("distillation-bf16-32768", "carot-step-512", "contrastive-bf16-1M")
 """Rows that are first run one after the other: together they would not fit the card."""
 PROFILED = "contrastive-bf16-32768"
 """Unless another row is farther behind its prediction."""
+TUNED = ("contrastive-bf16-2048", "classes-bf16-4096", "contrastive-bf16-512")
+"""Rows whose products are own kernels', for the table of tiles."""
 LOADED = ("torch", "triton", "robustft.functional", "robustft.neighbors", "torch._inductor.config")
 """What a forked job needs not import."""
 
@@ -394,6 +397,20 @@ def host(check: Check) -> None:
     run = check.run(command, max(30.0, check.left() - 5))
     run["output"] = run["output"][-6000:]
     check.keep("host", run)
+
+
+def tune(check: Check) -> None:
+    """What ROBUSTFT_AUTOTUNE=1 finds for the table of tiles, a line for a row of it as soon as that is tuned: a process
+    that is cut off leaves those that it came to."""
+    found: dict[str, Any] = {}
+    for name in TUNED:
+        run = check.run([sys.executable, "-m", "benchmarks.gpu_rows", "ours", name], 90, ROBUSTFT_AUTOTUNE="1")
+        output = run.pop("output")
+        run["found"] = re.findall(r"^\w+\[.+\] = .+$", output, re.MULTILINE)
+        if run["status"] != 0 and not run["found"]:
+            run["output"] = output[-800:]
+        found[name] = run
+        check.keep("tune", found, {name: run})
 
 
 class Gap(NamedTuple):

@@ -262,8 +262,8 @@ def test_without_a_gpu_nothing_is_claimed(python):
 @pytest.mark.exhaustive
 @without_gpu
 def test_a_rehearsal_without_a_gpu_says_so_at_every_step(python, tmp_path):
-    # Not those of processes that import torch: 22 of tests, and one before a build.
-    steps = [step for step in gpu_check.STEPS if step not in ("tests", "build")]
+    # Not those of processes that import torch: 22 of tests, three that tune, and one before a build.
+    steps = [step for step in gpu_check.STEPS if step not in ("tests", "build", "tune")]
     options = ["--rehearse", "--output", str(tmp_path), "--only", *steps]
     before = {path: path.read_bytes() for path in gpu_check.RESULTS.iterdir()}
     run = python.run("-m", "benchmarks.gpu_check", *options, folder=gpu_check.ROOT)
@@ -311,3 +311,19 @@ def test_ncu_looks_at_the_row_that_is_farthest_behind(monkeypatch):
         gpu_check.profile(check)
         assert check.results["profile"] == {"row": asked[-1], "status": 0, "seconds": 1.0, "said": ["  Duration 3 ms"]}
     assert asked == [gpu_check.PROFILED, "classes-bf16-512"]
+
+
+def test_what_was_tuned_before_the_limit_is_kept():
+    class Check(gpu_check.Check):
+        def run(self, command, limit, **environment):
+            assert environment == {"ROBUSTFT_AUTOTUNE": "1"} and command[-1] in gpu_rows.ROWS
+            if command[-1] == gpu_check.TUNED[-1]:
+                return {"seconds": 0.0, "status": "no time left", "output": ""}
+            return {"seconds": 90.0, "status": "cut off", "output": f"a warning\n{line}\nHALF_BLO"}
+
+    line = "HALF_TILES[('sm_90', 1, True)] = Tile(64, 64, 64, 4, 3)  # 0.020 ms, before 0.021"
+    check = Check(None, minutes=1)
+    gpu_check.tune(check)
+    *cut, last = (check.results["tune"][name] for name in gpu_check.TUNED)
+    assert cut and all(run == {"seconds": 90.0, "status": "cut off", "found": [line]} for run in cut)
+    assert last == {"seconds": 0.0, "status": "no time left", "found": [], "output": ""}
