@@ -66,6 +66,7 @@ VALID = {
     metrics: {
         "ood_metrics": Call((Z[:, 0], Z[:, 1]), {"tpr": 0.95, "positive": "id"}),
         "threshold": Call((Z[:, 0],), {"tpr": 0.95}),
+        "spectrum_metrics": Call((Z[:, 0],), {"near": {"a": Z[:, 1]}, "shifts": {"b": Z[:, 2]}}),
     },
 }
 INTERNAL = ("check_labelled", "distributions", "top_label_ece")  # which others call with what they have checked

@@ -298,6 +298,15 @@ def cases(folder):
             "Detector.detect": (detector.detect, Call((zs, IMAGES))),
             "Detector.save": (detector.save, Call((folder / "detector.safetensors",))),
             "Detector.load": (detection.Detector.load, Call((detector.save(folder / "d.safetensors"),))),
+            "AdaNegMemory": (detection.AdaNegMemory, Call((HEAD, HEAD), {"groups": 1, "beta": 1.0})),
+            "AdaNegMemory.update": (remembering().update, Call((FEATURES,))),
+            "AdaNegMemory.scores": (remembering().scores, Call((FEATURES,))),
+            "AdaNegMemory.restore": (remembering().restore, Call((remembering().update(FEATURES).state(),))),
+            "conjugated_phrases": (detection.conjugated_phrases, Call((CLASSES, CLASSES), {"each": 1})),
+            "conjugated_negatives": (
+                detection.conjugated_negatives,
+                Call((MODEL, letters, HEAD, ("old thing",), TEMPLATES), {"nouns": ("ox",), "batch_size": 4}),
+            ),
             "register": (registered, Call(("own", lambda cosines: cosines.amax(1)))),
         },
         "evaluation": {
@@ -347,6 +356,10 @@ def cases(folder):
             "Method.step": (probe.step, Call((PAIR,))),
         },
     }
+
+
+def remembering():
+    return detection.AdaNegMemory(HEAD, HEAD, groups=1)
 
 
 def trainings():

@@ -19,11 +19,16 @@ from robustft.predictors.base import Classifier
 from robustft.testing import check_calibrator, check_detector, check_method, check_predictor, tiny_world
 
 WORLD = tiny_world()
+HEAD = torch.randn(3, 8, generator=torch.Generator().manual_seed(9))  # that of the images of check_detector
 
 
 @pytest.mark.parametrize("name", SCORES)
 def test_every_score_fulfils_what_plug_ins_must(name):
-    options = {"neg_label": {"negative_embeddings": torch.nn.functional.normalize(torch.randn(5, 8), dim=1)}}
+    negatives = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
+    options = {
+        "neg_label": {"negative_embeddings": negatives},
+        "ada_neg": {"negative_embeddings": negatives, "class_embeddings": HEAD},
+    }
     check_detector(name, **options.get(name, {}))
 
 

@@ -7,25 +7,36 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from robustft.clip.outputs import Outputs
 from robustft.detection import scores as ood_scores
+from robustft.detection.memory import UNIT, AdaNegMemory
 from robustft.neighbors import NeighborIndex
+from robustft.ops.arguments import check_count
 from robustft.ops.kinds import checked
+
+
+class Memory(Protocol):
+    """What a score keeps of the images of a stream."""
+
+    def reset(self) -> None:
+        """Forgets them."""
 
 
 class Score:
     """How outputs are scored. `reads` names their parts, `options` are numbers; `learns` says that `fit` is needed, and
     `needs_options` that there is none without options.
 
-    A subclass that learns keeps what it learnt in `state()`, tensors by name, and takes it back in `restore`.
+    A subclass that learns keeps what it learnt in `state()`, tensors by name, and takes it back in `restore`. One whose
+    scores depend on the images before gives an empty `memory()`, and scores a stream in `over`.
     """
 
     reads: tuple[str, ...] = ("features",)
@@ -41,6 +52,14 @@ class Score:
     def __call__(self, outputs: Outputs) -> Tensor:
         """Scores (N,), higher = more in-distribution."""
         raise NotImplementedError
+
+    def memory(self) -> Memory | None:
+        """Of a score whose images depend on those before: what it keeps of them, empty."""
+        return None
+
+    def over(self, parts: Iterable[Outputs], memory: Memory | None = None) -> Iterator[Tensor]:
+        """Scores of a stream, in its order, in pieces; `memory` None: it begins with an empty one."""
+        return map(self, parts)
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -97,6 +116,88 @@ class NegLabel(Score):
         self.negative_embeddings = state.get("negative_embeddings")
 
 
+class AdaNeg(Score):
+    """NegLabel with a memory of the images scored: a stream through `memory.AdaNegMemory`, with its options, of class
+    embeddings (K, D), which are normalised here, and negative texts (M, D). `batch` images enter, then are scored."""
+
+    reads = ("features", "cosines")
+    needs_options = True
+
+    def __init__(
+        self,
+        class_embeddings: Tensor | None = None,
+        negative_embeddings: Tensor | None = None,
+        batch: int = 256,
+        **options: Any,
+    ) -> None:
+        _check_options(AdaNegMemory, 2, options)
+        check_count("batch", batch)
+        super().__init__(batch=batch, **options)
+        given = {"class_embeddings": class_embeddings, "negative_embeddings": negative_embeddings}
+        self._texts = {
+            name: rows.detach().cpu().contiguous().clone() for name, rows in given.items() if rows is not None
+        }
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        return torch.cat(list(self.over([outputs])))
+
+    def memory(self) -> AdaNegMemory:
+        for name, what in (
+            ("class_embeddings", "(K, D), the classifier's own"),
+            ("negative_embeddings", "(M, D), as for neg_label"),
+        ):
+            if name not in self._texts:
+                raise ValueError(f"score 'ada_neg' has no {name}: pass {name} {what}")
+        classes, negatives = F.normalize(self._texts["class_embeddings"], dim=-1), self._texts["negative_embeddings"]
+        return AdaNegMemory(classes, negatives, **{name: v for name, v in self.options.items() if name != "batch"})
+
+    def over(self, parts: Iterable[Outputs], memory: Memory | None = None) -> Iterator[Tensor]:
+        memory = self.memory() if memory is None else memory
+        assert isinstance(memory, AdaNegMemory)
+        for features, cosines in _batches(parts, self.options["batch"]):
+            self._check_classes(memory.text_cosines(features), cosines)
+            yield memory.update(features).scores(features)
+
+    def _check_classes(self, found: Tensor, cosines: Tensor) -> None:
+        """That the class embeddings are those of the cosines: another model's would give plausible scores."""
+        width = len(self._texts["class_embeddings"])
+        if cosines.shape[1] != width:
+            raise ValueError(
+                f"class_embeddings are of {width} classes, the cosines of {cosines.shape[1]}: {_OWN_CLASSES}"
+            )
+        far = (found[:, :width] - cosines).abs()
+        if len(far) and not bool(far.max() <= UNIT):
+            raise ValueError(
+                f"class_embeddings give cosines that differ by {float(far.max()):.3g} from those of the outputs: "
+                f"{_OWN_CLASSES}"
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        return self._texts
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self._texts = state
+
+
+_OWN_CLASSES = "pass the class_embeddings of the classifier that is scored"
+
+
+def _batches(parts: Iterable[Outputs], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features and cosines in batches of this size, whatever came; the last is what is left."""
+    features: list[Tensor] = []
+    cosines: list[Tensor] = []
+    for part in parts:
+        features, cosines = [*features, part.features], [*cosines, part.cosines]
+        if sum(map(len, features)) < size:
+            continue
+        u, c = torch.cat(features), torch.cat(cosines)
+        whole = len(u) - len(u) % size
+        yield from zip(u[:whole].split(size), c[:whole].split(size), strict=True)
+        features, cosines = [u[whole:]], [c[whole:]]
+    if features:
+        yield torch.cat(features), torch.cat(cosines)
+
+
 class Mahalanobis(Score):
     """Negative Mahalanobis distance to the nearest class mean: `scores.mahalanobis` to the class Gaussians of ID
     training features; `shrinkage` as in their fit."""
@@ -148,7 +249,7 @@ class KNN(Score):
         self.index = NeighborIndex(state["points"])
 
 
-def _check_options(function: Callable[..., Tensor], fields: int, options: dict[str, Any]) -> None:
+def _check_options(function: Callable[..., object], fields: int, options: dict[str, Any]) -> None:
     known = list(inspect.signature(function).parameters)[fields:]
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"{function.__name__} has no option {unknown[0]!r}; it has {known or 'none'}")
@@ -219,6 +320,7 @@ SCORES: dict[str, Entry] = {
     "l_mcm": _entry(ood_scores.local_mcm, label="L-MCM"),
     "gl_mcm": _entry(ood_scores.gl_mcm, label="GL-MCM"),
     "neg_label": _entry(NegLabel, label="NegLabel"),
+    "ada_neg": _entry(AdaNeg, label="AdaNeg"),
 }
 """Scores by name."""
 

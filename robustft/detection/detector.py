@@ -7,6 +7,7 @@ Which score, is a name in `by_name.SCORES`; the mathematics of all of them is in
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from robustft.clip import patches
 from robustft.clip.outputs import Outputs, evaluating, outputs_of
 from robustft.data.classes import matching_of
 from robustft.data.sources import image_batches
-from robustft.detection.by_name import SCORES
+from robustft.detection.by_name import SCORES, Memory
 from robustft.detection.metrics import threshold
 from robustft.files import DETECTOR_FILE, load_fitted, place, refusing, save_fitted
 from robustft.ops.kinds import checked
@@ -44,6 +45,9 @@ class Detector:
         tpr: share of the ID images that are kept.
         options: of the score: temperature, local_weight, groups, k, shrinkage ...
 
+    A score that remembers images (AdaNeg) begins every call of `fit`, `scores` and `detect` with an empty memory, and
+    takes the images of the call in their order: equal calls give equal scores. `stream` keeps one memory over calls.
+
     Learnt by `fit`: `threshold_`. It belongs to one model and one set of classes: MCM is not comparable across K.
     ValueError for an unknown score, fields of another width than in `fit`, scores that are NaN, and a
     softmax over one class.
@@ -59,6 +63,8 @@ class Detector:
         self.tpr = tpr
         self._score = SCORES[score](**options)
         self._widths: dict[str, int] = {}
+        self.memory: Memory | None = None
+        """What the calls of a `stream` have left; None: every call begins anew."""
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -119,6 +125,19 @@ class Detector:
         self._check_fitted()
         return self.scores(source, data, batch_size=batch_size).double() < self.threshold_
 
+    def stream(self) -> Detector:
+        """A copy of this detector, for serving, whose `memory` lasts from call to call: `memory.reset()` empties it.
+
+        The score of an image then depends on the calls before. One thread at a time may call it. `fit` neither reads
+        nor changes the memory; `save` leaves it out. ValueError for a score that remembers nothing.
+        """
+        memory = self._score.memory()
+        if memory is None:
+            raise ValueError(f"score {self.score!r} remembers no images: every image has a score of its own")
+        kept = copy.copy(self)
+        kept._widths, kept.memory = dict(self._widths), memory
+        return kept
+
     @checked
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, whole or not at all, and returns its path.
@@ -162,7 +181,8 @@ class Detector:
             raise ValueError(f"Detector({self.score!r}) has no threshold yet: call fit with ID data")
 
     def _scores(self, source: Any, data: Any, batch_size: int, fitting: bool = False) -> Tensor:
-        scores = torch.cat([self._score(part) for part in self._read_all(source, data, batch_size, fitting)])
+        parts = self._read_all(source, data, batch_size, fitting)
+        scores = torch.cat(list(self._score.over(parts, None if fitting else self.memory)))
         bad = int(scores.isnan().sum())
         if bad:
             raise ValueError(f"{bad} of {len(scores)} scores are NaN: check the features and logits given")

@@ -8,6 +8,9 @@ ID and m OOD scores:
     AUPR-out   the same with OOD positive, on -s
     FPR@TPR    among thresholds, the first whose TPR >= `tpr`; FPR is the share of the other population let through
 
+Over several OOD sets these are means over the sets. Full-spectrum: the ID scores are those of the ID set and of its
+shifts together, so that a score which flags a shifted image of a known class loses by it.
+
 The same scores give quite different FPR95 by which population is "positive" (CLIP papers: ID; OpenOOD, pytorch-ood:
 OOD), so the orientation travels with the number.
 """
@@ -15,6 +18,7 @@ OOD), so the orientation travels with the number.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +72,65 @@ def ood_metrics(
         threshold=limit,
         tpr=float(np.mean(sign * positives >= sign * limit)),
         positive=positive,
+    )
+
+
+class Separation(NamedTuple):
+    """AUROC and FPR, means over OOD sets, and the measures of each set by name."""
+
+    auroc: float
+    fpr: float
+    sets: dict[str, OODMetrics]
+
+
+class SpectrumMetrics(NamedTuple):
+    """Separation of the ID set from near and from far OOD sets; then with shifted ID images counted as ID. None where
+    there are no such sets, or no shifts."""
+
+    near: Separation | None
+    far: Separation | None
+    full_near: Separation | None
+    full_far: Separation | None
+
+
+@arguments.checked
+def spectrum_metrics(
+    id_scores: Tensor | np.ndarray,
+    *,
+    near: Mapping[str, Tensor | np.ndarray] | None = None,
+    far: Mapping[str, Tensor | np.ndarray] | None = None,
+    shifts: Mapping[str, Tensor | np.ndarray] | None = None,
+    tpr: float = 0.95,
+    positive: str = "id",
+) -> SpectrumMetrics:
+    """Near-OOD, far-OOD and full-spectrum detection, from scores (n,) of the ID set and of sets by name.
+
+    near, far: OOD sets, such as other kinds of bird, and textures. shifts: of the ID set's classes, which count as ID
+    in full-spectrum detection: all images together, those of the ID set among them. Every score is by one model for one
+    set of classes. tpr, positive: of `ood_metrics`; OpenOOD's FPR has positive="ood". ValueError for no OOD set.
+    Source: OpenOOD v1.5 (Zhang et al. 2023, arXiv 2306.09301); full-spectrum: Yang et al. 2022 (arXiv 2204.05306).
+    """
+    known = _population(id_scores, "id_scores")
+    if not near and not far:
+        raise ValueError("near and far are empty: there must be at least one OOD set")
+
+    def separation(inside: np.ndarray, kind: str, sets: Mapping[str, Tensor | np.ndarray] | None) -> Separation | None:
+        found = {
+            name: ood_metrics(inside, _population(scores, f"{kind}[{name!r}]"), tpr, positive)
+            for name, scores in (sets or {}).items()
+        }
+        if not found:
+            return None
+        auroc, fpr = (float(np.mean([getattr(m, what) for m in found.values()])) for what in ("auroc", "fpr"))
+        return Separation(auroc, fpr, found)
+
+    more = [_population(scores, f"shifts[{name!r}]") for name, scores in (shifts or {}).items()]
+    full = np.concatenate([known, *more])
+    return SpectrumMetrics(
+        separation(known, "near", near),
+        separation(known, "far", far),
+        separation(full, "near", near) if more else None,
+        separation(full, "far", far) if more else None,
     )
 
 

@@ -24,6 +24,7 @@ TEXT = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 2, "layers": 
 CONFIG = {"model_cfg": {"embed_dim": 8, "vision_cfg": VISION, "text_cfg": TEXT}, "preprocess_cfg": {}}
 NEGATIVES = torch.randn(30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 OPTIONS = {
+    "ada_neg": {"negative_embeddings": F.normalize(NEGATIVES, dim=1), "batch": 16},
     "mcm": {"temperature": 0.5},
     "gl_mcm": {"local_weight": 0.5},
     "neg_label": {"negative_embeddings": F.normalize(NEGATIVES, dim=1), "groups": 3},
@@ -48,7 +49,10 @@ TRAIN, VALIDATION, TEST = images(40, 1), images(33, 2), images(17, 3)
 
 
 def fitted(name, classifier, tpr=0.9):
-    return Detector(name, tpr=tpr, **OPTIONS.get(name, {})).fit(classifier, TRAIN, validation=VALIDATION, batch_size=16)
+    own = {"class_embeddings": classifier.class_embeddings} if name == "ada_neg" else {}
+    return Detector(name, tpr=tpr, **own, **OPTIONS.get(name, {})).fit(
+        classifier, TRAIN, validation=VALIDATION, batch_size=16
+    )
 
 
 @pytest.mark.parametrize("name", sorted(SCORES))
@@ -100,6 +104,8 @@ def test_every_score_is_higher_near_the_classes_than_far_from_them(name):
         return outputs_of(u, axes[:4], 20.0, patch_features=patches, labels=torch.arange(len(u)) % 4)
 
     options = {"negative_embeddings": axes[4:]} if SCORES[name].needs_options else {}
+    if name == "ada_neg":
+        options |= {"class_embeddings": axes[:4], "groups": 1}
     near, far = around(axes[:4], 0.05), around(axes[4:], 0.05)
     detector = Detector(name, tpr=1.0, **options).fit(around(axes[:4].repeat(20, 1), 0.2), validation=near)
     assert detector.scores(near).min() > detector.scores(far).max()

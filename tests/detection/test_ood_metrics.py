@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from robustft.detection import OODMetrics, energy, entropy, max_cosine, mcm, msp, ood_metrics, threshold
+from robustft.detection import (
+    OODMetrics,
+    energy,
+    entropy,
+    max_cosine,
+    mcm,
+    msp,
+    ood_metrics,
+    spectrum_metrics,
+    threshold,
+)
 
 
 def scores(kind: str, seed: int = 0):
@@ -152,3 +162,27 @@ def test_scores_reject_integers_and_non_positive_temperatures():
     for score in (mcm, energy, entropy):
         with pytest.raises(ValueError, match="temperature must be positive"):
             score(cosines(), 0.0)
+
+
+def test_full_spectrum_counts_the_shifts_images_as_id_and_averages_over_ood_sets():
+    rng = np.random.default_rng(5)
+    known, shifted, other = rng.normal(2, 1, 60), rng.normal(1, 1, 50), rng.normal(1.2, 1, 9)
+    near = {"a": rng.normal(0.5, 1, 40), "b": rng.normal(0, 1, 30)}
+    far = {"c": torch.from_numpy(rng.normal(-1, 1, 20))}
+    for positive in ("id", "ood"):
+        found = spectrum_metrics(known, near=near, far=far, shifts={"s": shifted, "t": other}, positive=positive)
+        everything = np.concatenate([known, shifted, other])
+        for inside, groups in ((known, (found.near, found.far)), (everything, (found.full_near, found.full_far))):
+            for sets, group in zip((near, far), groups, strict=True):
+                expected = {name: ood_metrics(inside, scores, positive=positive) for name, scores in sets.items()}
+                assert group.sets == expected
+                assert group.auroc == pytest.approx(np.mean([m.auroc for m in expected.values()]))
+                assert group.fpr == pytest.approx(np.mean([m.fpr for m in expected.values()]))
+        assert found.full_near.auroc < found.near.auroc < found.far.auroc
+    alone = spectrum_metrics(known, far=far)
+    assert alone.far.sets == {"c": ood_metrics(known, far["c"])}
+    assert alone.near is alone.full_near is alone.full_far is None
+    with pytest.raises(ValueError, match="near and far are empty"):
+        spectrum_metrics(known, shifts={"s": shifted})
+    with pytest.raises(ValueError, match=r"near\['a'\] must not hold NaN"):
+        spectrum_metrics(known, near={"a": np.array([np.nan])})
