@@ -256,6 +256,9 @@ def _measure(model: str, suite: Suite[Outputs], bins: int, score: str, extras: E
     if suite.ood and ready and all(o.has(part) for o in (suite.id, *suite.ood.values()) for part in entry.reads):
         scores_of = entry() if detector is None else detector.scores
         id_scores, ood_scores = scores_of(suite.id), {k: scores_of(p) for k, p in suite.ood.items()}
+    known: list[Tensor] = []
+    if ood_scores and all(_comparable(p, suite.id, entry.reads) for p in shifts):
+        known = [scores_of(p) for p in shifts]
     groups = extras.groups or Suite(None, {}, {})
 
     def measured(p: Outputs, groups_of_set: Groups | None) -> SetResult:
@@ -267,6 +270,16 @@ def _measure(model: str, suite: Suite[Outputs], bins: int, score: str, extras: E
         ood={k: ood_metrics(id_scores, s, TPR) for k, s in ood_scores.items()},
         pooled=calibration_report(*_pooled(shifts), bins) if shifts else None,
         scores=_histogram(id_scores, ood_scores) if ood_scores else None,
+        full_spectrum={k: ood_metrics(torch.cat([id_scores, *known]), s, TPR) for k, s in ood_scores.items()}
+        if known
+        else {},
+    )
+
+
+def _comparable(outputs: Outputs, others: Outputs, reads: Sequence[str]) -> bool:
+    """Whether a score of the one compares with that of the others: of all it reads, over the same classes."""
+    return outputs.classes == others.classes and all(
+        outputs.has(part) and getattr(outputs, part).shape[-1] == getattr(others, part).shape[-1] for part in reads
     )
 
 

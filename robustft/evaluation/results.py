@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -106,13 +106,15 @@ class ScoreHistogram(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelResult:
-    """Everything measured on one model; `pooled` is the calibration over all shifts' samples together."""
+    """Everything measured on one model; `pooled` is the calibration over all shifts' samples together, `full_spectrum`
+    what `ood` is where all shifts' images count as ID too. It is empty where a shift lacks some of the classes."""
 
     id: SetResult
     shifts: dict[str, SetResult]
     ood: dict[str, OODMetrics]
     pooled: CalibrationReport | None = None
     scores: ScoreHistogram | None = None
+    full_spectrum: dict[str, OODMetrics] = field(default_factory=dict)
 
     @property
     def id_accuracy(self) -> float:
@@ -267,11 +269,14 @@ class Evaluation:
                 )
             ],
             "pooled": [{"model": name, **_fields(m.pooled)} for name, m in self.models.items() if m.pooled is not None],
-            "ood": [
-                {"model": name, "dataset": set_name, "score": self.score, **metrics._asdict()}
-                for name, m in self.models.items()
-                for set_name, metrics in m.ood.items()
-            ],
+            **{
+                kind: [
+                    {"model": name, "dataset": set_name, "score": self.score, **metrics._asdict()}
+                    for name, m in self.models.items()
+                    for set_name, metrics in getattr(m, kind).items()
+                ]
+                for kind in ("ood", "full_spectrum")
+            },
         }
 
     @classmethod
@@ -338,13 +343,20 @@ class Evaluation:
         for header in data["models"]:
             name = header["model"]
             sets = [s for s in data["results"] if s["model"] == name]
-            ood = {o["dataset"]: o for o in data["ood"] if o["model"] == name}
+            ood, full_spectrum = (
+                {
+                    o["dataset"]: OODMetrics(**_numbers({f: o[f] for f in OODMetrics._fields}))
+                    for o in data[kind]
+                    if o["model"] == name
+                }
+                for kind in ("ood", "full_spectrum")
+            )
             pooled = next((p for p in data["pooled"] if p["model"] == name), None)
             scores = header["scores"]
             models[name] = ModelResult(
                 id=_set_result(next(s for s in sets if s["split"] == "id")),
                 shifts={s["dataset"]: _set_result(s) for s in sets if s["split"] == "shift"},
-                ood={k: OODMetrics(**_numbers({f: o[f] for f in OODMetrics._fields})) for k, o in ood.items()},
+                ood=ood,
                 pooled=pooled and _calibration({k: v for k, v in pooled.items() if k != "model"}),
                 scores=scores
                 and ScoreHistogram(
@@ -352,6 +364,7 @@ class Evaluation:
                     tuple(scores["id"]),
                     {k: tuple(v) for k, v in scores["ood"].items()},
                 ),
+                full_spectrum=full_spectrum,
             )
         bins, score = data["bins"], data.get("score", "mcm")
         if type(bins) is not int or bins < 1 or score not in SCORES:
@@ -371,7 +384,7 @@ def _agree(a: ModelResult, b: ModelResult) -> bool:
 
 def _joined(a: ModelResult, b: ModelResult) -> ModelResult:
     """All sets of two measurements that agree, in more detail where one has it. What is over several sets at once, the
-    pooled calibration and the histogram, is of the one with more of them."""
+    pooled calibration, the full spectrum and the histogram, is of the one with more of them."""
     more_shifts, more_ood = (max(a, b, key=lambda m: len(getattr(m, kind))) for kind in ("shifts", "ood"))
 
     def fuller(*found: SetResult | None) -> SetResult:
@@ -379,7 +392,10 @@ def _joined(a: ModelResult, b: ModelResult) -> ModelResult:
 
     names = dict.fromkeys([*a.shifts, *b.shifts])
     shifts = {name: fuller(a.shifts.get(name), b.shifts.get(name)) for name in names}
-    return ModelResult(fuller(a.id, b.id), shifts, {**a.ood, **b.ood}, more_shifts.pooled, more_ood.scores)
+    same = a.shifts.keys() == b.shifts.keys()
+    full_spectrum = {**a.full_spectrum, **b.full_spectrum} if same else more_shifts.full_spectrum
+    ood = {**a.ood, **b.ood}
+    return ModelResult(fuller(a.id, b.id), shifts, ood, more_shifts.pooled, more_ood.scores, full_spectrum)
 
 
 @checked

@@ -50,14 +50,18 @@ def details(summary: str, *parts: str) -> str:
 
 
 def set_tables(evaluation: Evaluation) -> tuple[str, ...]:
-    """Accuracy and ECE on every labelled set, AUROC and FPR95 on every OOD set."""
+    """Accuracy and ECE on every labelled set, AUROC and FPR95 on every OOD set, and these where shifts count as ID."""
     labelled = [("accuracy / ECE", "ID", *evaluation.shifts)]
     unknown = [("AUROC / FPR95", *evaluation.ood)]
+    full = [("AUROC / FPR95, shifted images count as ID", *evaluation.ood)]
     for name, m in evaluation.models.items():
-        metrics = [m.ood.get(k) for k in evaluation.ood]
         labelled.append((name, *(_accuracy_and_ece(s) for s in _sets(m, evaluation))))
-        unknown.append((name, *(NONE if o is None else f"{100 * o.auroc:.1f} / {100 * o.fpr:.1f}" for o in metrics)))
-    return (html_table(labelled), *([html_table(unknown)] if evaluation.ood else []))
+        for rows, found in ((unknown, m.ood), (full, m.full_spectrum)):
+            metrics = [found.get(k) for k in evaluation.ood]
+            rows.append((name, *(NONE if o is None else f"{100 * o.auroc:.1f} / {100 * o.fpr:.1f}" for o in metrics)))
+    measured = any(m.full_spectrum for m in evaluation.models.values())
+    tables = [*([unknown] if evaluation.ood else []), *([full] if measured else [])]
+    return (html_table(labelled), *(html_table(rows) for rows in tables))
 
 
 def selective(evaluation: Evaluation) -> str:

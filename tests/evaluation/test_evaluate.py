@@ -11,6 +11,7 @@ from robustft import detection
 from robustft.calibration.measures import calibration_report
 from robustft.detection import mcm, ood_metrics
 from robustft.evaluation import Evaluation, Frontier, Suite, evaluate, evaluate_predictions
+from robustft.evaluation.sections import set_tables
 from robustft.predictors import Outputs, Predictor
 
 
@@ -235,3 +236,23 @@ def test_another_score_is_that_of_detection_and_named_everywhere(suite, score):
 def test_scores_that_need_more_than_predictions_are_referred_to_the_detector(suite, score):
     with pytest.raises(ValueError, match=f"score must be one of .*'mcm'.*got '{score}'; .* fit a robustft.Detector"):
         evaluate({"FT": Toy(1)}, **suite, score=score)
+
+
+def test_the_full_spectrum_counts_all_shifted_images_as_id_and_needs_all_classes_of_every_shift(suite):
+    model = Toy(1)
+    outputs = _outputs(model, suite)
+    e = evaluate({"FT": model}, **suite)
+    known = torch.cat([mcm(p.cosines) for p in (outputs.id, *outputs.shifts.values())])
+    expected = {name: ood_metrics(known, mcm(p.cosines)) for name, p in outputs.ood.items()}
+    assert e.models["FT"].full_spectrum == expected != e.models["FT"].ood
+    assert Evaluation.from_dict(json.loads(json.dumps(e.to_dict()))) == e
+    labelled, unknown, full = set_tables(e)
+    assert "shifted images count as ID" in full and "shifted" not in labelled + unknown
+    assert f"{100 * expected['letters'].auroc:.1f} / {100 * expected['letters'].fpr:.1f}" in full
+    fewer = outputs.shifts["noisy"].map(lambda part: part[:, :4] if part.ndim == 2 else part % 4)
+    some = Suite(outputs.id, {**outputs.shifts, "noisy": fewer.replace(features=None)}, outputs.ood)
+    named = some.map(lambda p: p.replace(classes=tuple("abcdef")[: p.logits.shape[1]]))
+    part = evaluate_predictions({"FT": named})
+    assert part.models["FT"].full_spectrum == {} and len(set_tables(part)) == 2
+    other = evaluate({"FT": model}, **{**suite, "ood": {"more": pictures(9)}})
+    assert list(Evaluation.merge({"a": e, "b": other}).models["FT"].full_spectrum) == ["letters", "textures", "more"]
