@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -104,9 +106,14 @@ def test_of_equal_entropies_the_image_that_came_first_stays():
     assert torch.equal(memory.update(first).update(second).state()["features"], first)
 
 
-def test_a_list_of_opposite_entries_and_a_sharp_beta_give_finite_scores():
-    memory = AdaNegMemory(CLASSES, NEGATIVES, **{**OPTIONS, "beta": 1e5}).update(STREAM)
-    assert memory.scores(torch.cat([STREAM, -STREAM])).isfinite().all()
+def test_a_sharp_beta_takes_the_nearest_entry_of_each_list_and_opposite_entries_give_finite_scores():
+    memory = AdaNegMemory(CLASSES, NEGATIVES, **{**OPTIONS, "beta": 1e7}).update(STREAM)
+    state, both = memory.state(), torch.cat([STREAM, -STREAM])
+    nearest = both @ TEXTS.T
+    for feature, j in zip(state["features"], state["lists"].tolist(), strict=True):
+        nearest[:, j] = torch.maximum(nearest[:, j], both @ feature)
+    plain = neg_label(both @ CLASSES.T, both @ NEGATIVES.T, TAU, 2)
+    torch.testing.assert_close(memory.scores(both), neg_label(nearest[:, :K], nearest[:, K:], TAU, 2) + 0.1 * plain)
     flat = AdaNegMemory(CLASSES, NEGATIVES, **{**OPTIONS, "beta": 0.0})
     flat.restore({"features": -TEXTS[:1], "entropies": torch.zeros(1), "lists": torch.zeros(1, dtype=torch.long)})
     assert flat.scores(STREAM).isfinite().all()
@@ -152,6 +159,9 @@ def test_a_detector_scores_every_call_as_a_stream_that_begins_empty_in_batches_o
     expected = torch.cat([memory.update(batch).scores(batch) for batch in STREAM.split(16)])
     for _ in range(2):
         torch.testing.assert_close(fitted.scores(outputs(STREAM)), expected)
+    images = types.SimpleNamespace(outputs=lambda images: outputs(images.flatten(1)))
+    for size in (7, 11, 100):
+        torch.testing.assert_close(fitted.scores(images, STREAM[..., None, None], batch_size=size), expected)
     assert fitted.memory is None
 
 

@@ -254,5 +254,9 @@ def test_the_full_spectrum_counts_all_shifted_images_as_id_and_needs_all_classes
     named = some.map(lambda p: p.replace(classes=tuple("abcdef")[: p.logits.shape[1]]))
     part = evaluate_predictions({"FT": named})
     assert part.models["FT"].full_spectrum == {} and len(set_tables(part)) == 2
+    named = outputs.map(lambda p: p.replace(classes=tuple("abcdef")))
+    others = {**named.shifts, "noisy": outputs.shifts["noisy"].replace(classes=tuple("uvwxyz"))}
+    assert evaluate_predictions({"FT": Suite(named.id, others, named.ood)}).models["FT"].full_spectrum == {}
+    assert evaluate_predictions({"FT": named}).models["FT"].full_spectrum == expected
     other = evaluate({"FT": model}, **{**suite, "ood": {"more": pictures(9)}})
     assert list(Evaluation.merge({"a": e, "b": other}).models["FT"].full_spectrum) == ["letters", "textures", "more"]
