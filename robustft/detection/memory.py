@@ -59,11 +59,11 @@ class AdaNegMemory:
         threshold, gap: g and gap: by default an image above 0.75 joins a class, one below 0.25 a negative.
         weight: lambda. temperature, groups, seed: of `neg_label`.
 
-    Defaults are those of the released script for ImageNet. Memory: 4 D bytes (8 for float64 embeddings) for every text,
-    and twice that for every image held, at most C L; a call takes about 300 MB beside it. No gradient. ValueError for
-    rows that are not of unit norm or of another width. Source: AdaNeg (Zhang and Zhang 2024, arXiv 2410.20149),
-    section 3. In the released code L counts the text too; that an empty place counts there as a zero vector changes no
-    proxy, once that is normalised.
+    Defaults are those of the released script for ImageNet. Memory: 4 D bytes (of float64 embeddings 8) for every text
+    and every image held, and for L + 1 entries of every list that holds one; a call takes up to 500 MB beside it, in
+    float64 twice that. No gradient. ValueError for rows that are not of unit norm or of another width. Source: AdaNeg
+    (Zhang and Zhang 2024, arXiv 2410.20149), section 3. In the released code L counts the text too; that an empty place
+    counts there as a zero vector changes no proxy, once that is normalised.
     """
 
     @checked
