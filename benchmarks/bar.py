@@ -80,6 +80,7 @@ BAR = (
     Criterion(_NEIGHBOR, "speed", 6.0, 12.0, "faiss", ours="robustft"),
     Criterion(_NEIGHBOR, "speed", 4.0, 8.0, "faiss", ours="robustft with packing"),
     Criterion(_NEIGHBOR, "error", 1e-6, None),
+    Criterion(replace(_NEIGHBOR, n=1), "speed", 1.0, 2.0, "faiss"),
     Criterion(Row("near_duplicates", 2048, k=20_000), "error", 1e-6, None),
     Criterion(Row("contrastive", 512), "speed", 1.0, 1.5, "eager"),
     Criterion(Row("distillation", 512), "speed", 1.0, 1.5, "eager"),
@@ -104,7 +105,7 @@ SMALL = tuple(Criterion(row, "speed", NO_SLOWER, None, "eager") for row in SMALL
 def shrink(row: Row) -> Row:
     """The row that stands for it in a quick run."""
     if row.k >= 10_000:
-        return replace(row, n=row.n // (2 * QUARTER), k=row.k // QUARTER)
+        return replace(row, n=max(1, row.n // (2 * QUARTER)), k=row.k // QUARTER)
     return replace(row, n=row.n // QUARTER if row.n > 512 else row.n)
 
 
