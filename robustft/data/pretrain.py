@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import math
-import pickle
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,10 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustft import clip
-from robustft.clip.prompts import tokenize
-from robustft.data import base_model, glyphworld
+from robustft.data import base_model, glyphworld, small_clip
 from robustft.data.images import normalized
-from robustft.files import write_file, write_text
+from robustft.files import write_text
 
 PAIRS = 300_000
 BATCH = 64
@@ -106,29 +103,14 @@ class Progress(NamedTuple):
     classes: float
 
 
-class Captions:
-    """Tokens (N, L) of captions as indices into `rows` (V,), the sorted ids of all tokens captions can use."""
+class Captions(small_clip.Vocabulary):
+    """The vocabulary of all captions that GlyphWorld makes."""
 
     def __init__(self) -> None:
-        text = base_model.CONFIG["model_cfg"]["text_cfg"]
-        self.tokenizer = clip.import_open_clip().SimpleTokenizer(context_length=text["context_length"])
         phrases = [f"{phrase}, {phrase}" for group in glyphworld.CONCEPTS.values() for phrase in group]
         words = [*glyphworld.TEMPLATES, *glyphworld.NAMES, *glyphworld.COLOURS, *glyphworld.BACKGROUNDS]
         texts = [text.replace("{}", " ") for text in [*words, *phrases, "in on a background"]]
-        special = (0, self.tokenizer.sot_token_id, self.tokenizer.eot_token_id)
-        used = {token for text in texts for token in self.tokenizer.encode(text)}
-        self.rows = torch.tensor(sorted(used.union(special)))
-        self._known: dict[str, Tensor] = {}
-
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        new = [caption for caption in captions if caption not in self._known]
-        if new:
-            tokens = tokenize(self.tokenizer, new)
-            indices = torch.searchsorted(self.rows, tokens)
-            if not torch.equal(self.rows[indices], tokens):
-                raise ValueError(f"a caption among {new} has a token outside GlyphWorld's vocabulary")
-            self._known.update(zip(new, indices, strict=True))
-        return torch.stack([self._known[caption] for caption in captions])
+        super().__init__(texts, base_model.CONFIG)
 
 
 def losses(
@@ -138,13 +120,6 @@ def losses(
     logits = scale * image @ text.T
     captions = -F.log_softmax(logits, 0).gather(1, own[:, None]).mean()
     return (F.cross_entropy(logits, own) + captions) / 2, F.cross_entropy(scale * image @ classes.T, labels)
-
-
-def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embedding" in name]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
 
 
 def _step(
@@ -208,12 +183,9 @@ def pretrain(
         torch.manual_seed(seed)
         model = base_model.build(len(captions.rows)).train()
         nn.init.normal_(model.token_embedding.weight, std=EMBEDDING_STD)
-    optimizer, first, seconds = _optimizer(model), 0, 0.0
-    if state_path.exists():
-        try:
-            state = torch.load(state_path, weights_only=True)
-        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{state_path}: truncated, or no state of a pre-training: {error!r:.200}") from error
+    optimizer, first, seconds = small_clip.optimizer(model, LEARNING_RATE, WEIGHT_DECAY), 0, 0.0
+    state = small_clip.read_state(state_path)
+    if state is not None:
         if (state["seed"], state["pairs"]) != (seed, pairs):
             raise ValueError(
                 f"{state_path} is of a run with seed {state['seed']} and {state['pairs']} pairs, "
@@ -231,9 +203,8 @@ def pretrain(
             if step + 1 == steps or (step + 1) % max(1, save_every // BATCH) == 0:
                 base_model.save(output, model, captions.rows, {"seed": seed, "pairs": pairs, "seen": seen})
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-                buffer = io.BytesIO()
-                torch.save(state | {"seed": seed, "pairs": pairs, "seconds": seconds}, buffer)
-                write_file(state_path, buffer.getvalue())
+                about = {"seed": seed, "pairs": pairs, "seconds": seconds}
+                small_clip.write_state(state_path, state | about)
             if progress is not None:
                 progress(Progress(seen, steps * BATCH, seconds, contrastive, classes))
     finally:

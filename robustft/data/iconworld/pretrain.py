@@ -1,0 +1,380 @@
+"""Pre-train IconWorld's small CLIP on drawings with their words, from a seed, on one thread.
+
+A batch has N images u (N, D), M different captions v (M, D), one prompt for each of K kinds w (K, D), the scale s. P is
+which caption is true of which image: one that says the image's name, or no more than its kind. k(i) is the kind of an
+image of which one is known, e(j) the teacher's embedding of what caption j says.
+
+    L_images   = mean_i mean_{j in P(i)} -log softmax_j(s u_i . v_j)       over captions
+    L_captions = mean_j mean_{i in P(j)} -log softmax_i(s u_i . v_j)       over images
+    L_kinds    = mean_i -log softmax_k(s u_i . w_k)[k(i)]
+    L_teacher  = mean_j 1 - v_j . e(j)
+    L          = (L_images + L_captions) / 2 + L_kinds / 2 + t L_teacher,  t = max(.1, 1 - step / 2000)
+
+The teacher is a sentence model: it tells the text tower that an eagle is a bird before any image does. The first
+`WORDS_FIRST` steps minimise L_teacher alone, without images. Then half of the patches are dropped, which halves the
+time of a step and keeps drawings from being learnt by heart (Li et al., 2023), until the last `COOL_DOWN` of the run,
+in which the rate falls. What is written is the mean of the iterates with exponentially falling weights.
+
+Every random number of step n comes from (seed, n), and until the rate falls nothing depends on the run's length: a
+killed run resumes bit for bit, and a longer or shorter one may go on from its state.
+
+    python -m robustft.data.iconworld.pretrain --corpus CORPUS --output model.safetensors --pairs 4000000
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from robustft import clip
+from robustft.data import small_clip
+from robustft.data.iconworld import corpus
+from robustft.data.iconworld.corpus import Words
+from robustft.data.iconworld.model import CONFIG
+from robustft.data.iconworld.taxonomy import SUBGROUPS, TEMPLATES
+
+PAIRS = 4_000_000
+BATCH = 256
+EMOJI = 0.45  # of a batch; the rest are icons
+WORDS_FIRST = 300  # steps
+LEARNING_RATE = 2e-3
+WARM_UP = 50, 200  # steps, of words alone and of pairs
+COOL_DOWN = 0.15  # of the run
+WEIGHT_DECAY = 0.05
+DROPPED = 0.5  # of the patches
+AVERAGE = 0.999
+EMBEDDING_STD = 0.1
+TEXT_PARTS = 4
+KINDS = tuple(dict.fromkeys(SUBGROUPS.values()))
+
+
+class Progress(NamedTuple):
+    """How far pre-training has come: pairs seen and to be seen, seconds of CPU time, the last step's losses."""
+
+    seen: int
+    pairs: int
+    seconds: float
+    contrastive: float
+    kinds: float
+    teacher: float
+
+
+class Said(NamedTuple):
+    """A caption, and what it says: a name ("" for none), a kind, keywords."""
+
+    text: str
+    name: str
+    kind: str
+    tags: tuple[str, ...] = ()
+
+
+class Drawings(NamedTuple):
+    """The corpus in memory: parts of emoji and of icons, and where each drawing lies as (part, row)."""
+
+    parts: tuple[corpus.Part, ...]
+    emoji: tuple[tuple[int, int], ...]
+    icons: tuple[tuple[int, int], ...]
+    texts: dict[str, int]
+    embeddings: Tensor
+
+
+def read(folder: Path) -> Drawings:
+    """A corpus that `corpus.build` and `corpus.embed` wrote. FileNotFoundError where it holds no emoji."""
+    parts = tuple(corpus.parts(folder))
+    places = [
+        [(i, row) for i, part in enumerate(parts) if part.name.startswith(kind) for row in range(len(part.words))]
+        for kind in ("emoji-", "icons-")
+    ]
+    if not all(places):
+        raise FileNotFoundError(f"{folder}: no corpus; python -m robustft.data.iconworld.corpus makes one")
+    texts, embeddings = corpus.read_embeddings(folder)
+    return Drawings(parts, tuple(places[0]), tuple(places[1]), {t: i for i, t in enumerate(texts)}, embeddings)
+
+
+def caption(words: Words, rng: np.random.Generator) -> Said:
+    """One of the captions of a drawing."""
+    template, which = TEMPLATES[rng.integers(len(TEMPLATES))], rng.random()
+    if not words.kind or which < 0.35:
+        return Said(template.format(words.name), words.name, "")
+    if which < 0.6:
+        return Said(f"{template.format(words.name)}, {words.kind}", words.name, words.kind)
+    if which < 0.75 or not words.tags:
+        return Said(template.format(words.kind), "", words.kind)
+    tags = tuple(words.tags[i] for i in rng.permutation(len(words.tags))[:2])
+    return Said(f"{template.format(words.name)}, {', '.join(tags)}", words.name, "", tags)
+
+
+def true_of(images: Sequence[Words], captions: Sequence[Said]) -> Tensor:
+    """P (N, M), bool: whether the caption says the image's name, or no more than its kind."""
+    number: dict[str, int] = {"": -1}
+
+    def numbers(texts: Sequence[str]) -> Tensor:
+        return torch.tensor([number.setdefault(text, len(number)) for text in texts])
+
+    names, kinds = numbers([i.name for i in images]), numbers([i.kind for i in images])
+    said_names, said_kinds = numbers([c.name for c in captions]), numbers([c.kind for c in captions])
+    by_name = names[:, None] == said_names
+    return torch.where(said_names >= 0, by_name, (kinds[:, None] == said_kinds) & (said_kinds >= 0))
+
+
+def losses(image: Tensor, text: Tensor, true: Tensor, scale: Tensor) -> Tensor:
+    """(L_images + L_captions) / 2; rows and columns of `true` (N, M) hold at least one True each."""
+    logits, weight = scale * image @ text.T, true.to(image.dtype)
+    images = -(F.log_softmax(logits, 1) * weight).sum(1) / weight.sum(1)
+    captions = -(F.log_softmax(logits, 0) * weight).sum(0) / weight.sum(0)
+    return (images.mean() + captions.mean()) / 2
+
+
+def painted(images: Sequence[Tensor], size: int, generator: torch.Generator) -> Tensor:
+    """Drawings, (S, S, 4) in colour or (S, S) opacity, as images (N, 3, size, size) in [0, 1] that differ each time.
+
+    Turned, moved, scaled, mirrored; on white or a coloured ground; icons in black or a colour, or light on dark; emoji
+    in other colours, grey, as silhouettes, or as lines.
+    """
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    n = len(images)
+    mono = torch.tensor([image.ndim == 2 for image in images])
+    drawn = torch.stack([image[..., None].expand(-1, -1, 4) if image.ndim == 2 else image for image in images])
+    drawn = drawn.permute(0, 3, 1, 2).float() / 255
+    opacity = drawn[:, 3:]
+    angle = (random(n) - 0.5) * 0.6
+    zoom, stretch = 0.9 + 0.4 * random(n), 0.92 + 0.16 * random(n)
+    mirrored = torch.where(random(n) < 0.5, -1.0, 1.0)
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    moved = (random(n, 2) - 0.5) * 0.3
+    turn = torch.stack([cos * stretch * mirrored, -sin, moved[:, 0], sin * mirrored, cos / stretch, moved[:, 1]], 1)
+    grid = F.affine_grid(turn.view(n, 2, 3), [n, 4, size, size], align_corners=False)
+    premultiplied = torch.cat([drawn[:, :3] * opacity, opacity], 1)
+    premultiplied = F.grid_sample(premultiplied, grid, padding_mode="zeros", align_corners=False)
+    colour, opacity = premultiplied[:, :3], premultiplied[:, 3:]
+
+    # Emoji: other colours, grey, lines.
+    gain = 0.6 + 0.8 * random(n, 3, 1, 1)
+    changed = (colour * gain).clamp(max=1)
+    colour = torch.where((random(n) < 0.5).view(n, 1, 1, 1), changed.minimum(opacity), colour)
+    grey = colour.mean(1, keepdim=True).expand_as(colour)
+    colour = torch.where((random(n) < 0.12).view(n, 1, 1, 1), grey, colour)
+    over_white = (colour + 1 - opacity).mean(1, keepdim=True)
+    across = (over_white[..., 1:] - over_white[..., :-1]).abs()
+    down = (over_white[..., 1:, :] - over_white[..., :-1, :]).abs()
+    edges = (4 * (F.pad(across, (0, 1)) + F.pad(down, (0, 0, 0, 1)))).clamp(max=1)
+
+    ink = torch.where((random(n) < 0.5).view(n, 1, 1, 1), 0.25 * random(n, 1, 1, 1), 0.85 * random(n, 3, 1, 1))
+    style = random(n)
+    lines, silhouette = ~mono & (style < 0.1), mono | (style > 0.95)
+    mask = torch.where(lines.view(n, 1, 1, 1), edges, opacity)
+    flat = (lines | silhouette).view(n, 1, 1, 1)
+    colour, opacity = torch.where(flat, ink * mask, colour), torch.where(flat, mask, opacity)
+    ground = torch.where((random(n) < 0.55).view(n, 1, 1, 1), torch.ones(1), 0.5 + 0.5 * random(n, 3, 1, 1))
+    image = colour + ground * (1 - opacity)
+    inverted = (lines | silhouette) & (random(n) < 0.15)
+    return torch.where(inverted.view(n, 1, 1, 1), 1 - image, image)
+
+
+class Batch(NamedTuple):
+    """Drawings of a step with the words of each, and a caption of each."""
+
+    images: list[Tensor]
+    words: list[Words]
+    captions: list[Said]
+
+
+def sampled(drawings: Drawings, seed: int, step: int) -> Batch:
+    """The batch of a step, a function of seed and step."""
+    rng = np.random.default_rng((seed, step))
+    emoji = round(BATCH * EMOJI)
+    chosen = [drawings.emoji[i] for i in rng.integers(len(drawings.emoji), size=emoji)]
+    chosen += [drawings.icons[i] for i in rng.integers(len(drawings.icons), size=BATCH - emoji)]
+    words = [drawings.parts[part].words[row] for part, row in chosen]
+    return Batch([drawings.parts[part].pixels[row] for part, row in chosen], words, [caption(w, rng) for w in words])
+
+
+def _encoded(model: Any, tokens: Tensor) -> Tensor:
+    """Text features (M, D) of tokens (M, L), of texts of alike lengths at a time, none longer than it has to be."""
+    order = tokens.argmax(1).argsort(stable=True)
+    parts = [clip.encode_texts(model, clip.trim_padding(model, tokens[rows])) for rows in order.chunk(TEXT_PARTS)]
+    return torch.cat(parts)[order.argsort()]
+
+
+def _taught(drawings: Drawings, said: Sequence[Said]) -> Tensor:
+    """The teacher's embeddings e (M, D): of all that a caption says, summed."""
+    rows = [[drawings.texts[text] for text in (one.name, one.kind, *one.tags) if text] for one in said]
+    return F.normalize(torch.stack([drawings.embeddings[row].sum(0) for row in rows]), dim=-1)
+
+
+def stable_steps(steps: int) -> int:
+    """How many steps of pairs do not depend on the run's length."""
+    return math.floor(steps * (1 - COOL_DOWN))
+
+
+def rate(step: int, steps: int) -> float:
+    """The learning rate of a step, of words alone where it is negative: it rises, stays, and falls in the end."""
+    if step < 0:
+        return LEARNING_RATE * min(1, (step + WORDS_FIRST + 1) / WARM_UP[0])
+    falling = (steps - step) / max(1, steps - stable_steps(steps))
+    return LEARNING_RATE * min(1, (step + 1) / WARM_UP[1], falling)
+
+
+def _seed_of(seed: int, step: int) -> int:
+    return (seed << 32) + WORDS_FIRST + step
+
+
+def _step(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    vocabulary: small_clip.Vocabulary,
+    drawings: Drawings,
+    seed: int,
+    step: int,
+    steps: int,
+) -> tuple[float, float, float]:
+    for group in optimizer.param_groups:
+        group["lr"] = rate(step, steps)
+    batch = sampled(drawings, seed, WORDS_FIRST + step)
+    template = TEMPLATES[step % len(TEMPLATES)]
+    said = list(dict.fromkeys(batch.captions))
+    kinds = [Said(template.format(kind), "", kind) for kind in KINDS]
+    text = _encoded(model, vocabulary([one.text for one in said + kinds]))
+    teacher = (1 - (text * _taught(drawings, said + kinds)).sum(1)).mean()
+    if step < 0:
+        contrastive = of_kinds = torch.zeros(())
+        loss = teacher
+    else:
+        generator = torch.Generator().manual_seed(_seed_of(seed, step))
+        preprocess = CONFIG["preprocess_cfg"]
+        pixels = painted(batch.images, preprocess["size"][0], generator)
+        pixels = (pixels - preprocess["mean"][0]) / preprocess["std"][0]
+        torch.manual_seed(_seed_of(seed, step))  # of the patches that are dropped
+        model.visual.patch_dropout.prob = DROPPED if step < stable_steps(steps) else 0.0
+        image = F.normalize(model.encode_image(pixels), dim=-1)
+        scale = model.logit_scale.exp()
+        contrastive = losses(image, text[: len(said)], true_of(batch.words, said), scale)
+        rows, labels = torch.tensor([(i, KINDS.index(w.kind)) for i, w in enumerate(batch.words) if w.kind]).T
+        of_kinds = F.cross_entropy(scale * image[rows] @ text[len(said) :].T, labels)
+        loss = contrastive + of_kinds / 2 + max(0.1, 1 - step / 2000) * teacher
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    with torch.no_grad():
+        model.logit_scale.clamp_(0, math.log(100))
+    return contrastive.item(), of_kinds.item(), teacher.item()
+
+
+def vocabulary_of(drawings: Drawings) -> small_clip.Vocabulary:
+    """All tokens that captions of a corpus can have."""
+    words = [template.replace("{}", " ") for template in TEMPLATES]
+    return small_clip.Vocabulary([*words, *drawings.texts, *(f"a {kind}, {kind}" for kind in KINDS)], CONFIG)
+
+
+def pretrain(
+    folder: Path,
+    output: str | Path,
+    *,
+    seed: int = 0,
+    pairs: int = PAIRS,
+    progress: Callable[[Progress], None] | None = None,
+    save_every: int = 50_000,
+) -> Path:
+    """Pre-train on `pairs` pairs of the corpus in `folder`, in whole batches, and write the model to `output`.
+
+    Every `save_every` pairs the model so far is written to `output` and the state of the run to `output` + ".state"; a
+    call with the same seed goes on from there, with another number of pairs as long as the rate has fallen in neither.
+    `progress` is called after every step. One thread. Raises ValueError when `pairs` is under one batch or the state is
+    of another run, FileNotFoundError where there is no corpus.
+    """
+    output = Path(output)
+    state_path = output.with_name(output.name + ".state")
+    steps = pairs // BATCH
+    if steps < 1:
+        raise ValueError(f"pairs: expected at least one batch of {BATCH}, got {pairs}")
+    drawings = read(folder)
+    vocabulary, threads = vocabulary_of(drawings), torch.get_num_threads()
+    config = copy.deepcopy(CONFIG)
+    config["model_cfg"]["vision_cfg"]["patch_dropout"] = DROPPED
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = small_clip.build(config, len(vocabulary.rows)).train()
+        nn.init.normal_(model.token_embedding.weight, std=EMBEDDING_STD)
+        optimizer = small_clip.optimizer(model, LEARNING_RATE, WEIGHT_DECAY)
+        first, seconds = -WORDS_FIRST, 0.0
+        average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        state = small_clip.read_state(state_path)
+        if state is not None:
+            first, total = state["step"], state["pairs"] // BATCH
+            if state["seed"] != seed or total != steps and first > min(stable_steps(total), stable_steps(steps)):
+                raise ValueError(
+                    f"{state_path} is of a run with seed {state['seed']} and {state['pairs']} pairs, at "
+                    f"{first * BATCH}; it cannot go on with seed {seed} and {pairs} pairs: remove it, or choose "
+                    "another output"
+                )
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            average, seconds = state["average"], state["seconds"]
+        start = time.process_time() - seconds
+        torch.set_num_threads(1)
+        try:
+            for step in range(first, steps):
+                shown = _step(model, optimizer, vocabulary, drawings, seed, step, steps)
+                keep = min(AVERAGE, (1 + max(0, step)) / (10 + max(0, step)))
+                for name, value in model.state_dict().items():
+                    average[name].lerp_(value, 1 - keep)
+                seen, seconds = max(0, step + 1) * BATCH, time.process_time() - start
+                if step + 1 == steps or step >= 0 and (step + 1) % max(1, save_every // BATCH) == 0:
+                    small_clip.save(output, CONFIG, average, vocabulary.rows, {"seed": seed, "seen": seen})
+                    held = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+                    about = {"seed": seed, "pairs": pairs, "step": step + 1, "seconds": seconds}
+                    small_clip.write_state(state_path, held | about)
+                if progress is not None:
+                    progress(Progress(seen, steps * BATCH, seconds, *shown))
+        finally:
+            torch.set_num_threads(threads)
+    state_path.unlink()
+    return output
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m robustft.data.iconworld.pretrain",
+        description="Pre-train IconWorld's small CLIP on its corpus. A killed run goes on where it was.",
+    )
+    parser.add_argument("--corpus", type=Path, required=True, help="folder that robustft.data.iconworld.corpus wrote")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="safetensors file to write, and beside it a .md card"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="image-caption pairs to see (%(default)s)")
+    options = parser.parse_args(arguments)
+    sums: list[Progress] = []
+
+    def show(now: Progress) -> None:
+        sums.append(now)
+        if len(sums) == 50 or now.seen == now.pairs:
+            contrastive, kinds, teacher = (
+                sum(getattr(one, name) for one in sums) / len(sums) for name in ("contrastive", "kinds", "teacher")
+            )
+            print(
+                f"{now.seen} of {now.pairs} pairs, {now.seconds:.0f} s of CPU time, contrastive loss "
+                f"{contrastive:.3f}, kinds {kinds:.3f}, teacher {teacher:.3f}",
+                flush=True,
+            )
+            sums.clear()
+
+    pretrain(options.corpus, options.output, seed=options.seed, pairs=options.pairs, progress=show)
+
+
+if __name__ == "__main__":
+    main()
