@@ -18,7 +18,7 @@ from robustft.pipeline import flags
 from robustft.pipeline.checking import check_data
 from robustft.pipeline.evaluating import evaluate_runs
 from robustft.pipeline.exporting import export_run
-from robustft.pipeline.recipes import RECIPES, SEEDS
+from robustft.pipeline.recipes import DEFAULT_WORLD, RECIPES, SEEDS, WORLDS
 from robustft.pipeline.reporting import report_runs
 from robustft.pipeline.train import methods_table
 from robustft.pipeline.train import train as train_function
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     quickstart = commands.add_parser(
         "quickstart",
         help="fine-tune the bundled CLIP on the bundled data and write a report",
-        description=f"Fine-tunes a tiny bundled CLIP on handwritten digits by {names}, mixes each with "
+        description=f"Fine-tunes a tiny bundled CLIP on bundled images by {names}, mixes each with "
         "zero-shot (WiSE-FT, OSE), measures all on ID, shifts and OOD sets, and writes a report. Works offline.",
     )
     _add_bundled(quickstart, "run")
@@ -54,8 +54,9 @@ def parser() -> argparse.ArgumentParser:
     study = commands.add_parser(
         "study",
         help="run every method on the bundled benchmark and say which papers' findings appear there",
-        description="Runs every method on GlyphWorld with several seeds, mixing weights chosen on ID validation, and "
-        "writes study.html and study.md: tables, and for each claim of a paper whether it appears. Works offline.",
+        description="Runs every method on a bundled benchmark with several seeds, mixing weights chosen on ID "
+        "validation, and writes study.html and study.md: tables, and for each claim of a paper whether it appears. "
+        "Works offline.",
     )
     _add_bundled(study, "study")
     seeds = " ".join(map(str, SEEDS))
@@ -74,6 +75,12 @@ def _add_bundled(command: argparse.ArgumentParser, held: str) -> None:
     """What the commands on the bundled data share; `held` is what their folder holds."""
     folder = f"runs/{command.prog.split()[-1]}"
     command.add_argument("--output", default=folder, help="folder to write (default: %(default)s)")
+    command.add_argument(
+        "--world",
+        default=DEFAULT_WORLD,
+        choices=WORLDS,
+        help="handwritten digits, or emoji by ten studios (default: %(default)s)",
+    )
     command.add_argument("--quick", action="store_true", help="fewer epochs and test images")
     command.add_argument("--resume", action="store_true", help=f"continue the {held} that the folder holds")
 

@@ -33,6 +33,11 @@ QUICK_EPOCHS = 4
 SEEDS = (0, 1, 2)
 """Of the study."""
 
+WORLDS = ("digits", "icons")
+"""The bundled benchmarks, of which `robustft.pipeline.worlds` tells the rest."""
+DEFAULT_WORLD = "digits"
+"""The benchmark of the quickstart and of the study unless told otherwise."""
+
 _TOWERS: dict[str, Any] = {"lr": 1e-5, "batch_size": 64}
 LORA_LR = 2e-4
 """Of towers with adapters alone: CLIP-LoRA's (Zanella and Ben Ayed, CVPRW 2024, arXiv 2405.18541)."""

@@ -192,3 +192,21 @@ def test_packing_and_reading_agree(tmp_path):
     assert found.rows == (world.Drawing("noto", "eagle", "bird"),) and found.concepts == ("eagle",)
     assert found.splits == {"eagle": "test"}
     assert np.array_equal(found.images([0])[0], palettes[0][pixels[0]])
+
+
+def test_the_bundled_model_is_that_of_its_card_and_both_files_are_small():
+    from robustft.data.iconworld import model
+
+    data = model.BUNDLED.read_bytes()
+    assert hashlib.sha256(data).hexdigest() in model.BUNDLED.with_suffix(".md").read_text(encoding="utf-8")
+    assert len(data) + (world.ASSETS / world.DRAWINGS).stat().st_size < 8_000_000
+
+
+def test_the_bundled_model_is_far_above_chance_on_the_id_studios_which_it_never_saw(sets):
+    from robustft import clip
+
+    bundle = iconworld.load_clip()
+    head = clip.class_embeddings(bundle.model, bundle.tokenizer, sets.classes, iconworld.TEMPLATES[:2])
+    images, labels = sets.test.tensors((0.5,) * 3, (0.25,) * 3)
+    prediction = (clip.encode_images(bundle.model, images[::4]) @ head.T).argmax(1)
+    assert (prediction == labels[::4]).double().mean() > 0.1  # chance: 0.022

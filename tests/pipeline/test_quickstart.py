@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import yaml
 from targets import exhaustive
 
 from robustft import cli, clip, doctor, methods
-from robustft.data import glyphworld
+from robustft.data import glyphworld, iconworld
 from robustft.data.pretrain import pretrain
 from robustft.evaluation import Evaluation, report
 from robustft.evaluation.measure import predict_sets
@@ -302,3 +303,35 @@ def test_doctor_fails_with_a_cure(monkeypatch):
     assert doctor.run(lines.append) == 1
     assert any(line.startswith("FAIL contrastive_loss (cpu)") for line in lines)
     assert any(line.startswith("contrastive_loss (cpu): pip install") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "arguments, message", [({"world": "moon"}, "digits, icons, got 'moon'"), ({"from_scratch": True}, "IconWorld's")]
+)
+def test_a_world_that_is_none_or_has_no_scratch_is_said(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        quickstart.quickstart(tmp_path / "out", **{"world": "icons", **arguments})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.exhaustive  # trainings
+def test_the_icons_are_run_like_the_digits(tmp_path, monkeypatch):
+    data = iconworld.sets(12)
+    few = replace(data, train=data.train.subset(range(100)), validation=data.validation.subset(range(20)))
+    few = replace(few, shifts={"fxemoji": few.shifts["fxemoji"]}, ood={"symbols": few.ood["symbols"]})
+    monkeypatch.setattr(iconworld, "sets", lambda limit: few)
+    monkeypatch.setattr(report, "render", lambda drawing: (b"", "<svg></svg>"))
+    lines = []
+    names = ("FT",)
+    result = quickstart.quickstart(
+        tmp_path / "out",
+        world="icons",
+        method_names=names,
+        quick=True,
+        limit_batches=1,
+        progress=False,
+        log=lines.append,
+    )
+    assert lines[0].startswith("IconWorld: 100 training, 20 validation, 12 test drawings; 1 shifts, 1 OOD sets")
+    assert {"zero-shot", *names, *(f"WiSE {name}" for name in names)} <= set(result.evaluation.models)
+    assert "emoji of two studios" in (tmp_path / "out" / "report.html").read_text()

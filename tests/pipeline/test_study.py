@@ -189,3 +189,13 @@ def test_a_model_without_an_error_on_validation_stays_as_it_is(errors):
 def test_bad_arguments_are_refused(arguments, message, tmp_path, capsys):
     assert main(["study", "--output", str(tmp_path / "s"), *arguments]) == 1
     assert message in capsys.readouterr().err and not (tmp_path / "s").exists()
+
+
+def test_a_section_speaks_of_its_world_s_own_sets():
+    digits, icons = (study.section_of("detection", world) for world in ("digits", "icons"))
+    assert any("letters" in claim.text for claim in digits.claims)
+    assert any("held-out kinds" in claim.text for claim in icons.claims)
+    assert not any("letters" in claim.text or "textures" in claim.text for claim in icons.claims)
+    assert "frame" in " ".join(study.section_of("drm", "icons").notes.values())
+    assert study.section_of("vrf", "icons") is study.SECTIONS["vrf"]
+    assert study._command("icons", True, (0, 1, 2), tuple(study.SECTIONS)) == "robustft study --world icons --quick"

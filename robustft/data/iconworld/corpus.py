@@ -98,9 +98,9 @@ def chosen_icons(folder: Path, known: frozenset[str]) -> dict[str, tuple[dict[st
             if words and not icon.get("hidden") and all(word in known for word in words):
                 by_words[" ".join(words)].append((place(prefix, name), prefix, name))
     taken: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for words, icons_of in by_words.items():
+    for said, icons_of in by_words.items():
         for _, prefix, name in sorted(icons_of)[:PER_NAME]:
-            taken[prefix].append((name, words))
+            taken[prefix].append((name, said))
     return {prefix: (sets[prefix], sorted(names)) for prefix, names in sorted(taken.items())}
 
 

@@ -1,4 +1,4 @@
-"""The study: every method on GlyphWorld, and for each paper whether its findings appear there.
+"""The study: every method on a bundled benchmark, and for each paper whether its findings appear there.
 
     seeds 0, 1, 2  ->  a section's tables and curves, results/<section>-<seed>.json  ->  verdicts  ->  study.{html,md}
 
@@ -22,21 +22,31 @@ import torch
 from robustft.files import write_file, write_json, write_text
 from robustft.machine import processor
 from robustft.pipeline import flags
-from robustft.pipeline.recipes import SEEDS
+from robustft.pipeline.recipes import DEFAULT_WORLD, SEEDS
 from robustft.pipeline.study import calibration, carot, cmp, compositions, detection, drm, vrf
-from robustft.pipeline.study.findings import Measured
+from robustft.pipeline.study.findings import Measured, Section
 from robustft.pipeline.study.page import Answer, markdown, page, summary
 from robustft.pipeline.study.world import World
+from robustft.pipeline.worlds import benchmark
 from robustft.training.run import configured
 
 MODULES = (carot, vrf, drm, cmp, calibration, detection, compositions)
 SECTIONS = {module.SECTION.name: module.SECTION for module in MODULES}
+_MADE_FOR = {"detection": detection.section, "drm": drm.section}
+
+
+def section_of(name: str, world: str) -> Section:
+    """A section as it is put for a benchmark."""
+    if world == DEFAULT_WORLD or name not in _MADE_FOR:
+        return SECTIONS[name]
+    return _MADE_FOR[name](benchmark(world))
 
 
 @flags.checked
 def study(
     output: str | os.PathLike[str] = "runs/study",
     *,
+    world: str = DEFAULT_WORLD,
     seeds: Sequence[int] = SEEDS,
     sections: Sequence[str] = tuple(SECTIONS),
     quick: bool = False,
@@ -48,6 +58,7 @@ def study(
 
     Args:
         output: folder for everything; it must not hold another study, unless `resume`.
+        world: which bundled benchmark: digits (GlyphWorld) or icons (IconWorld).
         seeds: of the fine-tuning.
         sections: some of `SECTIONS`.
         quick: fewer epochs and test images: minutes, for a look.
@@ -56,22 +67,24 @@ def study(
             With one, everything runs in this process.
         log: receives one line of text at a time; lines of other processes are printed.
 
-    Raises: ValueError for unknown sections or no seed, FileExistsError for a folder that holds something else,
-    BlockingIOError for one that another process works in, OSError for one that cannot be written.
+    Raises: ValueError for unknown worlds or sections, or no seed, FileExistsError for a folder that holds something
+    else, BlockingIOError for one that another process works in, OSError for one that cannot be written.
     """
+    benchmark(world)
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown or not sections:
         raise ValueError(f"sections are {list(sections)}; expected some of {', '.join(SECTIONS)}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; expected distinct ones, at least one")
     folder = Path(output)
-    config = {"quick": quick, "seeds": list(seeds), "sections": list(sections)}
+    config = {"world": world, "quick": quick, "seeds": list(seeds), "sections": list(sections)}
     with configured(folder, config, resume):
-        return _measure_all(folder, seeds, sections, quick, workers, log)
+        return _measure_all(folder, world, seeds, sections, quick, workers, log)
 
 
 def _measure_all(
     folder: Path,
+    world: str,
     seeds: Sequence[int],
     sections: Sequence[str],
     quick: bool,
@@ -84,21 +97,21 @@ def _measure_all(
     tasks = [(name, seed) for name in sections for seed in seeds if not _path(folder, name, seed).exists()]
     workers = workers or max(1, min(len(tasks), cores))
     if workers == 1:
-        worlds = {seed: World(folder / f"seed-{seed}", seed, quick=quick, log=log) for seed in seeds}
+        worlds = {seed: World(folder / f"seed-{seed}", seed, world=world, quick=quick, log=log) for seed in seeds}
         for name, seed in tasks:
             _measure(folder, name, worlds[seed])
     else:
         threads = max(1, cores // workers)
         with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-            waiting = [pool.submit(_measure_apart, folder, name, seed, quick) for name, seed in tasks]
+            waiting = [pool.submit(_measure_apart, folder, world, name, seed, quick) for name, seed in tasks]
             for task in as_completed(waiting):
                 if task.exception():
                     pool.shutdown(cancel_futures=True)
                 task.result()
     for seed in seeds:
         shutil.rmtree(folder / f"seed-{seed}", ignore_errors=True)
-    answers = [Answer(SECTIONS[name], [_measured(folder, name, seed) for seed in seeds]) for name in sections]
-    _write(folder, answers, _command(quick, seeds, sections))
+    answers = [Answer(section_of(name, world), [_measured(folder, name, seed) for seed in seeds]) for name in sections]
+    _write(folder, answers, _command(world, quick, seeds, sections), world)
     log(summary(answers))
     log(f"\nstudy: {folder / 'study.html'}   ({time.monotonic() - started:.0f} s)")
     return answers
@@ -112,8 +125,8 @@ def _measure(folder: Path, name: str, world: World) -> None:
     world.log(f"seed {world.seed}: {SECTIONS[name].title} ({time.monotonic() - started:.0f} s)")
 
 
-def _measure_apart(folder: Path, name: str, seed: int, quick: bool) -> None:
-    _measure(folder, name, World(folder / f"seed-{seed}", seed, quick=quick))
+def _measure_apart(folder: Path, world: str, name: str, seed: int, quick: bool) -> None:
+    _measure(folder, name, World(folder / f"seed-{seed}", seed, world=world, quick=quick))
 
 
 def _path(folder: Path, name: str, seed: int) -> Path:
@@ -124,9 +137,9 @@ def _measured(folder: Path, name: str, seed: int) -> Measured:
     return Measured(**json.loads(_path(folder, name, seed).read_text()))
 
 
-def _write(folder: Path, answers: Sequence[Answer], command: str) -> None:
+def _write(folder: Path, answers: Sequence[Answer], command: str, world: str) -> None:
     machine = f"torch {torch.__version__}, {processor()}, {len(os.sched_getaffinity(0))} cores"
-    text, images = page(answers, command, machine)
+    text, images = page(answers, command, machine, benchmark(world))
     for name, png in images.items():
         write_file(folder / "figures" / f"{name}.png", png)
     numbers = {
@@ -143,12 +156,13 @@ def _write(folder: Path, answers: Sequence[Answer], command: str) -> None:
         },
     }
     write_json(folder / "results.json", numbers)
-    write_text(folder / "study.md", markdown(answers, command, machine))
+    write_text(folder / "study.md", markdown(answers, command, machine, benchmark(world)))
     write_text(folder / "study.html", text)
 
 
-def _command(quick: bool, seeds: Sequence[int], sections: Sequence[str]) -> str:
+def _command(world: str, quick: bool, seeds: Sequence[int], sections: Sequence[str]) -> str:
     parts = ["robustft study"]
+    parts += [f"--world {world}"] if world != DEFAULT_WORLD else []
     parts += ["--quick"] if quick else []
     parts += [f"--seeds {' '.join(map(str, seeds))}"] if tuple(seeds) != SEEDS else []
     parts += [f"--sections {' '.join(sections)}"] if tuple(sections) != tuple(SECTIONS) else []

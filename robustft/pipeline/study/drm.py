@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from robustft.calibration.measures import calibration_report
-from robustft.data import glyphworld
 from robustft.evaluation.groups import worst_group_accuracy
 from robustft.methods import Classifier, CoreProxy, DualClassifier, Method, Predictor, WiSEFT, core_labels
-from robustft.pipeline.recipes import Recipe
+from robustft.pipeline.recipes import DEFAULT_WORLD, Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Plot, Section, Table, higher, lower
 from robustft.pipeline.study.recipes import SINGLE, SPURIOUS
 from robustft.pipeline.study.world import World, accuracy, of_kind
+from robustft.pipeline.worlds import Benchmark, benchmark
 from robustft.predictors.logits import accuracy_and_nll
 
 LAMBDAS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -75,17 +75,19 @@ def described(proxy: CoreProxy) -> str:
 
 
 class Spurious:
-    """GlyphWorld's digits on coloured grounds: 97 % of them on their class's in training, all or none in the tests."""
+    """Images whose ground's or frame's colour goes with the class: nearly always in training, always or never in the
+    tests."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-        train = glyphworld.spurious("train")
+        bundled = world.benchmark
+        train = bundled.spurious("train")
         self.train = world.tensors(train)
         assert train.groups is not None  # the ground of each image
-        self.against = (train.groups != train.labels // 2).long()  # is the ground another class's?
-        self.validation = world.tensors(glyphworld.spurious("validation"))
-        self.aligned = world.tensors(glyphworld.spurious("test"), world.limit)
-        self.opposed = world.tensors(glyphworld.spurious("test", conflicting=True), world.limit)
+        self.against = (train.groups != bundled.usual(train.labels)).long()  # is the ground another class's?
+        self.validation = world.tensors(bundled.spurious("validation"))
+        self.aligned = world.tensors(bundled.spurious("test"), world.limit)
+        self.opposed = world.tensors(bundled.spurious("test", conflicting=True), world.limit)
         self.proxies: dict[CoreProxy, Tensor] = {}
 
     def batch(self, **columns: Tensor) -> dict[str, Tensor]:
@@ -106,12 +108,12 @@ class Spurious:
                 self.world.bundle.model,
                 self.train,
                 tokenizer=self.world.bundle.tokenizer,
-                class_names=glyphworld.CLASS_NAMES,
-                descriptions=glyphworld.CONCEPTS,
+                class_names=self.world.benchmark.class_names,
+                descriptions=self.world.benchmark.descriptions,
                 proxy=proxy,
             )
         data = self.batch(core=self.proxies[proxy])
-        arguments: dict[str, Any] = {"descriptions": glyphworld.CONCEPTS, "proxy": None}
+        arguments: dict[str, Any] = {"descriptions": self.world.benchmark.descriptions, "proxy": None}
         method = self.world.train(recipe, data, what=f"spurious, {described(proxy)}", **arguments)
         return of_kind(DualClassifier, method)
 
@@ -143,69 +145,79 @@ class Spurious:
         }
 
 
-SECTION = Section(
-    name="drm",
-    title="DRM: a second risk on what the classes are, not where they stand",
-    question="Where a background goes with the class in training, does a risk on concept descriptions keep accuracy "
-    "when it goes against the class? Are both risks needed, and both heads?",
-    measure=measure,
-    claims=(
-        *(
+def section(bundled: Benchmark) -> Section:
+    """The section on a benchmark's misleading colours."""
+    return Section(
+        name="drm",
+        title="DRM: a second risk on what the classes are, not where they stand",
+        question="Where a background goes with the class in training, does a risk on concept descriptions keep "
+        "accuracy when it goes against the class? Are both risks needed, and both heads?",
+        measure=measure,
+        claims=(
+            *(
+                Claim(
+                    f"DRM, as ID validation chooses it, is more accurate than {name} on conflicting backgrounds",
+                    higher(METHODS, "conflicting", "DRM, affinity", name),
+                )
+                for name in ("FLYP", "FT", SINGLE)
+            ),
+            *(
+                Claim(f"DRM, {described(proxy)}, lambda 1, is more accurate than FLYP there", ahead(described(proxy)))
+                for candidates in PROXIES.values()
+                for proxy in candidates
+            ),
+            Claim("DRM loses nothing on aligned ones to FLYP", higher(METHODS, "aligned", "DRM, affinity", "FLYP")),
             Claim(
-                f"DRM, as ID validation chooses it, is more accurate than {name} on conflicting backgrounds",
-                higher(METHODS, "conflicting", "DRM, affinity", name),
-            )
-            for name in ("FLYP", "FT", SINGLE)
-        ),
-        *(
-            Claim(f"DRM, {described(proxy)}, lambda 1, is more accurate than FLYP there", ahead(described(proxy)))
-            for candidates in PROXIES.values()
-            for proxy in candidates
-        ),
-        Claim("DRM loses nothing on aligned ones to FLYP", higher(METHODS, "aligned", "DRM, affinity", "FLYP")),
-        Claim(
-            "The mixture of both heads beats the default head on conflicting backgrounds",
-            higher(METHODS, "conflicting", "DRM, affinity", "DRM, default head"),
-        ),
-        Claim(
-            "The affinity proxy beats the soft one on conflicting backgrounds",
-            higher(METHODS, "conflicting", "DRM, affinity", "DRM, soft"),
-        ),
-        Claim(
-            "DRM's ECE on conflicting backgrounds is lower than FLYP's",
-            lower(METHODS, "ECE conflicting", "DRM, affinity", "FLYP"),
-        ),
-        *(
+                "The mixture of both heads beats the default head on conflicting backgrounds",
+                higher(METHODS, "conflicting", "DRM, affinity", "DRM, default head"),
+            ),
             Claim(
-                f"{name} is more accurate than FT on conflicting backgrounds",
-                higher(METHODS, "conflicting", name, "FT"),
-            )
-            for name in WORST_CASE
+                "The affinity proxy beats the soft one on conflicting backgrounds",
+                higher(METHODS, "conflicting", "DRM, affinity", "DRM, soft"),
+            ),
+            Claim(
+                "DRM's ECE on conflicting backgrounds is lower than FLYP's",
+                lower(METHODS, "ECE conflicting", "DRM, affinity", "FLYP"),
+            ),
+            *(
+                Claim(
+                    f"{name} is more accurate than FT on conflicting backgrounds",
+                    higher(METHODS, "conflicting", name, "FT"),
+                )
+                for name in WORST_CASE
+            ),
+            Claim(
+                "Mixed with zero-shot (WiSE), DRM is still ahead of FLYP",
+                higher(METHODS, "conflicting", "WiSE DRM", "WiSE FLYP"),
+            ),
         ),
-        Claim(
-            "Mixed with zero-shot (WiSE), DRM is still ahead of FLYP",
-            higher(METHODS, "conflicting", "WiSE DRM", "WiSE FLYP"),
+        plots=(
+            Plot(
+                "lambda",
+                "The weight of the second risk",
+                "lambda",
+                "accuracy (%)",
+                "On conflicting backgrounds, and on the ID validation data by which lambda is chosen.",
+                logarithmic=True,
+            ),
+            Plot(
+                "beta",
+                "The mixture of the heads",
+                "beta",
+                "accuracy (%)",
+                "0: concept head alone; 1: default head alone.",
+            ),
         ),
-    ),
-    plots=(
-        Plot(
-            "lambda",
-            "The weight of the second risk",
-            "lambda",
-            "accuracy (%)",
-            "On conflicting backgrounds, and on the ID validation data by which lambda is chosen.",
-            logarithmic=True,
-        ),
-        Plot(
-            "beta", "The mixture of the heads", "beta", "accuracy (%)", "0: concept head alone; 1: default head alone."
-        ),
-    ),
-    notes={
-        METHODS: "The ground's colour goes with the class for 97 % of the training and validation images and for all "
-        "aligned test images, and never for a conflicting one. worst class: the lowest accuracy of a class on "
-        "conflicting ones. The proxy's settings and lambda are chosen on validation data, which can hardly tell: its "
-        "grounds lie as well. Group DRO and the worst group know which training images have another class's ground.",
-        SETTINGS: "At lambda 1. What the class's affinity leaves of the mass is spread over the other classes, or "
-        "dropped. The default, half on the label and the rest spread, was set on this benchmark (docs/drm.md).",
-    },
-)
+        notes={
+            METHODS: f"{bundled.misleads} and for all "
+            "aligned test images, and never for a conflicting one. worst class: the lowest accuracy of a class on "
+            "conflicting ones. The proxy's settings and lambda are chosen on validation data, which can hardly tell: "
+            "its grounds lie as well. Group DRO and the worst group know which training images have another class's "
+            "ground.",
+            SETTINGS: "At lambda 1. What the class's affinity leaves of the mass is spread over the other classes, or "
+            "dropped. The default, half on the label and the rest spread, was set on GlyphWorld (docs/drm.md).",
+        },
+    )
+
+
+SECTION = section(benchmark(DEFAULT_WORLD))

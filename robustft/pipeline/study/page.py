@@ -15,6 +15,7 @@ import numpy as np
 
 from robustft.evaluation import pictures, report, sections
 from robustft.pipeline.study.findings import Finding, Measured, Plot, Section, find, joined, spread
+from robustft.pipeline.worlds import Benchmark
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,21 +33,26 @@ class Answer(NamedTuple):
 
 
 INTRODUCTION = (
-    "A toy that shows mechanisms: a tiny CLIP pre-trained on synthetic glyphs, fine-tuned on 8 x 8 handwritten digits. "
+    "A toy that shows mechanisms: {toy}. "
     "It replicates no table of a paper. Each claim below is read off this toy alone: whether it appears here.",
     "Mixing weights, temperatures, VRF's a and b, DRM's proxy and lambda, Tip-Adapter's alpha and beta are chosen on "
     "ID validation data, and so were all learning rates, once for all seeds (`python -m benchmarks.study_selection`); "
     "the rest of the recipes is fixed. "
     "Numbers are means ± standard deviations over fine-tuning seeds, in % unless said otherwise; "
-    "OOD columns are means over the six shifts, AUROC is MCM's mean over letters and textures. "
+    "{measured}. "
     "A margin is positive where a seed agrees with the claim. A claim appears if every seed agrees and the mean margin "
     "exceeds its standard deviation; without any effect, one claim in four would have three seeds that agree in sign.",
 )
 
 
-def markdown(answers: Sequence[Answer], command: str, machine: str) -> str:
+def introduction(bundled: Benchmark) -> list[str]:
+    """What is said of every study on a benchmark."""
+    return [text.format(toy=bundled.toy, measured=bundled.measured) for text in INTRODUCTION]
+
+
+def markdown(answers: Sequence[Answer], command: str, machine: str, bundled: Benchmark) -> str:
     lines = ["# The study", "", f"`{command}`; {machine}.", ""]
-    lines += [line for text in INTRODUCTION for line in (text, "")]
+    lines += [line for text in introduction(bundled) for line in (text, "")]
     for answer in answers:
         section = answer.section
         lines += [f"## {section.title}", "", section.question, ""]
@@ -57,7 +63,7 @@ def markdown(answers: Sequence[Answer], command: str, machine: str) -> str:
     return "\n".join(lines)
 
 
-def page(answers: Sequence[Answer], command: str, machine: str) -> tuple[str, dict[str, bytes]]:
+def page(answers: Sequence[Answer], command: str, machine: str, bundled: Benchmark) -> tuple[str, dict[str, bytes]]:
     """The HTML, and the pictures as PNG by name."""
     title = "robustft study"
     parts = [
@@ -66,7 +72,7 @@ def page(answers: Sequence[Answer], command: str, machine: str) -> tuple[str, di
         '<meta name=viewport content="width=device-width, initial-scale=1">',
         f"<title>{title}</title><style>{report.CSS}</style></head><body>",
         f"<h1>{title}</h1>",
-        *(f"<p>{html.escape(text)}</p>" for text in INTRODUCTION),
+        *(f"<p>{html.escape(text)}</p>" for text in introduction(bundled)),
         f"<p class=conventions><code>{html.escape(command)}</code>; {html.escape(machine)}.</p>",
     ]
     images = {}

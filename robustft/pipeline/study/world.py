@@ -1,4 +1,4 @@
-"""One seed's world: GlyphWorld's sets, the zero-shot model, and what has been trained on them.
+"""One seed's world: a bundled benchmark's sets, the zero-shot model, and what has been trained on them.
 
 Runs are kept in `folder`, each under a name that says what it depends on, so that a killed study goes on where it was
 and sections that ask for the same run share it, in one process or several: the first trains it, the others wait.
@@ -19,16 +19,17 @@ from torch import Tensor
 
 from robustft import methods
 from robustft.clip.outputs import Outputs
-from robustft.data import few_shot, glyphworld
+from robustft.data import few_shot
 from robustft.data.opening import Data
 from robustft.data.sources import image_statistics
 from robustft.evaluation import measure
 from robustft.evaluation.results import Suite
 from robustft.files import locked
 from robustft.pipeline.job import suite_of
-from robustft.pipeline.recipes import QUICK_EPOCHS, RECIPES, Recipe
+from robustft.pipeline.recipes import DEFAULT_WORLD, QUICK_EPOCHS, RECIPES, Recipe
 from robustft.pipeline.study.recipes import DRM, HOSTS, LP_FT, PROBE
 from robustft.pipeline.training import Materials, fit_recipe, make_method
+from robustft.pipeline.worlds import benchmark
 from robustft.training.run import holds_run
 
 Tensors = tuple[Tensor, Tensor]
@@ -36,24 +37,37 @@ P = TypeVar("P", bound=methods.Predictor)
 
 
 class World:
-    """GlyphWorld for one fine-tuning seed.
+    """A bundled benchmark for one fine-tuning seed.
 
     `quick` trains fewer epochs and looks at 200 images of each test set. Whatever is trained or predicted is computed
     once.
     """
 
-    def __init__(self, folder: Path, seed: int, *, quick: bool = False, log: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        *,
+        world: str = DEFAULT_WORLD,
+        quick: bool = False,
+        log: Callable[[str], None] = print,
+    ) -> None:
         self.folder, self.seed, self.quick, self.log = folder, seed, quick, log
-        self.bundle = glyphworld.load_clip()
+        self.benchmark = benchmark(world)
+        self.bundle = self.benchmark.load_clip()
         self.limit = 200 if quick else None
         self._methods: dict[str, methods.Method] = {}
         self._training: Outputs | None = None  # of the zero-shot model
         self._suites: dict[int, tuple[methods.Predictor, Suite[Outputs]]] = {}
 
     @cached_property
+    def sets(self) -> Data:
+        return self.benchmark.sets(self.limit)
+
+    @cached_property
     def data(self) -> Data:
-        """GlyphWorld's sets as tensors for the model, each made once."""
-        return glyphworld.sets(self.limit).map(self.tensors)
+        """The sets as tensors for the model, each made once."""
+        return self.sets.map(self.tensors)
 
     @cached_property
     def tests(self) -> Suite[Tensors]:
@@ -61,7 +75,7 @@ class World:
 
     @cached_property
     def materials(self) -> Materials:
-        return Materials.of(self.bundle, glyphworld.sets(self.limit), glyphworld.TEMPLATES, seed=self.seed)
+        return Materials.of(self.bundle, self.sets, self.benchmark.templates, seed=self.seed)
 
     @property
     def prompts(self) -> dict[str, Any]:
@@ -76,8 +90,8 @@ class World:
         images, labels = dataset.tensors(*image_statistics(self.bundle.model))
         return images[:limit], labels[:limit]
 
-    def train(self, recipe: Recipe, data: Any = None, *, what: str = "digits", **arguments: Any) -> methods.Method:
-        """The recipe's method trained on `data` (the digits, or what `what` names).
+    def train(self, recipe: Recipe, data: Any = None, *, what: str = "all", **arguments: Any) -> methods.Method:
+        """The recipe's method trained on `data` (its training images, or what `what` names).
 
         `arguments` go to the method beside the recipe's options; `what` must name all of theirs that matter.
         """
@@ -128,12 +142,12 @@ class World:
             self.bundle.model,
             self.data.train,
             tokenizer=self.bundle.tokenizer,
-            class_names=glyphworld.CLASS_NAMES,
-            descriptions=glyphworld.CONCEPTS,
+            class_names=self.benchmark.class_names,
+            descriptions=self.benchmark.descriptions,
             proxy=methods.CoreProxy(),
         )
         data = {"image": images, "label": labels, "core": core}
-        method = self.train(recipe, data, what="core", descriptions=glyphworld.CONCEPTS, proxy=None)
+        method = self.train(recipe, data, what="core", descriptions=self.benchmark.descriptions, proxy=None)
         return of_kind(methods.DualClassifier, method)
 
     def shots(self, count: int) -> Tensors:

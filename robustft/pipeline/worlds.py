@@ -1,0 +1,108 @@
+"""The bundled benchmarks that `robustft quickstart` and `robustft study` run on, by name, and what is said of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from robustft.data import glyphworld, iconworld
+from robustft.pipeline.recipes import WORLDS
+
+if TYPE_CHECKING:
+    from robustft.clip import Bundle
+    from robustft.data.images import ImageDataset
+    from robustft.data.opening import Data
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A bundled benchmark: a module with `load_clip`, `sets`, `spurious`, CLASS_NAMES, TEMPLATES, and words about it.
+
+    `descriptions` of the classes are DRM's; `near` and `far` are OOD sets; `usual` gives the group, of `spurious`, that
+    goes with each label.
+    """
+
+    name: str
+    title: str
+    module: ModuleType
+    shown: str
+    toy: str
+    measured: str
+    descriptions: Mapping[str, Sequence[str]]
+    near: str
+    far: str
+    near_is: str
+    far_is: str
+    misleads: str
+    usual: Callable[[Tensor], Tensor]
+    pretrains: bool = False
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        names: tuple[str, ...] = self.module.CLASS_NAMES
+        return names
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        templates: tuple[str, ...] = self.module.TEMPLATES
+        return templates
+
+    def load_clip(self, path: Path | None = None) -> Bundle:
+        bundle: Bundle = self.module.load_clip(path)
+        return bundle
+
+    def sets(self, limit: int | None = None) -> Data:
+        data: Data = self.module.sets(limit)
+        return data
+
+    def spurious(self, split: str, *, conflicting: bool = False) -> ImageDataset:
+        data: ImageDataset = self.module.spurious(split, conflicting=conflicting)
+        return data
+
+
+_BENCHMARKS = (
+    Benchmark(
+        name="digits",
+        title="GlyphWorld",
+        module=glyphworld,
+        shown="digits",
+        toy="a tiny CLIP pre-trained on synthetic glyphs, fine-tuned on 8 x 8 handwritten digits",
+        measured="OOD columns are means over the six shifts, AUROC is MCM's mean over letters and textures",
+        descriptions=glyphworld.CONCEPTS,
+        near="letters",
+        far="textures",
+        near_is="Letters in the style of the digits: near.",
+        far_is="Textures without any character: far.",
+        misleads="The ground's colour goes with the class for 97 % of the training and validation images",
+        usual=lambda labels: labels // 2,
+        pretrains=True,
+    ),
+    Benchmark(
+        name="icons",
+        title="IconWorld",
+        module=iconworld,
+        shown="drawings",
+        toy="a small CLIP pre-trained on free icons, fine-tuned on emoji of two studios and tested on those of others",
+        measured="OOD columns are means over the eight other studios, AUROC is MCM's mean over the four OOD sets",
+        descriptions=iconworld.DESCRIPTIONS,
+        near="held-out kinds",
+        far="symbols",
+        near_is="Emoji of held-out kinds by the ID studios: near.",
+        far_is="Interface symbols: far.",
+        misleads="The frame's colour goes with the class for 95 % of the training and validation images",
+        usual=lambda labels: labels % len(iconworld.FRAME_COLOURS),
+    ),
+)
+
+
+def benchmark(name: str) -> Benchmark:
+    """The benchmark of a name; ValueError naming those there are."""
+    found = {known.name: known for known in _BENCHMARKS}
+    if name not in found:
+        raise ValueError(f"world must be one of {', '.join(WORLDS)}, got {name!r}")
+    return found[name]
