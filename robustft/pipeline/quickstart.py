@@ -80,7 +80,7 @@ def quickstart(
     if from_scratch and not bundled.pretrains:
         raise ValueError(f"from_scratch: {bundled.title}'s model is pre-trained by commands of its own, on its corpus")
     started = time.monotonic()
-    recipes = {name: RECIPES[name] for name in method_names}
+    recipes = {name: bundled.recipe(RECIPES[name]) for name in method_names}
     if quick:
         recipes = {name: replace(recipe, epochs=QUICK_EPOCHS) for name, recipe in recipes.items()}
     config = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from robustft.data import glyphworld, iconworld
-from robustft.pipeline.recipes import WORLDS
+from robustft.pipeline.recipes import WORLDS, Recipe
 
 if TYPE_CHECKING:
     from robustft.clip import Bundle
@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from robustft.data.opening import Data
 
 
+TOWERS = ("FineTune", "FLYP", "CaRot", "DRM", "LPFT", "LipsumFT", "CARFT", "StarFT", "WorstCaseFineTune")
+"""Methods that train the image tower."""
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """A bundled benchmark: a module with `load_clip`, `sets`, `spurious`, CLASS_NAMES, TEMPLATES, and words about it.
 
-    `descriptions` of the classes are DRM's; `near` and `far` are OOD sets; `usual` gives the group, of `spurious`, that
-    goes with each label.
+    `descriptions` of the classes are DRM's; the templates `by_chance`, which put a class where it is by chance, are
+    StarFT's; `near` and `far` are OOD sets; `usual` gives the group, of `spurious`, that goes with each label. `rate`
+    is what its model's towers bear of the learning rates of the digits' recipes.
     """
 
     name: str
@@ -34,6 +39,7 @@ class Benchmark:
     toy: str
     measured: str
     descriptions: Mapping[str, Sequence[str]]
+    by_chance: tuple[str, ...]
     near: str
     far: str
     near_is: str
@@ -41,6 +47,7 @@ class Benchmark:
     misleads: str
     usual: Callable[[Tensor], Tensor]
     pretrains: bool = False
+    rate: float = 1.0
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -51,6 +58,10 @@ class Benchmark:
     def templates(self) -> tuple[str, ...]:
         templates: tuple[str, ...] = self.module.TEMPLATES
         return templates
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """A recipe as it is for this benchmark's model."""
+        return replace(recipe, lr=recipe.lr * self.rate) if recipe.method in TOWERS else recipe
 
     def load_clip(self, path: Path | None = None) -> Bundle:
         bundle: Bundle = self.module.load_clip(path)
@@ -74,6 +85,10 @@ _BENCHMARKS = (
         toy="a tiny CLIP pre-trained on synthetic glyphs, fine-tuned on 8 x 8 handwritten digits",
         measured="OOD columns are means over the six shifts, AUROC is MCM's mean over letters and textures",
         descriptions=glyphworld.CONCEPTS,
+        by_chance=(
+            *(f"{{}} in {colour}" for colour in glyphworld.COLOURS),
+            *(f"{{}} on a {kind} background" for kind in glyphworld.BACKGROUNDS),
+        ),
         near="letters",
         far="textures",
         near_is="Letters in the style of the digits: near.",
@@ -90,12 +105,14 @@ _BENCHMARKS = (
         toy="a small CLIP pre-trained on free icons, fine-tuned on emoji of two studios and tested on those of others",
         measured="OOD columns are means over the eight other studios, AUROC is MCM's mean over the four OOD sets",
         descriptions=iconworld.DESCRIPTIONS,
+        by_chance=("a black {}", "a white {}", "a red {}", "a blue {}", "a {} in a circle", "a {} in a square"),
         near="held-out kinds",
         far="symbols",
         near_is="Emoji of held-out kinds by the ID studios: near.",
         far_is="Interface symbols: far.",
         misleads="The frame's colour goes with the class for 95 % of the training and validation images",
         usual=lambda labels: labels % len(iconworld.FRAME_COLOURS),
+        rate=0.1,
     ),
 )
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from robustft.cli import main
+from robustft.clip import Bundle
 from robustft.clip.outputs import Outputs
+from robustft.data import Data, ImageDataset
 from robustft.evaluation import Suite
 from robustft.methods import CVaR
 from robustft.pipeline import study
 from robustft.pipeline.quickstart import RECIPES
+from robustft.pipeline.study import field
 from robustft.pipeline.study.calibration import NONE, TEMPERATURE, calibrated
 from robustft.pipeline.study.findings import (
     Claim,
@@ -31,6 +36,7 @@ from robustft.pipeline.study.findings import (
 from robustft.pipeline.study.recipes import SPURIOUS
 from robustft.pipeline.study.world import World
 from robustft.pipeline.training import built_options
+from robustft.pipeline.worlds import benchmark
 
 
 @pytest.mark.parametrize(
@@ -199,3 +205,37 @@ def test_a_section_speaks_of_its_world_s_own_sets():
     assert "frame" in " ".join(study.section_of("drm", "icons").notes.values())
     assert study.section_of("vrf", "icons") is study.SECTIONS["vrf"]
     assert study._command("icons", True, (0, 1, 2), tuple(study.SECTIONS)) == "robustft study --world icons --quick"
+
+
+def tiny_benchmark(model, prompts):
+    """A benchmark of noise in three classes, for a model of two thousand weights."""
+    generator = np.random.default_rng(0)
+
+    def noise(count, classes=tuple(prompts["class_names"])):
+        images = generator.integers(256, size=(count, 8, 8, 3), dtype=np.uint8)
+        return ImageDataset(images, torch.arange(count) % len(classes), classes)
+
+    data = Data(noise(12), noise(6), noise(6), tuple(prompts["class_names"]), {"other": noise(6)}, {"none": noise(6)})
+    config = {"preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    model.visual.preprocess_cfg = config["preprocess_cfg"]
+    bundle = Bundle(model, prompts["tokenizer"], None, None, config)
+    module = SimpleNamespace(
+        load_clip=lambda path=None: bundle,
+        sets=lambda limit: data,
+        CLASS_NAMES=prompts["class_names"],
+        TEMPLATES=prompts["templates"],
+    )
+    return replace(benchmark("icons"), module=module, by_chance=("red {}", "{} box"), rate=1.0)
+
+
+@pytest.mark.exhaustive  # ten trainings
+def test_what_is_asked_of_the_field_is_measured(clip_model, prompts, tmp_path, monkeypatch):
+    tiny = tiny_benchmark(clip_model.float(), prompts)
+    monkeypatch.setattr(study.world, "benchmark", lambda name: tiny)
+    monkeypatch.setattr(study.world, "QUICK_EPOCHS", 1)
+    lines = []
+    world = World(tmp_path, 0, world="tiny", quick=True, log=lines.append)
+    tables = field.measure(world).tables
+    assert len(lines) == 10 and len(list((tmp_path / "runs").iterdir())) == 10  # FT twice, with two seeds
+    margins = [claim.margin(tables) for claim in field.SECTION.claims]
+    assert len(margins) == 12 and all(math.isfinite(margin) for margin in margins)

@@ -23,14 +23,14 @@ from robustft.files import write_file, write_json, write_text
 from robustft.machine import processor
 from robustft.pipeline import flags
 from robustft.pipeline.recipes import DEFAULT_WORLD, SEEDS
-from robustft.pipeline.study import calibration, carot, cmp, compositions, detection, drm, vrf
+from robustft.pipeline.study import calibration, carot, cmp, compositions, detection, drm, field, vrf
 from robustft.pipeline.study.findings import Measured, Section
 from robustft.pipeline.study.page import Answer, markdown, page, summary
 from robustft.pipeline.study.world import World
 from robustft.pipeline.worlds import benchmark
 from robustft.training.run import configured
 
-MODULES = (carot, vrf, drm, cmp, calibration, detection, compositions)
+MODULES = (carot, field, vrf, drm, cmp, calibration, detection, compositions)
 SECTIONS = {module.SECTION.name: module.SECTION for module in MODULES}
 _MADE_FOR = {"detection": detection.section, "drm": drm.section}
 

@@ -33,6 +33,7 @@ from robustft.pipeline.worlds import benchmark
 from robustft.training.run import holds_run
 
 Tensors = tuple[Tensor, Tensor]
+RUNS = 1000  # between the seeds of two runs in one world
 P = TypeVar("P", bound=methods.Predictor)
 
 
@@ -90,15 +91,19 @@ class World:
         images, labels = dataset.tensors(*image_statistics(self.bundle.model))
         return images[:limit], labels[:limit]
 
-    def train(self, recipe: Recipe, data: Any = None, *, what: str = "all", **arguments: Any) -> methods.Method:
+    def train(
+        self, recipe: Recipe, data: Any = None, *, what: str = "all", run: int = 0, **arguments: Any
+    ) -> methods.Method:
         """The recipe's method trained on `data` (its training images, or what `what` names).
 
-        `arguments` go to the method beside the recipe's options; `what` must name all of theirs that matter.
+        A further `run` of the same has another seed. `arguments` go to the method beside the recipe's options; `what`
+        must name all of theirs that matter.
         """
-        data = self.data.train if data is None else data
+        data, recipe = self.data.train if data is None else data, self.benchmark.recipe(recipe)
         if self.quick:
             recipe = replace(recipe, epochs=max(1, recipe.epochs * QUICK_EPOCHS // RECIPES["FT"].epochs))
-        text = json.dumps([asdict(recipe), what, self.seed, self.quick], sort_keys=True, default=str)
+        seed = self.seed + RUNS * run
+        text = json.dumps([asdict(recipe), what, seed, self.quick], sort_keys=True, default=str)
         key = f"{recipe.method}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         if key not in self._methods:
             with warnings.catch_warnings():
@@ -108,7 +113,7 @@ class World:
             with warnings.catch_warnings(), locked(self.folder / "locks" / key, wait=True):
                 warnings.filterwarnings("ignore", "CaRot's teacher")  # it is told the run's length here
                 history = fit_recipe(
-                    recipe, method, data, self.seed, output=output, resume=holds_run(output), progress=False
+                    recipe, method, data, seed, output=output, resume=holds_run(output), progress=False
                 )
             self.log(f"  seed {self.seed}: {recipe.method}, {what}, {history.steps} steps, {history.seconds:.1f} s")
             self._methods[key] = method
