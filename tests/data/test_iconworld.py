@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from robustft.data import iconworld
 from robustft.data.iconworld import build, drawings, emoji, packages, world
 from robustft.data.table import Columns
 
-DIGEST = "b9e44fc7fbd6aaabddc712470e3129ec7c6ee2d93467f82b27b9f4c8e1e119d6"
+SVG = Path(__file__).parents[1] / "drawings" / "iconworld.json"
+DIGEST = "63f4f117259166c066ec0934dde44b9d6e60c199be67019c1dc134b30e60d4ca"
 
 
 @pytest.fixture(scope="module")
@@ -165,12 +168,24 @@ def test_a_drawing_is_centred_in_a_square_over_white():
     assert np.array_equal(palette[pixels], [[[255, 0, 0], [0, 0, 255]]] * 2)
 
 
+def test_what_is_bundled_is_what_the_build_renders():
+    pytest.importorskip("resvg_py")
+    bundled = world.drawings()
+    for studio, icons in json.loads(SVG.read_text()).items():
+        (name,) = icons["icons"]
+        palette, pixels = build.quantized(drawings.on_white(drawings.rendered(drawings.svg(icons, name, 40), 40)))
+        assert np.array_equal(palette[pixels], bundled.images([bundled.rows_of(studio)[icons["concept"]]])[0]), studio
+
+
 def test_names_of_other_sets_lead_to_the_same_emoji():
     eagle = emoji.Emoji("1F985", "eagle", ("bird",), "animal-bird")
     names = emoji.Names({"1F985": eagle}, {"eagle": "1F985", "baldeagle": "1F985"})
     icons = {"icons": {"bald-eagle": {}, "other": {}}}
     assert names.drawn(icons, {}) == {"1F985": "bald-eagle"}
     assert names.drawn({"icons": {"x": {}}}, {"1f985-fe0f": "x"}) == {"1F985": "x"}
+    assert (
+        names.drawn({"icons": {"eagle": {}, "x": {}}}, {"1f9ff": "x"}) == {}
+    )  # where codes are told, names are not read
 
 
 def test_a_package_with_another_content_is_refused(tmp_path):

@@ -144,11 +144,11 @@ def build(folder: Path, output: Path, log: Callable[[str], None] = print) -> Non
         write(f"icons-{prefix}", icons, [(name, Words(words)) for name, words in chosen])
 
 
-def parts(corpus: Path, start: str = "") -> Iterator[Part]:
-    """The sets of a corpus whose names begin with `start`, in the order of their names."""
+def parts(corpus: Path) -> Iterator[Part]:
+    """The sets of a corpus, in the order of their names."""
     from safetensors import safe_open
 
-    for path in sorted(corpus.glob(f"{start}*-*.safetensors")):
+    for path in sorted(corpus.glob("*-*.safetensors")):
         with safe_open(path, "pt") as file:
             said = json.loads(file.metadata()["words"])
             yield Part(

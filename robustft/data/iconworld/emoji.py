@@ -17,6 +17,8 @@ from robustft.data.iconworld.packages import STUDIOS, Source
 SHORTCODES = ("cldr-native", "cldr", "emojibase-legacy", "emojibase", "github", "iamcal", "joypixels")
 NAMING = ("noto", "twemoji", "fluent-emoji-flat")
 """Studios whose own names of code points help to understand the names of others."""
+AMBIGUOUS = ("bow", "couple", "japan")
+"""Names of drawings that show something else than the emoji that a shortcode so calls, in one of the sets."""
 
 
 class Emoji(NamedTuple):
@@ -35,15 +37,20 @@ class Names(NamedTuple):
     codes: dict[str, str]
 
     def drawn(self, icons: Mapping[str, Any], chars: Mapping[str, str]) -> dict[str, str]:
-        """{code: name of the drawing} of a set, given its icons.json and chars.json."""
-        by_name: dict[str, str] = {}
-        for code, name in chars.items():
-            if _code(code) in self.emoji:
-                by_name.setdefault(name, _code(code))
+        """{code: name of the drawing} of a set, given its icons.json and chars.json.
+
+        A set that tells code points is taken at its word. Names are the last resort: a set may call a digit "1", which
+        is a shortcode of thumbs up without its sign.
+        """
         found: dict[str, str] = {}
+        for code, name in chars.items():
+            if _code(code) in self.emoji and name in icons["icons"]:
+                found.setdefault(_code(code), name)
+        if chars:
+            return found
         for name in icons["icons"]:
-            known = by_name.get(name) or self.codes.get(_key(name))
-            if known is not None:
+            known = self.codes.get(_key(name))
+            if known is not None and name not in AMBIGUOUS and len(_key(name)) > 1:
                 found.setdefault(known, name)
         return found
 
