@@ -40,6 +40,7 @@ def folder(tmp_path_factory):
 def short(monkeypatch):
     """Steps of six pairs, and two of words alone."""
     monkeypatch.setattr(pretrain, "BATCH", 6)
+    monkeypatch.setattr(pretrain, "FURTHER", 3)
     monkeypatch.setattr(pretrain, "WORDS_FIRST", 2)
 
 
@@ -97,6 +98,16 @@ def test_the_loss_of_captions_that_all_differ_is_clip_s():
     loss = pretrain.losses(image, text, torch.eye(5).bool(), torch.tensor(7.0))
     logits, target = 7 * image @ text.T, torch.arange(5)
     expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_caption_that_is_true_of_no_image_is_only_one_more_to_be_told_apart():
+    torch.manual_seed(0)
+    image, text = (F.normalize(torch.randn(n, 6, dtype=torch.float64), dim=-1) for n in (4, 5))
+    true = torch.eye(4, 5).bool()
+    loss = pretrain.losses(image, text, true, torch.tensor(7.0))
+    logits, target = 7 * image @ text.T, torch.arange(4)
+    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :4].T, target)) / 2
     torch.testing.assert_close(loss, expected)
 
 

@@ -1,11 +1,12 @@
 """Pre-train IconWorld's small CLIP on drawings with their words, from a seed, on one thread.
 
-A batch has N images u (N, D), M different captions v (M, D), one prompt for each of K kinds w (K, D), the scale s. P is
+A batch has N images u (N, D), M different captions v (M, D), one prompt for each of K kinds w (K, D), the scale s. The
+captions are those of the images and `FURTHER` names of other emoji, from which every image is to be told as well. P is
 which caption is true of which image: one that says the image's name, or no more than its kind. k(i) is the kind of an
 image of which one is known, e(j) the teacher's embedding of what caption j says.
 
     L_images   = mean_i mean_{j in P(i)} -log softmax_j(s u_i . v_j)       over captions
-    L_captions = mean_j mean_{i in P(j)} -log softmax_i(s u_i . v_j)       over images
+    L_captions = mean_j mean_{i in P(j)} -log softmax_i(s u_i . v_j)       over images, of captions that are true of one
     L_kinds    = mean_i -log softmax_k(s u_i . w_k)[k(i)]
     L_teacher  = mean_j 1 - v_j . e(j)
     L          = (L_images + L_captions) / 2 + L_kinds / 2 + t L_teacher,  t = max(.1, 1 - step / 2000)
@@ -53,6 +54,7 @@ from robustft.machine import processor
 PAIRS = 4_000_000
 BATCH = 256
 EMOJI = 0.45  # of a batch; the rest are icons
+FURTHER = 128  # captions
 WORDS_FIRST = 300  # steps
 LEARNING_RATE = 2e-3
 WARM_UP = 50, 200  # steps, of words alone and of pairs
@@ -175,11 +177,12 @@ def true_of(images: Sequence[Words], captions: Sequence[Said]) -> Tensor:
 
 
 def losses(image: Tensor, text: Tensor, true: Tensor, scale: Tensor) -> Tensor:
-    """(L_images + L_captions) / 2; rows and columns of `true` (N, M) hold at least one True each."""
+    """(L_images + L_captions) / 2; each row of `true` (N, M) holds at least one True."""
     logits, weight = scale * image @ text.T, true.to(image.dtype)
     images = -(F.log_softmax(logits, 1) * weight).sum(1) / weight.sum(1)
-    captions = -(F.log_softmax(logits, 0) * weight).sum(0) / weight.sum(0)
-    return (images.mean() + captions.mean()) / 2
+    of_captions = weight.sum(0)
+    captions = -(F.log_softmax(logits, 0) * weight).sum(0) / of_captions.clamp(min=1)
+    return (images.mean() + captions.sum() / of_captions.count_nonzero()) / 2
 
 
 def painted(images: Sequence[Tensor], size: int, generator: torch.Generator) -> Tensor:
@@ -232,11 +235,12 @@ def painted(images: Sequence[Tensor], size: int, generator: torch.Generator) -> 
 
 
 class Batch(NamedTuple):
-    """Drawings of a step with the words of each, and a caption of each."""
+    """Drawings of a step with the words of each, a caption of each, and further captions."""
 
     images: list[Tensor]
     words: list[Words]
     captions: list[Said]
+    further: list[Said]
 
 
 def sampled(drawings: Drawings, seed: int, step: int) -> Batch:
@@ -246,7 +250,14 @@ def sampled(drawings: Drawings, seed: int, step: int) -> Batch:
     chosen = [drawings.emoji[i] for i in rng.integers(len(drawings.emoji), size=emoji)]
     chosen += [drawings.icons[i] for i in rng.integers(len(drawings.icons), size=BATCH - emoji)]
     words = [drawings.parts[part].words[row] for part, row in chosen]
-    return Batch([drawings.parts[part].pixels[row] for part, row in chosen], words, [caption(w, rng) for w in words])
+    captions = [caption(one, rng) for one in words]
+    others = [drawings.emoji[i] for i in rng.integers(len(drawings.emoji), size=FURTHER)]
+    names = [drawings.parts[part].words[row].name for part, row in others]
+    further = [
+        Said(TEMPLATES[i].format(name), name, "")
+        for i, name in zip(rng.integers(len(TEMPLATES), size=FURTHER), names, strict=True)
+    ]
+    return Batch([drawings.parts[part].pixels[row] for part, row in chosen], words, captions, further)
 
 
 def _encoded(model: Any, tokens: Tensor) -> Tensor:
@@ -292,7 +303,7 @@ def _step(
         group["lr"] = rate(step, steps)
     batch = sampled(drawings, seed, WORDS_FIRST + step)
     template = TEMPLATES[step % len(TEMPLATES)]
-    said = list(dict.fromkeys(batch.captions))
+    said = list(dict.fromkeys([*batch.captions, *batch.further]))
     kinds = [Said(template.format(kind), "", kind) for kind in KINDS]
     text = _encoded(model, vocabulary([one.text for one in said + kinds]))
     teacher = (1 - (text * _taught(drawings, said + kinds)).sum(1)).mean()
