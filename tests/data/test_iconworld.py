@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from robustft import data as rooms
-from robustft.data import iconworld
+from robustft.data import duplicates, iconworld
 from robustft.data.iconworld import build, drawings, emoji, packages, world
 from robustft.data.table import Columns
 
 SVG = Path(__file__).parents[1] / "drawings" / "iconworld.json"
-DIGEST = "63f4f117259166c066ec0934dde44b9d6e60c199be67019c1dc134b30e60d4ca"
+DIGEST = "28566245ece4f2ff31e51beb7cb2a580eb793124bdcd3222efe6c185056f6cb9"
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,13 @@ def test_no_concept_is_trained_on_and_tested_on():
         concepts.setdefault(place, set()).add(bundled.rows[row.drawing].concept)
     known = [concepts["train"], concepts["val"], concepts["test"], concepts[f"ood:{world.NEAR}"]]
     assert sum(map(len, known)) == len(set.union(*known)) > 1100
+
+
+def test_no_drawing_that_is_tested_or_validated_on_copies_one_that_is_trained_on(sets):
+    parts = [part.images[: len(part) // 2] for part in (sets.train, sets.validation, sets.test)]  # noto's half
+    looks = [duplicates.look(Image.fromarray(image)) for images in parts for image in images]
+    place = np.repeat(range(3), [len(images) for images in parts])
+    assert not [(i, j) for i, j in duplicates.pairs(looks) if place[i] != place[j]]
 
 
 def test_every_class_has_drawings_of_both_studios_to_train_validate_and_test_on(sets):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 
@@ -61,10 +62,22 @@ def test_a_killed_run_resumes_bit_for_bit_and_so_does_a_longer_one(short, folder
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
 
+def test_the_card_of_an_unfinished_run_says_what_it_saw(short, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "zero_shot", lambda path: {"noto": pretrain.Accuracy(12.34, None)})
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(Killed):
+        run(folder, path, steps=9, kill_after=1)
+    pretrain.main(["--corpus", str(folder), "--card", str(path)])
+    card = path.with_suffix(".md").read_text()
+    assert "saw | 6 image-caption pairs from seed 0: each emoji 0.9 times, each icon 1.7 times" in card
+    assert "had not begun to fall" in card and "--pairs 54 --dropped 0.5" in card
+    assert "| noto | no | 12.3 |  |" in card and hashlib.sha256(path.read_bytes()).hexdigest() in card
+
+
 def test_a_run_whose_rate_has_fallen_is_not_made_longer(short, folder, tmp_path):
     with pytest.raises(Killed):
         run(folder, tmp_path / "model", steps=2, kill_after=2)
-    with pytest.raises(ValueError, match="it cannot go on with seed 0 and 54 pairs"):
+    with pytest.raises(ValueError, match="cannot go on with seed 0, 54 pairs and 0.5 dropped"):
         run(folder, tmp_path / "model", steps=9)
 
 
@@ -73,6 +86,8 @@ def test_a_corpus_that_is_none_is_said(tmp_path):
         pretrain.pretrain(tmp_path, tmp_path / "model", pairs=10_000)
     with pytest.raises(ValueError, match="at least one batch of 256, got 10"):
         pretrain.pretrain(tmp_path, tmp_path / "model", pairs=10)
+    with pytest.raises(ValueError, match="dropped is a share"):
+        pretrain.pretrain(tmp_path, tmp_path / "model", pairs=1000, dropped=1.0)
 
 
 def test_a_caption_is_true_of_images_of_its_name_or_of_its_kind():

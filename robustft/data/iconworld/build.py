@@ -37,7 +37,9 @@ from robustft.files import write_file, write_text
 CONCEPTS = 400
 SHARES = {"test": 0.35, "validation": 0.1}  # of a kind's concepts; the rest is for training
 FAR_DRAWINGS = 200  # of each far OOD set
-CLOCK_FACE = re.compile("o’clock$|-thirty$")  # twenty-four of one kind: one hour says nothing about another
+COLOUR = "pink|orange|yellow|green|blue|light blue|purple|brown|black|grey|white"
+REPEATED = re.compile(f"o’clock$|-thirty$|^({COLOUR}) (heart|book)$")
+"""Drawings that are another one but for the hour or the colour: on both sides of a split they would be copies."""
 SYMBOL = re.compile("(align|arrows?|border|box|brackets|caret|chevron|columns?|corner|layers|layout|list|row|text)-")
 LETTER = re.compile("alpha-[a-z](-box|-circle)?(-outline)?$")
 FLAG = re.compile("[a-z]{2}$")
@@ -59,7 +61,7 @@ def concepts_of(names: Names, drawn: Mapping[str, Mapping[str, str]]) -> list[Em
         for code, emoji in sorted(names.emoji.items())
         if "200D" not in code and emoji.subgroup in groups and all(code in drawn[studio] for studio in ID_STUDIOS)
     ]
-    return [emoji for emoji in found if not CLOCK_FACE.search(emoji.label)]
+    return [emoji for emoji in found if not REPEATED.search(emoji.label)]
 
 
 def splits_of(concepts: Sequence[Emoji]) -> dict[str, str]:

@@ -12,9 +12,9 @@ image of which one is known, e(j) the teacher's embedding of what caption j says
     L          = (L_images + L_captions) / 2 + L_kinds / 2 + t L_teacher,  t = max(.1, 1 - step / 2000)
 
 The teacher is a sentence model: it tells the text tower that an eagle is a bird before any image does. The first
-`WORDS_FIRST` steps minimise L_teacher alone, without images. Then half of the patches are dropped, which halves the
-time of a step and keeps drawings from being learnt by heart (Li et al., 2023), until the last `COOL_DOWN` of the run,
-in which the rate falls. What is written is the mean of the iterates with exponentially falling weights.
+`WORDS_FIRST` steps minimise L_teacher alone, without images. Then a share of the patches is dropped, which makes steps
+shorter and keeps drawings from being learnt by heart (Li et al., 2023), until the last `COOL_DOWN` of the run, in which
+the rate falls. What is written is the mean of the iterates with exponentially falling weights.
 
 Every random number of step n comes from (seed, n), and until the rate falls nothing depends on the run's length: a
 killed run resumes bit for bit, and a longer or shorter one may go on from its state.
@@ -60,7 +60,7 @@ LEARNING_RATE = 2e-3
 WARM_UP = 50, 200  # steps, of words alone and of pairs
 COOL_DOWN = 0.15  # of the run
 WEIGHT_DECAY = 0.05
-DROPPED = 0.5  # of the patches
+DROPPED = 0.5  # of the patches, unless told otherwise
 AVERAGE = 0.999
 EMBEDDING_STD = 0.1
 TEXT_PARTS = 4
@@ -93,8 +93,8 @@ of it.
 
 ## Training
 
-AdamW, batches of {batch}, rate {rate} with {warm_up} steps of warm-up, weight decay {decay}; half of the patches
-dropped; the mean of the iterates with weights that fall by {average} a step. {fallen}
+AdamW, batches of {batch}, rate {rate} with {warm_up} steps of warm-up, weight decay {decay}; {dropped:.0%} of the
+patches dropped; the mean of the iterates with weights that fall by {average} a step. {fallen}
 
 ## Zero-shot accuracy, %
 
@@ -298,6 +298,7 @@ def _step(
     seed: int,
     step: int,
     steps: int,
+    dropped: float,
 ) -> tuple[float, float, float]:
     for group in optimizer.param_groups:
         group["lr"] = rate(step, steps)
@@ -316,7 +317,7 @@ def _step(
         pixels = painted(batch.images, preprocess["size"][0], generator)
         pixels = (pixels - preprocess["mean"][0]) / preprocess["std"][0]
         torch.manual_seed(_seed_of(seed, step))  # of the patches that are dropped
-        model.visual.patch_dropout.prob = DROPPED if step < stable_steps(steps) else 0.0
+        model.visual.patch_dropout.prob = dropped if step < stable_steps(steps) else 0.0
         image = F.normalize(model.encode_image(pixels), dim=-1)
         scale = model.logit_scale.exp()
         contrastive = losses(image, text[: len(said)], true_of(batch.words, said), scale)
@@ -344,25 +345,29 @@ def pretrain(
     *,
     seed: int = 0,
     pairs: int = PAIRS,
+    dropped: float = DROPPED,
     progress: Callable[[Progress], None] | None = None,
     save_every: int = 50_000,
 ) -> Path:
     """Pre-train on `pairs` pairs of the corpus in `folder`, in whole batches, and write the model to `output`.
 
-    Every `save_every` pairs the model so far is written to `output` and the state of the run to `output` + ".state"; a
-    call with the same seed goes on from there, with another number of pairs as long as the rate has fallen in neither.
-    `progress` is called after every step. One thread. Raises ValueError when `pairs` is under one batch or the state is
-    of another run, FileNotFoundError where there is no corpus.
+    `dropped` is the share of patches that training leaves out. Every `save_every` pairs the model so far is written to
+    `output` and the state of the run to `output` + ".state"; a call with the same seed and share goes on from there,
+    with another number of pairs as long as the rate has fallen in neither. `progress` is called after every step. One
+    thread. Raises ValueError when `pairs` is under one batch, `dropped` is none of [0, 1) or the state is of another
+    run, FileNotFoundError where there is no corpus.
     """
     output = Path(output)
     state_path = output.with_name(output.name + ".state")
     steps = pairs // BATCH
     if steps < 1:
         raise ValueError(f"pairs: expected at least one batch of {BATCH}, got {pairs}")
+    if not 0.0 <= dropped < 1.0:
+        raise ValueError(f"dropped is a share of the patches and must lie in [0, 1), got {dropped}")
     drawings = read(folder)
     vocabulary, threads = vocabulary_of(drawings), torch.get_num_threads()
     config = copy.deepcopy(CONFIG)
-    config["model_cfg"]["vision_cfg"]["patch_dropout"] = DROPPED
+    config["model_cfg"]["vision_cfg"]["patch_dropout"] = DROPPED  # the layer: each step sets its share
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = small_clip.build(config, len(vocabulary.rows)).train()
@@ -373,11 +378,12 @@ def pretrain(
         state = small_clip.read_state(state_path)
         if state is not None:
             first, total = state["step"], state["pairs"] // BATCH
-            if state["seed"] != seed or total != steps and first > min(stable_steps(total), stable_steps(steps)):
+            same = (state["seed"], state["dropped"]) == (seed, dropped)
+            if not same or total != steps and first > min(stable_steps(total), stable_steps(steps)):
                 raise ValueError(
-                    f"{state_path} is of a run with seed {state['seed']} and {state['pairs']} pairs, at "
-                    f"{first * BATCH}; it cannot go on with seed {seed} and {pairs} pairs: remove it, or choose "
-                    "another output"
+                    f"{state_path} is of a run with seed {state['seed']}, {state['pairs']} pairs and "
+                    f"{state['dropped']} dropped, at {first * BATCH}; it cannot go on with seed {seed}, {pairs} pairs "
+                    f"and {dropped} dropped: remove it, or choose another output"
                 )
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
@@ -386,7 +392,7 @@ def pretrain(
         torch.set_num_threads(1)
         try:
             for step in range(first, steps):
-                shown = _step(model, optimizer, vocabulary, drawings, seed, step, steps)
+                shown = _step(model, optimizer, vocabulary, drawings, seed, step, steps, dropped)
                 keep = min(AVERAGE, (1 + max(0, step)) / (10 + max(0, step)))
                 for name, value in model.state_dict().items():
                     average[name].lerp_(value, 1 - keep)
@@ -394,7 +400,7 @@ def pretrain(
                 if step + 1 == steps or step >= 0 and (step + 1) % max(1, save_every // BATCH) == 0:
                     small_clip.save(output, CONFIG, average, vocabulary.rows, {"seed": seed, "seen": seen})
                     held = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-                    about = {"seed": seed, "pairs": pairs, "step": step + 1, "seconds": seconds}
+                    about = {"seed": seed, "pairs": pairs, "dropped": dropped, "step": step + 1, "seconds": seconds}
                     small_clip.write_state(state_path, held | about)
                 if progress is not None:
                     progress(Progress(seen, steps * BATCH, seconds, *shown))
@@ -434,7 +440,7 @@ def zero_shot(path: str | Path | None = None) -> dict[str, Accuracy]:
     return found
 
 
-def model_card(folder: Path, path: Path, *, seed: int, pairs: int, seconds: float) -> str:
+def model_card(folder: Path, path: Path, *, seed: int, pairs: int, dropped: float, seconds: float) -> str:
     """The model card, in Markdown, of a checkpoint that `pretrain` wrote to `path` from the corpus in `folder`."""
     rows = []
     for studio, accuracy in zero_shot(path).items():
@@ -450,7 +456,7 @@ def model_card(folder: Path, path: Path, *, seed: int, pairs: int, seconds: floa
     return CARD.format(
         parameters=f"{sum(p.numel() for p in model.visual.parameters()) / 1e6:.2f} million",
         command=f"python -m robustft.data.iconworld.pretrain --corpus {folder.name} --output {path.name} "
-        f"--seed {seed} --pairs {pairs}",
+        f"--seed {seed} --pairs {pairs} --dropped {dropped}",
         minutes=f"{seconds / 60:.0f}",
         machine=processor(),
         pairs=f"{seen:,}",
@@ -471,6 +477,7 @@ def model_card(folder: Path, path: Path, *, seed: int, pairs: int, seconds: floa
         warm_up=WARM_UP[1],
         decay=WEIGHT_DECAY,
         average=AVERAGE,
+        dropped=dropped,
         fallen=f"The rate fell in the last {COOL_DOWN:.0%} of the run, without dropping patches."
         if fallen
         else "The rate had not begun to fall: the run was not finished.",
@@ -491,6 +498,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what.add_argument("--measure", type=Path, metavar="FILE", help="print a model's zero-shot accuracy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pairs", type=int, default=PAIRS, help="image-caption pairs to see (%(default)s)")
+    parser.add_argument(
+        "--dropped", type=float, default=DROPPED, help="share of patches that training leaves out (%(default)s)"
+    )
     options = parser.parse_args(arguments)
     if options.measure is not None:
         for studio, accuracy in zero_shot(options.measure).items():
@@ -503,10 +513,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         state = small_clip.read_state(options.card.with_name(options.card.name + ".state"))
         if state is None:
             parser.error(f"{options.card}: no state of an unfinished run lies beside it")
-        card = model_card(
-            options.corpus, options.card, seed=state["seed"], pairs=state["pairs"], seconds=state["seconds"]
-        )
-        write_text(options.card.with_suffix(".md"), card)
+        told = {name: state[name] for name in ("seed", "pairs", "dropped", "seconds")}
+        write_text(options.card.with_suffix(".md"), model_card(options.corpus, options.card, **told))
         return
     sums: list[Progress] = []
     seconds = 0.0
@@ -526,9 +534,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             sums.clear()
 
-    path = pretrain(options.corpus, options.output, seed=options.seed, pairs=options.pairs, progress=show)
-    card = model_card(options.corpus, path, seed=options.seed, pairs=options.pairs, seconds=seconds)
-    write_text(path.with_suffix(".md"), card)
+    asked = {"seed": options.seed, "pairs": options.pairs, "dropped": options.dropped}
+    path = pretrain(options.corpus, options.output, progress=show, **asked)
+    write_text(path.with_suffix(".md"), model_card(options.corpus, path, seconds=seconds, **asked))
 
 
 if __name__ == "__main__":
