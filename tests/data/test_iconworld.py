@@ -15,6 +15,7 @@ from PIL import Image
 from robustft import data as rooms
 from robustft.data import duplicates, iconworld
 from robustft.data.iconworld import build, drawings, emoji, packages, world
+from robustft.data.iconworld.__main__ import main
 from robustft.data.table import Columns
 
 SVG = Path(__file__).parents[1] / "drawings" / "iconworld.json"
@@ -233,3 +234,18 @@ def test_the_bundled_model_is_far_above_chance_on_the_id_studios_which_it_never_
     images, labels = sets.test.tensors((0.5,) * 3, (0.25,) * 3)
     prediction = (clip.encode_images(bundle.model, images[::4]) @ head.T).argmax(1)
     assert (prediction == labels[::4]).double().mean() > 0.1  # chance: 0.022
+
+
+def test_a_set_whose_licence_has_changed_is_not_bundled(monkeypatch, tmp_path):
+    monkeypatch.setattr(packages, "read", lambda *_: [{"license": {"spdx": "CC-BY-SA-4.0"}}])
+    with pytest.raises(ValueError, match="@iconify-json/noto 1.2.9: its licence is CC-BY-SA-4.0; expected Apache-2.0"):
+        build.build(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_unpacks_into_a_new_folder_alone(few, tmp_path, capsys):
+    main([str(tmp_path / "icons")])
+    assert (tmp_path / "icons" / "metadata.csv").is_file()
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "icons")])
+    assert "unpack into a new folder" in capsys.readouterr().err

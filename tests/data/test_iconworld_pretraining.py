@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from robustft.data.iconworld import corpus, model, pretrain
 from robustft.data.iconworld.corpus import Words
+from robustft.data.iconworld.drawings import on_white
 from robustft.data.iconworld.pretrain import Said
 from robustft.files import write_tensors
 
@@ -70,14 +71,14 @@ def test_the_card_of_an_unfinished_run_says_what_it_saw(short, folder, tmp_path,
     pretrain.main(["--corpus", str(folder), "--card", str(path)])
     card = path.with_suffix(".md").read_text()
     assert "saw | 6 image-caption pairs from seed 0: each emoji 0.9 times, each icon 1.7 times" in card
-    assert "had not begun to fall" in card and "--pairs 54 --dropped 0.5" in card
+    assert "had not begun to fall" in card and "--pairs 54 --dropped 0.4" in card
     assert "| noto | no | 12.3 |  |" in card and hashlib.sha256(path.read_bytes()).hexdigest() in card
 
 
 def test_a_run_whose_rate_has_fallen_is_not_made_longer(short, folder, tmp_path):
     with pytest.raises(Killed):
         run(folder, tmp_path / "model", steps=2, kill_after=2)
-    with pytest.raises(ValueError, match="cannot go on with seed 0, 54 pairs and 0.5 dropped"):
+    with pytest.raises(ValueError, match="cannot go on with seed 0, 54 pairs and 0.4 dropped"):
         run(folder, tmp_path / "model", steps=9)
 
 
@@ -144,3 +145,12 @@ def test_painted_drawings_are_images_that_differ_each_time():
     assert images.isfinite().all() and (images.std((1, 2, 3)) > 0.01).double().mean() > 0.9
     assert len(torch.unique(images, dim=0)) == 80
     assert torch.equal(images, pretrain.painted(drawn, 40, torch.Generator().manual_seed(0)))
+
+
+def test_without_strength_a_drawing_is_painted_as_it_is_on_white():
+    image = torch.randint(256, (48, 48, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image[..., 3] = image[:1, :1, 3]  # one opacity: what is premultiplied is sampled
+    painted = pretrain.painted([image] * 8, 48, torch.Generator().manual_seed(0), 0.0)
+    expected = torch.from_numpy(on_white(image.numpy())).permute(2, 0, 1) / 255
+    for found in painted:
+        assert min((found - side).abs().max() for side in (expected, expected.flip(2))) < 0.005

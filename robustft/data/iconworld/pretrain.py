@@ -12,9 +12,10 @@ image of which one is known, e(j) the teacher's embedding of what caption j says
     L          = (L_images + L_captions) / 2 + L_kinds / 2 + t L_teacher,  t = max(.1, 1 - step / 2000)
 
 The teacher is a sentence model: it tells the text tower that an eagle is a bird before any image does. The first
-`WORDS_FIRST` steps minimise L_teacher alone, without images. Then a share of the patches is dropped, which makes steps
-shorter and keeps drawings from being learnt by heart (Li et al., 2023), until the last `COOL_DOWN` of the run, in which
-the rate falls. What is written is the mean of the iterates with exponentially falling weights.
+`WORDS_FIRST` steps minimise L_teacher alone, without images. Images are drawings as they are at first, and over `RAMP`
+steps more and more changed; and so the share of the patches that are dropped rises. This makes steps shorter and keeps
+drawings from being learnt by heart (Li et al., 2023). In the last `COOL_DOWN` of the run, in which the rate falls, none
+is dropped. What is written is the mean of the iterates with exponentially falling weights.
 
 Every random number of step n comes from (seed, n), and until the rate falls nothing depends on the run's length: a
 killed run resumes bit for bit, and a longer or shorter one may go on from its state.
@@ -60,7 +61,8 @@ LEARNING_RATE = 2e-3
 WARM_UP = 50, 200  # steps, of words alone and of pairs
 COOL_DOWN = 0.15  # of the run
 WEIGHT_DECAY = 0.05
-DROPPED = 0.5  # of the patches, unless told otherwise
+DROPPED = 0.4  # of the patches, unless told otherwise
+RAMP = 2000  # steps of pairs until as many are dropped, and drawings differ as much as they ever do
 AVERAGE = 0.999
 EMBEDDING_STD = 0.1
 TEXT_PARTS = 4
@@ -93,8 +95,8 @@ of it.
 
 ## Training
 
-AdamW, batches of {batch}, rate {rate} with {warm_up} steps of warm-up, weight decay {decay}; {dropped:.0%} of the
-patches dropped; the mean of the iterates with weights that fall by {average} a step. {fallen}
+AdamW, batches of {batch}, rate {rate} with {warm_up} steps of warm-up, weight decay {decay}; up to {dropped:.0%} of
+the patches dropped; the mean of the iterates with weights that fall by {average} a step. {fallen}
 
 ## Zero-shot accuracy, %
 
@@ -185,26 +187,30 @@ def losses(image: Tensor, text: Tensor, true: Tensor, scale: Tensor) -> Tensor:
     return (images.mean() + captions.sum() / of_captions.count_nonzero()) / 2
 
 
-def painted(images: Sequence[Tensor], size: int, generator: torch.Generator) -> Tensor:
+def painted(images: Sequence[Tensor], size: int, generator: torch.Generator, strength: float = 1.0) -> Tensor:
     """Drawings, (S, S, 4) in colour or (S, S) opacity, as images (N, 3, size, size) in [0, 1] that differ each time.
 
-    Turned, moved, scaled, mirrored; on white or a coloured ground; icons in black or a colour, or light on dark; emoji
-    in other colours, grey, as silhouettes, or as lines.
+    Mirrored; turned, moved, scaled; on white or a coloured ground; icons in black or a colour, or light on dark; emoji
+    in other colours, grey, as silhouettes, or as lines. All but the first the less, or the seldomer, the lower
+    `strength` in [0, 1] is.
     """
 
     def random(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
+
+    def seldom(share: float) -> Tensor:
+        return (random(n) < share * strength).view(n, 1, 1, 1)
 
     n = len(images)
     mono = torch.tensor([image.ndim == 2 for image in images])
     drawn = torch.stack([image[..., None].expand(-1, -1, 4) if image.ndim == 2 else image for image in images])
     drawn = drawn.permute(0, 3, 1, 2).float() / 255
     opacity = drawn[:, 3:]
-    angle = (random(n) - 0.5) * 0.6
-    zoom, stretch = 0.9 + 0.4 * random(n), 0.92 + 0.16 * random(n)
+    angle = (random(n) - 0.5) * 0.6 * strength
+    zoom, stretch = 1 + (0.4 * random(n) - 0.1) * strength, 1 + (0.16 * random(n) - 0.08) * strength
     mirrored = torch.where(random(n) < 0.5, -1.0, 1.0)
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    moved = (random(n, 2) - 0.5) * 0.3
+    moved = (random(n, 2) - 0.5) * 0.3 * strength
     turn = torch.stack([cos * stretch * mirrored, -sin, moved[:, 0], sin * mirrored, cos / stretch, moved[:, 1]], 1)
     grid = F.affine_grid(turn.view(n, 2, 3), [n, 4, size, size], align_corners=False)
     premultiplied = torch.cat([drawn[:, :3] * opacity, opacity], 1)
@@ -214,24 +220,23 @@ def painted(images: Sequence[Tensor], size: int, generator: torch.Generator) -> 
     # Emoji: other colours, grey, lines.
     gain = 0.6 + 0.8 * random(n, 3, 1, 1)
     changed = (colour * gain).clamp(max=1)
-    colour = torch.where((random(n) < 0.5).view(n, 1, 1, 1), changed.minimum(opacity), colour)
+    colour = torch.where(seldom(0.5), changed.minimum(opacity), colour)
     grey = colour.mean(1, keepdim=True).expand_as(colour)
-    colour = torch.where((random(n) < 0.12).view(n, 1, 1, 1), grey, colour)
+    colour = torch.where(seldom(0.12), grey, colour)
     over_white = (colour + 1 - opacity).mean(1, keepdim=True)
     across = (over_white[..., 1:] - over_white[..., :-1]).abs()
     down = (over_white[..., 1:, :] - over_white[..., :-1, :]).abs()
     edges = (4 * (F.pad(across, (0, 1)) + F.pad(down, (0, 0, 0, 1)))).clamp(max=1)
 
-    ink = torch.where((random(n) < 0.5).view(n, 1, 1, 1), 0.25 * random(n, 1, 1, 1), 0.85 * random(n, 3, 1, 1))
-    style = random(n)
-    lines, silhouette = ~mono & (style < 0.1), mono | (style > 0.95)
-    mask = torch.where(lines.view(n, 1, 1, 1), edges, opacity)
-    flat = (lines | silhouette).view(n, 1, 1, 1)
+    ink = torch.where(seldom(0.5), 0.85 * random(n, 3, 1, 1), 0.25 * random(n, 1, 1, 1))
+    icons = mono.view(n, 1, 1, 1)
+    lines = ~icons & seldom(0.1)
+    flat = icons | lines | seldom(0.05)
+    mask = torch.where(lines, edges, opacity)
     colour, opacity = torch.where(flat, ink * mask, colour), torch.where(flat, mask, opacity)
-    ground = torch.where((random(n) < 0.55).view(n, 1, 1, 1), torch.ones(1), 0.5 + 0.5 * random(n, 3, 1, 1))
+    ground = torch.where(seldom(0.45), 0.5 + 0.5 * random(n, 3, 1, 1), torch.ones(1))
     image = colour + ground * (1 - opacity)
-    inverted = (lines | silhouette) & (random(n) < 0.15)
-    return torch.where(inverted.view(n, 1, 1, 1), 1 - image, image)
+    return torch.where(flat & seldom(0.15), 1 - image, image)
 
 
 class Batch(NamedTuple):
@@ -314,10 +319,11 @@ def _step(
     else:
         generator = torch.Generator().manual_seed(_seed_of(seed, step))
         preprocess = CONFIG["preprocess_cfg"]
-        pixels = painted(batch.images, preprocess["size"][0], generator)
+        strength = min(1.0, step / RAMP)
+        pixels = painted(batch.images, preprocess["size"][0], generator, strength)
         pixels = (pixels - preprocess["mean"][0]) / preprocess["std"][0]
         torch.manual_seed(_seed_of(seed, step))  # of the patches that are dropped
-        model.visual.patch_dropout.prob = dropped if step < stable_steps(steps) else 0.0
+        model.visual.patch_dropout.prob = dropped * strength if step < stable_steps(steps) else 0.0
         image = F.normalize(model.encode_image(pixels), dim=-1)
         scale = model.logit_scale.exp()
         contrastive = losses(image, text[: len(said)], true_of(batch.words, said), scale)
