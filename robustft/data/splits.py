@@ -24,14 +24,16 @@ PARTS = ("train", "val", "test")
 
 
 @checked
-def few_shot(data: Any, shots: int, *, seed: int = 0) -> Any:
+def few_shot(data: Any, shots: int, *, seed: int = 0, at_most: bool = False) -> Any:
     """`shots` random samples of each class of `data`, in its order and of its kind.
 
     data: (images, labels) tensors, a data set with `.subset(indices)` (`ImageDataset`, `PathDataset`), or any
     map-style one that tells its labels in `.labels` or `.targets`, which becomes a `torch.utils.data.Subset`.
 
-    Raises ValueError for a class with fewer samples than `shots`, a class without any, and shots below 1; TypeError
-    for data that do not tell their labels. CoOp's code silently takes what there is.
+    at_most: take all samples of a class that has fewer, as CoOp's code silently does.
+
+    Raises ValueError for a class with fewer samples than `shots` unless `at_most`, a class without any, and shots below
+    1; TypeError for data that do not tell their labels.
     """
     if shots < 1:
         raise ValueError(f"shots must be at least 1, got {shots}")
@@ -43,7 +45,7 @@ def few_shot(data: Any, shots: int, *, seed: int = 0) -> Any:
         )
     if pair and (dense("data's images", data[0]).ndim == 0 or len(data[0]) != labels.numel()):
         raise ValueError(f"data must be as many images as labels, got {described(data[0])} and {described(labels)}")
-    rows = few_shot_indices(labels, shots, seed=seed, classes=getattr(data, "classes", None))
+    rows = few_shot_indices(labels, shots, seed=seed, classes=getattr(data, "classes", None), at_most=at_most)
     if pair:
         return tuple(part[rows.to(part.device)] for part in data)
     if callable(getattr(data, "subset", None)):
@@ -53,7 +55,12 @@ def few_shot(data: Any, shots: int, *, seed: int = 0) -> Any:
 
 @checked
 def few_shot_indices(
-    labels: Tensor | Sequence[int], shots: int, *, seed: int = 0, classes: Sequence[str] | None = None
+    labels: Tensor | Sequence[int],
+    shots: int,
+    *,
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
+    at_most: bool = False,
 ) -> Tensor:
     """Sorted indices (K shots,) of `few_shot`'s samples, of labels (N,); `classes` are for its errors."""
     if isinstance(labels, Tensor) and labels.is_meta:
@@ -66,7 +73,7 @@ def few_shot_indices(
     chosen = []
     for label in range(max(int(values.max()) + 1, 0 if classes is None else len(classes))):
         found = np.flatnonzero(values == label)
-        if len(found) < shots:
+        if len(found) < (1 if at_most else shots):
             name = f"{label} ({classes[label]!r})" if classes is not None and label < len(classes) else str(label)
             raise ValueError(f"shots: class {name} has {len(found)} samples, fewer than the {shots} asked for")
         # A generator of each class: what is drawn for one does not depend on how many others there are.

@@ -103,7 +103,8 @@ _BENCHMARKS = (
         module=iconworld,
         shown="drawings",
         toy="a small CLIP pre-trained on free icons, fine-tuned on emoji of two studios and tested on those of others",
-        measured="OOD columns are means over the eight other studios, AUROC is MCM's mean over the four OOD sets",
+        measured="OOD columns are means over the eight other studios, AUROC is MCM's mean over the four OOD sets; of "
+        "classes with fewer images than shots, all are taken",
         descriptions=iconworld.DESCRIPTIONS,
         by_chance=("a black {}", "a white {}", "a red {}", "a blue {}", "a {} in a circle", "a {} in a square"),
         near="held-out kinds",

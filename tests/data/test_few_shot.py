@@ -52,6 +52,15 @@ def test_every_kind_of_data_gives_the_same_subset_in_its_own_kind():
     assert np.array_equal(few.images, digits.images[few_shot_indices(digits.labels, 16).numpy()])
 
 
+def test_all_samples_of_a_class_that_has_fewer_are_taken_when_asked():
+    labels = torch.tensor([0] * 9 + [1] * 4)
+    rows = few_shot_indices(labels, 5, at_most=True)
+    assert labels[rows].bincount().tolist() == [5, 4] and rows[-4:].tolist() == [9, 10, 11, 12]
+    assert torch.equal(rows[:5], few_shot_indices(labels[:9], 5))
+    with pytest.raises(ValueError, match="class 1 has 0 samples"):
+        few_shot_indices(torch.tensor([0, 2]), 5, at_most=True)
+
+
 def test_what_cannot_be_balanced_is_refused_by_name():
     with pytest.raises(ValueError, match=r"class 1 has 4 samples, fewer than the 5 asked for"):
         few_shot_indices(torch.tensor([0] * 9 + [1] * 4), 5)

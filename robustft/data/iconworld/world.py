@@ -237,6 +237,7 @@ def spurious(split: str, *, conflicting: bool = False, seed: int = 0) -> ImageDa
         raise ValueError(f'conflicting: only the "test" split has a conflicting variant, got split {split!r}')
     plain = _images(drawings(), [row for row in rows() if row.split == parts[split]], CLASS_NAMES)
     rng = np.random.default_rng((seed, list(parts).index(split)))
+    plain = plain.subset(rng.permutation(len(plain)))  # any stretch of them shows all classes
     other = torch.from_numpy(rng.integers(1, len(FRAME_COLOURS), len(plain)))
     astray = torch.full((len(plain),), conflicting)
     if split != "test":

@@ -156,8 +156,8 @@ class World:
         return of_kind(methods.DualClassifier, method)
 
     def shots(self, count: int) -> Tensors:
-        """`count` training images of each class."""
-        return few_shot(self.data.train, count, seed=self.seed)
+        """`count` training images of each class, or all that there are."""
+        return few_shot(self.data.train, count, seed=self.seed, at_most=True)
 
     def few_shot(self, recipe: Recipe, count: int) -> methods.Method:
         """The recipe's method trained on `count` images of each class; a frozen image tower encodes them once."""
@@ -170,7 +170,7 @@ class World:
                 arguments["probe"] = self.few_shot(HOSTS["linear probe"], count).classifier()
         if getattr(methods, recipe.method).takes_features:
             encoded = self.training(self.zero_shot)
-            train = few_shot((encoded.features, encoded.labels), count, seed=self.seed)
+            train = few_shot((encoded.features, encoded.labels), count, seed=self.seed, at_most=True)
         return self.train(recipe, train, what=f"{count}-shot", **arguments)
 
     def suite(self, predictor: methods.Predictor) -> Suite[Outputs]:
