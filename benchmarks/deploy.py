@@ -1,4 +1,4 @@
-"""A model as one graph, by every form and in every precision: by how much it differs, its size, what writing it takes.
+"""A model as one graph, by every form and in every precision: by how much it differs, and its size.
 
     python -m benchmarks.deploy           # writes results/deploy.json and the table results/deploy.md
     python -m benchmarks.deploy --table   # writes the table of that file
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,13 +50,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
             for bits in get_args(Bits):
                 place = folder / f"{name}-{form}-{bits}"
                 place.mkdir()
-                begun = time.process_time(), time.perf_counter()
                 difference = write_graph(pipeline, place, form, bits, images)
-                seconds = time.perf_counter() - begun[1]
                 assert difference <= TOLERANCES[bits], (name, form, bits, difference)
                 size = sum(path.stat().st_size for path in place.iterdir())
                 row = {"model": kind, "form": form, "precision": bits, "difference": difference}
-                found.append(row | {"bytes": size, "seconds": seconds})
+                found.append(row | {"bytes": size})
                 print(found[-1], flush=True)
     return found
 
