@@ -62,16 +62,19 @@ def results(name: str) -> Any:
 
 
 @cache
-def answers() -> tuple[Any, str, str]:
-    """What the committed study measured, its command and its machine."""
-    from robustft.pipeline.study import SECTIONS
+def answers() -> tuple[Any, str, str, Any]:
+    """What the committed study measured, its command, its machine and its benchmark."""
+    from robustft.pipeline.study import section_of
     from robustft.pipeline.study.findings import Measured
     from robustft.pipeline.study.page import Answer
+    from robustft.pipeline.worlds import benchmark
 
     held = results("study")
-    sections = held["sections"].items()
-    found = [Answer(SECTIONS[name], [Measured(**seed) for seed in section["seeds"]]) for name, section in sections]
-    return found, held["command"], held["machine"]
+    world, sections = held["world"], held["sections"].items()
+    found = [
+        Answer(section_of(name, world), [Measured(**seed) for seed in section["seeds"]]) for name, section in sections
+    ]
+    return found, held["command"], held["machine"], benchmark(world)
 
 
 def study_tables() -> str:

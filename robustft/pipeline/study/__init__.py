@@ -145,6 +145,7 @@ def _write(folder: Path, answers: Sequence[Answer], command: str, world: str) ->
     numbers = {
         "command": command,
         "machine": machine,
+        "world": world,
         "sections": {
             answer.section.name: {
                 "seeds": [m._asdict() for m in answer.seeds],
