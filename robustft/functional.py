@@ -452,7 +452,7 @@ def misalignment_penalty(
         raise TypeError(f"logits is {type(logits).__name__}; expected a tensor (N, K)")
     if logits.dim() != 2 or logits.dtype not in arguments.FLOATS or logits.numel() == 0:
         raise ValueError(f"logits is {tuple(logits.shape)} {logits.dtype}; expected floating (N, K), not empty")
-    labels = arguments.class_labels(labels, len(logits), logits.device)
+    labels = arguments.class_labels(labels, logits.shape[0], logits.device)
     arguments.check_variant(variant)
     arguments.check_reduction(reduction)
     if average not in ("batch", "errors"):

@@ -96,7 +96,7 @@ def classification_loss(
     """Cross-entropy and misalignment: of two (N,) what `registry.reduced` gives."""
     body = body_of("classification_loss", x)
     if body != "compiled":
-        check_classes(labels, len(w))
+        check_classes(labels, w.shape[0])
     if body == "reference":
         z = reference.class_logits(x, w, scale, bias)
         cross_entropy = reference.class_cross_entropy(z, labels, label_smoothing)
@@ -107,7 +107,7 @@ def classification_loss(
     try:
         return call("classification_loss", *inputs, weight=weight, reduction=reduction)
     except RuntimeError:  # the kernel looks at the labels too, sooner than torch's operators do
-        check_classes(labels, len(w))
+        check_classes(labels, w.shape[0])
         raise
 
 
@@ -125,7 +125,7 @@ def dual_risk(
     """Empirical and worst-case risk: of two (N,) what `registry.reduced` gives."""
     body = body_of("dual_risk", x)
     if body != "compiled":
-        check_classes(labels, len(w))
+        check_classes(labels, w.shape[0])
     if body == "reference":
         empirical, worst_case = reference.dual_risk(x, w, v, scale, labels, core)
         return reduced(empirical, weight, reduction), reduced(worst_case, weight, reduction)
@@ -133,7 +133,7 @@ def dual_risk(
     try:
         return call("dual_risk", x, w, v, scale, labels, core, keep, weight=weight, reduction=reduction)
     except RuntimeError:  # as in `classification_loss`
-        check_classes(labels, len(w))
+        check_classes(labels, w.shape[0])
         raise
 
 
