@@ -8,6 +8,8 @@ weights and the batch alone, and not on what was encoded before it, so that a ru
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,10 @@ class KeptTexts:
         self.prompts = prompts
         self._state: tuple[object, ...] = ()
         self._features: Tensor | None = None
+        self._weights: list[Tensor] = []  # held, so that no others come to lie where they did
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(KeptTexts(self.prompts))  # copies and pickles begin anew
 
     @torch.no_grad()
     def of(self, model: nn.Module, captions: Tensor, steps: float) -> Tensor | None:
@@ -54,4 +60,5 @@ class KeptTexts:
             with spread.spread(None):
                 parts = [clip.encode_texts(model, part.to(device)) for part in self.prompts.captions.split(CHUNK)]
             self._state, self._features = state, torch.cat(parts)
+            self._weights = [p.detach() for p in parameters]
         return self._features[captions.to(device, non_blocking=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from steps import step_each
 
 from robustft import clip
 from robustft.clip import spread
@@ -24,9 +25,7 @@ def taught(monkeypatch, method, batches):
     monkeypatch.setattr(clip, "encode_texts", noted)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.05)
     for batch in batches:
-        optimizer.zero_grad()
-        method.step(batch).loss.backward()
-        optimizer.step()
+        step_each((optimizer, method.step(batch).loss))
         method.after_step()
     return found
 
@@ -60,6 +59,11 @@ def test_kept_features_are_those_of_the_weights_as_they_are(clip_model, prompts)
     model.load_state_dict(other)
     torch.testing.assert_close(kept.of(model, wanted, 1000), encoded())
     model.load_state_dict({name: value * 0.9 for name, value in other.items()}, assign=True)
+    torch.testing.assert_close(kept.of(model, wanted, 1000), encoded())
+    projection, place = model.text_projection, model.text_projection.data_ptr()
+    projection.data = torch.randn_like(projection)
+    others = [torch.randn_like(projection) for _ in range(1000)]  # one lies where the first did, if that is free
+    projection.data = next((one for one in others if one.data_ptr() == place), others[0])
     torch.testing.assert_close(kept.of(model, wanted, 1000), encoded())
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(kept.of(model, wanted, 1000), encoded())
