@@ -14,7 +14,7 @@ from PIL import Image
 
 from robustft import data as rooms
 from robustft.data import duplicates, iconworld
-from robustft.data.iconworld import build, drawings, emoji, packages, world
+from robustft.data.iconworld import build, emoji, packages, rendering, world
 from robustft.data.iconworld.__main__ import main
 from robustft.data.table import Columns
 
@@ -169,9 +169,9 @@ SVG_SET = {
 
 def test_a_drawing_is_centred_in_a_square_over_white():
     pytest.importorskip("resvg_py")
-    wide = drawings.rendered(drawings.svg(SVG_SET, "square", 8), 8)
+    wide = rendering.rendered(rendering.svg(SVG_SET, "square", 8), 8)
     assert (wide[2:, :, 3] == 255).all() and not wide[:2, :, 3].any()  # 8 x 4 units, its body 8 high, moved down by 2
-    grey = drawings.on_white(drawings.rendered(drawings.svg(SVG_SET, "grey", 4), 4))
+    grey = rendering.on_white(rendering.rendered(rendering.svg(SVG_SET, "grey", 4), 4))
     assert np.abs(grey.astype(int) - 127).max() <= 1
     palette, pixels = build.quantized(np.asarray([[[255, 0, 0], [0, 0, 255]]] * 2, np.uint8))
     assert np.array_equal(palette[pixels], [[[255, 0, 0], [0, 0, 255]]] * 2)
@@ -182,7 +182,7 @@ def test_what_is_bundled_is_what_the_build_renders():
     bundled = world.drawings()
     for studio, icons in json.loads(SVG.read_text()).items():
         (name,) = icons["icons"]
-        palette, pixels = build.quantized(drawings.on_white(drawings.rendered(drawings.svg(icons, name, 40), 40)))
+        palette, pixels = build.quantized(rendering.on_white(rendering.rendered(rendering.svg(icons, name, 40), 40)))
         assert np.array_equal(palette[pixels], bundled.images([bundled.rows_of(studio)[icons["concept"]]])[0]), studio
 
 

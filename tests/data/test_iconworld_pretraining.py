@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from robustft.data.iconworld import corpus, model, pretrain
 from robustft.data.iconworld.corpus import Words
-from robustft.data.iconworld.drawings import on_white
 from robustft.data.iconworld.pretrain import Said
+from robustft.data.iconworld.rendering import on_white
 from robustft.files import write_tensors
 
 EAGLE, CAR = Words("eagle", ("bird", "sky"), "bird"), Words("car", ("road",), "vehicle")

@@ -14,7 +14,6 @@ The file is XZ of: the length of a JSON text in 8 bytes, that text, palettes (N,
 
 from __future__ import annotations
 
-import argparse
 import json
 import lzma
 import re
@@ -27,9 +26,9 @@ import numpy as np
 
 from robustft.data.iconworld import packages
 from robustft.data.iconworld.corpus import plain
-from robustft.data.iconworld.drawings import on_white, rendered, svg
 from robustft.data.iconworld.emoji import Emoji, Names, read_names, read_set
 from robustft.data.iconworld.packages import BUNDLED_LICENCES, EMOJIBASE, OTHERS, STUDIOS, Source
+from robustft.data.iconworld.rendering import on_white, rendered, svg
 from robustft.data.iconworld.taxonomy import HELD_OUT, KINDS, SUBGROUPS, place
 from robustft.data.iconworld.world import ASSETS, COLOURS, CONCEPT_STUDIOS, DRAWINGS, FAR, ID_STUDIOS, NOTICE, SIZE
 from robustft.files import write_file, write_text
@@ -206,12 +205,10 @@ Unicode License V3, Copyright (c) Unicode, Inc.).
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m robustft.data.iconworld.build",
-        description="Build IconWorld's bundled drawings and their notice from npm packages.",
+    parser = packages.parser(
+        "python -m robustft.data.iconworld.build",
+        "Build IconWorld's bundled drawings and their notice from npm packages.",
     )
-    parser.add_argument("--packages", type=Path, required=True, help="folder of the packages' tarballs")
-    parser.add_argument("--download", action="store_true", help="fetch the tarballs that are missing there, by npm")
     parser.add_argument("--output", type=Path, default=ASSETS, help="folder to write into (%(default)s)")
     options = parser.parse_args(arguments)
     if options.download:

@@ -12,7 +12,6 @@ With a teacher, a sentence model on disk, CORPUS/words.safetensors holds its emb
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections import defaultdict
@@ -26,9 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustft.data.iconworld import packages
-from robustft.data.iconworld.drawings import rendered, svg
 from robustft.data.iconworld.emoji import Emoji, Names, read_names, read_set
+from robustft.data.iconworld.model import CONFIG
 from robustft.data.iconworld.packages import ICONS, STUDIOS, UNBUNDLED
+from robustft.data.iconworld.rendering import rendered, svg
 from robustft.data.iconworld.taxonomy import SUBGROUPS, place
 from robustft.files import write_tensors
 
@@ -157,7 +157,7 @@ def parts(corpus: Path) -> Iterator[Part]:
 
 
 WORDS = "words.safetensors"
-DIMENSIONS = 192  # of a text's embedding
+DIMENSIONS: int = CONFIG["model_cfg"]["embed_dim"]  # of a text's embedding: the model learns to give it
 
 
 def texts_of(corpus: Path) -> list[str]:
@@ -208,12 +208,10 @@ def read_embeddings(corpus: Path) -> tuple[list[str], Tensor]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m robustft.data.iconworld.corpus",
-        description="Render the pre-training corpus of IconWorld's model. A killed run goes on where it was.",
+    parser = packages.parser(
+        "python -m robustft.data.iconworld.corpus",
+        "Render the pre-training corpus of IconWorld's model. A killed run goes on where it was.",
     )
-    parser.add_argument("--packages", type=Path, required=True, help="folder of the packages' tarballs")
-    parser.add_argument("--download", action="store_true", help="fetch the tarballs that are missing there, by npm")
     parser.add_argument("--output", type=Path, required=True, help="folder for the corpus")
     parser.add_argument("--teacher", type=Path, help="folder of a sentence model whose embeddings texts start from")
     options = parser.parse_args(arguments)

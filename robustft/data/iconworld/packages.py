@@ -6,6 +6,7 @@ everything else works offline from such a folder.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
@@ -189,6 +190,14 @@ def download(folder: Path, packages: Iterable[Package]) -> None:
             except (OSError, subprocess.CalledProcessError) as error:
                 raise OSError(f"{' '.join(command)} failed: {error}") from error
         check(folder, package)
+
+
+def parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A command that works on a folder of packages: --packages and --download, which `download` is for."""
+    command = argparse.ArgumentParser(prog=prog, description=description)
+    command.add_argument("--packages", type=Path, required=True, help="folder of the packages' tarballs")
+    command.add_argument("--download", action="store_true", help="fetch the tarballs that are missing there, by npm")
+    return command
 
 
 def check(folder: Path, package: Package) -> Path:
