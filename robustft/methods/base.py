@@ -179,11 +179,15 @@ class Method(Configured, nn.Module):
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         self.run_steps.fill_(total_steps)
 
+    @property
+    def told_length(self) -> int:
+        """Steps of the whole run, or 0 where nobody told it."""
+        return self.total_steps or self._number("run_steps")
+
     def run_length(self) -> int:
         """Steps of the whole run, for schedules; ValueError where nobody told it."""
         self.scheduled = True
-        length = self.total_steps or self._number("run_steps")
-        if not length:
+        if not (length := self.told_length):
             raise ValueError(
                 f"total_steps is needed: {type(self).__name__} has a schedule over the run. Give it, or call "
                 "begin_run(total_steps) before the first step, as robustft.fit does"

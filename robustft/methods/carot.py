@@ -221,10 +221,10 @@ class CaRot(CaptionMethod):
 
     def _teacher_features(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Unit features of images and captions, (N, D) each; captions of labels are encoded once for an interval."""
-        if pairs.captions is None or pairs.rows is None:
-            return self.features(self.teacher, pairs)
-        t = self.teacher_texts.of(self.teacher, pairs.captions, self.ema_interval)
-        if t is None:
+        t: Tensor | None = None
+        if pairs.captions is not None:
+            t = self.teacher_texts.of(self.teacher, pairs.captions, self.ema_interval)
+        if t is None or pairs.rows is None:
             return self.features(self.teacher, pairs)
         return clip.encode_images(self.teacher, pairs.images), F.embedding(pairs.rows, t)
 

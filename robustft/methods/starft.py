@@ -93,7 +93,7 @@ class StarFT(CaptionMethod):
         generator = stateless_generator(self.seed, "spurious captions", self.steps_done)
         captions, rows = self.spurious.draw(on_host(pairs.classes), generator).unique(return_inverse=True)
         tokens, rows = (part.to(u.device, non_blocking=True) for part in (self.spurious.captions[captions], rows))
-        kept = self.spurious_texts.of(pretrained.held[0], captions, self.total_steps or self._number("run_steps") or 1)
+        kept = self.spurious_texts.of(pretrained.model, captions, self.told_length)
         texts = clip.encode_texts(self.model, tokens), pretrained.text_features(tokens) if kept is None else kept
         # F.embedding, because the gradient of v[index] adds up in no fixed order on several threads.
         v, v0 = (F.embedding(rows, found) for found in texts)

@@ -41,16 +41,21 @@ class Pretrained(Unsaved):
         super().__init__(model, config={"pretrained": clip.fingerprint(model)})
 
     @property
+    def model(self) -> nn.Module:
+        """What it holds: a module without parameters of its own."""
+        return self.held[0]
+
+    @property
     def logit_scale(self) -> Tensor:
         """s, 0-d."""
-        return clip.logit_scale(self.held[0])
+        return clip.logit_scale(self.model)
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
         """u0 (N, D), unit rows."""
-        return clip.encode_images(self.held[0], images)
+        return clip.encode_images(self.model, images)
 
     @torch.no_grad()
     def text_features(self, tokens: Tensor) -> Tensor:
         """t0 (M, D), unit rows, of tokens (M, L)."""
-        return clip.encode_texts(self.held[0], tokens)
+        return clip.encode_texts(self.model, tokens)

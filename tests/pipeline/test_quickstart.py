@@ -21,7 +21,7 @@ from robustft.data import glyphworld, iconworld
 from robustft.data.pretrain import pretrain
 from robustft.evaluation import Evaluation, report
 from robustft.evaluation.measure import predict_sets
-from robustft.pipeline import quickstart
+from robustft.pipeline import quickstart, recipes, worlds
 from robustft.pipeline.job import suite_of
 from robustft.training.run import in_use
 
@@ -303,6 +303,10 @@ def test_doctor_fails_with_a_cure(monkeypatch):
     assert doctor.run(lines.append) == 1
     assert any(line.startswith("FAIL contrastive_loss (cpu)") for line in lines)
     assert any(line.startswith("contrastive_loss (cpu): pip install") for line in lines)
+
+
+def test_every_world_that_the_command_names_has_its_benchmark():
+    assert [worlds.benchmark(name).name for name in recipes.WORLDS] == [one.name for one in worlds._BENCHMARKS]
 
 
 @pytest.mark.parametrize(

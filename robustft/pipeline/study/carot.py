@@ -7,7 +7,7 @@ from dataclasses import replace
 from robustft.methods import OutputEnsemble, Predictor, WiSEFT, greedy_soup, uniform_soup
 from robustft.pipeline.recipes import RECIPES, Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Section, higher, lower
-from robustft.pipeline.study.world import World, columns
+from robustft.pipeline.study.world import World, tables
 
 CAROT = RECIPES["CaRot"]
 METHODS, TERMS, TEACHERS = "methods", "terms", "teachers"
@@ -56,8 +56,7 @@ def measure(world: World) -> Measured:
     for name, interval in INTERVALS.items():
         teachers[name] = world.train(_with(ema_interval=interval)).classifier()
     groups = {METHODS: predictors, TERMS: terms, TEACHERS: teachers}
-    tables = {table: columns({name: world.suite(p) for name, p in group.items()}) for table, group in groups.items()}
-    return Measured(tables, {})
+    return Measured(tables(world, groups), {})
 
 
 SECTION = Section(

@@ -10,7 +10,7 @@ from robustft.ensembles import LiNeS, model_stock
 from robustft.methods import Predictor, WiSEFT
 from robustft.pipeline.recipes import RECIPES, Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Section, higher, lower
-from robustft.pipeline.study.world import World, columns, of_kind
+from robustft.pipeline.study.world import World, of_kind, tables
 from robustft.predictors.base import Classifier
 
 TRACER, HELD, MIXED = "TRACER's parts", "terms that hold to the pre-trained model", "mixtures of weights"
@@ -49,8 +49,7 @@ def measure(world: World) -> Measured:
     again = of_kind(Classifier, world.train(RECIPES["FT"], run=1))
     mixed[STOCK] = model_stock(zero_shot, [plain["FT"], again])
     groups = {TRACER: tracer, HELD: held, MIXED: mixed}
-    tables = {table: columns({name: world.suite(p) for name, p in group.items()}) for table, group in groups.items()}
-    return Measured(tables, {})
+    return Measured(tables(world, groups), {})
 
 
 SECTION = Section(

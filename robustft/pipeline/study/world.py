@@ -214,6 +214,11 @@ def columns(suites: Mapping[str, Suite[Outputs]]) -> dict[str, dict[str, float]]
     }
 
 
+def tables(world: World, groups: Mapping[str, Mapping[str, methods.Predictor]]) -> dict[str, Any]:
+    """The usual columns of a table for each group of models, by their names."""
+    return {title: columns({name: world.suite(p) for name, p in group.items()}) for title, group in groups.items()}
+
+
 def accuracy(outputs: Outputs) -> float:
     """In %."""
     return 100 * measure.accuracy(outputs)
