@@ -31,6 +31,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,7 @@ from robustft import calibration, clip, data, methods
 from robustft.calibration.calibrators import load as load_calibrator
 from robustft.clip.prompts import read_class_names, read_descriptions, read_templates
 from robustft.data.families import imagenet_synsets
+from robustft.data.iconworld import build, world
 from robustft.data.images import read_image
 from robustft.data.paths import Member, PathDataset
 from robustft.data.shards import read_shards
@@ -91,7 +93,7 @@ def loaders(folder: Path) -> dict[str, Loader]:
     """A loader of each kind, by name, each with its own folder."""
     torch.manual_seed(0)
     made: dict[str, Loader] = {}
-    for make in (_checkpoints, _predictors, _fitted, _caches, _texts, _data):
+    for make in (_checkpoints, _predictors, _fitted, _caches, _drawings, _texts, _data):
         made |= make(folder)
     return made
 
@@ -187,8 +189,11 @@ def _fitted(folder: Path) -> dict[str, Loader]:
     for kind in ("TemperatureScaling", "VectorScaling", "IsotonicCalibration", "HistogramBinning"):
         path = getattr(calibration, kind)().fit(outputs.logits, outputs.labels).save(folder / f"{kind}.safetensors")
         made[f"calibrator: {kind}"] = Loader(path, partial(load_calibrator, path))
-    options: dict[str, Any] = {"neg_label": {"negative_embeddings": torch.nn.functional.normalize(torch.randn(5, 8))}}
-    for score in ("mcm", "knn", "mahalanobis", "neg_label"):
+    classes, negatives = (torch.nn.functional.normalize(torch.randn(count, 8)) for count in (3, 5))
+    outputs = outputs.replace(cosines=outputs.features @ classes.T)
+    options: dict[str, Any] = {"neg_label": {"negative_embeddings": negatives}}
+    options["ada_neg"] = {"negative_embeddings": negatives, "class_embeddings": classes, "groups": 1}
+    for score in ("mcm", "knn", "mahalanobis", "neg_label", "ada_neg"):
         detector = Detector(score, **options.get(score, {})).fit(outputs, validation=outputs)
         path = detector.save(folder / f"detector-{score}.safetensors")
         made[f"detector: {score}"] = Loader(path, partial(_scored, path, outputs))
@@ -198,6 +203,16 @@ def _fitted(folder: Path) -> dict[str, Loader]:
     path = _vrf().save(folder / "vrf.safetensors")
     made["VRF"] = Loader(path, partial(methods.VRF.load, path))
     return made
+
+
+def _drawings(folder: Path) -> dict[str, Loader]:
+    path = folder / "drawings.xz"
+    palettes = np.zeros((2, world.COLOURS, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(world.COLOURS, size=(2, world.SIZE, world.SIZE), dtype=np.uint8)
+    drawn = [build.Drawing("noto", "eagle", "1F985"), build.Drawing("tabler", "box", "")]
+    told = {"concepts": {"1F985": ["eagle", "bird", "test"]}, "classes": ["1F985"]}
+    write_file(path, build.packed(drawn, told, palettes, pixels))
+    return {"drawings": Loader(path, partial(world.drawings.__wrapped__, path), exact=True)}
 
 
 def _scored(path: Path, outputs: clip.Outputs) -> Detector:
