@@ -3,9 +3,7 @@
 // What a check of unit features asks for. torch takes four operators for it, longer than the scores of one image.
 #include "row_norms.h"
 
-#include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 namespace robustft {
@@ -27,39 +25,49 @@ T squared_norm(const T* x, int64_t d) {
   return sums[0];
 }
 
-template <class T>
-struct Extremes {
-  T low = std::numeric_limits<T>::infinity(), high = 0;
-  bool nan = false;
+}  // namespace
 
-  void add(const Extremes& other) {
-    low = std::min(low, other.low), high = std::max(high, other.high), nan |= other.nan;
+template <class T>
+void NormExtremes<T>::write(T* out) const {
+  const T missing = std::numeric_limits<T>::quiet_NaN();
+  out[0] = nan ? missing : std::sqrt(low), out[1] = nan ? missing : std::sqrt(high);
+}
+
+template <class T>
+NormExtremes<T> norm_extremes(const T* x, int64_t count, int64_t d) {
+  NormExtremes<T> all;
+  for (int64_t i = 0; i < count; ++i) {
+    const T square = squared_norm(x + i * d, d);
+    all.add({square, square, square != square});
   }
-};
+  return all;
+}
+
+template struct NormExtremes<float>;
+template struct NormExtremes<double>;
+template NormExtremes<float> norm_extremes<float>(const float*, int64_t, int64_t);
+template NormExtremes<double> norm_extremes<double>(const double*, int64_t, int64_t);
+
+namespace {
 
 template <class T>
 Tensor norms(const Tensor& features) {
   const int64_t n = features.size(0), d = features.size(1);
-  Extremes<T> all;
+  NormExtremes<T> all;
   Stretches<T> stretches(features, kStretchRows);
   for (int64_t first = 0; first < n; first += kStretchRows) {
     const int64_t count = std::min(kStretchRows, n - first);
     const Tensor rows = stretches.rows(first, count);
     const T* const x = rows.const_data_ptr<T>();
-    std::vector<Extremes<T>> of_tasks((count + kRows - 1) / kRows);
+    std::vector<NormExtremes<T>> of_tasks((count + kRows - 1) / kRows);
     torch::stable::parallel_for(0, int64_t(of_tasks.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task)
-        for (int64_t i = task * kRows; i < std::min((task + 1) * kRows, count); ++i) {
-          const T square = squared_norm(x + i * d, d);
-          of_tasks[task].add({square, square, square != square});
-        }
+        of_tasks[task] = norm_extremes(x + task * kRows * d, std::min(kRows, count - task * kRows), d);
     });
-    for (const Extremes<T>& of : of_tasks) all.add(of);
+    for (const NormExtremes<T>& of : of_tasks) all.add(of);
   }
   Tensor out = uninitialized({2}, scalar_type<T>());
-  T* const result = out.mutable_data_ptr<T>();
-  const T nan = std::numeric_limits<T>::quiet_NaN();
-  result[0] = all.nan ? nan : std::sqrt(all.low), result[1] = all.nan ? nan : std::sqrt(all.high);
+  all.write(out.mutable_data_ptr<T>());
   return out;
 }
 

@@ -11,11 +11,13 @@
 // of rows at a time.
 //
 // unit_scores is class_scores with what its caller looks at next: each score a tensor of its own, and the lowest and
-// the highest norm of the rows of x, then of w. For one image a call of torch each would take longer than its scores.
+// the highest norm of the rows of x, then of w. For one image a call of torch each would take longer than its scores;
+// of many, the rows of a panel are measured while they are in cache for its product.
 #include "scores.h"
 
 #include <algorithm>
 #include <tuple>
+#include <vector>
 
 #include "dispatch.h"
 #include "duplicates.h"
@@ -29,9 +31,10 @@ constexpr int64_t kPanelBytes = 1 << 21;
 constexpr int64_t kMinRows = 32, kMaxRows = 512;
 constexpr int64_t kStretchRows = 8192;
 
+// With `norms`, the extremes of the rows of the features go there.
 template <class T>
 std::tuple<Tensor, Tensor> scores(const Tensor& features, const Tensor& embeddings, double temperature,
-                                  const Tensor& logit_scale, const std::string& precision) {
+                                  const Tensor& logit_scale, const std::string& precision, NormExtremes<T>* norms) {
   const int64_t n = features.size(0), k = embeddings.size(0);
   const Arithmetic arithmetic = arithmetic_of(features.scalar_type(), precision);
   Tensor out = uninitialized({class_score::kCount, n}, scalar_type<T>());
@@ -51,29 +54,36 @@ std::tuple<Tensor, Tensor> scores(const Tensor& features, const Tensor& embeddin
   for (int64_t first = 0; first < n; first += kStretchRows) {
     const int64_t count = std::min(kStretchRows, n - first);
     const Tensor x = stretches.rows(first, count);
+    std::vector<NormExtremes<T>> of_panels(norms ? (count + rows - 1) / rows : 0);
     torch::stable::parallel_for(0, (count + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
       auto cosines = pool.take([&] { return Buffer<T>(rows * k); });
       for (int64_t i = begin * rows; i < std::min(end * rows, count); i += rows) {
         CosinePanel<T> panel = shape;
         panel.cosines = cosines->get(), panel.row0 = first + i, panel.rows = std::min(rows, count - i);
         const LeftRows<T> left(x, i, panel.rows, arithmetic);
+        if (norms) of_panels[i / rows] = norm_extremes(left.rows, panel.rows, left.depth);
         multiply(left, 0, panel.rows, right, 0, k, cosines->get(), k);
         duplicates.tie(cosines->get(), panel.rows, k);
         ROBUSTFT_CALL(class_scores<T>, panel, result, classes);
       }
     });
+    for (const NormExtremes<T>& of : of_panels) norms->add(of);
   }
   return {out, prediction};
 }
 
+void check(const char* op, const Tensor& x, const Tensor& w, const Tensor& scale) {
+  STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1) && w.size(0) > 0, op,
+                  ": x and w must be (n, d) and (k, d), k at least 1");
+  STD_TORCH_CHECK(x.scalar_type() == w.scalar_type(), op, ": x and w differ in dtype");
+  STD_TORCH_CHECK(scale.numel() == 1, op, ": scale must have one element");
+}
+
 std::tuple<Tensor, Tensor> class_scores(const Tensor& x, const Tensor& w, double temperature, const Tensor& scale,
                                         std::string precision) {
-  STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1) && w.size(0) > 0,
-                  "class_scores: x and w must be (n, d) and (k, d), k at least 1");
-  STD_TORCH_CHECK(x.scalar_type() == w.scalar_type(), "class_scores: x and w differ in dtype");
-  STD_TORCH_CHECK(scale.numel() == 1, "class_scores: scale must have one element");
-  return x.scalar_type() == ScalarType::Double ? scores<double>(x, w, temperature, scale, precision)
-                                               : scores<float>(x, w, temperature, scale, precision);
+  check("class_scores", x, w, scale);
+  return x.scalar_type() == ScalarType::Double ? scores<double>(x, w, temperature, scale, precision, nullptr)
+                                               : scores<float>(x, w, temperature, scale, precision, nullptr);
 }
 
 template <class T>
@@ -84,12 +94,17 @@ Tensor row_of(const Tensor& matrix, int64_t i) {
   return out;
 }
 
+using UnitScores = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> parted(const Tensor& all, const Tensor& prediction,
-                                                                          const Tensor& of_x, const Tensor& of_w) {
+UnitScores with_norms(const Tensor& x, const Tensor& w, double temperature, const Tensor& scale,
+                      const std::string& precision) {
+  NormExtremes<T> of_x;
+  const auto [all, prediction] = scores<T>(x, w, temperature, scale, precision, &of_x);
+  const Tensor of_w = row_norms(w);
   Tensor norms = uninitialized({4}, scalar_type<T>());
-  T* const to = norms.mutable_data_ptr<T>();
-  std::copy_n(of_w.const_data_ptr<T>(), 2, std::copy_n(of_x.const_data_ptr<T>(), 2, to));
+  of_x.write(norms.mutable_data_ptr<T>());
+  std::copy_n(of_w.const_data_ptr<T>(), 2, norms.mutable_data_ptr<T>() + 2);
   return {row_of<T>(all, class_score::kMaxCosine),
           row_of<T>(all, class_score::kMcm),
           row_of<T>(all, class_score::kMsp),
@@ -99,13 +114,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> parted(const 
           norms};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unit_scores(const Tensor& x, const Tensor& w,
-                                                                               double temperature, const Tensor& scale,
-                                                                               std::string precision) {
-  const auto [all, prediction] = class_scores(x, w, temperature, scale, std::move(precision));
-  const Tensor of_x = row_norms(x), of_w = row_norms(w);
-  return x.scalar_type() == ScalarType::Double ? parted<double>(all, prediction, of_x, of_w)
-                                               : parted<float>(all, prediction, of_x, of_w);
+UnitScores unit_scores(const Tensor& x, const Tensor& w, double temperature, const Tensor& scale,
+                       std::string precision) {
+  check("unit_scores", x, w, scale);
+  STD_TORCH_CHECK(x.size(0) > 0, "unit_scores: x must have at least one row");
+  return x.scalar_type() == ScalarType::Double ? with_norms<double>(x, w, temperature, scale, precision)
+                                               : with_norms<float>(x, w, temperature, scale, precision);
 }
 
 }  // namespace
