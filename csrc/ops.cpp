@@ -52,12 +52,14 @@ STABLE_TORCH_LIBRARY(robustft, m) {
       "float label_smoothing, Tensor by_gap, Tensor by_scale, Tensor softmaxes, Tensor exponentials, str precision) "
       "-> (Tensor dx, Tensor dw, Tensor db, Tensor ds)");
   m.def(
-      "dual_losses(Tensor x, Tensor w, Tensor scale, Tensor labels, Tensor core_labels, bool keep, bool mean, "
+      "dual_losses(Tensor x, Tensor w, Tensor v, Tensor scale, Tensor labels, Tensor core_labels, bool keep, bool "
+      "mean, "
       "str precision) -> (Tensor empirical, Tensor worst_case, Tensor by_scale, Tensor softmaxes, "
       "Tensor exponentials)");
   m.def(
-      "dual_gradients(Tensor g, Tensor h, Tensor x, Tensor w, Tensor scale, Tensor labels, Tensor core_labels, "
-      "Tensor by_scale, Tensor softmaxes, Tensor exponentials, str precision) -> (Tensor dx, Tensor dw, Tensor ds)");
+      "dual_gradients(Tensor g, Tensor h, Tensor x, Tensor w, Tensor v, Tensor scale, Tensor labels, "
+      "Tensor core_labels, Tensor by_scale, Tensor softmaxes, Tensor exponentials, str precision) -> (Tensor dx, "
+      "Tensor dw, Tensor ds)");
   // cpu/row_norms.cpp
   m.def("row_norms(Tensor x) -> Tensor");
   // cpu/scores.cpp

@@ -488,9 +488,8 @@ def dual_risk(
             weigh it alone.
         logit_scale, weight, reduction: as in `contrastive_loss`. memory: as in `classification_loss`, for N x 2K.
 
-    Both heads are one product, forward and backward.
     Gradients reach features, both embeddings, logit_scale and weight, not core_labels.
-    Memory: as `classification_loss`, for 2K classes, and both embeddings once more.
+    Memory: as `classification_loss`, for 2K classes; where the compiled body does not run, both embeddings once more.
     Source: DRM, Li et al. 2024 (arXiv 2411.19757), equations of the two risks.
     Raises: ValueError or TypeError naming the argument.
     """

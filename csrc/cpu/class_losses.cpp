@@ -3,7 +3,8 @@
 // (similarity/pair_losses.cpp): at N = 32 twenty calls of torch cost more than the arithmetic.
 //
 //   class_losses, one head     cross_entropy_i, misalignment_i;  by_gap_i = f'(L_i), 0 where nothing is misranked
-//   dual_losses, two heads     empirical_i, worst_case_i;  core the soft labels (n, k) or confidences (n) of the second
+//   dual_losses, two heads     w, v (k, d) their embeddings, whose gradients come one below the other (2 k, d);
+//                              empirical_i, worst_case_i;  core the soft labels (n, k) or confidences (n) of the second
 //                              both (n,), or their means, 0-d, and then gradients by those
 //   by_scale (2, n)            derivatives of the samples' two losses by the scale
 //   softmaxes                  what the backward needs of the statistics: max, log_sum, above_log_sum (3, n);
@@ -166,8 +167,10 @@ void check_kept(const char* op, const Tensor& g, const Tensor& h, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> class_losses(
     const Tensor& x, const Tensor& w, const Tensor& scale, const std::optional<Tensor>& bias, const Tensor& labels,
     std::string variant, bool top1, double label_smoothing, bool keep, bool mean, std::string precision) {
-  const auto [statistics, exponentials] = class_statistics(x, w, scale, bias, labels, std::nullopt, 1, true,
-                                                           label_smoothing > 0, keep, std::move(precision));
+  const std::optional<Tensor> targets;
+  const ClassInputs in{x, w, scale, bias, labels, targets, 1, precision};
+  in.check("class_losses");
+  const auto [statistics, exponentials] = statistics_of_classes(in, {true, label_smoothing > 0}, keep);
   const auto [cross_entropy, misalignment, by_gap, by_scale, softmaxes] =
       is_double(x) ? losses_of<double>(statistics, variant, top1, label_smoothing, mean)
                    : losses_of<float>(statistics, variant, top1, float(label_smoothing), mean);
@@ -194,8 +197,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> class_gradients(const Tensor& g, cons
       is_double(x)
           ? class_coefficients<double>(g, h, scale, by_gap, by_scale, softmaxes, label_smoothing, w.size(0))
           : class_coefficients<float>(g, h, scale, by_gap, by_scale, softmaxes, float(label_smoothing), w.size(0));
-  const auto [dx, dw, db] = class_gradient(x, w, scale, bias, labels, std::nullopt, 1, exponentials, coefficients, top1,
-                                           std::move(precision));
+  const std::optional<Tensor> targets;
+  const ClassInputs in{x, w, scale, bias, labels, targets, 1, precision};
+  in.check("class_gradients");
+  const auto [dx, dw, db] = gradient_of_classes(in, exponentials, coefficients, top1);
   return {dx, dw, db, ds};
 }
 
@@ -204,12 +209,15 @@ void check_core(const char* op, const Tensor& x, const Tensor& core) {
                   ": core_labels must be (n, k) or (n,)");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dual_losses(const Tensor& x, const Tensor& w, const Tensor& scale,
-                                                               const Tensor& labels, const Tensor& core, bool keep,
-                                                               bool mean, std::string precision) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dual_losses(const Tensor& x, const Tensor& w, const Tensor& v,
+                                                               const Tensor& scale, const Tensor& labels,
+                                                               const Tensor& core, bool keep, bool mean,
+                                                               std::string precision) {
   check_core("dual_losses", x, core);
-  const auto [statistics, exponentials] = class_statistics(x, w, scale, std::nullopt, labels, targets_in(core), 2,
-                                                           false, false, keep, std::move(precision));
+  const std::optional<Tensor> bias, targets = targets_in(core);
+  const ClassInputs in{x, w, scale, bias, labels, targets, 2, precision, &v};
+  in.check("dual_losses");
+  const auto [statistics, exponentials] = statistics_of_classes(in, {false, false}, keep);
   const auto [empirical, worst_case, by_scale, softmaxes] =
       is_double(x) ? dual_losses_of<double>(statistics, core, mean) : dual_losses_of<float>(statistics, core, mean);
   return {empirical, worst_case, by_scale, softmaxes, exponentials};
@@ -223,16 +231,18 @@ std::tuple<Tensor, Tensor> dual_coefficients(const Tensor& g, const Tensor& h, c
 }
 
 std::tuple<Tensor, Tensor, Tensor> dual_gradients(const Tensor& g, const Tensor& h, const Tensor& x, const Tensor& w,
-                                                  const Tensor& scale, const Tensor& labels, const Tensor& core,
-                                                  const Tensor& by_scale, const Tensor& softmaxes,
+                                                  const Tensor& v, const Tensor& scale, const Tensor& labels,
+                                                  const Tensor& core, const Tensor& by_scale, const Tensor& softmaxes,
                                                   const Tensor& exponentials, std::string precision) {
   check_kept("dual_gradients", g, h, x, scale, by_scale, softmaxes, 5);
   check_core("dual_gradients", x, core);
   const bool soft = core.dim() == 2;
   const auto [coefficients, ds] = is_double(x) ? dual_coefficients<double>(g, h, scale, by_scale, softmaxes, soft)
                                                : dual_coefficients<float>(g, h, scale, by_scale, softmaxes, soft);
-  const auto [dx, dw, db] = class_gradient(x, w, scale, std::nullopt, labels, targets_in(core), 2, exponentials,
-                                           coefficients, false, std::move(precision));
+  const std::optional<Tensor> bias, targets = targets_in(core);
+  const ClassInputs in{x, w, scale, bias, labels, targets, 2, precision, &v};
+  in.check("dual_gradients");
+  const auto [dx, dw, db] = gradient_of_classes(in, exponentials, coefficients, false);
   return {dx, dw, ds};
 }
 

@@ -1,9 +1,9 @@
 // Streamed class logits: z = s x w^T + b, its softmax and the classes that rank above the label, and the gradient.
 //
-//   x (n, d) features, w (h k, d) class embeddings of h heads one below the other, b (h k) optional bias, y (n) labels,
-//   q (n, k) optional soft targets of the last head
-//   statistics   per head and row, class_statistic in classes.h; `above` is the softmax over {z > z_y}, strictly
-//   gradient     G = a p - b_y 1_y - u - v q + c (above - 1_y), coefficients per head and row, class_coefficient
+//   x (n, d) features, w (h k, d) class embeddings of h heads one below the other, or of two heads two matrices, b (h
+//   k) optional bias, y (n) labels, q (n, k) optional soft targets of the last head statistics   per head and row,
+//   class_statistic in classes.h; `above` is the softmax over {z > z_y}, strictly gradient     G = a p - b_y 1_y - u -
+//   v q + c (above - 1_y), coefficients per head and row, class_coefficient
 //                dx = s G w,  dw = s G^T x,  db = column sums of G; what lies in memory as G is s G
 //
 // A panel of rows holds all classes of all heads (some MB, at least kMinRows rows); the thread that owns it
@@ -13,12 +13,15 @@
 // follow from the shapes, and so do the bits of the result; only with more than two threads may panels get smaller, and
 // where the whole product is too small to be shared out here aten may share it out: both round otherwise.
 //
+// Two matrices are multiplied each by itself where copying them into one would take longer than another product.
+//
 // With `keep` e = exp(z - max z) (n, h k) is returned, and the gradient reads it instead of multiplying again.
 #include "classes.h"
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "class_operators.h"
 #include "dispatch.h"
@@ -36,40 +39,33 @@ constexpr int64_t kStretchBytes = 1 << 23;        // of G
 constexpr int64_t kMinStretch = 256;              // below, dw would be read and written too often
 constexpr int64_t kConvertedRows = 8192;          // of features that are not in T are in memory at a time
 constexpr int64_t kClassBlock = 256;
-constexpr int64_t kClassTasks = 8;      // blocks times parts
-constexpr int64_t kTaskWork = 1 << 20;  // multiplications worth waking a thread for
+constexpr int64_t kClassTasks = 8;         // blocks times parts
+constexpr int64_t kTaskWork = 1 << 20;     // multiplications worth waking a thread for
+constexpr int64_t kJoinedBytes = 1 << 17;  // of two matrices that are copied into one
 
-struct ClassInputs {
-  const Tensor &x, &w, &scale;
-  const std::optional<Tensor>& bias;
-  const Tensor& labels;
-  const std::optional<Tensor>& targets;
-  int64_t heads;
-  const std::string& precision;
-
-  int64_t n() const { return x.size(0); }
-  int64_t k() const { return w.size(0) / heads; }
-
-  void check(const char* op) const {
-    STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1) && heads > 0 && w.size(0) % heads == 0 &&
-                        n() > 0 && k() > 0,
-                    op, ": x and w must be (n, d) and (heads k, d), n and k at least 1");
-    STD_TORCH_CHECK(x.scalar_type() == w.scalar_type(), op, ": x and w differ in dtype");
-    STD_TORCH_CHECK(scale.numel() == 1, op, ": scale must have one element");
-    STD_TORCH_CHECK(!bias || bias->numel() == w.size(0), op, ": bias must have one element a class");
-    STD_TORCH_CHECK(labels.dim() == 1 && labels.numel() == n(), op, ": labels must be (n,)");
-    STD_TORCH_CHECK(!targets || (targets->dim() == 2 && targets->size(0) == n() && targets->size(1) == k()), op,
-                    ": targets must be (n, k)");
-  }
-};
+// The embeddings in T, contiguous: a matrix of all heads, or one each.
+template <class T>
+std::vector<Tensor> embeddings(const ClassInputs& in) {
+  std::vector<Tensor> parts{contiguous_as(in.w, scalar_type<T>())};
+  if (!in.second) return parts;
+  parts.push_back(contiguous_as(*in.second, scalar_type<T>()));
+  const int64_t size = parts[0].numel(), d = in.w.size(1);
+  if (2 * size * int64_t(sizeof(T)) > kJoinedBytes) return parts;
+  Tensor joined = uninitialized({in.cols(), d}, scalar_type<T>());
+  for (int64_t i = 0; i < 2; ++i)
+    std::copy_n(parts[i].template const_data_ptr<T>(), size, joined.mutable_data_ptr<T>() + i * size);
+  return {joined};
+}
 
 // The inputs in the dtype of the computation, and how they are cut.
 template <class T>
 struct Classes {
   const ClassInputs& in;
   const Arithmetic arithmetic;
-  const int64_t n, k, cols, d;  // cols: of all heads
-  const Tensor w, labels;
+  const int64_t n, k, cols, d;      // cols: of all heads
+  const std::vector<Tensor> parts;  // of w
+  const int64_t width;              // classes of a part
+  const Tensor labels;
   std::optional<Tensor> bias;
   const T scale;
   int64_t rows;  // of a panel
@@ -79,9 +75,10 @@ struct Classes {
         arithmetic(arithmetic_of(in.x.scalar_type(), in.precision)),
         n(in.n()),
         k(in.k()),
-        cols(in.w.size(0)),
+        cols(in.cols()),
         d(in.x.size(1)),
-        w(contiguous_as(in.w, scalar_type<T>())),
+        parts(embeddings<T>(in)),
+        width(cols / int64_t(parts.size())),
         labels(contiguous_as(in.labels, ScalarType::Long)),
         scale(T(number_in(in.scale))) {
     if (in.bias) bias = contiguous_as(*in.bias, scalar_type<T>());
@@ -113,12 +110,25 @@ struct Classes {
 
   // The classes that must tie, if logits are multiplied now: those of several heads are not compared.
   Duplicates<T> duplicates(bool multiplied) const {
-    return multiplied && in.heads == 1 ? Duplicates<T>(w) : Duplicates<T>();
+    return multiplied && in.heads == 1 ? Duplicates<T>(parts[0]) : Duplicates<T>();
+  }
+
+  // The parts on the right of a product, or, where they are not `wanted`, nothing.
+  std::vector<RightMatrix<T>> right(typename RightMatrix<T>::Use use, bool wanted = true) const {
+    std::vector<RightMatrix<T>> all;
+    for (size_t p = 0; wanted && p < parts.size(); ++p) all.emplace_back(parts[p], use, arithmetic);
+    return all;
   }
 
   // How many tasks of that many dot products are worth a thread.
   int64_t grain(int64_t products) const {
     return std::max<int64_t>(1, kTaskWork / (products * std::max<int64_t>(d, 1)));
+  }
+
+  // s (left.count, cols) = S of these rows
+  void products(const LeftRows<T>& left, const std::vector<RightMatrix<T>>& columns, T* s) const {
+    for (size_t p = 0; p < columns.size(); ++p)
+      multiply(left, 0, left.count, columns[p], 0, width, s + p * width, cols);
   }
 
   // Calls f(first row, end) for every panel of rows [begin, begin + count), on all threads.
@@ -147,7 +157,7 @@ std::tuple<Tensor, Tensor> statistics(const ClassInputs& in, const ClassStatisti
   Tensor out = uninitialized({kinds, n}, scalar_type<T>());
   Tensor exponentials = uninitialized({keep ? n : 0, cols}, scalar_type<T>());
   T *result = out.mutable_data_ptr<T>(), *kept = exponentials.mutable_data_ptr<T>();
-  const RightMatrix<T> right(c.w, RightMatrix<T>::kColumns, c.arithmetic);
+  const std::vector<RightMatrix<T>> right = c.right(RightMatrix<T>::kColumns);
   const Duplicates<T> duplicates = c.duplicates(true);
   Stretches<T> x_stretches(in.x, stretch);
   Pool<Workspace> pool;
@@ -159,7 +169,7 @@ std::tuple<Tensor, Tensor> statistics(const ClassInputs& in, const ClassStatisti
       auto work = pool.take([&] { return Workspace{Buffer<T>(keep ? 0 : c.rows * cols), Buffer<T>(c.k)}; });
       T* s = keep ? kept + i * cols : work->s.get();
       const LeftRows<T> left(x, i - first, end - i, c.arithmetic);
-      multiply(left, 0, end - i, right, 0, cols, s, cols);
+      c.products(left, right, s);
       duplicates.tie(s, end - i, cols);
       for (int64_t head = 0; head < in.heads; ++head) {
         T* of_head = result + head * class_statistic::kHardCount * n;
@@ -179,8 +189,8 @@ class ColumnGradient {
       : c_(c),
         blocks_((c.cols + kClassBlock - 1) / kClassBlock),
         parts_(std::clamp<int64_t>((kClassTasks + blocks_ - 1) / blocks_, 1, std::max<int64_t>(1, c.n / kMinStretch))),
-        dw_(uninitialized({c.cols, c.d}, c.w.scalar_type())),
-        more_(uninitialized({(parts_ - 1) * c.cols, c.d}, c.w.scalar_type())) {}
+        dw_(uninitialized({c.cols, c.d}, scalar_type<T>())),
+        more_(uninitialized({(parts_ - 1) * c.cols, c.d}, scalar_type<T>())) {}
 
   // From g (count, cols) and x (count, d) of a stretch.
   void add(const T* g, const Tensor& x) {
@@ -239,8 +249,8 @@ std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor&
   const bool converted = in.x.scalar_type() != scalar_type<T>();
   Tensor dx = uninitialized({n, d}, in.x.scalar_type());
   Tensor dx_stretch = uninitialized({converted ? stretch : int64_t(0), d}, scalar_type<T>());
-  const RightMatrix<T> w_columns(c.w, 0, kept ? 0 : cols, RightMatrix<T>::kColumns, c.arithmetic);
-  const RightMatrix<T> w_rows(c.w, RightMatrix<T>::kRows, c.arithmetic);
+  const std::vector<RightMatrix<T>> w_columns = c.right(RightMatrix<T>::kColumns, !kept);
+  const std::vector<RightMatrix<T>> w_rows = c.right(RightMatrix<T>::kRows);
   const Duplicates<T> duplicates = c.duplicates(!kept);
   const Buffer<T> g(stretch * cols);
   ColumnGradient<T> dw(c);
@@ -258,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor&
       T* s = kept ? const_cast<T*>(kept) + i * cols : g_rows;  // only read if kept
       if (!kept) {
         const LeftRows<T> left(x, i - first, end - i, c.arithmetic);
-        multiply(left, 0, end - i, w_columns, 0, cols, g_rows, cols);
+        c.products(left, w_columns, g_rows);
         duplicates.tie(g_rows, end - i, cols);
       }
       for (int64_t head = 0; head < in.heads; ++head) {
@@ -268,7 +278,9 @@ std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor&
         ROBUSTFT_CALL(class_gradient<T>, panel, of_head, kept, top1);
       }
       auto scratch = pool.take([] { return Scratch(); });
-      add_product(g_rows, cols, end - i, cols, w_rows, 0, dx_first + (i - first) * d, true, *scratch);
+      for (size_t p = 0; p < w_rows.size(); ++p)
+        add_product(g_rows + p * c.width, cols, end - i, c.width, w_rows[p], 0, dx_first + (i - first) * d, p == 0,
+                    *scratch);
     });
     dw.add(g.get(), x);
     if (converted) {
@@ -283,17 +295,13 @@ std::tuple<Tensor, Tensor, Tensor> gradient(const ClassInputs& in, const Tensor&
   return {dx, contiguous_as(dw.sum(), in.x.scalar_type()), db};
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor> class_statistics(const Tensor& x, const Tensor& w, const Tensor& scale,
                                             const std::optional<Tensor>& bias, const Tensor& labels,
                                             const std::optional<Tensor>& targets, int64_t heads, bool misranked,
                                             bool means, bool keep, std::string precision) {
   const ClassInputs in{x, w, scale, bias, labels, targets, heads, precision};
   in.check("class_statistics");
-  const ClassStatisticsWanted wanted{misranked, means};
-  return x.scalar_type() == ScalarType::Double ? statistics<double>(in, wanted, keep)
-                                               : statistics<float>(in, wanted, keep);
+  return statistics_of_classes(in, {misranked, means}, keep);
 }
 
 std::tuple<Tensor, Tensor, Tensor> class_gradient(const Tensor& x, const Tensor& w, const Tensor& scale,
@@ -306,8 +314,36 @@ std::tuple<Tensor, Tensor, Tensor> class_gradient(const Tensor& x, const Tensor&
   STD_TORCH_CHECK(coefficients.dim() == 2 && coefficients.size(0) == heads * class_coefficient::kCount &&
                       coefficients.size(1) == x.size(0),
                   "class_gradient: coefficients must be (heads ", int64_t(class_coefficient::kCount), ", n)");
-  return x.scalar_type() == ScalarType::Double ? gradient<double>(in, exponentials, coefficients, top1)
-                                               : gradient<float>(in, exponentials, coefficients, top1);
+  return gradient_of_classes(in, exponentials, coefficients, top1);
+}
+
+}  // namespace
+
+void ClassInputs::check(const char* op) const {
+  STD_TORCH_CHECK(
+      x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1) && heads > 0 && cols() % heads == 0 && n() > 0 && k() > 0,
+      op, ": x and w must be (n, d) and (heads k, d), n and k at least 1");
+  STD_TORCH_CHECK(!second || (heads == 2 && second->dim() == 2 && second->size(0) == w.size(0) &&
+                              second->size(1) == w.size(1) && second->scalar_type() == w.scalar_type()),
+                  op, ": the two heads' embeddings must be alike");
+  STD_TORCH_CHECK(x.scalar_type() == w.scalar_type(), op, ": x and w differ in dtype");
+  STD_TORCH_CHECK(scale.numel() == 1, op, ": scale must have one element");
+  STD_TORCH_CHECK(!bias || bias->numel() == cols(), op, ": bias must have one element a class");
+  STD_TORCH_CHECK(labels.dim() == 1 && labels.numel() == n(), op, ": labels must be (n,)");
+  STD_TORCH_CHECK(!targets || (targets->dim() == 2 && targets->size(0) == n() && targets->size(1) == k()), op,
+                  ": targets must be (n, k)");
+}
+
+std::tuple<Tensor, Tensor> statistics_of_classes(const ClassInputs& in, const ClassStatisticsWanted& wanted,
+                                                 bool keep) {
+  return in.x.scalar_type() == ScalarType::Double ? statistics<double>(in, wanted, keep)
+                                                  : statistics<float>(in, wanted, keep);
+}
+
+std::tuple<Tensor, Tensor, Tensor> gradient_of_classes(const ClassInputs& in, const Tensor& exponentials,
+                                                       const Tensor& coefficients, bool top1) {
+  return in.x.scalar_type() == ScalarType::Double ? gradient<double>(in, exponentials, coefficients, top1)
+                                                  : gradient<float>(in, exponentials, coefficients, top1);
 }
 
 }  // namespace robustft

@@ -1,6 +1,7 @@
 """Losses on class logits z = s x w^T + b: csrc/cpu/class_losses.cpp and triton/classes.py compute them whole.
 
-`dual_risk` has two heads: its w (2K, D) holds one below the other, its statistics likewise. With the statistics of each
+`dual_risk` has two heads: its w (2K, D) holds one below the other, its statistics likewise; the compiled body takes
+two matrices (K, D) as well, of which it need not make one. With the statistics of each
 row (max, log_sum, gaps and means; `above` the softmax over the classes that rank strictly above the label), smoothing e
 and K classes,
 
@@ -148,12 +149,17 @@ def _classification_gradient(g, h, x, w, scale, bias, labels, top1, label_smooth
 
 
 def _dual_risk(x, w, scale, labels, core, keep, mean=False):
-    return torch.ops.robustft.dual_losses(x, w, scale, labels, core, keep, mean, torch.get_float32_matmul_precision())
+    how = keep, mean, torch.get_float32_matmul_precision()
+    return torch.ops.robustft.dual_losses(x, *_heads(w), scale, labels, core, *how)
 
 
 def _dual_gradient(g, h, x, w, scale, labels, core, *kept):
     precision = torch.get_float32_matmul_precision()
-    return torch.ops.robustft.dual_gradients(g, h, x, w, scale, labels, core, *kept, precision)
+    return torch.ops.robustft.dual_gradients(g, h, x, *_heads(w), scale, labels, core, *kept, precision)
+
+
+def _heads(w: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    return w if isinstance(w, tuple) else w.chunk(2)
 
 
 def _fake_statistics(x, w, scale, bias, labels, targets, heads, misranked, means, keep, precision):
@@ -185,11 +191,11 @@ def _fake_dual_risk(x, w, scale, labels, core, keep):
 
 def _fake_class_losses(x, w, scale, bias, labels, variant, top1, label_smoothing, keep, mean, precision):
     by_gap = x.new_empty(len(x), dtype=accumulation_dtype(x.dtype))
-    return *_fake_two(x, mean), by_gap, *_fake_compiled(x, w, 1, keep)
+    return *_fake_two(x, mean), by_gap, *_fake_compiled(x, len(w), 1, keep)
 
 
-def _fake_dual_losses(x, w, scale, labels, core, keep, mean, precision):
-    return *_fake_two(x, mean), *_fake_compiled(x, w, 2, keep)
+def _fake_dual_losses(x, w, v, scale, labels, core, keep, mean, precision):
+    return *_fake_two(x, mean), *_fake_compiled(x, len(w), 2, keep)
 
 
 def _fake_two(x: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
@@ -198,10 +204,10 @@ def _fake_two(x: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
     return loss, torch.empty_like(loss)
 
 
-def _fake_compiled(x: Tensor, w: Tensor, heads: int, keep: bool) -> tuple[Tensor, ...]:
+def _fake_compiled(x: Tensor, k: int, heads: int, keep: bool) -> tuple[Tensor, ...]:
     """by_scale, softmaxes and exponentials."""
     by_scale = x.new_empty(2, len(x), dtype=accumulation_dtype(x.dtype))
-    return by_scale, *layouts.classes("compiled", len(x), len(w) // heads, heads, keep, x.dtype).like(x)
+    return by_scale, *layouts.classes("compiled", len(x), k, heads, keep, x.dtype).like(x)
 
 
 def _setup(ctx, inputs, output):
@@ -224,9 +230,10 @@ def _backward(ctx, g, h, *_):
 
 
 def _setup_dual(ctx, inputs, output):
-    *tensors, _ = inputs
+    x, w, *tensors, _ = inputs
     _, _, *kept = output
-    ctx.save_for_backward(*tensors, *kept)
+    ctx.apart = isinstance(w, tuple)
+    ctx.save_for_backward(x, *(w if ctx.apart else (w,)), *tensors, *kept)
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)  # else the backward would be given zeros of the size of what is kept
 
@@ -235,7 +242,9 @@ def _backward_dual(ctx, g, h, *_):
     if g is None and h is None:
         return (None,) * 6
     g, h = both(g, h)
-    return *gradient("dual_risk", g, h, *ctx.saved_tensors), None, None, None
+    x, *rest = ctx.saved_tensors
+    heads, rest = ((rest[0], rest[1]), rest[2:]) if ctx.apart else (rest[0], rest[1:])
+    return *gradient("dual_risk", g, h, x, heads, *rest), None, None, None
 
 
 def _class_inputs(source: Source, heads: int, grad: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,7 +308,9 @@ def _sample_class_gradients(source: Source) -> Iterator[tuple]:
 
 
 def _sample_dual_losses(source: Source) -> Iterator[tuple]:
-    yield from ((*_detached(inputs), mean, "highest") for inputs, mean in _with_means(_sample_dual(source)))
+    for inputs, mean in _with_means(_sample_dual(source)):
+        x, w, *rest = _detached(inputs)
+        yield x, *w.chunk(2), *rest, mean, "highest"
 
 
 def _sample_dual_gradients(source: Source) -> Iterator[tuple]:
@@ -335,7 +346,11 @@ register(Op("dual_losses", _fake_dual_losses, _sample_dual_losses))
 register(
     Op(
         "dual_gradients",
-        lambda g, h, x, w, scale, *_: (*_fake_gradient(x, w)[:2], torch.empty_like(scale)),
+        lambda g, h, x, w, v, scale, *_: (
+            contiguous_like(x),
+            w.new_empty(2 * len(w), w.shape[1]),
+            torch.empty_like(scale),
+        ),
         _sample_dual_gradients,
     )
 )

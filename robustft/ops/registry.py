@@ -95,14 +95,15 @@ class Backward(NamedTuple):
     """Whether the operator's body in Python takes `mean=True`: then these results are means, 0-d, and its gradient's
     body takes gradients by them."""
     joined: int | None = None
-    """The place of an input that callers give `call` as two tensors: one below the other they are the operator's."""
+    """The place of an input that callers give `call` as two tensors: one below the other they are the operator's.
+    Bodies in Python take the two as a tuple as well."""
 
-    def join(self, given: tuple) -> tuple:
-        """The operator's inputs, of those that `call` was given."""
+    def pair(self, given: tuple) -> tuple:
+        """The inputs of a body in Python, of those that `call` was given."""
         if self.joined is None:
             return given
         first, end = self.joined, self.joined + 2
-        return *given[:first], torch.cat(given[first:end]), *given[end:]
+        return *given[:first], given[first:end], *given[end:]
 
     def part(self, values: tuple) -> tuple:
         """What belongs to the inputs of `call`, of what belongs to the operator's: gradients, or the inputs."""
@@ -186,7 +187,7 @@ def call(name: str, *inputs: Any, weight: Tensor | None = None, reduction: str =
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         of = _backward(name)
-        inputs = of.join(inputs)
+        inputs = of.pair(inputs)
         if weight is None and reduction == "mean" and of.means and (body := _python_body(name, inputs)):
             return body(*inputs, mean=True)[: of.results]
         found = computed(name, *inputs)[: of.results]
@@ -200,7 +201,7 @@ def call(name: str, *inputs: Any, weight: Tensor | None = None, reduction: str =
 def gradient(name: str, *inputs: Any) -> Any:
     """The operator `name`_backward, for the formulas of `Backward`."""
     if torch.is_grad_enabled():  # create_graph: the operator refuses
-        return getattr(torch.ops.robustft, f"{name}_backward")(*inputs)
+        return getattr(torch.ops.robustft, f"{name}_backward")(*_joined(inputs))
     return computed(f"{name}_backward", *inputs)
 
 
@@ -226,7 +227,12 @@ def _backward(name: str) -> Backward:
 def computed(name: str, *inputs: Any) -> Any:
     """What the operator `name` gives, no gradient being wanted: where no trace or mode looks on, by its Python body."""
     body = _python_body(name, inputs)
-    return getattr(torch.ops.robustft, name).default(*inputs) if body is None else body(*inputs)
+    return getattr(torch.ops.robustft, name).default(*_joined(inputs)) if body is None else body(*inputs)
+
+
+def _joined(inputs: tuple) -> tuple:
+    """An operator's inputs, of those of its body in Python: the tensors of a tuple one below the other."""
+    return tuple(torch.cat(value) if isinstance(value, tuple) else value for value in inputs)
 
 
 def _python_body(name: str, inputs: tuple) -> Callable[..., Any] | None:
@@ -295,13 +301,15 @@ def _direct_function(name: str, of: Backward) -> type[torch.autograd.Function]:
         inputs, reduction = given[:-1], given[-1]
         with below():
             if joins:
-                inputs = of.join(inputs)
+                inputs = of.pair(inputs)
             body = _python_body(name, inputs)
             if body is not None and of.means and reduction == "mean":
                 output = body(*inputs, mean=True)
                 ctx.reduction = "none"  # the gradients of what the body returned are what its gradient takes
                 of.setup(ctx, inputs, output)
                 return output[:results]
+            if body is None and joins:
+                inputs = _joined(inputs)
             output = operator(*inputs) if body is None else body(*inputs)
             of.setup(ctx, inputs, output)
             found, ctx.reduction = output[:results], reduction
