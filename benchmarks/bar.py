@@ -81,6 +81,8 @@ BAR = (
     Criterion(_NEIGHBOR, "speed", 4.0, 8.0, "faiss", ours="robustft with packing"),
     Criterion(_NEIGHBOR, "error", 1e-6, None),
     Criterion(replace(_NEIGHBOR, n=1), "speed", 1.0, 2.0, "faiss"),
+    # All points in order take at most half as long again as the distance of the last.
+    Criterion(Row("nearest_neighbors", 256, k=20_000), "speed", 0.667, None, "kth_neighbor_distance"),
     Criterion(Row("near_duplicates", 2048, k=20_000), "error", 1e-6, None),
     Criterion(Row("contrastive", 512), "speed", 1.0, 1.5, "eager"),
     Criterion(Row("distillation", 512), "speed", 1.0, 1.5, "eager"),
@@ -94,6 +96,7 @@ _FEW = (8, 32, 128)
 SMALL_ROWS = (
     *(Row(work, n) for work in ("contrastive", "distillation", "sigmoid") for n in _FEW),
     *(Row(work, n, k=k) for work in ("classification", "dual_risk") for k in (10, 100) for n in _FEW),
+    *(Row("dual_risk", n, k=1000) for n in (8, 32)),
     *(Row("group_risk", n, 0, 16) for n in _FEW),
     *(Row("cvar", n, 0) for n in _FEW),
     *(Row("scores", n, k=k) for n, k in ((8, 2), (1, 10), (128, 10), (1, 1000))),

@@ -64,6 +64,7 @@ def test_the_bar_is_the_one_of_the_design():
         "kth_neighbor N=8192 K=100000 D=512 float32 highest: robustft with packing, 4x faiss, 8.0",
         "kth_neighbor N=8192 K=100000 D=512 float32 highest: relative error, None",
         "kth_neighbor N=1 K=100000 D=512 float32 highest: 1x faiss, 2.0",
+        "nearest_neighbors N=256 K=20000 D=512 float32 highest: 0.667x kth_neighbor_distance, None",
         "near_duplicates N=2048 K=20000 D=512 float32 highest: relative error, None",
         "contrastive N=512 D=512 float32 highest: 1x eager, 1.5",
         "distillation N=512 D=512 float32 highest: 1x eager, 1.5",

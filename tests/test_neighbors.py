@@ -261,6 +261,27 @@ def test_one_query_at_a_time_gives_the_same_bits_as_all_together(case):
         assert torch.equal(distances, together[:count]) and torch.equal(some, indices[:count])
 
 
+@pytest.mark.usefixtures("device")
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("d", [37, 64, 192])  # blocks take multiples of 64
+def test_all_points_in_order_begin_with_the_nearest_few_bit_for_bit(d, dtype):
+    points = torch.randn(301, d, dtype=dtype)
+    points[200:250] = points[:50]  # ties
+    queries = torch.randn(11, d, dtype=dtype)
+    for squared in (True, False):
+        distances, indices = rf.nearest_neighbors(queries, points, 301, squared=squared)
+        before, after = indices[:, :-1], indices[:, 1:]
+        steps = distances.diff(dim=1)
+        assert ((steps > 0) | ((steps == 0) & (before < after))).all()
+        for k in (7, 40, 150, 298):
+            few, some = rf.nearest_neighbors(queries, points, k, squared=squared)
+            assert torch.equal(few, distances[:, :k]) and torch.equal(some, indices[:, :k])
+        for count in (1, 5, 6):  # in blocks of four, the last of them partial
+            few, some = rf.nearest_neighbors(queries[:count], points, 301, squared=squared)
+            assert torch.equal(few, distances[:count]) and torch.equal(some, indices[:count])
+
+
 def with_sample(packed: native.PackedPoints, rows: Tensor) -> native.PackedPoints:
     """The same points, their sample replaced: what the search guesses its thresholds from."""
     return packed._replace(sample=rows[torch.arange(len(packed.sample)) % len(rows)].contiguous())

@@ -410,6 +410,15 @@ void neighbors(const std::string& type) {
     isa::squared_distances<T>(query.data(), x.data(), d, nullptr, points, all.data());
     show("squared_distances/" + type + "," + of(d) + ".some", some);
     show("squared_distances/" + type + "," + of(d), all);
+    if (d % kBlockDepth) continue;
+    const std::vector<T> q = numbers<T>(kBlockQueries * d);
+    std::vector<double> queries(kBlockQueries * d), block(kBlockPoints * d), distances(kBlockQueries * kBlockPoints);
+    isa::pack_block<T>(q.data(), kBlockQueries, d, kBlockQueries, queries.data());
+    for (int64_t there = 1; there <= kBlockPoints; ++there) {  // where one is not there, it is zeros
+      isa::pack_block<T>(x.data(), there, d, kBlockPoints, block.data());
+      isa::block_distances(queries.data(), block.data(), d, distances.data(), kBlockPoints);
+      show("block_distances/" + type + "," + of(d) + "." + of(there), distances);
+    }
   }
 }
 

@@ -45,7 +45,7 @@ T Search<T>::finish(int64_t id, int64_t r, double eps, double norm_squared, std:
   }
   measure(w);
   if (indices_) {
-    write(id, w.neighbors, k_);
+    write(id, w.neighbors, k_, w);
     return std::numeric_limits<T>::quiet_NaN();
   }
   for (const Hit<T>& h : w.open) above += h.score > t_k;
@@ -68,7 +68,7 @@ T Search<T>::finish(int64_t id, int64_t r, double eps, double norm_squared, std:
     w.open.erase(settled, w.open.end());
     measure(w);
   } while (!w.rows.empty());
-  write(id, w.neighbors, k_ - above);
+  write(id, w.neighbors, k_ - above, w);
   return std::numeric_limits<T>::quiet_NaN();
 }
 
@@ -87,6 +87,7 @@ void Search<T>::direct(const std::vector<int64_t>& ids) {
   const int64_t d = set_.d, rows_of_tile = std::clamp<int64_t>(kTileBytes / int64_t(sizeof(T)) / d, 4, kRows);
   const int64_t tiles = (set_.n + rows_of_tile - 1) / rows_of_tile;
   const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), tiles);
+  auto workspace = pool_.take([] { return SearchWorkspace<T>(); });
   for (size_t done = 0; done < ids.size(); done += kQueries) {
     const int64_t count = std::min<int64_t>(kQueries, ids.size() - done);
     std::vector<double> queries(count * d);
@@ -115,19 +116,19 @@ void Search<T>::direct(const std::vector<int64_t>& ids) {
         const std::vector<Neighbor<T>>& more = nearest[p * count + i].items;
         all.insert(all.end(), more.begin(), more.end());
       }
-      write(ids[done + i], all, k_);
+      write(ids[done + i], all, k_, *workspace);
     }
   }
 }
 
 template <class T>
-void Search<T>::write(int64_t id, std::vector<Neighbor<T>>& candidates, int64_t rank) {
+void Search<T>::write(int64_t id, std::vector<Neighbor<T>>& candidates, int64_t rank, SearchWorkspace<T>& w) {
   if (int64_t(candidates.size()) < rank) {
     std::fill_n(out_ + id * (indices_ ? k_ : 1), indices_ ? k_ : 1, std::numeric_limits<T>::quiet_NaN());
     if (indices_) std::fill_n(indices_ + id * k_, k_, -1);
   } else if (indices_) {
     if (rank > int64_t(candidates.size()) / 16) {
-      sort_by_distance(candidates);
+      sort_by_distance(candidates, w.spare);
     } else {
       std::partial_sort(candidates.begin(), candidates.begin() + rank, candidates.end());
     }

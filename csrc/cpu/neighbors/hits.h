@@ -93,26 +93,50 @@ struct Neighbor {
   }
 };
 
-// Sorts neighbours, whose distances are no NaN: by the bits of the distances, 11 at a time, which for numbers that are
-// not negative have the order of the numbers. Ten times as fast as std::sort on 20,000.
+// The bits of a distance, which is not negative and no NaN: they have the order of the numbers.
 template <class T>
-void sort_by_distance(std::vector<Neighbor<T>>& items) {
-  using Key = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  constexpr int kBits = 11, kDigits = 1 << kBits, kPasses = (8 * sizeof(T) + kBits - 1) / kBits;
-  auto digit = [](const Neighbor<T>& item, int pass) {
-    Key key;
-    std::memcpy(&key, &item.distance, sizeof(Key));
-    return key >> (pass * kBits) & (kDigits - 1);
+using DistanceKey = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+template <class T>
+DistanceKey<T> key_of(T distance) {
+  DistanceKey<T> key;
+  std::memcpy(&key, &distance, sizeof(key));
+  return key;
+}
+
+// How many bits the keys of distances from `least` to `most` have, less that of `least`.
+template <class T>
+int key_bits(T least, T most) {
+  int bits = 0;
+  for (auto range = key_of(most) - key_of(least); range > 0; range >>= 1) ++bits;
+  return bits;
+}
+
+// Sorts neighbours by their keys, 12 bits at the most at a time: many times as fast as std::sort. `spare` is room.
+template <class T>
+void sort_by_distance(std::vector<Neighbor<T>>& items, std::vector<Neighbor<T>>& spare) {
+  constexpr int kMostBits = 12;
+  if (items.empty()) return;
+  DistanceKey<T> least = key_of(items[0].distance), most = least;
+  for (const Neighbor<T>& item : items) {
+    const DistanceKey<T> key = key_of(item.distance);
+    least = key < least ? key : least;
+    most = key > most ? key : most;
+  }
+  const int bits = key_bits(least, most), passes = (bits + kMostBits - 1) / kMostBits;
+  const int width = passes ? (bits + passes - 1) / passes : 0, digits = 1 << width;
+  const auto digit = [=](const Neighbor<T>& item, int pass) {
+    return (key_of(item.distance) - least) >> (pass * width) & (digits - 1);
   };
-  std::vector<uint32_t> starts(kPasses * kDigits);
+  std::vector<uint32_t> starts(passes * digits);
   for (const Neighbor<T>& item : items)
-    for (int pass = 0; pass < kPasses; ++pass) ++starts[pass * kDigits + digit(item, pass)];
-  std::vector<Neighbor<T>> other(items.size());
-  for (int pass = 0; pass < kPasses; ++pass) {
-    uint32_t* const start = starts.data() + pass * kDigits;
-    std::exclusive_scan(start, start + kDigits, start, uint32_t(0));
-    for (const Neighbor<T>& item : items) other[start[digit(item, pass)]++] = item;
-    items.swap(other);
+    for (int pass = 0; pass < passes; ++pass) ++starts[pass * digits + digit(item, pass)];
+  spare.resize(items.size());
+  for (int pass = 0; pass < passes; ++pass) {
+    uint32_t* const start = starts.data() + pass * digits;
+    std::exclusive_scan(start, start + digits, start, uint32_t(0));
+    for (const Neighbor<T>& item : items) spare[start[digit(item, pass)]++] = item;
+    items.swap(spare);
   }
   for (auto first = items.begin(); first != items.end();) {
     const auto last =

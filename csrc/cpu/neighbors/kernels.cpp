@@ -54,6 +54,14 @@ inline NarrowVec<float> bf16_residual(NarrowVec<float> v) {
 inline Vec<double> bf16_residual(Vec<double>) { return Vec<double>{}; }  // double is never rounded
 
 constexpr int64_t kWide = kLanes<double>;
+constexpr int64_t kSums = 8;  // vectors of sums of a distance: an addition need not wait for the one before
+
+static_assert(kBlockDepth % (kSums * kWide) == 0, "blocks leave nothing over");
+
+// The sum of a distance's sums, in the order in which every kernel here adds them.
+inline double total(const Vec<double>* sums) {
+  return reduce_sum<double>(((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])));
+}
 
 }  // namespace
 
@@ -144,7 +152,7 @@ void collect(const Scores<T>& scores, const T* thresholds, Hit<T>* const* hits, 
 template <class T>
 void squared_distances(const double* query, const T* points, int64_t d, const int32_t* rows, int64_t count,
                        double* out) {
-  constexpr int64_t kSums = 8, kAhead = 2, kLine = 64 / sizeof(T);
+  constexpr int64_t kAhead = 2, kLine = 64 / sizeof(T);
   for (int64_t i = 0; i < count; ++i) {
     const T* x = points + (rows ? rows[i] : i) * d;
     if (rows && i + kAhead < count) {
@@ -159,18 +167,57 @@ void squared_distances(const double* query, const T* points, int64_t d, const in
         const Vec<double> e = load<Vec<double>>(query + o) - widen(load<NarrowVec<T>>(x + o));
         sums[u] += e * e;
       }
-    double sum =
-        reduce_sum<double>(((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])));
+    double sum = total(sums);
     for (; j < d; ++j) sum += (query[j] - x[j]) * (query[j] - x[j]);
     out[i] = sum;
   }
 }
 
-#define ROBUSTFT_INSTANTIATE(T)                                                   \
-  template void centre_row<T>(const T*, const T*, int64_t, bool, T*, RowNorms*);  \
-  template void score_reached<T>(const T*, const T*, int64_t, int64_t, T*);       \
-  template void collect<T>(const Scores<T>&, const T*, Hit<T>* const*, int64_t*); \
-  template void squared_distances<T>(const double*, const T*, int64_t, const int32_t*, int64_t, double*);
+// Up to `side` rows (rows, d), d a multiple of kBlockDepth, side by side in double: out [8][d / (8
+// lanes)][side][lanes]. Rows that are not there are zeros.
+template <class T>
+void pack_block(const T* x, int64_t rows, int64_t d, int64_t side, double* out) {
+  const int64_t steps = d / (kSums * kWide);
+  for (int64_t r = 0; r < side; ++r)
+    for (int64_t i = 0; i < steps; ++i)
+      for (int64_t u = 0; u < kSums; ++u) {
+        const int64_t from = r * d + (i * kSums + u) * kWide;
+        store(out + ((u * steps + i) * side + r) * kWide,
+              r < rows ? widen(load<NarrowVec<T>>(x + from)) : Vec<double>{});
+      }
+}
+
+// out (kBlockQueries, kBlockPoints), leading dimension ld: the distances of squared_distances, with the same bits, from
+// packed blocks. A number that is read serves several distances, at half the instructions each.
+void block_distances(const double* queries, const double* points, int64_t d, double* out, int64_t ld) {
+  constexpr int64_t kPairs = kBlockQueries * kBlockPoints;
+  const int64_t steps = d / (kSums * kWide);
+  Vec<double> sums[kPairs][kSums];
+  for (int64_t u = 0; u < kSums; ++u) {
+    Vec<double> of_pairs[kBlockQueries][kBlockPoints] = {};
+    for (int64_t i = 0; i < steps; ++i) {
+      Vec<double> x[kBlockPoints];
+      for (int64_t c = 0; c < kBlockPoints; ++c) x[c] = load<Vec<double>>(points + c * kWide);
+      for (int64_t r = 0; r < kBlockQueries; ++r) {
+        const Vec<double> q = load<Vec<double>>(queries + r * kWide);
+        for (int64_t c = 0; c < kBlockPoints; ++c) {
+          const Vec<double> e = q - x[c];
+          of_pairs[r][c] += e * e;
+        }
+      }
+      queries += kBlockQueries * kWide, points += kBlockPoints * kWide;
+    }
+    for (int64_t p = 0; p < kPairs; ++p) sums[p][u] = of_pairs[p / kBlockPoints][p % kBlockPoints];
+  }
+  for (int64_t p = 0; p < kPairs; ++p) out[p / kBlockPoints * ld + p % kBlockPoints] = total(sums[p]);
+}
+
+#define ROBUSTFT_INSTANTIATE(T)                                                                           \
+  template void centre_row<T>(const T*, const T*, int64_t, bool, T*, RowNorms*);                          \
+  template void score_reached<T>(const T*, const T*, int64_t, int64_t, T*);                               \
+  template void collect<T>(const Scores<T>&, const T*, Hit<T>* const*, int64_t*);                         \
+  template void squared_distances<T>(const double*, const T*, int64_t, const int32_t*, int64_t, double*); \
+  template void pack_block<T>(const T*, int64_t, int64_t, int64_t, double*);
 ROBUSTFT_INSTANTIATE(float)
 ROBUSTFT_INSTANTIATE(double)
 

@@ -16,8 +16,9 @@
 // Filter (filter.cpp). Points whose t reaches a threshold are kept: all that can matter, and few more.
 // Band (band.cpp). Only where t leaves open on which side of the k-th they are, within 2 eps, are points measured by
 // direct sums in double; there is no cancellation in these.
+// Searches for a large part of the points measure all (sorted.cpp).
 //
-// Distances are computed by the same kernel in the same order wherever they are, and eps leaves room for their
+// Distances are the same sums in the same order wherever they are computed, and eps leaves room for their
 // rounding: results have the same bits for any arithmetic of the filter, any batch of queries and any thread count.
 //
 // This file: the constants of the bound, how queries are shared among threads, and the operators.
@@ -32,10 +33,10 @@
 namespace robustft {
 namespace {
 
-constexpr int64_t kSharedRows = 128;   // with fewer queries a thread than this, threads share the points instead
-constexpr int64_t kDirectQueries = 4;  // so few are done without products: reading the points is all that counts
-constexpr int64_t kDirectShare = 6;    // and so are searches for more than this part of the points: all these are to
-                                       // be measured, and a tile of points serves many queries only in their order
+constexpr int64_t kSharedRows = 128;       // with fewer queries a thread than this, threads share the points instead
+constexpr int64_t kDirectQueries = 4;      // so few are done without products: reading the points is all that counts
+constexpr int64_t kSortedShare = 6;        // searches for more than this part of the points are not filtered: all these
+                                           // are to be measured, and in their order that takes a fraction of the time
 constexpr int64_t kUnsampledQueries = 16;  // so few start without a threshold: packing the sample would cost more
 
 // Whether aten's float32 product rounds its factors (torch.set_float32_matmul_precision and its like).
@@ -77,8 +78,8 @@ void Search<T>::run(int64_t count) {
     sample_.emplace(set_.sample, RightMatrix<T>::kColumns, set_.arithmetic);
   std::vector<int64_t> all(count);
   std::iota(all.begin(), all.end(), 0);
+  if (indices_ && k_ > set_.n / kSortedShare) return set_.d % kBlockDepth ? direct(all) : sorted(all);
   if (set_.form == FilterForm::points && count <= kDirectQueries) return direct(all);
-  if (indices_ && k_ > set_.n / kDirectShare) return direct(all);
   const int64_t threads = torch::stable::get_num_threads();
   const bool shared = count < kSharedRows * threads;
   const int64_t rounds = (count + max_rows_ * threads - 1) / (max_rows_ * threads);

@@ -33,6 +33,10 @@ struct FixedProducts {
 };
 constexpr int64_t kPanel = 16, kGroup = 6;  // points, and queries, packed side by side
 
+// Rows side by side in a block of exact distances: of queries, and of points; and what their length must be a multiple
+// of, whatever the instruction set: the order of the sums of what is left over is the compiler's.
+constexpr int64_t kBlockQueries = 4, kBlockPoints = 2, kBlockDepth = 64;
+
 #define ROBUSTFT_DECLARE_NEIGHBORS(isa)                                                                       \
   namespace isa {                                                                                             \
   template <class T>                                                                                          \
@@ -44,6 +48,9 @@ constexpr int64_t kPanel = 16, kGroup = 6;  // points, and queries, packed side 
   template <class T>                                                                                          \
   void squared_distances(const double* query, const T* points, int64_t d, const int32_t* rows, int64_t count, \
                          double* out);                                                                        \
+  template <class T>                                                                                          \
+  void pack_block(const T* x, int64_t rows, int64_t d, int64_t side, double* out);                            \
+  void block_distances(const double* queries, const double* points, int64_t d, double* out, int64_t ld);      \
   void to_fixed(const float* x, int64_t d, float scale, int16_t* out, double* residual);                      \
   void fixed_products(const FixedProducts& in, float* out, int64_t ld);                                       \
   }

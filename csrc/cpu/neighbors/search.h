@@ -24,7 +24,7 @@ struct SearchWorkspace {
   std::vector<Hit<T>> hits, open;
   std::vector<int32_t> rows;
   std::vector<double> query, squared, order;
-  std::vector<Neighbor<T>> neighbors;
+  std::vector<Neighbor<T>> neighbors, spare;
 };
 
 template <class T>
@@ -60,8 +60,13 @@ class Search {
   // The queries `ids` by the distances to all points.
   void direct(const std::vector<int64_t>& ids);
   // The result of a query from candidates of which it needs the `rank` nearest; NaN if distances were.
-  void write(int64_t id, std::vector<Neighbor<T>>& candidates, int64_t rank);
+  void write(int64_t id, std::vector<Neighbor<T>>& candidates, int64_t rank, SearchWorkspace<T>& w);
   T distance(double squared) const { return T(squared_ ? squared : std::sqrt(squared)); }
+
+  // In sorted.cpp:
+
+  // The queries `ids`, of which each wants many of the points: all distances, sorted.
+  void sorted(const std::vector<int64_t>& ids);
 
   const PointSet<T>& set_;
   const T* queries_;
