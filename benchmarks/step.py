@@ -1,6 +1,7 @@
 """Whole training steps beside the plain loop that released code runs: towers, loss, backward, update, teacher.
 
     python -m benchmarks.step [--only PATTERN] [--steps N]      # results/step.json
+    python -m benchmarks.step --compile [--only PATTERN]        # robustft with compiled towers beside itself without
 
 The plain loop has the same weights and batches: open_clip's towers on all positions of each image's caption, the eager
 loss, AdamW as torch makes it by default, and for CaRot a second full pass of images and texts through the teacher and a
@@ -9,8 +10,9 @@ start, step by step in turn, so that whatever else the machine does meets both; 
 One thread.
 
     captions    "distinct": a text of its own for each image, as tokens; a number: of so many classes, one template
-    ratio       median over steps of (the plain loop's time / robustft's)
+    ratio       median over steps of (the plain loop's time / robustft's); with --compile, (without / with)
     shares      of robustft's step: image tower, text tower and teacher forward, backward, update
+    compiling   seconds that the first steps took longer than the others, and how many graphs were compiled
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 
 from robustft import clip, methods
 from robustft.losses import CROSS_WEIGHT, DISTILLATION_WEIGHT, ORTHOGONALITY_WEIGHT
+from robustft.training import CompiledTowers
 
 from . import machine
 from .__main__ import check_compiled
@@ -185,7 +188,9 @@ def descriptions(names: tuple[str, ...]) -> list[str]:
 class Ours:
     """robustft's method, and the loop of its README."""
 
-    def __init__(self, case: Case, model: nn.Module, tokenizer: Any, names: tuple[str, ...]) -> None:
+    def __init__(
+        self, case: Case, model: nn.Module, tokenizer: Any, names: tuple[str, ...], compiled: bool = False
+    ) -> None:
         options: dict[str, Any] = {"tokenizer": tokenizer, "class_names": names, "templates": (template_of(case),)}
         if case.method == "CaRot":
             options["total_steps"] = TOTAL_STEPS
@@ -193,6 +198,7 @@ class Ours:
             options |= {"descriptions": descriptions(names), "proxy": None}
         self.distinct = case.classes is None
         self.method = getattr(methods, case.method)(model, **options).train()
+        self.towers: Any = CompiledTowers(self.method) if compiled else nullcontext()
         trained = [p for p in self.method.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=LR, fused=True)
 
@@ -200,9 +206,10 @@ class Ours:
         given: Any = (batch.images, batch.tokens if self.distinct else batch.labels)
         if isinstance(self.method, methods.DRM):
             given = {"image": batch.images, "label": batch.labels, "core": batch.core}
-        loss = self.method.step(given).loss
         self.optimizer.zero_grad()
-        loss.backward()
+        with self.towers:
+            loss = self.method.step(given).loss
+            loss.backward()
         self.optimizer.step()
         self.method.after_step()
         return loss.item()
@@ -236,15 +243,17 @@ def watched(seconds: dict[str, float], ours: Ours) -> Iterator[None]:
         yield
 
 
-def measure(case: Case, steps: int) -> dict[str, Any]:
+def measure(case: Case, steps: int, compiled: bool = False) -> dict[str, Any]:
     model, tokenizer, names = bundle_of(case.model)
     visual: Any = model.visual
     side = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
     given = batches(case, tokenizer, names, side, steps + 2)
-    ours, plain = Ours(case, model, tokenizer, names), Plain(case, model, tokenizer, names)
+    start = (case, model, tokenizer, names)
+    ours, plain = (Ours(*start, compiled=True), Ours(*start)) if compiled else (Ours(*start), Plain(*start))
     times: dict[str, list[float]] = {"robustft": [], "plain": []}
     curves: dict[str, list[float]] = {"robustft": [], "plain": []}
     parts: dict[str, float] = {}
+    first, graphs = 0.0, _graphs() if compiled else 0
     for number, batch in enumerate(given):
         timed = number >= 2  # CaRot's first step has no teacher yet
         for name, loop in (("robustft", ours), ("plain", plain)):
@@ -253,31 +262,46 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
                 curves[name].append(loop.step(batch))
                 if timed:
                     times[name].append(time.perf_counter() - started)
+                elif loop is ours:
+                    first += time.perf_counter() - started
     apart = max(abs(a - b) / abs(b) for a, b in zip(curves["robustft"], curves["plain"], strict=True))
     if not apart <= AGREE:
         raise AssertionError(f"{case}: the losses differ by {apart:.2g} of their value: {curves}")
     ratio = statistics.median(b / a for a, b in zip(times["robustft"], times["plain"], strict=True))
     total = sum(times["robustft"])
+    seconds = statistics.median(times["robustft"])
+    compiling: dict[str, Any] = {}
+    if compiled:
+        compiling["compiling"] = {"seconds": round(first - 2 * seconds, 1), "graphs": _graphs() - graphs}
     return {
         "ratio": round(ratio, 2),
-        "seconds": round(statistics.median(times["robustft"]), 4),
+        "seconds": round(seconds, 4),
+        **compiling,
         "losses_differ": float(f"{apart:.1e}"),
         "shares": {name: round(spent / total, 3) for name, spent in parts.items()},
     }
+
+
+def _graphs() -> int:
+    """How many graphs torch.compile has made so far. Its part of torch takes seconds to load."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="measure the rows that this pattern matches")
     parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--compile", action="store_true", help="measure what compiled towers gain over others")
     chosen = parser.parse_args()
     check_compiled()
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     for case in CASES:
         if re.search(chosen.only, str(case)):
-            found[str(case)] = row = measure(case, chosen.steps)
-            if case in BAR:
+            found[str(case)] = row = measure(case, chosen.steps, chosen.compile)
+            if case in BAR and not chosen.compile:
                 row["must"] = BAR[case]
             print(f"{case}: {row}", flush=True)
     for model, batch, classes in dict.fromkeys(case[1:] for case in CASES):
@@ -285,7 +309,7 @@ def main() -> None:
         if None not in of:
             flyp, carot = (row["seconds"] for row in of if row)
             print(f"CaRot over FLYP, {model} batch {batch}: {carot / flyp:.2f} (at most 1.4)")
-    if not chosen.only:
+    if not (chosen.only or chosen.compile):
         print(machine.write("step", "python -m benchmarks.step", found))
 
 

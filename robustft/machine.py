@@ -24,6 +24,8 @@ Decay = Literal["cosine", "linear", "constant"]
 Loss = Literal["auto", "softmax", "sigmoid"]
 DECAYS: tuple[str, ...] = get_args(Decay)
 """What the learning rate does after its warm-up."""
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+"""How torch.compile compiles towers (`robustft.training.compiling`)."""
 Tune = Literal["full", "visual", "text", "projection", "lora", "prompts"]
 """Which parameters of a model are trained (`robustft.methods.tuning`)."""
 Towers = Literal["visual", "text", "both"]

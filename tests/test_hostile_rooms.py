@@ -354,6 +354,7 @@ def cases(folder):
                 Call((probe, PAIR), {"epochs": 1, "batch_size": 6, "lr": 1e-3, "progress": False, "limit_batches": 1}),
             ),
             "Method.step": (probe.step, Call((PAIR,))),
+            "CompiledTowers": (training.CompiledTowers, Call((probe,), {"mode": "default"})),
         },
     }
 
@@ -481,7 +482,7 @@ def rooms(tmp_path_factory):
 
 
 SLOW = ("load", "export", "fit", "save", "greedy_soup", "WiSEFT.fit", "load_predictor", "Classifier.save", "encode")
-SLOW += ("train", "load a run", "TipAdapterF", "ProDA", "LoCoOp", "KgCoOp", "CoCoOp")
+SLOW += ("train", "load a run", "TipAdapterF", "ProDA", "LoCoOp", "KgCoOp", "CoCoOp", "CompiledTowers")
 ROOMS = (
     "clip prompts neighbors data predictors ensembles methods conformal serving detection evaluation losses training"
 ).split()

@@ -35,6 +35,8 @@ NOT_OF_THE_RUN = (
     "workers",
     "cache",
     "accumulate",
+    "compile",
+    "compile_mode",
     "process_timeout",
 )
 """Arguments of `train` that may change when a run is resumed; the data are told by what was found."""

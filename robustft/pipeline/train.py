@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import Unpack
 
-from robustft.machine import PROCESS_TIMEOUT, Decay, Loss, Precision, Towers, Tune
+from robustft.machine import PROCESS_TIMEOUT, CompileMode, Decay, Loss, Precision, Towers, Tune
 from robustft.pipeline import flags
 from robustft.pipeline.arguments import TrainingSets, spelled_out
 from robustft.pipeline.recipes import LORA_LR, NEEDS, OWN, Recipe, recipe_named
@@ -86,6 +86,8 @@ def train(
     schedule: Decay = "cosine",
     precision: Precision = "fp32",
     grad_checkpointing: bool = False,
+    compile: bool = False,
+    compile_mode: CompileMode | None = None,
     validate_every: float = 1.0,
     metric: str = "accuracy",
     patience: int | None = None,
@@ -142,6 +144,8 @@ def train(
         schedule: of the rate after its rise: cosine, linear, constant.
         precision: of the training.
         grad_checkpointing: compute activations again in the backward: less memory, more time.
+        compile: compile the towers by torch.compile, which takes minutes at the start.
+        compile_mode: of torch.compile, which this turns on; reduce-overhead records CUDA graphs.
         validate_every: epochs, or parts of one, between measurements on validation data; 0 for none.
         metric: what is best on validation data: accuracy, ece, nll, worst_group.
         patience: stop after so many validations without a better value.
@@ -182,6 +186,7 @@ def train(
     from robustft.ops.processes import current
     from robustft.pipeline import job, opening
     from robustft.pipeline.seen import SPLIT_FILE, keep_split
+    from robustft.training.compiling import check_compiler
     from robustft.training.reporting import REPORTERS
     from robustft.training.run import configured
     from robustft.training.schedule import check_arguments
@@ -203,6 +208,8 @@ def train(
     Detector(score, tpr=tpr)
     opened = opening.open_materials(arguments, log)
     opening.check_needs(recipes, opened)
+    if compiled := compile_mode or compile:
+        check_compiler(compile_mode or "default", next(opened.bundle.model.parameters()).device)
     config = opening.config_of(arguments) | {"methods": {name: asdict(recipe) for name, recipe in recipes.items()}}
     validation_loop = {
         "metric": metric,
@@ -225,6 +232,7 @@ def train(
             "schedule": schedule,
             "precision": precision,
             "grad_checkpointing": grad_checkpointing,
+            "compile": compiled,
             "limit_batches": limit_batches,
             "accumulate": accumulate,
             "workers": job.training_workers(workers),

@@ -1,8 +1,9 @@
 """The optional training loop: its schedule, validation, reporters, checkpoints and exact resume."""
 
+from robustft.training.compiling import CompiledTowers
 from robustft.training.loop import History, fit
 from robustft.training.reporting import reporter
 from robustft.training.steps import NonFiniteError
 from robustft.training.validation import Best
 
-__all__ = ["Best", "History", "NonFiniteError", "fit", "reporter"]
+__all__ = ["Best", "CompiledTowers", "History", "NonFiniteError", "fit", "reporter"]

@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from robustft.clip.loading import move
 from robustft.clip.spread import Spread
 from robustft.data.images import Skipped
 from robustft.data.sources import Source, check_workers
-from robustft.machine import PROCESS_TIMEOUT, Decay, Precision
+from robustft.machine import PROCESS_TIMEOUT, CompileMode, Decay, Precision
 from robustft.methods.base import Method
 from robustft.ops.kinds import checked
 from robustft.ops.processes import Processes, joined
+from robustft.training.compiling import CompiledTowers
 from robustft.training.guards import recomputing, restored
 from robustft.training.optimization import Optimization
 from robustft.training.progress import Progress
@@ -74,6 +75,7 @@ def fit(
     max_logit_scale: float | None = 100.0,
     precision: Precision = "fp32",
     grad_checkpointing: bool = False,
+    compile: bool | CompileMode = False,
     seed: int = 0,
     validation: Any = None,
     metric: str | Metric = "accuracy",
@@ -122,6 +124,9 @@ def fit(
         precision: autocast to bf16 or fp16 (with loss scaling); weights stay as they are.
         grad_checkpointing: towers compute their activations once more in the backward: the same gradients, in less
             memory and more time.
+        compile: torch.compile makes the code of the towers' blocks, in the first step: True, or one of its modes,
+            "reduce-overhead" for CUDA graphs of image towers. `robustft.training.CompiledTowers` says what stays as it
+            is. A run may be resumed with another choice: it is the same to rounding, and without dropout.
         seed: of order, augmentation and dropout. A method's captions have their own.
         validation: a held-out set, any of what `robustft.evaluate` takes, or features where `data` are features. It is
             measured in float32 and changes nothing in the training; `robustft.training.validation` says what records
@@ -156,7 +161,8 @@ def fit(
             wait.
         ValueError, TypeError: bad arguments or data, a configuration other than the checkpoint's, or trained weights
             in half precision, in which most updates are lost.
-        RuntimeError: another process of several has ended or hangs. The last checkpoint stays.
+        RuntimeError: another process of several has ended or hangs; the last checkpoint stays. Or `compile` lacks a
+            compiler, which is said before anything is written, or torch.compile has failed.
         FileExistsError, FileNotFoundError, BlockingIOError, OSError: `output` holds a run, has none to
             resume, is in use by another process, or cannot be written.
     """
@@ -177,6 +183,7 @@ def fit(
             held.enter_context(restored(method))
         if grad_checkpointing:
             held.enter_context(recomputing(method))
+        towers = CompiledTowers(method, "default" if compile is True else compile) if compile else nullcontext()
         planned = Schedule(settings, len(source))
         measured = _validation(
             method,
@@ -208,6 +215,7 @@ def fit(
             source=source,
             schedule=planned,
             optimization=optimization,
+            towers=towers,
             validation=measured,
             run=run,
             processes=processes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -64,6 +65,7 @@ class Training:
     source: Source
     schedule: Schedule
     optimization: Optimization
+    towers: AbstractContextManager[object]  # held while loss and gradients are computed
     validation: Validation | None
     run: Run | None
     processes: Processes
@@ -117,7 +119,8 @@ class Training:
         rate, epoch = self.schedule.rate(self.step), self.step // self.schedule.per_epoch
         torch.manual_seed(stateless_seed(settings.seed, "step", self.step))
         optimization.start()
-        out = optimization.backward(batch if optimization.how.parts > 1 else to_device(batch, optimization.device))
+        with self.towers:
+            out = optimization.backward(batch if optimization.how.parts > 1 else to_device(batch, optimization.device))
         norm = optimization.norm()
         self.look()
         self.told = Told(self.step, out, norm)
