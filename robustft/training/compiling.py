@@ -98,10 +98,10 @@ class CompiledTowers:
         cause = error
         while cause is not None:
             if type(cause).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                told = str(cause).strip().partition("\n")[0]
+                told = " ".join(str(cause).split())
                 raise RuntimeError(
-                    f"torch.compile could not compile a tower ({type(cause).__name__}: {told:.300}). What it reports "
-                    "stands above; compile=False trains without it"
+                    f"torch.compile could not compile a tower ({type(cause).__name__}: {told:.300}). All that it "
+                    "reports stands above; compile=False trains without it"
                 ) from error
             cause = cause.__cause__
 

@@ -11,6 +11,7 @@ import shutil
 import tarfile
 import threading
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -406,6 +407,7 @@ def test_a_run_is_not_resumed_on_other_images(run, own, capsys):
         ({"templates": "nowhere.txt"}, "templates: 'nowhere.txt' is no file and none of photo, simple, imagenet"),
         ({"score": "mmc"}, "score must be one of"),
         ({"ensemble": "soup"}, "ensemble must be one of"),
+        ({"compile_mode": "reduce-overhead", "device": "cpu"}, "records CUDA graphs, and the method is on cpu"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_written(own, tmp_path, changes, message):
@@ -420,6 +422,18 @@ def test_a_dry_run_writes_nothing(own, tmp_path):
         train(own / "photos", model=f"local-dir:{own / 'clip'}", output=tmp_path / "out", dry_run=True, **RATE) is None
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("flags", "mode"), [(["--compile"], "default"), (["--compile-mode", "max-autotune"], "max-autotune")]
+)
+def test_towers_are_compiled_where_that_is_asked_for(own, tmp_path, monkeypatch, flags, mode):
+    modes: list[str] = []
+    monkeypatch.setattr("robustft.training.loop.CompiledTowers", lambda _, mode: nullcontext(modes.append(mode)))
+    arguments = ["--model", f"local-dir:{own / 'clip'}", "--output", str(tmp_path / "out"), "--batch-size", "20"]
+    assert cli.main(["train", str(own / "photos"), *arguments, "--dry-run", *flags]) == 0
+    assert modes == [mode]
 
 
 def test_a_plain_tree_is_split_and_measured_on_its_own_part(own, tmp_path, monkeypatch):
