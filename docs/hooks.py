@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,14 @@ def results(name: str) -> Any:
 
 
 @cache
-def answers() -> tuple[Any, str, str, Any]:
-    """What the committed study measured, its command, its machine and its benchmark."""
+def answers(study: str) -> tuple[Any, str, str, Any]:
+    """What a committed study measured, its command, its machine and its benchmark."""
     from robustft.pipeline.study import section_of
     from robustft.pipeline.study.findings import Measured
     from robustft.pipeline.study.page import Answer
     from robustft.pipeline.worlds import benchmark
 
-    held = results("study")
+    held = results(study)
     world, sections = held["world"], held["sections"].items()
     found = [
         Answer(section_of(name, world), [Measured(**seed) for seed in section["seeds"]]) for name, section in sections
@@ -77,17 +77,27 @@ def answers() -> tuple[Any, str, str, Any]:
     return found, held["command"], held["machine"], benchmark(world)
 
 
-def study_tables() -> str:
+STUDIES = [name for name in ("study", "study_icons") if (RESULTS / f"{name}.json").is_file()]
+"""Those of the digits and of the icons."""
+
+
+def study_path(study: str) -> str:
+    """Of the page of its tables, without its ending."""
+    return f"measured/{study.replace('_', '-')}"
+
+
+def study_tables(study: str) -> str:
     from robustft.pipeline.study.page import markdown
 
-    title, rest = markdown(*answers()).split("\n", 1)
-    return f"{title}: every table\n\n[Findings](../study.md) · [the same with pictures](study-pictures.html)\n{rest}"
+    title, rest = markdown(*answers(study)).split("\n", 1)
+    pictures = f"{Path(study_path(study)).name}-pictures.html"
+    return f"{title}: every table\n\n[Findings](../study.md) · [the same with pictures]({pictures})\n{rest}"
 
 
-def study_page() -> str:
+def study_page(study: str) -> str:
     from robustft.pipeline.study.page import page
 
-    return page(*answers())[0]
+    return page(*answers(study))[0]
 
 
 def speed() -> str:
@@ -163,8 +173,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "measured/memory.md": memory,
     "measured/kernels.md": kernels,
     "measured/emulated.md": emulated,
-    "measured/study.md": study_tables,
-    "measured/study-pictures.html": study_page,
+    **{f"{study_path(study)}.md": partial(study_tables, study) for study in STUDIES},
+    **{f"{study_path(study)}-pictures.html": partial(study_page, study) for study in STUDIES},
     "contributing.md": (ROOT / "CONTRIBUTING.md").read_text,
     "changelog.md": (ROOT / "CHANGELOG.md").read_text,
 }

@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--seeds", type=int, nargs="+", default=SEEDS, metavar="N", help=f"of the fine-tuning (default: {seeds})"
     )
-    study.add_argument("--sections", nargs="+", metavar="NAME", help="some of the questions (default: all)")
+    study.add_argument("--sections", nargs="+", default=(), metavar="NAME", help="some of the questions (default: all)")
 
     commands.add_parser("bench", help="measure every reduction against its peers on this machine", add_help=False)
     commands.add_parser("doctor", help="check the installation; exit code 1 when something is wrong")
@@ -223,10 +223,10 @@ def _quickstart(methods: list[str], **options: Any) -> int:
     return 0
 
 
-def _study(sections: list[str] | None, **options: Any) -> int:
-    from robustft.pipeline.study import SECTIONS, study
+def _study(**options: Any) -> int:
+    from robustft.pipeline.study import study
 
-    study(sections=sections or tuple(SECTIONS), **options)
+    study(**options)
     return 0
 
 

@@ -54,12 +54,10 @@ def test_help_names_every_command_recipe_and_precision(answers):
 @pytest.mark.parametrize("command", ["quickstart", "study"])
 def test_defaults_of_a_command_are_those_of_its_function(command):
     from robustft.pipeline.quickstart import quickstart
-    from robustft.pipeline.study import SECTIONS, study
+    from robustft.pipeline.study import study
 
     options = vars(cli.parser().parse_args([command]))
     options["method_names"] = options.pop("methods", None)
-    if "sections" in options:
-        options["sections"] = options["sections"] or tuple(SECTIONS)
     parameters = inspect.signature({"quickstart": quickstart, "study": study}[command]).parameters
     defaults = {name: p.default for name, p in parameters.items() if name in options}
     assert len(defaults) >= 5 and defaults == {name: options[name] for name in defaults}

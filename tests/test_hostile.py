@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import robustft
 from robustft import evaluation, functional
-from robustft.calibration import calibrators, measures
+from robustft.calibration import calibrators, distance_aware, measures
 from robustft.calibration import losses as calibration_losses
 from robustft.detection import metrics, scores
 from robustft.neighbors import NeighborIndex
@@ -47,6 +47,10 @@ VALID = {
         "confidence_penalty": Call((Z, Y)),
         "logit_range_penalty": Call((Z, Y, -1.0, 1.0)),
         "rescale_to_range": Call((Z, Z)),
+    },
+    distance_aware: {
+        "distance_aware_scales": Call((Z, Z, Z, Z), {"k": 2, "known": 0.05}),
+        "distance_aware_logits": Call((Z, torch.ones(3))),
     },
     scores: {
         "mcm": Call((COSINES,), {"temperature": 1.0}),

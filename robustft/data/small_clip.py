@@ -106,6 +106,17 @@ def load(path: Path, config: Mapping[str, Any], made_by: str) -> Bundle:
     )
 
 
+def words(bundle: Bundle) -> tuple[str, ...]:
+    """The words, of three letters or more, whose embeddings a model's file holds: those that it was pre-trained with.
+
+    A word of several tokens is none of them.
+    """
+    rows: Tensor = bundle.model.token_embedding.weight.detach()
+    texts = [bundle.tokenizer.decoder[row] for row in rows.abs().sum(1).nonzero()[:, 0].tolist()]
+    whole = [text.removesuffix("</w>") for text in texts if text.endswith("</w>")]
+    return tuple(word for word in whole if len(word) > 2 and word.isascii() and word.isalpha())
+
+
 class Vocabulary:
     """Tokens (N, L) of captions as indices into `rows` (V,), the sorted ids of all tokens that `texts` use."""
 

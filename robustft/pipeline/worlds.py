@@ -28,8 +28,15 @@ class Benchmark:
     """A bundled benchmark: a module with `load_clip`, `sets`, `spurious`, CLASS_NAMES, TEMPLATES, and words about it.
 
     `descriptions` of the classes are DRM's; the templates `by_chance`, which put a class where it is by chance, are
-    StarFT's; `near` and `far` are OOD sets; `usual` gives the group, of `spurious`, that goes with each label. `rate`
-    is what its model's towers bear of the learning rates of the digits' recipes.
+    StarFT's; `near` and `far` are OOD sets, and `further` those beside `far` that are far, too; `usual` gives the
+    group, of `spurious`, that goes with each label, and `misleading` says what the group is. `adjectives` and
+    `superclasses` make negative texts (CSP), none of which names an OOD set. `concepts` says whether there is a task of
+    many classes and few images. `tested` is the number of ID test images, `noise_floor` that of an ECE on them, in %.
+
+    Recipes are the digits'. Of them the image towers here have `rate` of the learning rates and `epochs` of the epochs,
+    which makes `steps` of a fine-tuning; few-shot recipes have as many steps as there, so `few_shot_epochs` of the
+    epochs. `chosen` says how rates were, `looked_at` at what the soups were found; `lambdas` are those of DRM that are
+    tried; `tells` says whether ID validation accuracy tells trained models apart.
     """
 
     name: str
@@ -45,9 +52,22 @@ class Benchmark:
     near_is: str
     far_is: str
     misleads: str
+    misleading: str
     usual: Callable[[Tensor], Tensor]
+    tested: int
+    noise_floor: int
+    chosen: str
+    looked_at: str
+    lambdas: tuple[float, ...]
+    further: tuple[str, ...] = ()
+    adjectives: tuple[str, ...] = ()
+    superclasses: tuple[str, ...] = ()
     pretrains: bool = False
+    concepts: bool = False
+    tells: bool = False
     rate: float = 1.0
+    epochs: float = 1.0
+    steps: int = 70
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -59,9 +79,17 @@ class Benchmark:
         templates: tuple[str, ...] = self.module.TEMPLATES
         return templates
 
-    def recipe(self, recipe: Recipe) -> Recipe:
-        """A recipe as it is for this benchmark's model."""
-        return replace(recipe, lr=recipe.lr * self.rate) if recipe.method in TOWERS else recipe
+    @property
+    def few_shot_epochs(self) -> float:
+        """The share of a few-shot recipe's epochs that has as many steps as it has with the digits' ten classes."""
+        return len(glyphworld.CLASS_NAMES) / len(self.class_names)
+
+    def recipe(self, recipe: Recipe, *, few_shot: bool = False) -> Recipe:
+        """A recipe as it is for this benchmark's model and data."""
+        towers = recipe.method in TOWERS
+        share = self.few_shot_epochs if few_shot else self.epochs if towers else 1.0
+        rate = self.rate if towers else 1.0
+        return replace(recipe, lr=recipe.lr * rate, epochs=max(1, round(recipe.epochs * share)))
 
     def load_clip(self, path: Path | None = None) -> Bundle:
         bundle: Bundle = self.module.load_clip(path)
@@ -94,7 +122,13 @@ _BENCHMARKS = (
         near_is="Letters in the style of the digits: near.",
         far_is="Textures without any character: far.",
         misleads="The ground's colour goes with the class for 97 % of the training and validation images",
+        misleading="background",
         usual=lambda labels: labels // 2,
+        tested=500,
+        noise_floor=3,
+        chosen="and so were all learning rates, once for all seeds (`python -m benchmarks.study_selection`)",
+        looked_at="seed 0's test sets: seeds 1 and 2 are their test",
+        lambdas=(0.25, 0.5, 1.0, 2.0, 4.0),
         pretrains=True,
     ),
     Benchmark(
@@ -112,8 +146,22 @@ _BENCHMARKS = (
         near_is="Emoji of held-out kinds by the ID studios: near.",
         far_is="Interface symbols: far.",
         misleads="The frame's colour goes with the class for 95 % of the training and validation images",
+        misleading="frame",
         usual=lambda labels: labels % len(iconworld.FRAME_COLOURS),
+        tested=690,
+        noise_floor=4,
+        chosen="and so was the factor of the image towers' learning rates, once for all seeds (`python -m "
+        "benchmarks.iconworld_selection`), which otherwise are the digits'",
+        looked_at="GlyphWorld's test sets, and this benchmark is their test",
+        lambdas=(0.5, 1.0, 2.0),
+        further=("letters", "flags"),
+        adjectives=iconworld.ADJECTIVES,
+        superclasses=iconworld.SUPERCLASSES,
+        concepts=True,
+        tells=True,
         rate=0.1,
+        epochs=0.4,
+        steps=32,
     ),
 )
 

@@ -15,11 +15,13 @@ from robustft.cli import main
 from robustft.clip import Bundle
 from robustft.clip.outputs import Outputs
 from robustft.data import Data, ImageDataset
+from robustft.data.small_clip import words
+from robustft.detection.detector import Detector
 from robustft.evaluation import Suite
-from robustft.methods import CVaR
+from robustft.methods import CVaR, OutputEnsemble, WiSEFT
 from robustft.pipeline import study
 from robustft.pipeline.quickstart import RECIPES
-from robustft.pipeline.study import field
+from robustft.pipeline.study import base_to_new, compositions, detection, field
 from robustft.pipeline.study.calibration import NONE, TEMPERATURE, calibrated
 from robustft.pipeline.study.findings import (
     Claim,
@@ -33,7 +35,7 @@ from robustft.pipeline.study.findings import (
     spread,
     verdict,
 )
-from robustft.pipeline.study.recipes import SPURIOUS
+from robustft.pipeline.study.recipes import HOSTS, SPURIOUS
 from robustft.pipeline.study.world import World
 from robustft.pipeline.training import built_options
 from robustft.pipeline.worlds import benchmark
@@ -204,7 +206,80 @@ def test_a_section_speaks_of_its_world_s_own_sets():
     assert not any("letters" in claim.text or "textures" in claim.text for claim in icons.claims)
     assert "frame" in " ".join(study.section_of("drm", "icons").notes.values())
     assert study.section_of("vrf", "icons") is study.SECTIONS["vrf"]
-    assert study._command("icons", True, (0, 1, 2), tuple(study.SECTIONS)) == "robustft study --world icons --quick"
+    assert (
+        study._command("icons", True, (0, 1, 2), study.sections_of("icons")) == "robustft study --world icons --quick"
+    )
+
+
+@pytest.mark.parametrize("world", ["digits", "icons"])
+def test_a_section_speaks_of_its_world_alone(world):
+    others = {"digits": ("frame", "drawing", "studio"), "icons": ("digit", "background", "of 70 steps", "500 images")}
+    names = study.sections_of(world)
+    assert ("base_to_new" in names) == (world == "icons")
+    for section in (study.section_of(name, world) for name in names):
+        plots = [f"{plot.title} {plot.caption}" for plot in section.plots]
+        said = [section.title, section.question, *(claim.text for claim in section.claims), *plots]
+        assert not [text for text in (*said, *section.notes.values()) for word in others[world] if word in text]
+
+
+def test_recipes_of_icons_are_shorter_by_what_the_benchmark_says():
+    icons, digits = benchmark("icons"), benchmark("digits")
+    assert all(digits.recipe(recipe, few_shot=True) == recipe for recipe in HOSTS.values())
+    ft, coop = (icons.recipe(recipe) for recipe in (RECIPES["FT"], HOSTS["CoOp"]))
+    assert (ft.lr, ft.epochs) == (icons.rate * RECIPES["FT"].lr, icons.epochs * RECIPES["FT"].epochs)
+    assert coop == HOSTS["CoOp"]
+    few = icons.recipe(HOSTS["LP-FT"], few_shot=True)  # 46 classes, not 10
+    assert (few.lr, few.epochs) == (icons.rate * HOSTS["LP-FT"].lr, round(30 * 10 / 46))
+
+
+def test_a_benchmark_tells_the_steps_and_test_images_that_it_has():
+    icons = benchmark("icons")
+    recipe, data = icons.recipe(RECIPES["FT"]), icons.sets()
+    assert icons.steps == recipe.epochs * (len(data.train) // recipe.batch_size) and icons.tested == len(data.test)
+    assert {icons.near, icons.far, *icons.further} == set(data.ood)
+
+
+def test_words_are_those_whose_embeddings_a_model_has():
+    weight = torch.zeros(5, 2)
+    weight[[0, 2, 3]] = 1.0
+    model = SimpleNamespace(token_embedding=SimpleNamespace(weight=torch.nn.Parameter(weight)))
+    decoder = {0: "cat</w>", 1: "dog</w>", 2: "bi", 3: "ox</w>", 4: "!!!</w>"}
+    assert words(SimpleNamespace(model=model, tokenizer=SimpleNamespace(decoder=decoder))) == ("cat",)
+
+
+def test_a_mixed_stream_gives_every_image_its_own_score_back():
+    cosines = torch.nn.functional.normalize(torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    known, more, unknown = (Outputs(part, part) for part in cosines.split((12, 8, 10)))
+    detector = Detector("mcm")
+    together = detection.mixed(detector, [known, more], unknown, 0)
+    apart = torch.cat([detector.scores(known), detector.scores(more)]), detector.scores(unknown)
+    for found, expected in zip(together, apart, strict=True):
+        torch.testing.assert_close(found, expected.double())
+
+
+def row_of(axes, validation=(50.0, 100.0)) -> dict[str, float]:
+    return dict(zip((*compositions.AXES, *compositions.VALIDATION), (*axes, *validation), strict=True))
+
+
+def test_a_composition_is_chosen_by_validation_and_held_against_the_best_single_methods():
+    singles = {"a": row_of((80.0, 60.0, 90.0, 9.0)), "b": row_of((82.0, 58.0, 88.0, 7.0))}
+    composed = {
+        "better": row_of((83.0, 61.0, 91.0, 6.0), (70.0, 90.0)),
+        "chosen": row_of((84.0, 62.0, 89.5, 5.0), (71.0, 95.0)),
+        "as right": row_of((99.0, 99.0, 99.0, 0.0), (71.0, 96.0)),
+    }
+    tables = {compositions.SINGLES: singles, compositions.COMPOSED: composed}
+    assert compositions.named(compositions.CHOSEN, tables) == "chosen"
+    assert compositions.dominates(compositions.CHOSEN)(tables) == -0.5  # of AUROC
+    assert compositions.dominates("better")(tables) == 1.0
+    assert compositions.lead(compositions.CHOSEN, "ECE OOD")(tables) == 2.0
+
+
+def test_two_things_fight_where_models_better_at_one_are_worse_at_the_other():
+    rows = {str(i): row_of((float(i), float(i**3), float(-i), float(i))) for i in range(5)}
+    tables = {compositions.SINGLES: rows, compositions.COMPOSED: {}}
+    for other, margin in (("acc OOD", -1.0), (compositions.KNN, 1.0), ("ECE OOD", 1.0)):  # of ECE less is better
+        assert compositions.fight("acc ID", other)(tables) == pytest.approx(margin)
 
 
 def tiny_benchmark(model, prompts):
@@ -216,26 +291,67 @@ def tiny_benchmark(model, prompts):
         return ImageDataset(images, torch.arange(count) % len(classes), classes)
 
     data = Data(noise(12), noise(6), noise(6), tuple(prompts["class_names"]), {"other": noise(6)}, {"none": noise(6)})
+    names = (*prompts["class_names"], "fox")[:4]
+    many = Data(noise(8, names), noise(8, names), noise(8, names), names)
     config = {"preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
     model.visual.preprocess_cfg = config["preprocess_cfg"]
     bundle = Bundle(model, prompts["tokenizer"], None, None, config)
     module = SimpleNamespace(
         load_clip=lambda path=None: bundle,
         sets=lambda limit: data,
+        concepts=lambda shots, limit: many,
         CLASS_NAMES=prompts["class_names"],
         TEMPLATES=prompts["templates"],
     )
-    return replace(benchmark("icons"), module=module, by_chance=("red {}", "{} box"), rate=1.0)
+    return replace(benchmark("icons"), module=module, by_chance=("red {}", "{} box"), rate=1.0, epochs=1.0)
 
 
 @pytest.mark.exhaustive  # ten trainings
-def test_what_is_asked_of_the_field_is_measured(clip_model, prompts, tmp_path, monkeypatch):
+def test_what_is_asked_of_the_field_is_measured(tiny_world):
+    lines = []
+    tiny_world.log = lines.append
+    tables = field.measure(tiny_world).tables
+    assert len(lines) == 10 and len(list((tiny_world.folder / "runs").iterdir())) == 10  # FT twice, with two seeds
+    margins = [claim.margin(tables) for claim in field.SECTION.claims]
+    assert len(margins) == 12 and all(math.isfinite(margin) for margin in margins)
+
+
+@pytest.fixture
+def tiny_world(clip_model, prompts, tmp_path, monkeypatch):
     tiny = tiny_benchmark(clip_model.float(), prompts)
     monkeypatch.setattr(study.world, "benchmark", lambda name: tiny)
     monkeypatch.setattr(study.world, "QUICK_EPOCHS", 1)
-    lines = []
-    world = World(tmp_path, 0, world="tiny", quick=True, log=lines.append)
-    tables = field.measure(world).tables
-    assert len(lines) == 10 and len(list((tmp_path / "runs").iterdir())) == 10  # FT twice, with two seeds
-    margins = [claim.margin(tables) for claim in field.SECTION.claims]
-    assert len(margins) == 12 and all(math.isfinite(margin) for margin in margins)
+    return World(tmp_path, 0, world="tiny", quick=True, log=lambda text: None)
+
+
+def test_outputs_are_the_predictors_own_and_a_tower_encodes_a_set_once(tiny_world, monkeypatch):
+    zero_shot = tiny_world.zero_shot
+    other = zero_shot._with(zero_shot.classes, class_embeddings=zero_shot.class_embeddings.flip(0))
+    mixture = OutputEnsemble(zero_shot, other).at(0.3)
+    test = tiny_world.tests.id
+    expected = [predictor.predict(test) for predictor in (zero_shot, other, mixture)]
+    passes = []
+    encode = study.world.clip.encode
+    monkeypatch.setattr(study.world.clip, "encode", lambda *a, **k: passes.append(encode(*a, **k)) or passes[-1])
+    found = [tiny_world.outputs(predictor, test) for predictor in (zero_shot, other, mixture)]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.classes == theirs.classes
+        for part in ("features", "cosines", "logits", "labels"):
+            torch.testing.assert_close(getattr(mine, part), getattr(theirs, part))
+    kept = list((tiny_world.folder / "features").rglob("*.safetensors"))
+    assert len(kept) == 1 and len(passes) == 4
+    halfway = WiSEFT(zero_shot, other).at(0.5)  # of one tower: nothing to encode
+    tiny_world.outputs(halfway, test)
+    assert list((tiny_world.folder / "features").rglob("*.safetensors")) == kept
+
+
+@pytest.mark.exhaustive  # five trainings
+def test_prompts_of_base_classes_are_measured_on_new_ones(tiny_world):
+    tables = base_to_new.measure(tiny_world).tables
+    assert tables[base_to_new.NEW]["zero-shot"]["DAC"] == tables[base_to_new.NEW]["zero-shot"]["as it is"]
+    assert tables[base_to_new.NEW]["CoOp"].keys() - tables[base_to_new.NEW]["CoCoOp"].keys() == {
+        "DAC",
+        "temperature and DAC",
+    }
+    for claim in base_to_new.SECTION.claims:
+        assert math.isfinite(claim.margin(tables))

@@ -4,7 +4,7 @@
 """
 
 from robustft.data.iconworld.model import load_clip
-from robustft.data.iconworld.taxonomy import DESCRIPTIONS, TEMPLATES
+from robustft.data.iconworld.taxonomy import ADJECTIVES, DESCRIPTIONS, SUPERCLASSES, TEMPLATES
 from robustft.data.iconworld.world import (
     CLASS_NAMES,
     FRAME_COLOURS,
@@ -19,12 +19,14 @@ from robustft.data.iconworld.world import (
 )
 
 __all__ = [
+    "ADJECTIVES",
     "CLASS_NAMES",
     "DESCRIPTIONS",
     "FRAME_COLOURS",
     "ID_STUDIOS",
     "OOD",
     "SHIFTS",
+    "SUPERCLASSES",
     "TASKS",
     "TEMPLATES",
     "concepts",

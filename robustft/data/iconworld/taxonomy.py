@@ -146,6 +146,14 @@ DESCRIPTIONS: dict[str, tuple[str, ...]] = {
 }
 """What drawings of each class show, in words for DRM: no word about studios or styles."""
 
+ADJECTIVES = (
+    "ancient", "angular", "black", "blank", "blurred", "broken", "circular", "colorful", "crossed", "curved",
+    "dark", "dotted", "empty", "filled", "flat", "folded", "framed", "golden", "gray", "hollow", "narrow", "outlined",
+    "plain", "rounded", "sharp", "square", "striped", "symmetric", "transparent", "triangular", "white", "wooden",
+)  # fmt: skip
+SUPERCLASSES = ("object", "creature", "place", "machine", "shape", "pattern", "material")
+"""For negative texts by CSP's recipe: "striped object", and so on. They name no kind and none of the OOD sets."""
+
 SUBGROUPS = {group: kind for kind, groups in (KINDS | HELD_OUT | OTHERS).items() for group in groups}
 """The kind of each subgroup that has one."""
 

@@ -23,16 +23,16 @@ from robustft.files import write_file, write_json, write_text
 from robustft.machine import processor
 from robustft.pipeline import flags
 from robustft.pipeline.recipes import DEFAULT_WORLD, SEEDS
-from robustft.pipeline.study import calibration, carot, cmp, compositions, detection, drm, field, vrf
+from robustft.pipeline.study import base_to_new, calibration, carot, cmp, compositions, detection, drm, field, vrf
 from robustft.pipeline.study.findings import Measured, Section
 from robustft.pipeline.study.page import Answer, markdown, page, summary
 from robustft.pipeline.study.world import World
 from robustft.pipeline.worlds import benchmark
 from robustft.training.run import configured
 
-MODULES = (carot, field, vrf, drm, cmp, calibration, detection, compositions)
+MODULES = (carot, field, vrf, drm, cmp, base_to_new, calibration, detection, compositions)
 SECTIONS = {module.SECTION.name: module.SECTION for module in MODULES}
-_MADE_FOR = {"detection": detection.section, "drm": drm.section}
+_MADE_FOR = {module.SECTION.name: module.section for module in (carot, cmp, compositions, detection, drm)}
 
 
 def section_of(name: str, world: str) -> Section:
@@ -42,13 +42,19 @@ def section_of(name: str, world: str) -> Section:
     return _MADE_FOR[name](benchmark(world))
 
 
+def sections_of(world: str) -> tuple[str, ...]:
+    """The names of the sections that a benchmark has; ValueError for an unknown one."""
+    concepts = benchmark(world).concepts
+    return tuple(name for name in SECTIONS if concepts or name != base_to_new.SECTION.name)
+
+
 @flags.checked
 def study(
     output: str | os.PathLike[str] = "runs/study",
     *,
     world: str = DEFAULT_WORLD,
     seeds: Sequence[int] = SEEDS,
-    sections: Sequence[str] = tuple(SECTIONS),
+    sections: Sequence[str] = (),
     quick: bool = False,
     resume: bool = False,
     workers: int | None = None,
@@ -60,7 +66,7 @@ def study(
         output: folder for everything; it must not hold another study, unless `resume`.
         world: which bundled benchmark: digits (GlyphWorld) or icons (IconWorld).
         seeds: of the fine-tuning.
-        sections: some of `SECTIONS`.
+        sections: some of `sections_of(world)`; none for all.
         quick: fewer epochs and test images: minutes, for a look.
         resume: go on with the study in `output`, under the same configuration.
         workers: processes, each with a section of a seed at a time and its share of the cores; by default one a core.
@@ -70,10 +76,10 @@ def study(
     Raises: ValueError for unknown worlds or sections, or no seed, FileExistsError for a folder that holds something
     else, BlockingIOError for one that another process works in, OSError for one that cannot be written.
     """
-    benchmark(world)
-    unknown = [name for name in sections if name not in SECTIONS]
-    if unknown or not sections:
-        raise ValueError(f"sections are {list(sections)}; expected some of {', '.join(SECTIONS)}")
+    known = sections_of(world)
+    sections = sections or known
+    if any(name not in known for name in sections):
+        raise ValueError(f"sections are {list(sections)}; expected some of {', '.join(known)}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; expected distinct ones, at least one")
     folder = Path(output)
@@ -166,5 +172,5 @@ def _command(world: str, quick: bool, seeds: Sequence[int], sections: Sequence[s
     parts += [f"--world {world}"] if world != DEFAULT_WORLD else []
     parts += ["--quick"] if quick else []
     parts += [f"--seeds {' '.join(map(str, seeds))}"] if tuple(seeds) != SEEDS else []
-    parts += [f"--sections {' '.join(sections)}"] if tuple(sections) != tuple(SECTIONS) else []
+    parts += [f"--sections {' '.join(sections)}"] if tuple(sections) != sections_of(world) else []
     return " ".join(parts)

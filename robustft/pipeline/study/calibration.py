@@ -88,7 +88,7 @@ SECTION = Section(
         ),
     ),
     notes={
-        MODELS[-1]: "All are fitted on the 297 validation images. NLL is in nats, times 100. A model without an error "
+        MODELS[-1]: "All are fitted on the ID validation images. NLL is in nats, times 100. A model without an error "
         "there stays as it is: no map has anything to learn from.",
     },
 )

@@ -1,13 +1,26 @@
-"""OOD detection after fine-tuning (arXiv 2306.06048): scores of every model, against near and far unknowns."""
+"""OOD detection after fine-tuning (arXiv 2306.06048): scores of every model, against near and far unknowns.
+
+Where a benchmark has words for negative texts, detectors of this decade too: NegLabel, its texts by CSP, and AdaNeg on
+mixed streams; near, far and full-spectrum, which counts images of the classes by other studios as known.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 
+import torch
+from torch import Tensor
+
+from robustft import clip
+from robustft.clip.outputs import Outputs, evaluating, outputs_of
+from robustft.data.small_clip import words
 from robustft.detection.by_name import SCORES, label
 from robustft.detection.detector import Detector
 from robustft.detection.metrics import ood_metrics
-from robustft.methods import Classifier, Predictor, TipAdapter, WiSEFT, zero_shot_classifier
+from robustft.detection.negatives import conjugated_negatives, conjugated_phrases
+from robustft.evaluation.results import Suite
+from robustft.methods import Classifier, DualClassifier, Predictor, TipAdapter, WiSEFT, zero_shot_classifier
 from robustft.pipeline.recipes import DEFAULT_WORLD
 from robustft.pipeline.study.findings import Claim, Measured, Section, Table, falls, higher
 from robustft.pipeline.study.recipes import HOSTS
@@ -16,6 +29,9 @@ from robustft.pipeline.worlds import Benchmark, benchmark
 
 SHOTS = 16
 FEW_SHOT = ("CoOp", "LoCoOp", "CLIP-Adapter", "Tip-Adapter-F")
+NEG_LABEL, CSP, ADA_NEG = "NegLabel", "CSP", "AdaNeg"
+SPECTRA = ("MCM", "k-NN", NEG_LABEL, CSP, ADA_NEG)
+NEAR, FAR, FULL_NEAR, FULL_FAR = "near", "far", "full near", "full far"
 
 
 def negatives_of(bundled: Benchmark) -> str:
@@ -42,7 +58,78 @@ def measure(world: World) -> Measured:
         rows = separation(world, predictor)
         for known in unknowns:
             tables[title(known)][name] = {score: row[known] for score, row in rows.items()}
-    return Measured(tables | {negatives_of(bundled): negatives}, {})
+    tables[negatives_of(bundled)] = negatives
+    if bundled.superclasses:
+        found = {name: spectra(world, single(p)) for name, p in predictors.items() if isinstance(single(p), Classifier)}
+        tables |= {spectrum(score): {name: rows[score] for name, rows in found.items()} for score in SPECTRA}
+    return Measured(tables, {})
+
+
+def single(predictor: Predictor) -> Predictor:
+    """Of two heads the one of the classes' names: negative texts are compared with these."""
+    return predictor.default if isinstance(predictor, DualClassifier) else predictor
+
+
+def spectrum(score: str) -> str:
+    """The name of a detector's table."""
+    return f"near, far and full-spectrum: {score}"
+
+
+def spectra(world: World, predictor: Predictor) -> dict[str, dict[str, float]]:
+    """What each of `SPECTRA` separates on a classifier, in %."""
+    assert isinstance(predictor, Classifier)
+    bundled, suite = world.benchmark, world.suite(predictor)
+    texts = {"class_embeddings": predictor.class_embeddings, "templates": world.prompts["templates"]}
+    chosen = [
+        conjugated_negatives(predictor.model, world.bundle.tokenizer, **texts, **candidates).embeddings
+        for candidates in (
+            {"phrases": (), "nouns": words(world.bundle)},
+            {"phrases": conjugated_phrases(bundled.adjectives, bundled.superclasses)},
+        )
+    ]
+    nouns, pool = chosen[0], torch.cat(chosen)
+    detectors = {
+        "MCM": Detector("mcm"),
+        "k-NN": Detector("knn").fit(world.training(predictor), validation=world.validation(predictor)),
+        NEG_LABEL: Detector("neg_label", negative_embeddings=nouns),
+        CSP: Detector("neg_label", negative_embeddings=pool),
+    }
+    memory = Detector("ada_neg", class_embeddings=predictor.class_embeddings, negative_embeddings=nouns)
+
+    def known(scored: Suite[Tensor], full: bool) -> Tensor:
+        return torch.cat([scored.id, *scored.shifts.values()]) if full else scored.id
+
+    def apart(scored: Suite[Tensor]) -> Callable[[str, bool], tuple[Tensor, Tensor]]:
+        return lambda name, full: (known(scored, full), scored.ood[name])
+
+    def together(name: str, full: bool) -> tuple[Tensor, Tensor]:
+        return mixed(memory, [suite.id, *(suite.shifts.values() if full else ())], suite.ood[name], world.seed)
+
+    found = {name: separated(bundled, apart(suite.map(detector.scores))) for name, detector in detectors.items()}
+    return found | {ADA_NEG: separated(bundled, together)}
+
+
+def separated(bundled: Benchmark, scores: Callable[[str, bool], tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """AUROC and FPR95 in %, means over near and over far OOD sets, out of the scores of known and of unknown images.
+
+    scores: of an OOD set's name, and of whether images of the shifts are known, too."""
+    near, far = (bundled.near,), (bundled.far, *bundled.further)
+    columns = {}
+    for what, names, full in ((NEAR, near, False), (FAR, far, False), (FULL_NEAR, near, True), (FULL_FAR, far, True)):
+        found = [ood_metrics(*scores(name, full)) for name in names]
+        columns[f"AUROC {what}"] = 100 * fmean(m.auroc for m in found)
+        columns[f"FPR {what}"] = 100 * fmean(m.fpr for m in found)
+    return columns
+
+
+def mixed(detector: Detector, known: Sequence[Outputs], unknown: Outputs, seed: int) -> tuple[Tensor, Tensor]:
+    """Scores of known and of unknown images that come in one stream, shuffled, to a detector with an empty memory."""
+    together = Outputs.cat([part.only("features", "cosines") for part in (*known, unknown)])
+    count, others = len(together.features), len(unknown.features)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    scores = torch.empty(count, dtype=torch.float64)
+    scores[order] = detector.scores(together.map(lambda part: part[order]))
+    return scores[: count - others], scores[count - others :]
 
 
 def negative_labels(world: World, predictor: Classifier) -> dict[str, float]:
@@ -73,17 +160,15 @@ def title(known: str) -> str:
 def separation(world: World, predictor: Predictor) -> dict[str, dict[str, float]]:
     """AUROC in % of every score, against each set of unknowns."""
     suite, training = world.suite(predictor), world.training(predictor)
-    rows = {}
+    local, rows = patches(world, predictor), {}
     for score, entry in SCORES.items():
         if entry.needs_options:
             continue
         detector = Detector(score)
         if "patch_cosines" in entry.reads:
-            if not isinstance(predictor, Classifier):
+            if local is None:
                 continue
-            detector.fit(predictor, world.data.validation)
-            sets = {"id": world.tests.id[0], **{known: pair[0] for known, pair in world.tests.ood.items()}}
-            scores = {key: detector.scores(predictor, images) for key, images in sets.items()}
+            scores = {key: detector.scores(p) for key, p in local.items()}
         else:
             detector.fit(training, validation=world.validation(predictor))
             scores = {key: detector.scores(p) for key, p in {"id": suite.id, **suite.ood}.items()}
@@ -91,8 +176,50 @@ def separation(world: World, predictor: Predictor) -> dict[str, dict[str, float]
     return rows
 
 
+def patches(world: World, predictor: Predictor) -> dict[str, Outputs] | None:
+    """Outputs with patches, of the ID test set and of the OOD sets; None for what has not one model with one head."""
+    if not isinstance(predictor, Classifier):
+        return None
+    sets = {"id": world.tests.id, **world.tests.ood}
+    found = {}
+    with torch.no_grad(), evaluating(predictor.model):
+        for name, (images, _) in sets.items():
+            parts = [clip.encode_images_and_patches(predictor.model, batch) for batch in images.split(256)]
+            features, local = (torch.cat(column) for column in zip(*parts, strict=True))
+            found[name] = outputs_of(features, predictor.class_embeddings, patch_features=local)
+    return found
+
+
 def gains(known: str, score: str, name: str) -> Callable[[Mapping[str, Table]], float]:
     return higher(title(known), score, name, "zero-shot")
+
+
+def spectrum_claims() -> list[Claim]:
+    """Whether detectors with negative texts stay ahead after fine-tuning, and where shifted images count as known."""
+    spectra = {NEAR: "near unknowns", FAR: "far unknowns"}
+    spectra |= {FULL_NEAR: f"{spectra[NEAR]}, full-spectrum", FULL_FAR: f"{spectra[FAR]}, full-spectrum"}
+
+    def beats(name: str, better: str, worse: str, column: str) -> Callable[[Mapping[str, Table]], float]:
+        column = f"AUROC {column}"
+        return lambda tables: tables[spectrum(better)][name][column] - tables[spectrum(worse)][name][column]
+
+    return [
+        *(
+            Claim(f"{when}, {better} beats {worse} against {words}", beats(name, better, worse, column))
+            for when, name in (("Zero-shot", "zero-shot"), ("After FT", "FT"), ("After CaRot", "CaRot"))
+            for better, worse in ((NEG_LABEL, "MCM"), (CSP, NEG_LABEL), (ADA_NEG, NEG_LABEL))
+            for column, words in spectra.items()
+        ),
+        *(
+            Claim(
+                f"By {score}, {name} separates {words} better than zero-shot",
+                higher(spectrum(score), f"AUROC {column}", name, "zero-shot"),
+            )
+            for score in (NEG_LABEL, ADA_NEG)
+            for name in ("FT", "CaRot")
+            for column, words in spectra.items()
+        ),
+    ]
 
 
 def section(bundled: Benchmark) -> Section:
@@ -154,6 +281,7 @@ def section(bundled: Benchmark) -> Section:
                 for when, name in (("Zero-shot", "zero-shot"), ("After CaRot", "CaRot"))
                 for what in (unnamed_in(bundled), bundled.far)
             ),
+            *(spectrum_claims() if bundled.superclasses else ()),
         ),
         notes={
             title(bundled.near): bundled.near_is,
@@ -163,6 +291,18 @@ def section(bundled: Benchmark) -> Section:
             negatives: f"The negative labels are the names of half of the {bundled.near}. Images of these have been "
             "named, as the paper's words from WordNet may name unknowns too; images of the others, and "
             f"{bundled.far}, have not.",
+            spectrum("MCM"): f"Near: {bundled.near}. Far: {', '.join((bundled.far, *bundled.further))}; means over the "
+            "sets. Full-spectrum: images of the shifts count as known. FPR: of unknown images where 95 % of the known "
+            "are kept. Of DRM the head of the classes' names.",
+            spectrum(NEG_LABEL): "Negative texts are the 15 % least like the classes of all words that the model was "
+            "pre-trained with, as the paper takes WordNet's; some may name unknowns.",
+            spectrum(
+                CSP
+            ): "NegLabel's texts, and of adjectives with words for whole categories the 15 % least like the classes.",
+            spectrum(
+                ADA_NEG
+            ): "NegLabel's texts, and a memory of test images. Each OOD set comes in one shuffled stream "
+            "with the known images, the memory emptied in between, as published.",
         },
     )
 

@@ -14,11 +14,10 @@ from robustft.methods import Classifier, CoreProxy, DualClassifier, Method, Pred
 from robustft.pipeline.recipes import DEFAULT_WORLD, Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Plot, Section, Table, higher, lower
 from robustft.pipeline.study.recipes import SINGLE, SPURIOUS
-from robustft.pipeline.study.world import World, accuracy, of_kind
+from robustft.pipeline.study.world import Tensors, World, accuracy, of_kind
 from robustft.pipeline.worlds import Benchmark, benchmark
 from robustft.predictors.logits import accuracy_and_nll
 
-LAMBDAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 QUICK_LAMBDAS = (0.5, 2.0)
 BETAS = tuple(i / 10 for i in range(11))
 PROXIES = {
@@ -28,12 +27,16 @@ PROXIES = {
 """What is known of the paper's two proxies leaves these open; ID validation chooses."""
 WORST_CASE = ("group DRO", "worst group", "CVaR")
 Choice = TypeVar("Choice")
-METHODS = "aligned and conflicting backgrounds"
 SETTINGS = "the proxy's settings"
 
 
+def methods_under(bundled: Benchmark) -> str:
+    """The name of the table of methods."""
+    return f"aligned and conflicting {bundled.misleading}s"
+
+
 def measure(world: World) -> Measured:
-    sets = Spurious(world)
+    sets, lambdas = Spurious(world), world.benchmark.lambdas
     predictors: dict[str, Predictor] = {"zero-shot": world.zero_shot}
     for name in ("FT", "FLYP"):
         predictors[name] = sets.trained(SPURIOUS[name])
@@ -48,25 +51,25 @@ def measure(world: World) -> Measured:
         tried = {proxy: sets.weighted(proxy, 1.0) for proxy in candidates}
         settings |= {described(proxy): sets.columns(predictor) for proxy, predictor in tried.items()}
         proxy = sets.best(tried)
-        found = {weight: sets.weighted(proxy, weight) for weight in (QUICK_LAMBDAS if world.quick else LAMBDAS)}
+        found = {weight: sets.weighted(proxy, weight) for weight in (QUICK_LAMBDAS if world.quick else lambdas)}
         predictors[f"DRM, {kind}"] = best[kind] = found[sets.best(found)]
         sweeps[kind] = list(found), [sets.conflicting(p) for p in found.values()]
-        sweeps[f"{kind}, validation"] = list(found), [accuracy(p.predict(sets.validation)) for p in found.values()]
+        sweeps[f"{kind}, validation"] = list(found), [sets.accuracy(p, sets.validation) for p in found.values()]
     dual = best["affinity"]
     predictors["DRM, default head"], predictors["DRM, concept head"] = dual.default, dual.core
     predictors["WiSE DRM"] = WiSEFT(world.zero_shot, dual.default).fit(sets.validation).classifier()
     mixtures = [dual.at(beta) for beta in BETAS]
     betas = {
         "conflicting": (list(BETAS), [sets.conflicting(p) for p in mixtures]),
-        "aligned": (list(BETAS), [accuracy(p.predict(sets.aligned)) for p in mixtures]),
+        "aligned": (list(BETAS), [sets.accuracy(p, sets.aligned) for p in mixtures]),
     }
     table = {name: sets.columns(predictor) for name, predictor in predictors.items()}
-    return Measured({METHODS: table, SETTINGS: settings}, {"lambda": sweeps, "beta": betas})
+    return Measured({methods_under(world.benchmark): table, SETTINGS: settings}, {"lambda": sweeps, "beta": betas})
 
 
-def ahead(setting: str) -> Callable[[Mapping[str, Table]], float]:
-    """The margin by which DRM with a proxy's setting, at lambda 1, is ahead of FLYP."""
-    return lambda tables: tables[SETTINGS][setting]["conflicting"] - tables[METHODS]["FLYP"]["conflicting"]
+def ahead(setting: str, methods: str) -> Callable[[Mapping[str, Table]], float]:
+    """The margin by which DRM with a proxy's setting, at lambda 1, is ahead of FLYP in the table of methods."""
+    return lambda tables: tables[SETTINGS][setting]["conflicting"] - tables[methods]["FLYP"]["conflicting"]
 
 
 def described(proxy: CoreProxy) -> str:
@@ -111,6 +114,7 @@ class Spurious:
                 class_names=self.world.benchmark.class_names,
                 descriptions=self.world.benchmark.descriptions,
                 proxy=proxy,
+                cache=self.world.features_of(self.world.bundle.model),
             )
         data = self.batch(core=self.proxies[proxy])
         arguments: dict[str, Any] = {"descriptions": self.world.benchmark.descriptions, "proxy": None}
@@ -125,19 +129,22 @@ class Spurious:
         """The choice of the highest ID validation accuracy; of equals the one of the lowest NLL."""
 
         def order(choice: Choice) -> tuple[float, float]:
-            p = found[choice].predict(self.validation)
+            p = self.world.outputs(found[choice], self.validation)
             right, nll = accuracy_and_nll(p.logits, p.labels)
             return -right, nll
 
         return min(found, key=order)
 
     def conflicting(self, predictor: Predictor) -> float:
-        return accuracy(predictor.predict(self.opposed))
+        return self.accuracy(predictor, self.opposed)
+
+    def accuracy(self, predictor: Predictor, data: Tensors) -> float:
+        return accuracy(self.world.outputs(predictor, data))
 
     def columns(self, predictor: Predictor) -> dict[str, float]:
-        aligned, opposed = (predictor.predict(pair) for pair in (self.aligned, self.opposed))
+        aligned, opposed = (self.world.outputs(predictor, part) for part in (self.aligned, self.opposed))
         return {
-            "validation": accuracy(predictor.predict(self.validation)),
+            "validation": self.accuracy(predictor, self.validation),
             "aligned": accuracy(aligned),
             "conflicting": accuracy(opposed),
             "worst class": 100 * worst_group_accuracy(opposed.logits.argmax(1), opposed.labels, opposed.labels),
@@ -147,48 +154,52 @@ class Spurious:
 
 def section(bundled: Benchmark) -> Section:
     """The section on a benchmark's misleading colours."""
+    methods, grounds = methods_under(bundled), f"{bundled.misleading}s"
     return Section(
         name="drm",
         title="DRM: a second risk on what the classes are, not where they stand",
-        question="Where a background goes with the class in training, does a risk on concept descriptions keep "
-        "accuracy when it goes against the class? Are both risks needed, and both heads?",
+        question=f"Where a {bundled.misleading} goes with the class in training, does a risk on concept descriptions "
+        "keep accuracy when it goes against the class? Are both risks needed, and both heads?",
         measure=measure,
         claims=(
             *(
                 Claim(
-                    f"DRM, as ID validation chooses it, is more accurate than {name} on conflicting backgrounds",
-                    higher(METHODS, "conflicting", "DRM, affinity", name),
+                    f"DRM, as ID validation chooses it, is more accurate than {name} on conflicting {grounds}",
+                    higher(methods, "conflicting", "DRM, affinity", name),
                 )
                 for name in ("FLYP", "FT", SINGLE)
             ),
             *(
-                Claim(f"DRM, {described(proxy)}, lambda 1, is more accurate than FLYP there", ahead(described(proxy)))
+                Claim(
+                    f"DRM, {described(proxy)}, lambda 1, is more accurate than FLYP there",
+                    ahead(described(proxy), methods),
+                )
                 for candidates in PROXIES.values()
                 for proxy in candidates
             ),
-            Claim("DRM loses nothing on aligned ones to FLYP", higher(METHODS, "aligned", "DRM, affinity", "FLYP")),
+            Claim("DRM loses nothing on aligned ones to FLYP", higher(methods, "aligned", "DRM, affinity", "FLYP")),
             Claim(
-                "The mixture of both heads beats the default head on conflicting backgrounds",
-                higher(METHODS, "conflicting", "DRM, affinity", "DRM, default head"),
+                f"The mixture of both heads beats the default head on conflicting {grounds}",
+                higher(methods, "conflicting", "DRM, affinity", "DRM, default head"),
             ),
             Claim(
-                "The affinity proxy beats the soft one on conflicting backgrounds",
-                higher(METHODS, "conflicting", "DRM, affinity", "DRM, soft"),
+                f"The affinity proxy beats the soft one on conflicting {grounds}",
+                higher(methods, "conflicting", "DRM, affinity", "DRM, soft"),
             ),
             Claim(
-                "DRM's ECE on conflicting backgrounds is lower than FLYP's",
-                lower(METHODS, "ECE conflicting", "DRM, affinity", "FLYP"),
+                f"DRM's ECE on conflicting {grounds} is lower than FLYP's",
+                lower(methods, "ECE conflicting", "DRM, affinity", "FLYP"),
             ),
             *(
                 Claim(
-                    f"{name} is more accurate than FT on conflicting backgrounds",
-                    higher(METHODS, "conflicting", name, "FT"),
+                    f"{name} is more accurate than FT on conflicting {grounds}",
+                    higher(methods, "conflicting", name, "FT"),
                 )
                 for name in WORST_CASE
             ),
             Claim(
                 "Mixed with zero-shot (WiSE), DRM is still ahead of FLYP",
-                higher(METHODS, "conflicting", "WiSE DRM", "WiSE FLYP"),
+                higher(methods, "conflicting", "WiSE DRM", "WiSE FLYP"),
             ),
         ),
         plots=(
@@ -197,7 +208,7 @@ def section(bundled: Benchmark) -> Section:
                 "The weight of the second risk",
                 "lambda",
                 "accuracy (%)",
-                "On conflicting backgrounds, and on the ID validation data by which lambda is chosen.",
+                f"On conflicting {grounds}, and on the ID validation data by which lambda is chosen.",
                 logarithmic=True,
             ),
             Plot(
@@ -209,11 +220,11 @@ def section(bundled: Benchmark) -> Section:
             ),
         ),
         notes={
-            METHODS: f"{bundled.misleads} and for all "
+            methods: f"{bundled.misleads} and for all "
             "aligned test images, and never for a conflicting one. worst class: the lowest accuracy of a class on "
             "conflicting ones. The proxy's settings and lambda are chosen on validation data, which can hardly tell: "
-            "its grounds lie as well. Group DRO and the worst group know which training images have another class's "
-            "ground.",
+            f"its {grounds} lie as well. Group DRO and the worst group know which training images have another class's "
+            f"{bundled.misleading}.",
             SETTINGS: "At lambda 1. What the class's affinity leaves of the mass is spread over the other classes, or "
             "dropped. The default, half on the label and the rest spread, was set on GlyphWorld (docs/drm.md).",
         },

@@ -36,7 +36,7 @@ INTRODUCTION = (
     "A toy that shows mechanisms: {toy}. "
     "It replicates no table of a paper. Each claim below is read off this toy alone: whether it appears here.",
     "Mixing weights, temperatures, VRF's a and b, DRM's proxy and lambda, Tip-Adapter's alpha and beta are chosen on "
-    "ID validation data, and so were all learning rates, once for all seeds (`python -m benchmarks.study_selection`); "
+    "ID validation data, {chosen}; "
     "the rest of the recipes is fixed. "
     "Numbers are means ± standard deviations over fine-tuning seeds, in % unless said otherwise; "
     "{measured}. "
@@ -47,7 +47,7 @@ INTRODUCTION = (
 
 def introduction(bundled: Benchmark) -> list[str]:
     """What is said of every study on a benchmark."""
-    return [text.format(toy=bundled.toy, measured=bundled.measured) for text in INTRODUCTION]
+    return [text.format(toy=bundled.toy, measured=bundled.measured, chosen=bundled.chosen) for text in INTRODUCTION]
 
 
 def markdown(answers: Sequence[Answer], command: str, machine: str, bundled: Benchmark) -> str:

@@ -50,3 +50,18 @@ HOSTS: Mapping[str, Recipe] = {
 }
 """Few-shot methods with class logits, chosen at `HOST_SHOTS` images a class."""
 HOST_SHOTS = 8
+
+
+def _prompt(host: str, epochs: int, batch_size: int = 40, **options: Any) -> Recipe:
+    recipe = HOSTS[host]
+    return replace(recipe, epochs=epochs, batch_size=batch_size, options={**recipe.options, **options})
+
+
+PROMPTS: Mapping[str, Recipe] = {
+    "CoOp": _prompt("CoOp", epochs=5),
+    "CoOp + ZS-Norm": _prompt("CoOp", epochs=5, objective={"rescale": "zero_shot"}),
+    "KgCoOp": _prompt("KgCoOp", epochs=5),
+    "MaPLe": _prompt("MaPLe", epochs=5),
+    "CoCoOp": _prompt("CoCoOp", epochs=1, batch_size=8),
+}
+"""Of two hundred classes, with about as many steps as few-shot recipes have; a quarter for CoCoOp."""

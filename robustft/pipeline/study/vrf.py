@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from statistics import fmean
 from typing import Any, NamedTuple
 
-import torch
-
-from robustft.evaluation import Frontier, frontier
+from robustft.ensembles.wise_ft import ALPHAS
 from robustft.evaluation.measure import Ensemble
-from robustft.methods import VRF, OutputEnsemble, Predictor, VRFFeatures, WiSEFT
+from robustft.methods import VRF, OutputEnsemble, Predictor, WiSEFT
 from robustft.pipeline.study.findings import Claim, Curve, Measured, Plot, Section, Table, falls, higher
-from robustft.pipeline.study.world import Tensors, World, columns
+from robustft.pipeline.study.world import World, accuracy, columns
 
 FINE_TUNED = ("FT", "FLYP", "CaRot", "LP")
 ABLATED = "FLYP"
@@ -48,7 +46,7 @@ class Comparison(NamedTuple):
 def compare(world: World, name: str) -> Comparison:
     """Every ensemble of one fine-tuned model with the zero-shot one."""
     zero_shot, fine_tuned, data = world.zero_shot, world.classifier(name), world.data
-    train, validation = (VRFFeatures.of(zero_shot, fine_tuned, pair) for pair in (data.train, data.validation))
+    train, validation = (world.pair(fine_tuned, part) for part in (data.train, data.validation))
     vrf = VRF().fit(train, validation)
     wise = WiSEFT(zero_shot, fine_tuned).fit(data.validation)
     ose = OutputEnsemble(zero_shot, fine_tuned).fit(data.validation)
@@ -74,22 +72,19 @@ def compare(world: World, name: str) -> Comparison:
         "OSE, temperatures": calibrated,
         "VRF": vrf.classifier(zero_shot, fine_tuned),
     }
-    frontiers = {row: curve(frontier(e, id=world.tests.id, shifts=world.tests.shifts)) for row, e in ensembles.items()}
+    frontiers = {row: frontier(world, ensemble) for row, ensemble in ensembles.items()}
     for row, points in frontiers.items():
         table[row]["best OOD"] = best(points, fine_tuned=table[name]["acc ID"])
-    bins = vrf.accuracy_ratio(VRFFeatures.of(zero_shot, fine_tuned, pooled(world.tests.shifts)), BINS)
+    bins = vrf.accuracy_ratio(world.pair(fine_tuned, *world.tests.shifts.values()), BINS)
     return Comparison(table, frontiers, ([0.5 * (b.lower + b.upper) for b in bins], [b.ratio for b in bins]))
 
 
-def pooled(shifts: Mapping[str, Tensors]) -> Tensors:
-    """All shifts as one set."""
-    images, labels = zip(*shifts.values(), strict=True)
-    return torch.cat(images), torch.cat(labels)
-
-
-def curve(frontier: Frontier) -> Curve:
-    """Its points (ID, mean over the shifts), in %."""
-    return [100 * x for x in frontier.id_accuracy], [100 * y for y in frontier.ood_accuracy]
+def frontier(world: World, ensemble: Ensemble) -> Curve:
+    """An ensemble at every mixing weight: points (ID, mean over the shifts), in %."""
+    along = [ensemble.at(alpha) for alpha in ALPHAS]
+    known = [accuracy(world.outputs(predictor, world.tests.id)) for predictor in along]
+    shifts = world.tests.shifts.values()
+    return known, [fmean(accuracy(world.outputs(predictor, part)) for part in shifts) for predictor in along]
 
 
 def best(curve: Curve, fine_tuned: float) -> float:
@@ -158,8 +153,8 @@ SECTION = Section(
     notes={
         name: f"best OOD: the best point of a frontier whose ID accuracy is within {WITHIN:g} point of {name}'s. It "
         "compares frontiers, by the test sets; the other columns are of weights chosen on ID validation, where many "
-        "are equally good: of those VRF takes the one nearest to zero-shot, a rule that was set with these shifts in "
-        "view, WSE and OSE that of the lowest NLL. "
+        "are equally good: of those VRF takes the one nearest to zero-shot, a rule that was set with GlyphWorld's "
+        "shifts in view, WSE and OSE that of the lowest NLL. "
         "NLL temperatures: of the seeds in which the fine-tuned model errs on validation data at all."
         for name in FINE_TUNED
     },

@@ -1,7 +1,8 @@
 """One seed's world: a bundled benchmark's sets, the zero-shot model, and what has been trained on them.
 
 Runs are kept in `folder`, each under a name that says what it depends on, so that a killed study goes on where it was
-and sections that ask for the same run share it, in one process or several: the first trains it, the others wait.
+and sections that ask for the same run share it, in one process or several: the first trains it, the others wait. So are
+the features of every image tower: predictors of one tower, and their mixtures, are heads on them.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from robustft import methods
-from robustft.clip.outputs import Outputs
+from robustft import clip, methods
+from robustft.clip.outputs import Outputs, evaluating
 from robustft.data import few_shot
 from robustft.data.opening import Data
 from robustft.data.sources import image_statistics
@@ -58,7 +60,6 @@ class World:
         self.bundle = self.benchmark.load_clip()
         self.limit = 200 if quick else None
         self._methods: dict[str, methods.Method] = {}
-        self._training: Outputs | None = None  # of the zero-shot model
         self._suites: dict[int, tuple[methods.Predictor, Suite[Outputs]]] = {}
 
     @cached_property
@@ -92,14 +93,23 @@ class World:
         return images[:limit], labels[:limit]
 
     def train(
-        self, recipe: Recipe, data: Any = None, *, what: str = "all", run: int = 0, **arguments: Any
+        self,
+        recipe: Recipe,
+        data: Any = None,
+        *,
+        what: str = "all",
+        run: int = 0,
+        few_shot: bool = False,
+        materials: Materials | None = None,
+        **arguments: Any,
     ) -> methods.Method:
         """The recipe's method trained on `data` (its training images, or what `what` names).
 
-        A further `run` of the same has another seed. `arguments` go to the method beside the recipe's options; `what`
-        must name all of theirs that matter.
+        A further `run` of the same has another seed; `few_shot` tells the recipe of few images a class. `materials`
+        (the world's own by default) and `arguments` make the method; `what` must name all of theirs that matter.
         """
-        data, recipe = self.data.train if data is None else data, self.benchmark.recipe(recipe)
+        data = self.data.train if data is None else data
+        recipe = self.benchmark.recipe(recipe, few_shot=few_shot)
         if self.quick:
             recipe = replace(recipe, epochs=max(1, recipe.epochs * QUICK_EPOCHS // RECIPES["FT"].epochs))
         seed = self.seed + RUNS * run
@@ -108,7 +118,7 @@ class World:
         if key not in self._methods:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # ablations ask for teachers that the method warns about
-                method = make_method(recipe, self.materials, **arguments)
+                method = make_method(recipe, materials or self.materials, **arguments)
             output = self.folder / "runs" / key
             with warnings.catch_warnings(), locked(self.folder / "locks" / key, wait=True):
                 warnings.filterwarnings("ignore", "CaRot's teacher")  # it is told the run's length here
@@ -150,6 +160,7 @@ class World:
             class_names=self.benchmark.class_names,
             descriptions=self.benchmark.descriptions,
             proxy=methods.CoreProxy(),
+            cache=self.features_of(self.bundle.model),
         )
         data = {"image": images, "label": labels, "core": core}
         method = self.train(recipe, data, what="core", descriptions=self.benchmark.descriptions, proxy=None)
@@ -171,25 +182,48 @@ class World:
         if getattr(methods, recipe.method).takes_features:
             encoded = self.training(self.zero_shot)
             train = few_shot((encoded.features, encoded.labels), count, seed=self.seed, at_most=True)
-        return self.train(recipe, train, what=f"{count}-shot", **arguments)
+        return self.train(recipe, train, what=f"{count}-shot", few_shot=True, **arguments)
+
+    def features_of(self, model: Any) -> Path:
+        """The folder that keeps an image tower's features."""
+        return self.folder / "features" / clip.fingerprint(model)[:16]
+
+    def outputs(self, predictor: methods.Predictor, data: Tensors, *, labelled: bool = True) -> Outputs:
+        """What a predictor makes of a set: a mixture out of its members' outputs, a head out of its tower's features,
+        which are computed once."""
+        encoder = predictor.encoder
+        if predictor.joined:
+            found = predictor.combined([self.outputs(member, data) for member in predictor.joined])
+        elif encoder is None:
+            return predictor.predict(data, labelled=labelled)
+        else:
+            features = clip.encode(encoder, data, cache=self.features_of(encoder)).image_features
+            with torch.no_grad(), evaluating(encoder):
+                found = predictor.head_outputs(features)
+        return found.replace(labels=data[1] if labelled else None, classes=predictor.classes)
 
     def suite(self, predictor: methods.Predictor) -> Suite[Outputs]:
         """A predictor's outputs on all test sets."""
         if id(predictor) not in self._suites:  # kept beside its result: an id is only unique while its owner lives
-            labelled = Suite(self.tests.id, self.tests.shifts, {}).map(predictor.predict)
-            ood = {name: predictor.predict(part, labelled=False) for name, part in self.tests.ood.items()}
-            self._suites[id(predictor)] = predictor, replace(labelled, ood=ood)
+            tests = self.tests
+            known = self.outputs(predictor, tests.id)
+            shifts = {name: self.outputs(predictor, part) for name, part in tests.shifts.items()}
+            ood = {name: self.outputs(predictor, part, labelled=False) for name, part in tests.ood.items()}
+            self._suites[id(predictor)] = predictor, Suite(known, shifts, ood)
         return self._suites[id(predictor)][1]
 
     def validation(self, predictor: methods.Predictor) -> Outputs:
-        return predictor.predict(self.data.validation)
+        return self.outputs(predictor, self.data.validation)
 
     def training(self, predictor: methods.Predictor) -> Outputs:
-        if predictor is not self.zero_shot:
-            return predictor.predict(self.data.train)
-        if self._training is None:
-            self._training = predictor.predict(self.data.train)
-        return self._training
+        return self.outputs(predictor, self.data.train)
+
+    def pair(self, fine_tuned: methods.Predictor, *sets: Tensors) -> methods.VRFFeatures:
+        """What VRF learns from: the zero-shot model and a fine-tuned one on some sets, one after the other."""
+        zero_shot, other = (
+            Outputs.cat([self.outputs(predictor, part) for part in sets]) for predictor in (self.zero_shot, fine_tuned)
+        )
+        return methods.VRFFeatures(zero_shot.only("logits"), other.only("features", "logits", "labels"))
 
 
 def of_kind(kind: type[P], method: methods.Method) -> P:
