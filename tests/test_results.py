@@ -132,6 +132,28 @@ def test_the_study_finds_what_its_page_says(verdict, claims):
     assert {claim: VERDICTS[claim] for claim in claims} == dict.fromkeys(claims, verdict)
 
 
+STUDY_PAGES = [path for path in site_pages() if path.startswith("measured/study") and path.endswith(".md")]
+
+
+@pytest.mark.parametrize("path", STUDY_PAGES)
+def test_claims_read_off_the_committed_tables_have_the_committed_verdicts(path):
+    name = Path(path).stem.replace("-", "_")
+    page, held = site_pages()[path](), json.loads((RESULTS / f"{name}.json").read_text())
+    recorded = [claim for section in held["sections"].values() for claim in section["claims"]]
+    assert [c for c in recorded if f"| {c['claim']} | {c['verdict']} |" not in page] == []
+
+
+SELECTED = RESULTS / "iconworld_selection.json"
+
+
+@pytest.mark.skipif(not SELECTED.exists(), reason="the bundled model is of a short run: no rate is chosen for it")
+def test_the_rate_of_icons_is_the_one_chosen_on_id_validation():
+    from benchmarks.iconworld_selection import EPOCHS, ICONS, METHODS, RATES, best
+
+    rows = [row for row in json.loads(SELECTED.read_text())["results"]["rows"] if row["epochs"] == EPOCHS]
+    assert len(rows) == len(METHODS) * len(RATES) and best(rows) == ICONS.rate
+
+
 def test_the_recipes_table_is_the_studys():
     docs = RESULTS.parent.parent / "docs"
     study = site_pages()["measured/study.md"]()

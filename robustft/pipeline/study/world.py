@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -26,7 +27,7 @@ from robustft.data.opening import Data
 from robustft.data.sources import image_statistics
 from robustft.evaluation import measure
 from robustft.evaluation.results import Suite
-from robustft.files import locked
+from robustft.files import locked, read_tensors, write_tensors
 from robustft.pipeline.job import suite_of
 from robustft.pipeline.recipes import DEFAULT_WORLD, QUICK_EPOCHS, RECIPES, Recipe
 from robustft.pipeline.study.recipes import DRM, HOSTS, LP_FT, PROBE
@@ -120,12 +121,18 @@ class World:
                 warnings.simplefilter("ignore")  # ablations ask for teachers that the method warns about
                 method = make_method(recipe, materials or self.materials, **arguments)
             output = self.folder / "runs" / key
+            trained = output.with_suffix(".safetensors")  # all that is kept of a run that is done
             with warnings.catch_warnings(), locked(self.folder / "locks" / key, wait=True):
                 warnings.filterwarnings("ignore", "CaRot's teacher")  # it is told the run's length here
-                history = fit_recipe(
-                    recipe, method, data, seed, output=output, resume=holds_run(output), progress=False
-                )
-            self.log(f"  seed {self.seed}: {recipe.method}, {what}, {history.steps} steps, {history.seconds:.1f} s")
+                if trained.exists():
+                    method.load_state_dict(read_tensors(trained))
+                else:
+                    resume = holds_run(output)
+                    history = fit_recipe(recipe, method, data, seed, output=output, resume=resume, progress=False)
+                    write_tensors(trained, method.state_dict())
+                    shutil.rmtree(output)
+                    what = f"{what}, {history.steps} steps, {history.seconds:.1f} s"
+            self.log(f"  seed {self.seed}: {recipe.method}, {what}")
             self._methods[key] = method
         return self._methods[key]
 
