@@ -79,7 +79,8 @@ def distance_aware_logits(logits: Tensor, scales: Tensor) -> Tensor:
     """
     if array("logits", logits).ndim != 2 or not logits.is_floating_point() or 0 in logits.shape:
         raise ValueError(f"logits is {described(logits)}; expected floating (N, K), not empty")
-    if scales.shape != logits.shape[1:] or not bool((scales > 0.0).all()):
+    fits = array("scales", scales).shape == logits.shape[1:] and scales.is_floating_point() and not scales.is_meta
+    if not fits or not bool((scales > 0.0).all()):
         raise ValueError(f"scales is {described(scales)}; expected ({logits.shape[1]},), one positive number a class")
     return logits.double() * scales.to(logits.device).double()[logits.argmax(1)][:, None]
 

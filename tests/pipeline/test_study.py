@@ -232,6 +232,7 @@ def test_recipes_of_icons_are_shorter_by_what_the_benchmark_says():
     assert (few.lr, few.epochs) == (icons.rate * HOSTS["LP-FT"].lr, round(30 * 10 / 46))
 
 
+@pytest.mark.exhaustive  # reads all drawings
 def test_a_benchmark_tells_the_steps_and_test_images_that_it_has():
     icons = benchmark("icons")
     recipe, data = icons.recipe(RECIPES["FT"]), icons.sets()

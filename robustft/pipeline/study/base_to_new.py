@@ -27,6 +27,8 @@ from robustft.pipeline.training import Materials, make_method
 ACCURACY, BASE, NEW = "accuracy on base and new classes", "ECE on base classes", "ECE on new classes"
 ZERO_SHOT, NORMED = "zero-shot", "CoOp + ZS-Norm"
 NONE, TEMPERATURE, DAC, BOTH, RANGE = "as it is", "temperature", "DAC", "temperature and DAC", "zero-shot range (SaLS)"
+NEAREST = 5
+"""Base classes that DAC looks at, as its paper does."""
 ONE_SHOT = ("CoCoOp",)
 """Learners whose every step reads all classes for each image, and which are shown one studio."""
 Map = Callable[[Tensor, Tensor], Tensor]
@@ -105,7 +107,8 @@ def dac_scales(predictor: Any, on_base: Any, before: Any, before_on_base: Any) -
     learnt = [getattr(one, "class_embeddings", None) for one in (predictor, on_base)]
     if any(rows is None for rows in learnt):
         return None
-    return distance_aware_scales(*learnt, before.class_embeddings, before_on_base.class_embeddings)
+    k = min(NEAREST, len(on_base.class_embeddings))
+    return distance_aware_scales(*learnt, before.class_embeddings, before_on_base.class_embeddings, k=k)
 
 
 def materials_of(world: World, part: Classes) -> Materials:

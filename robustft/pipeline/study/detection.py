@@ -128,7 +128,7 @@ def mixed(detector: Detector, known: Sequence[Outputs], unknown: Outputs, seed: 
     count, others = len(together.features), len(unknown.features)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     scores = torch.empty(count, dtype=torch.float64)
-    scores[order] = detector.scores(together.map(lambda part: part[order]))
+    scores[order] = detector.scores(together.map(lambda part: part[order])).double()
     return scores[: count - others], scores[count - others :]
 
 
