@@ -111,8 +111,10 @@ def words(bundle: Bundle) -> tuple[str, ...]:
 
     A word of several tokens is none of them.
     """
-    rows: Tensor = bundle.model.token_embedding.weight.detach()
-    texts = [bundle.tokenizer.decoder[row] for row in rows.abs().sum(1).nonzero()[:, 0].tolist()]
+    model: Any = bundle.model
+    tokenizer: Any = bundle.tokenizer
+    known = model.token_embedding.weight.detach().abs().sum(1).nonzero()[:, 0].tolist()
+    texts = [tokenizer.decoder[row] for row in known]
     whole = [text.removesuffix("</w>") for text in texts if text.endswith("</w>")]
     return tuple(word for word in whole if len(word) > 2 and word.isascii() and word.isalpha())
 

@@ -104,11 +104,12 @@ def maps(temperature: float, scales: Tensor | None) -> Mapping[str, Map]:
 
 def dac_scales(predictor: Any, on_base: Any, before: Any, before_on_base: Any) -> Tensor | None:
     """DAC's scale of each class, or None for a learner without class embeddings: CoCoOp has some for each image."""
-    learnt = [getattr(one, "class_embeddings", None) for one in (predictor, on_base)]
-    if any(rows is None for rows in learnt):
+    if not hasattr(predictor, "class_embeddings"):
         return None
-    k = min(NEAREST, len(on_base.class_embeddings))
-    return distance_aware_scales(*learnt, before.class_embeddings, before_on_base.class_embeddings, k=k)
+    trained = on_base.class_embeddings
+    k = min(NEAREST, len(trained))
+    of_names = before.class_embeddings, before_on_base.class_embeddings
+    return distance_aware_scales(predictor.class_embeddings, trained, *of_names, k=k)
 
 
 def materials_of(world: World, part: Classes) -> Materials:

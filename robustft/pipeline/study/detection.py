@@ -79,13 +79,18 @@ def spectra(world: World, predictor: Predictor) -> dict[str, dict[str, float]]:
     """What each of `SPECTRA` separates on a classifier, in %."""
     assert isinstance(predictor, Classifier)
     bundled, suite = world.benchmark, world.suite(predictor)
-    texts = {"class_embeddings": predictor.class_embeddings, "templates": world.prompts["templates"]}
+    dictionary = words(world.bundle)
+    phrases = conjugated_phrases(bundled.adjectives, bundled.superclasses)
     chosen = [
-        conjugated_negatives(predictor.model, world.bundle.tokenizer, **texts, **candidates).embeddings
-        for candidates in (
-            {"phrases": (), "nouns": words(world.bundle)},
-            {"phrases": conjugated_phrases(bundled.adjectives, bundled.superclasses)},
-        )
+        conjugated_negatives(
+            predictor.model,
+            world.bundle.tokenizer,
+            predictor.class_embeddings,
+            conjugated,
+            world.benchmark.templates,
+            nouns=nouns,
+        ).embeddings
+        for nouns, conjugated in ((dictionary, ()), ((), phrases))
     ]
     nouns, pool = chosen[0], torch.cat(chosen)
     detectors = {
