@@ -160,8 +160,8 @@ _BENCHMARKS = (
         concepts=True,
         tells=True,
         rate=0.1,
-        epochs=0.4,
-        steps=32,
+        epochs=0.3,
+        steps=24,
     ),
 )
 

@@ -3,7 +3,7 @@
     seeds 0, 1, 2  ->  a section's tables and curves, results/<section>-<seed>.json  ->  verdicts  ->  study.{html,md}
 
 `robustft study` runs it. A section is one module here: what it measures in one seed's `World`, and the claims that the
-tables may or may not show. What a killed run has finished is kept, down to single epochs of a training.
+tables may or may not show. What a killed run has finished is kept, down to single trainings.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -33,7 +32,6 @@ from robustft.pipeline.recipes import DEFAULT_WORLD, QUICK_EPOCHS, RECIPES, Reci
 from robustft.pipeline.study.recipes import DRM, HOSTS, LP_FT, PROBE
 from robustft.pipeline.training import Materials, fit_recipe, make_method
 from robustft.pipeline.worlds import benchmark
-from robustft.training.run import holds_run
 
 Tensors = tuple[Tensor, Tensor]
 RUNS = 1000  # between the seeds of two runs in one world
@@ -120,17 +118,14 @@ class World:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # ablations ask for teachers that the method warns about
                 method = make_method(recipe, materials or self.materials, **arguments)
-            output = self.folder / "runs" / key
-            trained = output.with_suffix(".safetensors")  # all that is kept of a run that is done
+            trained = self.folder / "runs" / f"{key}.safetensors"
             with warnings.catch_warnings(), locked(self.folder / "locks" / key, wait=True):
                 warnings.filterwarnings("ignore", "CaRot's teacher")  # it is told the run's length here
                 if trained.exists():
                     method.load_state_dict(read_tensors(trained))
                 else:
-                    resume = holds_run(output)
-                    history = fit_recipe(recipe, method, data, seed, output=output, resume=resume, progress=False)
+                    history = fit_recipe(recipe, method, data, seed, progress=False)
                     write_tensors(trained, method.state_dict())
-                    shutil.rmtree(output)
                     what = f"{what}, {history.steps} steps, {history.seconds:.1f} s"
             self.log(f"  seed {self.seed}: {recipe.method}, {what}")
             self._methods[key] = method
