@@ -18,7 +18,7 @@ from robustft.pipeline import flags
 from robustft.pipeline.checking import check_data
 from robustft.pipeline.evaluating import evaluate_runs
 from robustft.pipeline.exporting import export_run
-from robustft.pipeline.recipes import DEFAULT_WORLD, RECIPES, SEEDS, WORLDS
+from robustft.pipeline.recipes import DEFAULT_WORLD, RECIPES, SEEDS, STUDY_WORLD, WORLDS
 from robustft.pipeline.reporting import report_runs
 from robustft.pipeline.train import methods_table
 from robustft.pipeline.train import train as train_function
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         description=f"Fine-tunes a tiny bundled CLIP on bundled images by {names}, mixes each with "
         "zero-shot (WiSE-FT, OSE), measures all on ID, shifts and OOD sets, and writes a report. Works offline.",
     )
-    _add_bundled(quickstart, "run")
+    _add_bundled(quickstart, "run", DEFAULT_WORLD)
     quickstart.add_argument("--seed", type=int, default=0, help="of the fine-tuning (default: %(default)s)")
     quickstart.add_argument(
         "--methods", nargs="+", default=tuple(RECIPES), metavar="NAME", help=f"some of {names} (default: all)"
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "validation, and writes study.html and study.md: tables, and for each claim of a paper whether it appears. "
         "Works offline.",
     )
-    _add_bundled(study, "study")
+    _add_bundled(study, "study", STUDY_WORLD)
     seeds = " ".join(map(str, SEEDS))
     study.add_argument(
         "--seeds", type=int, nargs="+", default=SEEDS, metavar="N", help=f"of the fine-tuning (default: {seeds})"
@@ -71,13 +71,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_bundled(command: argparse.ArgumentParser, held: str) -> None:
-    """What the commands on the bundled data share; `held` is what their folder holds."""
+def _add_bundled(command: argparse.ArgumentParser, held: str, world: str) -> None:
+    """What the commands on the bundled data share; `held` is what their folder holds, `world` what they run on."""
     folder = f"runs/{command.prog.split()[-1]}"
     command.add_argument("--output", default=folder, help="folder to write (default: %(default)s)")
     command.add_argument(
         "--world",
-        default=DEFAULT_WORLD,
+        default=world,
         choices=WORLDS,
         help="handwritten digits, or emoji by ten studios (default: %(default)s)",
     )

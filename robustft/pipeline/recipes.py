@@ -36,7 +36,9 @@ SEEDS = (0, 1, 2)
 WORLDS = ("digits", "icons")
 """The bundled benchmarks, of which `robustft.pipeline.worlds` tells the rest."""
 DEFAULT_WORLD = "digits"
-"""The benchmark of the quickstart and of the study unless told otherwise."""
+"""The benchmark of the quickstart unless told otherwise."""
+STUDY_WORLD = "digits"
+"""That of the study."""
 
 _TOWERS: dict[str, Any] = {"lr": 1e-5, "batch_size": 64}
 LORA_LR = 2e-4

@@ -22,7 +22,7 @@ import torch
 from robustft.files import write_file, write_json, write_text
 from robustft.machine import processor
 from robustft.pipeline import flags
-from robustft.pipeline.recipes import DEFAULT_WORLD, SEEDS
+from robustft.pipeline.recipes import SEEDS, STUDY_WORLD
 from robustft.pipeline.study import base_to_new, calibration, carot, cmp, compositions, detection, drm, field, vrf
 from robustft.pipeline.study.findings import Measured, Section
 from robustft.pipeline.study.page import Answer, markdown, page, summary
@@ -37,9 +37,8 @@ _MADE_FOR = {module.SECTION.name: module.section for module in (carot, cmp, comp
 
 def section_of(name: str, world: str) -> Section:
     """A section as it is put for a benchmark."""
-    if world == DEFAULT_WORLD or name not in _MADE_FOR:
-        return SECTIONS[name]
-    return _MADE_FOR[name](benchmark(world))
+    make = _MADE_FOR.get(name)
+    return SECTIONS[name] if make is None else make(benchmark(world))
 
 
 def sections_of(world: str) -> tuple[str, ...]:
@@ -52,7 +51,7 @@ def sections_of(world: str) -> tuple[str, ...]:
 def study(
     output: str | os.PathLike[str] = "runs/study",
     *,
-    world: str = DEFAULT_WORLD,
+    world: str = STUDY_WORLD,
     seeds: Sequence[int] = SEEDS,
     sections: Sequence[str] = (),
     quick: bool = False,
@@ -169,7 +168,7 @@ def _write(folder: Path, answers: Sequence[Answer], command: str, world: str) ->
 
 def _command(world: str, quick: bool, seeds: Sequence[int], sections: Sequence[str]) -> str:
     parts = ["robustft study"]
-    parts += [f"--world {world}"] if world != DEFAULT_WORLD else []
+    parts += [f"--world {world}"] if world != STUDY_WORLD else []
     parts += ["--quick"] if quick else []
     parts += [f"--seeds {' '.join(map(str, seeds))}"] if tuple(seeds) != SEEDS else []
     parts += [f"--sections {' '.join(sections)}"] if tuple(sections) != sections_of(world) else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from robustft.methods import OutputEnsemble, Predictor, WiSEFT, greedy_soup, uniform_soup
-from robustft.pipeline.recipes import DEFAULT_WORLD, RECIPES, Recipe
+from robustft.pipeline.recipes import RECIPES, STUDY_WORLD, Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Section, higher, lower
 from robustft.pipeline.study.world import World, tables
 from robustft.pipeline.worlds import Benchmark, benchmark
@@ -112,4 +112,4 @@ def section(bundled: Benchmark) -> Section:
     )
 
 
-SECTION = section(benchmark(DEFAULT_WORLD))
+SECTION = section(benchmark(STUDY_WORLD))

@@ -8,7 +8,7 @@ from typing import Any
 
 from robustft.calibration.measures import calibration_report, fit_temperature
 from robustft.methods import Predictor, TipAdapter
-from robustft.pipeline.recipes import DEFAULT_WORLD, Recipe
+from robustft.pipeline.recipes import STUDY_WORLD, Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Plot, Section, higher, lower
 from robustft.pipeline.study.recipes import HOST_SHOTS, HOSTS
 from robustft.pipeline.study.world import World
@@ -137,4 +137,4 @@ def section(bundled: Benchmark) -> Section:
     )
 
 
-SECTION = section(benchmark(DEFAULT_WORLD))
+SECTION = section(benchmark(STUDY_WORLD))

@@ -10,7 +10,7 @@ from robustft.detection.detector import Detector
 from robustft.detection.metrics import ood_metrics
 from robustft.evaluation.measure import evaluate_predictions
 from robustft.methods import VRF, Classifier, Predictor, Tempering, WiSEFT, uniform_soup
-from robustft.pipeline.recipes import DEFAULT_WORLD, RECIPES
+from robustft.pipeline.recipes import RECIPES, STUDY_WORLD
 from robustft.pipeline.study.findings import Claim, Measured, Section, Table
 from robustft.pipeline.study.recipes import DRM
 from robustft.pipeline.study.world import World, of_kind
@@ -170,4 +170,4 @@ def section(bundled: Benchmark) -> Section:
     )
 
 
-SECTION = section(benchmark(DEFAULT_WORLD))
+SECTION = section(benchmark(STUDY_WORLD))

@@ -21,7 +21,7 @@ from robustft.detection.metrics import ood_metrics
 from robustft.detection.negatives import conjugated_negatives, conjugated_phrases
 from robustft.evaluation.results import Suite
 from robustft.methods import Classifier, DualClassifier, Predictor, TipAdapter, WiSEFT, zero_shot_classifier
-from robustft.pipeline.recipes import DEFAULT_WORLD
+from robustft.pipeline.recipes import STUDY_WORLD
 from robustft.pipeline.study.findings import Claim, Measured, Section, Table, falls, higher
 from robustft.pipeline.study.recipes import HOSTS
 from robustft.pipeline.study.world import World
@@ -312,4 +312,4 @@ def section(bundled: Benchmark) -> Section:
     )
 
 
-SECTION = section(benchmark(DEFAULT_WORLD))
+SECTION = section(benchmark(STUDY_WORLD))

@@ -11,7 +11,7 @@ from torch import Tensor
 from robustft.calibration.measures import calibration_report
 from robustft.evaluation.groups import worst_group_accuracy
 from robustft.methods import Classifier, CoreProxy, DualClassifier, Method, Predictor, WiSEFT, core_labels
-from robustft.pipeline.recipes import DEFAULT_WORLD, Recipe
+from robustft.pipeline.recipes import STUDY_WORLD, Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Plot, Section, Table, higher, lower
 from robustft.pipeline.study.recipes import SINGLE, SPURIOUS
 from robustft.pipeline.study.world import Tensors, World, accuracy, of_kind
@@ -231,4 +231,4 @@ def section(bundled: Benchmark) -> Section:
     )
 
 
-SECTION = section(benchmark(DEFAULT_WORLD))
+SECTION = section(benchmark(STUDY_WORLD))
