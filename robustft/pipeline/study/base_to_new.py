@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from robustft import clip
 from robustft.calibration.distance_aware import distance_aware_logits, distance_aware_scales
 from robustft.calibration.losses import rescale_to_range
 from robustft.calibration.measures import calibration_report, fit_temperature
@@ -123,8 +122,7 @@ def on_both(
     """A prompt learner trained on base classes, as a predictor of these and of the new ones: a prompt is for any."""
     images, labels = part.train
     if method_of(world, recipe, materials[0]).takes_features:
-        model = world.bundle.model
-        images = clip.encode(model, part.train, cache=world.features_of(model)).image_features
+        images = world.features(world.bundle.model, part.train)
     trained = world.train(recipe, (images, labels), what=f"base classes, {len(labels)}", materials=materials[0])
     moved = method_of(world, recipe, materials[1])
     moved.load_state_dict(trained.state_dict())

@@ -15,9 +15,10 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustft import clip, methods
 from robustft.clip.outputs import Outputs, evaluating
@@ -59,6 +60,8 @@ class World:
         self.bundle = self.benchmark.load_clip()
         self.limit = 200 if quick else None
         self._methods: dict[str, methods.Method] = {}
+        self._folders: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
+        self._features: WeakKeyDictionary[nn.Module, dict[int, Tensors]] = WeakKeyDictionary()
         self._suites: dict[int, tuple[methods.Predictor, Suite[Outputs]]] = {}
 
     @cached_property
@@ -186,9 +189,19 @@ class World:
             train = few_shot((encoded.features, encoded.labels), count, seed=self.seed, at_most=True)
         return self.train(recipe, train, what=f"{count}-shot", few_shot=True, **arguments)
 
-    def features_of(self, model: Any) -> Path:
+    def features_of(self, model: nn.Module) -> Path:
         """The folder that keeps an image tower's features."""
-        return self.folder / "features" / clip.fingerprint(model)[:16]
+        if model not in self._folders:
+            self._folders[model] = self.folder / "features" / clip.fingerprint(model)[:16]
+        return self._folders[model]
+
+    def features(self, encoder: nn.Module, data: Tensors) -> Tensor:
+        """Unit features of a set by an image tower: held while the tower is, and kept in its folder."""
+        held = self._features.setdefault(encoder, {})
+        if id(data[0]) not in held:  # beside the images: an id is only unique while its owner lives
+            found = clip.encode(encoder, data, cache=self.features_of(encoder))
+            held[id(data[0])] = data[0], found.image_features
+        return held[id(data[0])][1]
 
     def outputs(self, predictor: methods.Predictor, data: Tensors, *, labelled: bool = True) -> Outputs:
         """What a predictor makes of a set: a mixture out of its members' outputs, a head out of its tower's features,
@@ -199,9 +212,8 @@ class World:
         elif encoder is None:
             return predictor.predict(data, labelled=labelled)
         else:
-            features = clip.encode(encoder, data, cache=self.features_of(encoder)).image_features
             with torch.no_grad(), evaluating(encoder):
-                found = predictor.head_outputs(features)
+                found = predictor.head_outputs(self.features(encoder, data))
         return found.replace(labels=data[1] if labelled else None, classes=predictor.classes)
 
     def suite(self, predictor: methods.Predictor) -> Suite[Outputs]:
