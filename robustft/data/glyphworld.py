@@ -15,6 +15,9 @@ Images are 28 x 28 RGB. All is a function of its arguments and a seed: equal cal
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -304,12 +307,25 @@ def _check(argument: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {value!r}")
 
 
-def _real(split: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Masks (N, 28, 28) and labels (N,) of one split of the real digits."""
-    _check("split", split, tuple(SPLITS))
+@cache
+def _scanned() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's `load_digits(return_X_y=True)`, without the seconds that importing scikit-learn takes."""
+    found = importlib.util.find_spec("sklearn")
+    for folder in () if found is None else found.submodule_search_locations or ():
+        path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if path.is_file():
+            table = np.loadtxt(path, delimiter=",")
+            return table[:, :-1], table[:, -1].astype(int)
     from sklearn.datasets import load_digits
 
     cells, labels = load_digits(return_X_y=True)
+    return cells, labels
+
+
+def _real(split: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Masks (N, 28, 28) and labels (N,) of one split of the real digits."""
+    _check("split", split, tuple(SPLITS))
+    cells, labels = _scanned()
     order = np.random.default_rng((seed, 0)).permutation(len(labels))
     # An image's place is its rank among its class's images: any stretch of the places has all classes in proportion.
     place = np.empty(len(labels))
