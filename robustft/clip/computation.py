@@ -11,6 +11,7 @@ import functools
 import types
 from typing import Any
 
+import torch
 from torch import nn
 
 from robustft.clip.encoding import unwrap
@@ -89,3 +90,22 @@ def check_same_computation(a: nn.Module, b: nn.Module, a_name: str, b_name: str)
         raise ValueError(
             f"{a_name} and {b_name} compute different things with weights of one shape: {few(differing, 'settings')}"
         )
+
+
+def is_equal(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two models have the same weights, bit for bit, where they are, and compute the same with them."""
+    a, b = unwrap(a), unwrap(b)
+    if a is b:
+        return True
+    x, y = a.state_dict(), b.state_dict()
+    if type(a) is not type(b) or x.keys() != y.keys() or _changed_from_outside(a) or _changed_from_outside(b):
+        return False
+    alike = all((x[k].shape, x[k].dtype, x[k].device) == (y[k].shape, y[k].dtype, y[k].device) for k in x)
+    return alike and all(torch.equal(x[k], y[k]) for k in x) and settings(a) == settings(b)
+
+
+def _changed_from_outside(model: nn.Module) -> bool:
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or {"forward", "encode_image"} & vars(module).keys()
+        for module in model.modules()
+    )

@@ -5,13 +5,14 @@ u = normalise(f(x))     image features (N, D)         v = normalise(g(t))     te
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustft.clip import patches, spread
+from robustft.clip import parts, patches, spread
 from robustft.ops.arguments import check_range
 from robustft.ops.kinds import checked, has_numbers
 from robustft.ops.precision import at_least_float32
@@ -76,13 +77,14 @@ def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -
             f"images: expected (N, 3, H, W) floating point, as the transforms give, got "
             f"{tuple(images.shape)} {images.dtype}"
         )
-    parameter = _first_parameter(getattr(unwrap(model), "visual", unwrap(model)), images)
+    tower = getattr(unwrap(model), "visual", unwrap(model))
+    parameter = _first_parameter(tower, images)
     if images.device != parameter.device and spread.current() is None:
         raise ValueError(f"images are on {images.device}; expected {parameter.device}, as the model")
 
     def encoded(part: Tensor) -> tuple[Tensor]:
         part = part.to(parameter.device, parameter.dtype, non_blocking=True)
-        return (_encoded(model, "encode_image", "images", part),)
+        return (parts.by_parts(partial(_encoded, model, "encode_image", "images"), part, tower),)
 
     (features,) = spread.of_images(encoded, images)
     return F.normalize(at_least_float32(features), dim=-1) if normalize else features

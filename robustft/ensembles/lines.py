@@ -50,9 +50,8 @@ class LiNeS:
         """The classifier with the updates of first blocks scaled by alpha and of last ones by alpha + beta, both in
         [0, 1], with its own copy of the model."""
         _check_pair(alpha, beta)
-        walk = self._walk()
-        walk.to((alpha, beta))
-        return Classifier(walk.model, classes=self.zero_shot.classes, **self._head(alpha, beta))
+        model = self._walk().whole_at((alpha, beta))
+        return Classifier(model, classes=self.zero_shot.classes, **self._head(alpha, beta))
 
     @checked
     def fit(self, validation: Any, scales: Sequence[float] = SCALES) -> LiNeS:
@@ -88,7 +87,7 @@ class LiNeS:
         ) -> dict[str, Tensor]:
             alpha, beta = pair
             return clip.interpolate_entries(
-                zero_shot, fine_tuned, {name: min(1.0, alpha + beta * share) for name, share in self._shares.items()}
+                zero_shot, fine_tuned, {name: min(1.0, alpha + beta * self._shares[name]) for name in fine_tuned}
             )
 
         return Walk(self.zero_shot.model, self.fine_tuned.model, state)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robustft import clip
+from robustft.clip.encoding import image_tower
 from robustft.clip.outputs import Outputs
 from robustft.data.sources import stated_by
 from robustft.ops.kinds import checked
@@ -96,18 +97,28 @@ def mixed_head(zero_shot: Classifier, fine_tuned: Classifier, alpha: float) -> d
 
 
 class Walk:
-    """One model on its way between two: `to(place)` gives it the weights `state_at(zero_shot, fine_tuned, place)`."""
+    """One model on its way between two: `to(place)` gives its image tower the weights `state_at(zero_shot, fine_tuned,
+    place)`, and `whole_at(place)` all of it."""
 
     def __init__(self, zero_shot: nn.Module, fine_tuned: nn.Module, state_at: Callable[..., dict[str, Tensor]]) -> None:
         zero_shot, fine_tuned = clip.merged(zero_shot), clip.merged(fine_tuned)
         self.ends = zero_shot.state_dict(), fine_tuned.state_dict()
         self.model, self.state_at = clip.interpolate(zero_shot, fine_tuned, 1.0), state_at
+        tower = image_tower(self.model)
+        prefix = next(name for name, module in self.model.named_modules() if module is tower) + "."
+        zs, ft = ({k: v for k, v in end.items() if k.startswith(prefix)} for end in self.ends)
+        self.tower_ends = zs, ft
         self.place: Any = None
 
     def to(self, place: Any) -> None:
         if place != self.place:
-            self.model.load_state_dict(self.state_at(*self.ends, place))
+            self.model.load_state_dict(self.state_at(*self.tower_ends, place), strict=False)
             self.place = place
+
+    def whole_at(self, place: Any) -> nn.Module:
+        """The model itself, which is to stay there."""
+        self.model.load_state_dict(self.state_at(*self.ends, place))
+        return self.model
 
     def at(self, place: Any, classes: Sequence[str], head: dict[str, Any]) -> Predictor:
         """The classifier there, of the model that all places share."""

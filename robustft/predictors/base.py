@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from robustft import clip
+from robustft.clip.computation import is_equal
 from robustft.clip.loading import load_model
 from robustft.clip.outputs import Outputs, evaluating, similarities
 from robustft.data.classes import ClassNames, Matching, matching_of
@@ -147,8 +148,13 @@ class Predictor(nn.Module):
         return indices
 
 
-def outputs_of_each(predictors: Sequence[Predictor], images: Tensor) -> tuple[Outputs, ...]:
-    """What each predictor makes of the same images; those of one encoder share its pass, and so do their ensembles."""
+def outputs_of_each(
+    predictors: Sequence[Predictor], images: Tensor, equals: Mapping[nn.Module, nn.Module] | None = None
+) -> tuple[Outputs, ...]:
+    """What each predictor makes of the same images; those of one encoder share its pass, and so do their ensembles.
+
+    equals: which encoder may stand for which, as `equal_encoders` finds.
+    """
     passes: dict[nn.Module, Tensor] = {}
     made: dict[int, Outputs] = {}
 
@@ -161,6 +167,8 @@ def outputs_of_each(predictors: Sequence[Predictor], images: Tensor) -> tuple[Ou
         if joined := predictor.joined:
             return predictor.combined([of(member) for member in joined])
         encoder = predictor.encoder
+        if encoder is not None and equals is not None:
+            encoder = equals.get(encoder, encoder)
         if encoder is not None and encoder in passes:
             return predictor.head_outputs(passes[encoder])
         outputs = predictor.outputs(images)
@@ -169,6 +177,20 @@ def outputs_of_each(predictors: Sequence[Predictor], images: Tensor) -> tuple[Ou
         return outputs
 
     return tuple(map(of, predictors))
+
+
+def equal_encoders(predictors: Iterable[Predictor]) -> dict[nn.Module, nn.Module]:
+    """For each encoder of the predictors, and of those they join, the first one of the same weights: as many methods
+    leave the image tower as it was, or a mixture is one of its ends."""
+    found: dict[nn.Module, nn.Module] = {}
+    waiting = list(predictors)
+    for predictor in waiting:
+        waiting += predictor.joined
+        encoder = predictor.encoder
+        if encoder is not None and encoder not in found:
+            first = (other for other, stands in found.items() if other is stands and is_equal(other, encoder))
+            found[encoder] = next(first, encoder)
+    return found
 
 
 @torch.no_grad()
@@ -192,14 +214,14 @@ def each_batch(
     pairs = [predictor.matched(data) if labelled else (predictor, None) for predictor in predictors]
     used = tuple(predictor for predictor, _ in pairs)
     device = next((p.device for p in predictors[-1].parameters()), torch.device("cpu"))
-    turns, own = current(), list[Skipped]()
+    turns, own, equals = current(), list[Skipped](), equal_encoders(used)
 
     def made() -> Iterator[tuple[Outputs, ...]]:
         read = batches(data, predictors[-1], batch_size=batch_size, workers=workers, skipped=own, turns=turns)
         for images, labels in read:
             if labelled and (missing := int((labels < 0).sum())):
                 raise ValueError(f"{missing} of {len(labels)} images of a batch have no label: expected a labelled set")
-            found = outputs_of_each(used, images.to(device))
+            found = outputs_of_each(used, images.to(device), equals)
             for out, (_, matching) in zip(found, pairs, strict=True):
                 if labelled and matching is None:
                     _check_labels(labels, out)

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from robustft import clip
 from robustft.evaluation import frontier
 from robustft.methods import FineTune, OutputEnsemble, WiSEFT, zero_shot_classifier
+from robustft.predictors.base import predict_each
 from robustft.predictors.logits import accuracy_and_nll
 
 
@@ -157,3 +159,19 @@ def test_a_fit_reads_every_image_once_and_finds_what_each_alpha_predicts(pair, h
     data.read.clear()
     curve = frontier(wise, id=data, shifts={"same": data}, alphas=(0.0, 0.5))
     assert data.read == 2 * list(range(len(images))) and curve.id_accuracy == curve.ood_accuracy
+
+
+def test_predictors_whose_towers_are_equal_are_encoded_once(pair, held_out, monkeypatch):
+    zero_shot, fine_tuned = pair
+    end = WiSEFT(zero_shot, fine_tuned).at(1.0)
+    mixed = OutputEnsemble(zero_shot, fine_tuned).at(0.3)
+    used = (zero_shot, fine_tuned, end, mixed)
+    expected = [one.predict(held_out) for one in used]
+    encode, passes = clip.encode_images, []
+    monkeypatch.setattr(clip, "encode_images", lambda *given: passes.append(given[0]) or encode(*given))
+    for found, known in zip(predict_each(used, held_out), expected, strict=True):
+        assert torch.equal(found.features, known.features) and torch.equal(found.logits, known.logits)
+    assert passes == [zero_shot.model, fine_tuned.model]
+    end.model.visual.proj.data[0, 0] += 1e-12
+    predict_each(used, held_out)
+    assert passes[2:] == [zero_shot.model, fine_tuned.model, end.model]
