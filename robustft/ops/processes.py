@@ -28,6 +28,8 @@ from robustft.machine import PROCESS_TIMEOUT
 R = TypeVar("R")
 Row = TypeVar("Row", bound=tuple[Any, ...])
 
+Outcome = tuple[str, object]
+"""What a function made on another process, or the error with which it failed there: see `outcome`."""
 BUCKET = 25 * 2**20  # elements that are added up at a time: a copy of so many is made
 
 
@@ -55,10 +57,10 @@ class Processes:
         if self.group is None:
             return function()
         with together(ALONE):  # the others wait, and take no turns
-            told = [_outcome(function) if self.main else None]
+            told = [outcome(function) if self.main else None]
         with naming(self):
             dist.broadcast_object_list(told, group=self.group, src=dist.get_global_rank(self.group, 0))
-        return _taken(told)[0]
+        return taken(told)[0]
 
     def in_turns(self, mine: Iterable[R]) -> Iterator[R]:
         """What the processes make, each in its turn, on every process: the first of each, then the second of each, and
@@ -68,10 +70,10 @@ class Processes:
             return
         items = iter(mine)
         while True:
-            told: list[tuple[str, object] | None] = [None] * self.count
+            told: list[Outcome | None] = [None] * self.count
             with naming(self):
-                dist.all_gather_object(told, _outcome(lambda: list(_first(items))), group=self.group)
-            found: list[list[R]] = _taken(told)
+                dist.all_gather_object(told, outcome(lambda: list(_first(items))), group=self.group)
+            found: list[list[R]] = taken(told)
             for made in found:
                 yield from made
             if not any(found):
@@ -178,7 +180,8 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def _outcome(function: Callable[[], object]) -> tuple[str, object]:
+def outcome(function: Callable[[], object]) -> Outcome:
+    """("made", what a function returns), or ("failed", its error as one that can be sent to another process)."""
     try:
         return "made", function()
     except Exception as error:
@@ -189,7 +192,8 @@ def _outcome(function: Callable[[], object]) -> tuple[str, object]:
         return "failed", error
 
 
-def _taken(told: Sequence[tuple[str, object] | None]) -> list:
+def taken(told: Sequence[Outcome | None]) -> list:
+    """What functions made on other processes; raises the error of the first that failed."""
     made = []
     for outcome in told:
         assert outcome is not None

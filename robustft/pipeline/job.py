@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,13 @@ from robustft.files import write_text
 from robustft.ops.processes import current
 from robustft.pipeline.folder import MODEL_FOLDER, PREDICTIONS_FILE, Model, samples_of, save_model, write_predictions
 from robustft.pipeline.recipes import Recipe
+from robustft.pipeline.several import quiet
+from robustft.pipeline.side_by_side import pays, train_apart
 from robustft.pipeline.training import Materials, train_recipe
 from robustft.predictors.base import Classifier, ModelPredictor, Predictor, predict_each
 from robustft.predictors.logits import accuracy_and_nll
+from robustft.training.loop import History
+from robustft.training.progress import to_stderr
 from robustft.training.reporting import Record, Reporter, reporter
 
 ZERO_SHOT = "zero-shot"
@@ -120,26 +125,22 @@ def run(
     zero_shot = materials.zero_shot()
     predictors: dict[str, Predictor] = {ZERO_SHOT: zero_shot}
     records: dict[str, list[Record]] = {}
-    for name, recipe in plan.recipes.items():
-        with ExitStack() as held:
-            reporters = (
-                []
-                if dry_run or not processes.main
-                else [reporter(kind, folder / name, config) for kind in plan.report_to]
-            )
-            method, history = train_recipe(
-                recipe,
-                materials,
-                None if dry_run else folder / name,
-                resume=resume,
-                validation=plan.validation,
-                dry_run=dry_run,
-                progress=progress,
-                on_record=held.enter_context(_told(reporters)),
-                **plan.loop,
-            )
-        best = "" if history.best is None else f", best after {history.best.step}: {history.best.value:.3f}"
-        log(f"{name}: {history.steps} steps, {history.seconds:.0f} s{best}")
+    apart = not dry_run and processes.count == 1 and pays(materials.bundle.model, len(plan.recipes))
+    trained = partial(_trained, folder, _sharing_readers(plan) if apart else plan, materials, config)
+    if apart:
+        train_apart(
+            {name: partial(trained, name, resume=resume, progress=progress) for name in plan.recipes}, to_stderr, log
+        )
+    for name in plan.recipes:
+        method, history = trained(
+            name,
+            None,
+            quiet if apart else log,
+            resume=resume or apart,
+            dry_run=dry_run,
+            progress=progress and not apart,
+            reports=processes.main and not apart,
+        )
         records[name] = history.records
         predictors[name] = method.classifier()
     if dry_run:
@@ -203,6 +204,48 @@ def run(
     log("")
     log(f"report: {report}   ({time.monotonic() - started:.0f} s)")
     return Result(evaluation, tuple(frontiers), report, chosen)
+
+
+def _trained(
+    folder: Path,
+    plan: Plan,
+    materials: Materials,
+    config: Mapping[str, Any],
+    name: str,
+    tell: Callable[[str], None] | None,
+    log: Callable[[str], None],
+    *,
+    resume: bool,
+    progress: bool,
+    dry_run: bool = False,
+    reports: bool = True,
+) -> tuple[methods.Method, History]:
+    """A method of the plan, trained in its folder; `tell` receives how far it has come, None for a bar where there is a
+    terminal, and `log` what was done."""
+    with ExitStack() as held:
+        reporters = [reporter(kind, folder / name, config) for kind in plan.report_to if reports and not dry_run]
+        method, history = train_recipe(
+            plan.recipes[name],
+            materials,
+            None if dry_run else folder / name,
+            resume=resume,
+            validation=plan.validation,
+            dry_run=dry_run,
+            progress=progress,
+            log=tell,
+            on_record=held.enter_context(_told(reporters)),
+            **plan.loop,
+        )
+    best = "" if history.best is None else f", best after {history.best.step}: {history.best.value:.3f}"
+    log(f"{name}: {history.steps} steps, {history.seconds:.0f} s{best}")
+    return method, history
+
+
+def _sharing_readers(plan: Plan) -> Plan:
+    """The plan for trainings side by side, which have together the processes that read images."""
+    if not (workers := plan.loop.get("workers")):
+        return plan
+    return replace(plan, loop={**plan.loop, "workers": max(1, workers // len(plan.recipes))})
 
 
 def suite_of(data: Data) -> Suite[Any]:

@@ -26,12 +26,12 @@ def by_all(function: Callable[P, R]) -> Callable[P, R]:
         options: dict[str, Any] = kwargs
         with processes.joined(options.get("process_timeout", PROCESS_TIMEOUT)) as all_of_them:
             if not all_of_them.main:
-                options |= {"log": _quiet, "progress": False}
+                options |= {"log": quiet, "progress": False}
             with processes.together(all_of_them):
                 return function(*args, **kwargs)
 
     return wrapper
 
 
-def _quiet(line: str) -> None:
+def quiet(line: str) -> None:
     """Says nothing."""

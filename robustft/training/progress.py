@@ -16,7 +16,7 @@ class Progress:
     def __init__(self, name: str, total: int, done: int, shown: bool, log: Callable[[str], None] | None) -> None:
         self.name, self.total, self.done = name, total, done
         self.lines = shown and (log is not None or not sys.stderr.isatty())
-        self.log = log or _to_stderr
+        self.log = log or to_stderr
         self.bar = None
         if shown and not self.lines:
             from tqdm import tqdm
@@ -70,5 +70,6 @@ class Clock:
         self.since += time.perf_counter() - before
 
 
-def _to_stderr(line: str) -> None:
+def to_stderr(line: str) -> None:
+    """Shows a line that is not part of what was asked for."""
     print(line, file=sys.stderr, flush=True)

@@ -34,6 +34,9 @@ class NonFiniteError(FloatingPointError):
         self.step = step
         self.names = names
 
+    def __reduce__(self) -> tuple[type[NonFiniteError], tuple[str, int, list[str]]]:
+        return type(self), (str(self), self.step, self.names)
+
 
 class Told:
     """Numbers of a step on their way from the device: (loss, norm of the gradient), and of which step they are."""
