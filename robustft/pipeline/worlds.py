@@ -159,7 +159,7 @@ _BENCHMARKS = (
         superclasses=iconworld.SUPERCLASSES,
         concepts=True,
         tells=True,
-        rate=0.1,
+        rate=0.03,
         epochs=0.3,
         steps=24,
     ),
