@@ -21,7 +21,7 @@ from robustft.evaluation import Suite
 from robustft.methods import CVaR, OutputEnsemble, WiSEFT
 from robustft.pipeline import study
 from robustft.pipeline.quickstart import RECIPES
-from robustft.pipeline.study import base_to_new, compositions, detection, field
+from robustft.pipeline.study import base_to_new, compositions, detection, drm, field, vrf
 from robustft.pipeline.study.calibration import NONE, TEMPERATURE, calibrated
 from robustft.pipeline.study.findings import (
     Claim,
@@ -289,9 +289,10 @@ def tiny_benchmark(model, prompts):
 
     def noise(count, classes=tuple(prompts["class_names"])):
         images = generator.integers(256, size=(count, 8, 8, 3), dtype=np.uint8)
-        return ImageDataset(images, torch.arange(count) % len(classes), classes)
+        labels = torch.arange(count) % len(classes)
+        return ImageDataset(images, labels, classes, groups=torch.from_numpy(generator.integers(5, size=count)))
 
-    data = Data(noise(12), noise(6), noise(6), tuple(prompts["class_names"]), {"other": noise(6)}, {"none": noise(6)})
+    data = Data(noise(12), noise(6), noise(6), tuple(prompts["class_names"]), {"other": noise(12)}, {"none": noise(6)})
     names = (*prompts["class_names"], "fox")[:4]
     many = Data(noise(8, names), noise(8, names), noise(8, names), names)
     config = {"preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
@@ -301,10 +302,19 @@ def tiny_benchmark(model, prompts):
         load_clip=lambda path=None: bundle,
         sets=lambda limit: data,
         concepts=lambda shots, limit: many,
+        spurious=lambda split, conflicting: noise(12),
         CLASS_NAMES=prompts["class_names"],
         TEMPLATES=prompts["templates"],
     )
-    return replace(benchmark("icons"), module=module, by_chance=("red {}", "{} box"), rate=1.0, epochs=1.0)
+    descriptions = {name: (f"far {name}",) for name in prompts["class_names"]}
+    return replace(
+        benchmark("icons"),
+        module=module,
+        descriptions=descriptions,
+        by_chance=("red {}", "{} box"),
+        rate=1.0,
+        epochs=1.0,
+    )
 
 
 @pytest.mark.exhaustive  # ten trainings
@@ -356,3 +366,18 @@ def test_prompts_of_base_classes_are_measured_on_new_ones(tiny_world):
     }
     for claim in base_to_new.SECTION.claims:
         assert math.isfinite(claim.margin(tables))
+
+
+@pytest.mark.exhaustive  # fourteen trainings
+def test_two_risks_are_measured_where_frames_mislead(tiny_world):
+    tables = drm.measure(tiny_world).tables
+    margins = [claim.margin(tables) for claim in drm.section(tiny_world.benchmark).claims]
+    assert all(math.isfinite(margin) for margin in margins)
+
+
+@pytest.mark.exhaustive  # a training
+def test_frontiers_of_all_mixtures_end_at_zero_shot_and_fine_tuned(tiny_world):
+    found = vrf.compare(tiny_world, "FT")
+    ends = [(found.table[name]["acc ID"], found.table[name]["acc OOD"]) for name in ("zero-shot", "FT")]
+    for known, shifted in found.frontiers.values():
+        assert [(known[0], shifted[0]), (known[-1], shifted[-1])] == ends and len(known) == 11
