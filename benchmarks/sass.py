@@ -62,10 +62,13 @@ def read(disassembly: str) -> list[Instruction]:
     return found
 
 
-def _shortest(code: list[Instruction], start: int, end: int | None, without: list[bool]) -> Way | None:
-    """From start to end, or to an exit; None where no way leads there. A branch back may lead to a way, too, where
-    blocks stand out of line; that a shortest way goes around no loop is in its nature. A call returns to the next
-    instruction (what it called is not counted), or is a branch to where the kernel ends."""
+def _shortest(
+    code: list[Instruction], start: int, end: int | None, without: list[bool], early: bool = False
+) -> Way | None:
+    """From start to end, or to an exit, `early` also to one under a condition; None where no way leads there. A branch
+    back may lead to a way, too, where blocks stand out of line; that a shortest way goes around no loop is in its
+    nature. A call returns to the next instruction (what it called is not counted), or is a branch to where the kernel
+    ends."""
     best = {start: Way()}
     waiting = [(Way(), start)]
     done: set[int] = set()
@@ -76,7 +79,7 @@ def _shortest(code: list[Instruction], start: int, end: int | None, without: lis
         done.add(place)
         here = code[place]
         after = so_far if without[place] else so_far.plus(here.way)
-        exits = here.name.startswith("EXIT") and here.always
+        exits = here.name.startswith("EXIT") and (here.always or early)
         if place == end or (exits and end is None):
             return after
         if exits or (here.name.startswith("RET") and here.always):
@@ -105,7 +108,9 @@ def ways(disassembly: str) -> tuple[Way, list[Way]]:
         return [any(a <= place <= b for a, b in inner) for place in range(len(code))]
 
     around = [_shortest(code, *loop, within(loop)) for loop in loops]
-    once = _shortest(code, 0, None, within((-1, len(code))))
+    outside = within((-1, len(code)))
+    # A kernel that ends with a loop may end within it.
+    once = _shortest(code, 0, None, outside) or _shortest(code, 0, None, outside, early=True)
     if once is None:
         raise ValueError("no way leads from the kernel's entry to an exit")
     return once, [way for way in around if way is not None]

@@ -65,9 +65,10 @@ def library(panels, monkeypatch):
     """Products by the library, in pieces of a few tiles of 32 x 32."""
     monkeypatch.setattr(configs, "by_library", lambda *_: True)
     monkeypatch.setattr(configs, "STRIPS", dict.fromkeys(configs.STRIPS, configs.Strip(32, 32, 2, 1)))
-    monkeypatch.setattr(configs, "WEIGHTS", configs.Tile(32, 32, 16, 1, 1))
+    monkeypatch.setattr(configs, "WEIGHTS", dict.fromkeys(configs.WEIGHTS, configs.Weights(32, 32, 2, 1)))
     monkeypatch.setattr(configs, "FORWARD_PIECE", configs.Sides(64, 64))
     monkeypatch.setattr(configs, "BACKWARD_PIECE", configs.Sides(64, 64))
+    monkeypatch.setattr(configs, "WEIGHTS_BYTES", 64 * 64 * 2)  # of float16: pieces of 64 x 64, of float32 64 x 32
 
 
 @pytest.mark.parametrize("s", [40.0, 100.0])

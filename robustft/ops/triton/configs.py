@@ -139,16 +139,25 @@ class Strip(NamedTuple):
         return self.bn * self.chunks
 
 
+class Weights(NamedTuple):
+    """Of the kernel of G: CHUNKS times BM rows, and BN columns, whose numbers it then loads once."""
+
+    bm: int
+    bn: int
+    chunks: int
+    warps: int
+
+
 LIBRARY_FROM = {
-    ("sm_80", torch.bfloat16): 8192,  # 8192: 1.61 ms for 2.85; 4096: .90 ms for .82
-    ("sm_80", torch.float16): 8192,  # 8192: 1.78 ms for 5.25; 4096: 1.68 ms for 1.38
-    ("sm_80", torch.float32): 4096,  # 4096: 3.81 ms for 6.76 (highest); 2048: .90 ms for .46 (medium)
-    ("sm_90", torch.bfloat16): 8192,  # 8192: .90 ms for 1.44; 4096: .90 ms for .37
-    ("sm_90", torch.float16): 8192,  # 8192: 1.68 ms for 3.01; 4096: 1.68 ms for .76
-    ("sm_90", torch.float32): 4096,  # 4096: .90 ms for 1.01 (medium); 2048: .90 ms for .26 (medium)
-    ("sm_100", torch.bfloat16): 8192,  # 8192: .90 ms for 1.07; 4096: .90 ms for .30
-    ("sm_100", torch.float16): 8192,  # 8192: 1.68 ms for 1.85; 4096: 1.68 ms for .47
-    ("sm_100", torch.float32): 8192,  # 8192: 3.76 ms for 10.1 (highest); 4096: .90 ms for .63 (medium)
+    ("sm_80", torch.bfloat16): 8192,  # 8192: 1.58 ms for 2.85; 4096: .93 ms for .82
+    ("sm_80", torch.float16): 8192,  # 8192: 1.76 ms for 5.25; 4096: 1.71 ms for 1.38
+    ("sm_80", torch.float32): 4096,  # 4096: 3.80 ms for 6.76 (highest); 2048: .93 ms for .46 (medium)
+    ("sm_90", torch.bfloat16): 8192,  # 8192: .93 ms for 1.44; 4096: .93 ms for .37
+    ("sm_90", torch.float16): 8192,  # 8192: 1.71 ms for 3.01; 4096: 1.71 ms for .76
+    ("sm_90", torch.float32): 4096,  # 4096: .93 ms for 1.01 (medium); 2048: .93 ms for .26 (medium)
+    ("sm_100", torch.bfloat16): 8192,  # 8192: .93 ms for 1.07; 4096: .93 ms for .30
+    ("sm_100", torch.float16): 8192,  # 8192: 1.71 ms for 1.85; 4096: 1.71 ms for .47
+    ("sm_100", torch.float32): 8192,  # 8192: 3.74 ms for 10.1 (highest); 4096: .93 ms for .63 (medium)
 }
 """Matrices with that many rows and columns have their products made by the device's library: the least power of two
 from which on benchmarks/gpu_model.py has it faster, with a teacher and without, at every precision of float32 (a
@@ -156,14 +165,21 @@ forward's may not be its backward's). tests/test_gpu_model.py holds one against 
 take less time from 4096 (bfloat16: .20 ms for .32) and from 1024 (float32 at "highest": .15 for .26), but there are
 more of them, and the host needs a millisecond to launch them."""
 FORWARD_PIECE = Sides(8192, 8192)
-"""Whole strips. Smaller ones stay in L2, but the library multiplies them more slowly."""
+"""Whole strips. Smaller ones stay in L2, and nothing is gained: on an H200 (gpu_bodies.json, 32,768 pairs) S in pieces
+of 2048 x 4096, 34 MB, took 5.43 ms of products for 5.47 and 3.83 ms of strips for 3.42, and the host 14.6 ms to launch
+them all."""
 BACKWARD_PIECE = Sides(8192, 8192)
 """A multiple of every tile. G t and G^T x of it are 128 tiles of 128 x 256 each, one for each processor of an H100."""
+WEIGHTS_BYTES = 2**29
+"""Of G in the backward of a kept S, where a piece holds nothing else. The wider a piece, the less often dx is read and
+written again, and the fewer launches the host makes."""
 STRIPS = {"least": Strip(64, 128, 8, 4), "more": Strip(32, 128, 16, 4), "most": Strip(32, 128, 16, 8)}
 """Divide both pieces. The least that a strip holds is one matrix of bfloat16 without labels or uniform targets, the
 most a teacher's with them; larger ones would spill."""
-WEIGHTS = Tile(32, 128, 16, 4, 1)
-"""Of G; divides a strip."""
+WEIGHTS = {"less": Weights(32, 128, 8, 4), "most": Weights(32, 128, 8, 8)}
+"""Their tiles divide a strip. The most is a teacher's with labels, which would spill in 4 warps."""
+FACTORS = 256
+"""Samples of a program of factors_kernel, a multiple of its threads."""
 FINISH = Block(32, 128, 1, 4, 1)
 SIGMOID = Tile(8, 128, 16, 4, 1)
 """Of the sigmoid losses: a program owns BM rows of a piece, and reads BN columns of them at a time."""
@@ -175,10 +191,20 @@ def strip(architecture: str, dtype: torch.dtype, load: int) -> Strip:
     return STRIPS["least" if least else "most" if load == 3 else "more"]
 
 
+def weights(load: int) -> Weights:
+    """Of the kernel of G; the load is that of a tile."""
+    return WEIGHTS["most" if load == 3 else "less"]
+
+
 def strip_rows(m: int, kinds: int, bm: int) -> int:
     """Rows of a panel whose strips of bm rows have PANEL_BYTES of statistics by columns, `kinds` of them: whole pieces,
     at least one."""
     return max(1, PANEL_BYTES * bm // (4 * kinds * m) // FORWARD_PIECE.rows) * FORWARD_PIECE.rows
+
+
+def kept_piece(size: int) -> Sides:
+    """Of a backward that has what its forward kept; entries of G have `size` bytes."""
+    return Sides(BACKWARD_PIECE.rows, WEIGHTS_BYTES // (BACKWARD_PIECE.rows * size))
 
 
 def by_library(n: int, m: int, factors: Sequence[Tensor], architecture: str) -> bool:

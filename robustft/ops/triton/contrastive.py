@@ -6,7 +6,8 @@
 Of large matrices (`configs.by_library`) the library makes the products, piece by piece:
 
     forward     S, strips_kernel, ..., combine_kernel
-    backward    weights_kernel, G t, G^T x, ..., finish_kernel; without kept exponentials S before weights_kernel
+    backward    factors_kernel, weights_kernel, G t, G^T x, ..., finish_kernel; without kept exponentials S before
+                weights_kernel
 
 Nothing here waits for the device, so the losses can be captured in a CUDA graph. Memory beyond results and what is
 kept: statistics of tiles and, in the backward without kept exponentials, a panel of them (configs.py), both
@@ -35,7 +36,7 @@ from robustft.ops.triton.statistics import statistics_kernel
 from robustft.ops.triton.strips import strips_kernel
 from robustft.ops.triton.table import dot_precision
 from robustft.ops.triton.tile import LABELS, PAIRS, RECTANGLE
-from robustft.ops.triton.weights import finish_kernel, weights_kernel
+from robustft.ops.triton.weights import factors_kernel, finish_kernel, weights_kernel
 
 PAIR_ROW = len(Statistics._fields)
 COUNTS_ROW = PAIR_ROW + 2
@@ -317,8 +318,9 @@ def _backward_by_library(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`_backward` of a large matrix."""
     (n, d), m, heads = of.x.shape, of.t.shape[0], of.heads
-    keep, tile, weigh = len(kept) > 0, of.tile(of.load(totals)), configs.WEIGHTS
-    rows, cols = (min(a, b) for a, b in zip(configs.BACKWARD_PIECE, (n, m), strict=True))
+    keep, tile, weigh = len(kept) > 0, of.tile(of.load(totals)), configs.weights(of.load(totals))
+    piece = configs.kept_piece(of.x.element_size()) if keep else configs.BACKWARD_PIECE
+    rows, cols = (min(a, b) for a, b in zip(piece, (n, m), strict=True))
     new, f32 = of.x.new_empty, torch.float32
     x_sums, t_sums = new(n, d, dtype=f32), new(m, d, dtype=f32)
     weights = new(rows, layouts.pitch(cols), dtype=of.x.dtype)
@@ -332,20 +334,33 @@ def _backward_by_library(
     in_range: dict[str, Any] = {}
     if of.x.dtype == torch.float16:
         unit, in_range = _in_range(of, row, col, g, h)
+    factors = [new(4, size, dtype=f32) for size in (n, m)]
+    samples = configs.FACTORS
+    launch(
+        factors_kernel,
+        _cdiv(n, samples) + _cdiv(m, samples),
+        {
+            "TILES": tiles, "tiles_stride": 2 * _cdiv(n, tile.bm) * _cdiv(m, tile.bn),
+            "ROW_FACTORS": factors[0], "COL_FACTORS": factors[1], **of_samples, **in_range,
+            "GIVEN": not keep, "BS": samples,
+        },
+        warps=4,
+    )  # fmt: skip
     for part in products.pieces(n, m, rows, cols):
         if not keep:
             _similarities(of, part, given)
         launch(
             weights_kernel,
-            _cdiv(part.rows, weigh.bm) * _cdiv(part.cols, weigh.bn),
+            _cdiv(part.rows, weigh.bm * weigh.chunks) * _cdiv(part.cols, weigh.bn),
             {
                 "KEPT": kept, "TILES": tiles,
                 "S_GIVEN": given[0], "S_TEACHER": given[-1], "given_stride": _stride(given[0]),
                 "WEIGHTS": weights, "weights_stride": weights.stride(0),
+                "ROW_FACTORS": factors[0], "COL_FACTORS": factors[1],
                 "X_LABELS": of.x_labels, "T_LABELS": of.t_labels,
                 "row0": part.row0, "rows": part.rows, "col0": part.col0, "cols": part.cols, "pitch": kept.shape[1],
                 **of_samples, **in_range, "GIVEN": not keep,
-                "TILE_M": tile.bm, "TILE_N": tile.bn, "BM": weigh.bm, "BN": weigh.bn,
+                "TILE_M": tile.bm, "TILE_N": tile.bn, "BM": weigh.bm, "BN": weigh.bn, "CHUNKS": weigh.chunks,
             },
             warps=weigh.warps,
         )  # fmt: skip
