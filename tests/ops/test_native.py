@@ -33,12 +33,18 @@ def operator_inputs(n: int = 9, d: int = 5, requires_grad: bool = True):
 
 @pytest.mark.parametrize("name", registry.OPERATORS)
 @pytest.mark.parametrize(
-    ("dtype", "count"), [(torch.float64, 1), *exhaustive((torch.float64, None), (torch.bfloat16, None))]
+    ("dtype", "part"),
+    [(torch.float64, slice(1)), *exhaustive((torch.float64, slice(1, None)), (torch.bfloat16, slice(None)))],
+    ids=["first", "others", "bfloat16"],
 )
-def test_every_operator_passes_opcheck(name, dtype, count):
+def test_every_operator_passes_opcheck(name, dtype, part):
     op = registry.OPERATORS[name]
-    for arguments in op.samples("cpu", dtype if dtype in op.dtypes else torch.float32)[:count]:
-        torch.library.opcheck(getattr(torch.ops.robustft, name).default, arguments)
+    for row, arguments in enumerate(op.samples("cpu", dtype if dtype in op.dtypes else torch.float32)[part]):
+        # A graph of another dtype differs by what the fake kernel says of it: the dynamic ones, which take by far the
+        # longest, are made of one sample.
+        known = dtype == torch.bfloat16 and row > 0
+        checks = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")} if known else {}
+        torch.library.opcheck(getattr(torch.ops.robustft, name).default, arguments, **checks)
 
 
 def test_the_registry_has_every_operator_that_is_declared():
