@@ -71,8 +71,7 @@ def library(panels, monkeypatch):
     monkeypatch.setattr(configs, "WEIGHTS_BYTES", 64 * 64 * 2)  # of float16: pieces of 64 x 64, of float32 64 x 32
 
 
-@pytest.mark.parametrize("s", [40.0, 100.0])
-@pytest.mark.parametrize("memory", ["auto", 0])
+@pytest.mark.parametrize(("memory", "s"), [("auto", 40.0), (0, 100.0)])
 def test_the_librarys_products_give_the_same_losses_and_gradients(s, memory, request):
     expected = whole(s)
     request.getfixturevalue("library")
@@ -214,7 +213,7 @@ def test_labels_that_are_no_class_make_their_own_losses_nan():
         assert losses.isnan().nonzero().flatten().tolist() == [3, 7]
 
 
-@pytest.mark.parametrize("s", [40.0, 100.0, 400.0])  # 400: logits of a tile span several hundred
+@pytest.mark.parametrize("s", [40.0, 400.0])  # 400: logits of a tile span several hundred
 def test_planes_of_16_bits_cost_half_a_percent_of_the_gradient(s, monkeypatch):
     expected, *gradients = whole(s)
     monkeypatch.setitem(layouts.TRITON_KEPT, torch.float32, torch.bfloat16)

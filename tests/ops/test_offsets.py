@@ -10,7 +10,7 @@ import mmap
 import planted
 import pytest
 import torch
-from targets import INTERPRETED, TARGETS, Target, each_device, placed
+from targets import INTERPRETED, TARGETS, Target, each_device, placed, sizes
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -87,12 +87,15 @@ def reference_contrastive(x: Tensor, t: Tensor, scale: float, rows: int) -> list
     return [(row_lse + col_lse) / 2 - pair, dx, dt]
 
 
+MEMORY = sizes([2**36, 0], [0])  # of so few logits as are interpreted, test_contrastive.py has all
+
+
 def some(target: Target, large, small):
     """Of a GPU so many logits that 32 bits do not count them; elsewhere the same test of few."""
     return large if target.device == "cuda" else small
 
 
-@pytest.mark.parametrize("memory", [2**36, 0])
+@pytest.mark.parametrize("memory", MEMORY)
 @each_float
 def test_losses_of_more_pairs_than_32_bits_count_are_as_exact(memory, target):
     n, d = some(target, (65_537, 40), (67, 40))
@@ -107,7 +110,7 @@ def test_losses_of_more_pairs_than_32_bits_count_are_as_exact(memory, target):
         assert (a[-1].double() - b[-1]).norm() <= 5 * tolerance * b[-1].norm() + 1e-6
 
 
-@pytest.mark.parametrize("memory", [2**36, 0])
+@pytest.mark.parametrize("memory", MEMORY)
 @each_float
 def test_class_losses_of_more_logits_than_32_bits_count_are_those_of_their_parts(memory, target):
     n, k, d = some(target, (53_003, 41_003, 24), (67, 35, 9))
