@@ -2,15 +2,6 @@
 #pragma once
 #include "isa.h"
 
-namespace robustft {
-
-inline Isa vector_isa() {
-  static const Isa isa = select_vector_isa();
-  return isa;
-}
-
-}  // namespace robustft
-
 #if defined(__x86_64__)
 #define ROBUSTFT_CALL(function, ...)                                        \
   switch (::robustft::vector_isa()) {                                       \
