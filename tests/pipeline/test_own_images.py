@@ -298,9 +298,11 @@ def test_a_graph_decides_as_the_run_without_robustft(run, tmp_path, form, precis
     for found, (label, probability, accepted) in zip(pipeline(["a.jpg", "b.jpg"]), lines, strict=True):
         assert label == found.label and accepted == str(found.accepted)
         assert float(probability) == pytest.approx(found.probability, abs=0.02)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        export_run(run.folder, to=form, output=folder, log=told.append)
 
 
-@pytest.mark.parametrize("form", ["open_clip", *exhaustive("transformers", "torch-export", "onnx")])
+@pytest.mark.parametrize("form", ["open_clip", *exhaustive("transformers")])
 def test_an_export_is_held_against_the_run(run, tmp_path, form):
     told: list[str] = []
     folder = export_run(run.folder, to=form, output=tmp_path / "out", log=told.append)
