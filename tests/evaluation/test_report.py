@@ -237,10 +237,20 @@ def test_metrics_json_gives_the_evaluation_back(report, evaluation):
     assert data["frontiers"][0]["chosen"] == 0.5 and data["config"]["train"]["bad"] is None
 
 
-def test_a_second_report_replaces_the_first_and_is_identical(report, evaluation, tmp_path):
-    options = {"evaluation": evaluation, "config": {"seed": 0}, "highlight": ["zero-shot"]}
-    a, b = (write_report(tmp_path, **options).read_bytes() for _ in range(2))
-    assert a == b and not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+SEED = {"seed": 0}
+
+
+@pytest.fixture(scope="module")
+def highlighted(evaluation, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("highlighted")
+    return write_report(folder, evaluation=evaluation, config=SEED, highlight=["WiSE-FT"])
+
+
+def test_a_second_report_replaces_the_first_and_is_identical(highlighted, evaluation):
+    first = highlighted.read_bytes()
+    second = write_report(highlighted.parent, evaluation=evaluation, config=SEED, highlight=["WiSE-FT"])
+    assert second.read_bytes() == first
+    assert not [p for p in highlighted.parent.rglob("*") if p.name.startswith(".")]
 
 
 def test_pictures_without_data_are_left_out(tmp_path):
@@ -249,9 +259,9 @@ def test_pictures_without_data_are_left_out(tmp_path):
     assert [p.name for p in (tmp_path / "figures").iterdir()] == ["reliability.png"]
 
 
-def test_highlight_chooses_models(evaluation, tmp_path):
-    a = write_report(tmp_path, evaluation=evaluation, highlight=["WiSE-FT"]).read_text()
-    assert len(a) < len(write_report(tmp_path, evaluation=evaluation).read_text())
+def test_highlight_chooses_models(highlighted, evaluation, tmp_path):
+    every = write_report(tmp_path, evaluation=evaluation, config=SEED)
+    assert len(highlighted.read_text()) < len(every.read_text())
     with pytest.raises(ValueError, match="not evaluated: .'nobody'"):
         write_report(tmp_path, evaluation=evaluation, highlight=["nobody"])
 
