@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-# A page on few images, in names that it does not see. In all else the exhaustive tests run every page as shown;
+# A page on few images, for few epochs, in names that it does not see. Else the exhaustive tests run pages as shown;
 FEW = """
+import robustft
 from robustft.data import glyphworld
 
 def some(make):
@@ -22,10 +23,12 @@ glyphworld.SPLITS = {{
 }}
 glyphworld.ood = some(glyphworld.ood)
 glyphworld.shift = some(glyphworld.shift)
+
+fit = robustft.fit
+robustft.fit = lambda *given, epochs, **how: fit(*given, epochs=min({epochs}, (epochs + 1) // 2), **how)
 """
 # the plain run takes a few pages, fewer images yet, one epoch or nine steps, and empty pictures.
 SMALL = """
-import robustft
 from matplotlib.figure import Figure
 from robustft.evaluation import curves, pictures
 
@@ -34,9 +37,6 @@ for module, name in (
     *((curves, name) for name in ("training", "risk")),
 ):
     setattr(module, name, lambda *_, **how: Figure(figsize=(1, 1)))
-
-fit = robustft.fit
-robustft.fit = lambda method, data, **how: fit(method, data, **how | {"epochs": 1})
 """
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -75,11 +75,11 @@ def test_a_page_runs_as_shown(small, page, tmp_path, python):
     if small:
         shown = re.sub(r"\brange\(\d{3}\)", "range(9)", program(page))
         shown = re.sub(r"\brange\(\d{3} if .* else \d+\)", "range(30)", shown)
-        code += f"exec({FEW.format(train=140, validation=60, each=30) + SMALL!r}, {{}})\n{shown}"
+        code += f"exec({FEW.format(train=140, validation=60, each=30, epochs=1) + SMALL!r}, {{}})\n{shown}"
     elif page.stem == "README":  # with every image
         code += program(page, whole=True)
     else:
-        code += f"exec({FEW.format(train=200, validation=100, each=60)!r}, {{}})\n{program(page, whole=True)}"
+        code += f"exec({FEW.format(train=200, validation=100, each=60, epochs=4)!r}, {{}})\n{program(page, whole=True)}"
     run = python.run("-c", code, folder=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     if page.stem == "README":
