@@ -15,7 +15,7 @@ from test_validation import held_out, same, state
 from robustft.methods import FLYP, CaRot, FineTune, LipsumFT, LoCoOp, MaPLe
 from robustft.training import CompiledTowers, compiling, loop
 
-VISION = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "head_width": 16}
+VISION = {"image_size": 32, "layers": [2, 2, 1, 1], "width": 4, "head_width": 16}
 TEXT = {"context_length": 9, "vocab_size": 30, "width": 8, "heads": 2, "layers": 2}
 
 
