@@ -117,7 +117,9 @@ class CompiledTowers:
 def check_compiler(mode: str, device: torch.device, backend: str = "inductor") -> None:
     """What `CompiledTowers` raises for a mode, and where there is no compiler for the device."""
     if mode not in get_args(CompileMode):
-        raise ValueError(f"compile must be False, True or one of {', '.join(get_args(CompileMode))}, got {mode!r}")
+        raise ValueError(
+            f"compile must be False, True or a mode, one of {', '.join(get_args(CompileMode))}, got {mode!r}"
+        )
     if mode == "reduce-overhead" and device.type != "cuda":
         raise ValueError(
             f"compile='reduce-overhead' records CUDA graphs, and the method is on {device}: pass compile=True"
