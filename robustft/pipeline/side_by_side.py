@@ -23,7 +23,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from robustft.clip.encoding import image_tower
 from robustft.clip.parts import is_small
 from robustft.ops.processes import Outcome, outcome, taken
 
+R = TypeVar("R")
 Say = Callable[[str], None]
 Training = Callable[[Say, Say], object]
 """Trains into a folder, telling how far it has come and, in the end, what it did."""
@@ -39,15 +40,30 @@ Training = Callable[[Say, Say], object]
 
 def pays(model: nn.Module, trainings: int) -> bool:
     """Whether so many trainings of a model are sooner done side by side: it is small and on the CPU, and they keep all
-    threads but one busy that torch would use. Not where there is a GPU, with which autograd does not go through a
-    fork."""
+    threads but one busy that torch would use. Not where autograd does not go through a fork, as with a GPU."""
     return (
         trainings > 1
         and 1 < torch.get_num_threads() <= trainings + 1
         and sys.platform == "linux"
         and not torch.cuda.is_available()
         and is_small(image_tower(model))
+        and forks_can_train()
     )
+
+
+def forks_can_train() -> bool:
+    """Whether a fork of this process can compute a gradient: torch refuses where this one's autograd has threads, on a
+    GPU or after gradients nested deeply. A fork tries it."""
+    pid = _quietly(os.fork)
+    if pid == 0:
+        failed = 1
+        try:
+            torch.set_num_threads(1)
+            torch.ones((), requires_grad=True).backward()
+            failed = 0
+        finally:
+            os._exit(failed)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def train_apart(trainings: Mapping[str, Training], progress: Say, log: Say) -> None:
@@ -98,11 +114,7 @@ class _Trainings:
         process = multiprocessing.get_context("fork").Process(target=_work, args=(self.waiting[name], told), name=name)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", DeprecationWarning
-                )  # torch's threads are idle, and not used in the fork
-                process.start()
+            _quietly(process.start)
             told.close()
             self.running[heard] = name, process
             del self.waiting[name]
@@ -135,6 +147,13 @@ class _Trainings:
         for _, process in self.running.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGINT)
+
+
+def _quietly(fork: Callable[[], R]) -> R:
+    """Forks without Python's warning of threads: torch's are idle, and a fork uses none of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return fork()
 
 
 def _work(training: Training, channel: Connection) -> None:

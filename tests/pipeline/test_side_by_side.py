@@ -6,14 +6,11 @@ import os
 import signal
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
 
-from robustft.data import glyphworld
-from robustft.evaluation import report
-from robustft.pipeline import job, quickstart
+from robustft.pipeline import side_by_side
 from robustft.pipeline.side_by_side import pays, train_apart
 from robustft.training.guards import deferred_interrupt
 from robustft.training.steps import NonFiniteError
@@ -117,6 +114,7 @@ def test_they_end_with_the_process_that_started_them(python):
 
 def test_it_pays_for_small_models_as_many_methods_and_several_threads(clip_model, monkeypatch):
     model = clip_model
+    monkeypatch.setattr(side_by_side, "forks_can_train", lambda: True)
     assert pays(model, 3) and pays(model, 2) and not pays(model, 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     assert not pays(model, 3) and pays(model, 4)
@@ -127,22 +125,61 @@ def test_it_pays_for_small_models_as_many_methods_and_several_threads(clip_model
     assert not pays(model, 3)
 
 
+def test_forks_do_not_train_where_autograd_has_threads(python):
+    code = """
+import torch
+from robustft.pipeline.side_by_side import forks_can_train
+
+class Nested(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, depth):
+        ctx.depth = depth
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        if ctx.depth:
+            with torch.enable_grad():
+                Nested.apply(torch.ones(1, requires_grad=True), ctx.depth - 1).sum().backward()
+        return g, None
+
+torch.ones(3, requires_grad=True).sum().backward()
+assert forks_can_train() and forks_can_train()
+Nested.apply(torch.ones(1, requires_grad=True), 99).sum().backward()
+assert not forks_can_train()
+"""
+    run = python.run("-c", code)
+    assert run.returncode == 0, run.stderr
+
+
+EQUAL = """
+from dataclasses import replace
+from pathlib import Path
+import torch
+from robustft.data import glyphworld
+from robustft.evaluation import report
+from robustft.pipeline import job, quickstart
+
+made = glyphworld.sets(20)
+made = replace(made, train=made.train.subset(range(256)), validation=made.validation.subset(range(40)))
+glyphworld.sets = lambda limit: made
+report.render = lambda drawing: (b"\\x89PNG", "<svg></svg>")
+quickstart.QUICK_EPOCHS = 1
+torch.get_num_threads = lambda: 1
+files = {}
+for name in ("apart", "after"):
+    job.pays = lambda model, trainings: name == "apart"
+    said = []
+    quickstart.quickstart(name, quick=True, limit_batches=2, progress=False, log=said.append)
+    steps = sorted(line.partition(",")[0] for line in said if "steps" in line)
+    assert steps == [f"{method}: 2 steps" for method in ("CaRot", "FLYP", "FT")], said
+    kept = (path for path in Path(name).rglob("*") if path.suffix in (".safetensors", ".jsonl", ".csv"))
+    files[name] = {str(path.relative_to(name)): path.read_bytes() for path in kept}
+assert len(files["apart"]) > 9 and files["apart"] == files["after"]
+"""
+
+
 @pytest.mark.exhaustive
-def test_a_run_is_the_same_side_by_side_in_every_bit(tmp_path, monkeypatch):
-    made = glyphworld.sets(20)
-    made = replace(made, train=made.train.subset(range(256)), validation=made.validation.subset(range(40)))
-    monkeypatch.setattr(glyphworld, "sets", lambda limit: made)
-    monkeypatch.setattr(report, "render", lambda drawing: (b"\x89PNG", "<svg></svg>"))
-    monkeypatch.setattr(quickstart, "QUICK_EPOCHS", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    files = {}
-    for name, apart in (("before", False), ("apart", True)):
-        monkeypatch.setattr(job, "pays", lambda model, trainings, apart=apart: apart)
-        said = []
-        quickstart.quickstart(tmp_path / name, quick=True, limit_batches=2, progress=False, log=said.append)
-        assert sorted(line.partition(",")[0] for line in said if "steps" in line) == [
-            f"{method}: 2 steps" for method in ("CaRot", "FLYP", "FT")
-        ]
-        kept = (path for path in (tmp_path / name).rglob("*") if path.suffix in (".safetensors", ".jsonl", ".csv"))
-        files[name] = {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in kept}
-    assert len(files["apart"]) > 9 and files["apart"] == files["before"]
+def test_a_run_is_the_same_side_by_side_in_every_bit(tmp_path, python):
+    run = python.run("-c", EQUAL, folder=tmp_path)
+    assert run.returncode == 0, run.stderr
