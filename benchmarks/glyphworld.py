@@ -21,7 +21,7 @@ from robustft.data import glyphworld
 from robustft.files import write_text
 from robustft.pipeline import quickstart
 from robustft.pipeline.training import Materials, train_recipe
-from robustft.predictors.logits import accuracy_and_nll
+from robustft.predictors.logits import accuracy_and_nll, preference
 
 from . import machine
 
@@ -56,7 +56,7 @@ def select(seeds: list[int]) -> None:
             print(f"{name:6} lr {lr:<7g} ID validation accuracy {accuracy:.4f}, NLL {nll:.4f}", flush=True)
     for name, recipe in quickstart.RECIPES.items():
         own = [row for row in rows if row["method"] == name]
-        best = min(own, key=lambda row: (-row["validation_accuracy"], row["validation_nll"]))
+        best = min(own, key=lambda row: preference(row["validation_accuracy"], row["validation_nll"]))
         print(f"{name}: {best['lr']:g}" + ("" if best["lr"] == recipe.lr else f", but its recipe has {recipe.lr:g}"))
     command = f"python -m benchmarks.glyphworld --select --seeds {' '.join(map(str, seeds))}"
     print(machine.write("glyphworld_selection", command, {"seeds": seeds, "rows": rows}))

@@ -27,7 +27,7 @@ import torch
 from robustft.pipeline.recipes import RECIPES
 from robustft.pipeline.study.world import World
 from robustft.pipeline.worlds import benchmark
-from robustft.predictors.logits import accuracy_and_nll
+from robustft.predictors.logits import accuracy_and_nll, preference
 
 from . import machine
 
@@ -57,8 +57,7 @@ def best(rows: Sequence[Mapping[str, Any]]) -> float:
 
     def order(rate: float) -> tuple[float, float]:
         own = [row for row in rows if row["rate"] == rate]
-        accuracy, nll = (statistics.fmean(row[f"validation_{what}"] for row in own) for what in ("accuracy", "nll"))
-        return -accuracy, nll
+        return preference(*(statistics.fmean(row[f"validation_{what}"] for row in own) for what in ("accuracy", "nll")))
 
     return min(sorted({row["rate"] for row in rows}), key=order)
 

@@ -29,7 +29,7 @@ from robustft.pipeline.recipes import Recipe
 from robustft.pipeline.study.drm import Spurious
 from robustft.pipeline.study.recipes import DRM, HOST_SHOTS, HOSTS, LP_FT, PROBE, SINGLE, SPURIOUS
 from robustft.pipeline.study.world import World
-from robustft.predictors.logits import accuracy_and_nll
+from robustft.predictors.logits import accuracy_and_nll, preference
 
 from . import machine
 
@@ -114,7 +114,7 @@ def score(folder: str, name: str, recipe: Recipe, seed: int) -> tuple[float, flo
 
 
 def best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return min(rows, key=lambda row: (-row["validation_accuracy"], row["validation_nll"]))
+    return min(rows, key=lambda row: preference(row["validation_accuracy"], row["validation_nll"]))
 
 
 def select(names: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustft.clip import parts, patches, spread
+from robustft.clip import batching, patches, spread
 from robustft.ops.arguments import check_range
 from robustft.ops.kinds import checked, has_numbers
 from robustft.ops.precision import at_least_float32
@@ -84,7 +84,7 @@ def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -
 
     def encoded(part: Tensor) -> tuple[Tensor]:
         part = part.to(parameter.device, parameter.dtype, non_blocking=True)
-        return (parts.by_parts(partial(_encoded, model, "encode_image", "images"), part, tower),)
+        return (batching.by_parts(partial(_encoded, model, "encode_image", "images"), part, tower),)
 
     (features,) = spread.of_images(encoded, images)
     return F.normalize(at_least_float32(features), dim=-1) if normalize else features

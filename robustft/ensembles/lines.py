@@ -18,7 +18,7 @@ from robustft import clip
 from robustft.ensembles.wise_ft import Walk, check_alpha, check_alphas, check_classifiers, mixed_head
 from robustft.ops.kinds import checked
 from robustft.predictors.base import Classifier, predict_each
-from robustft.predictors.logits import accuracy_and_nll
+from robustft.predictors.logits import accuracy_and_nll, preference
 
 SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Of the first block and of the last, from which `fit` takes the best pair."""
@@ -68,7 +68,7 @@ class LiNeS:
         scores = [accuracy_and_nll(found.logits, found.labels) for found in outputs]
         self.pairs_ = tuple(pairs)
         self.accuracies_, self.nlls_ = (tuple(column) for column in zip(*scores, strict=True))
-        best = min(range(len(pairs)), key=lambda i: (-self.accuracies_[i], self.nlls_[i]))
+        best = min(range(len(pairs)), key=lambda i: preference(*scores[i]))
         self.alpha_, self.beta_ = pairs[best]
         return self
 

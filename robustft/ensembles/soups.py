@@ -18,7 +18,7 @@ from torch import Tensor
 from robustft import clip
 from robustft.ops.kinds import described
 from robustft.predictors.base import Classifier
-from robustft.predictors.logits import accuracy_and_nll
+from robustft.predictors.logits import accuracy_and_nll, preference
 
 
 class GreedySoup(NamedTuple):
@@ -107,7 +107,7 @@ def greedy_soup(classifiers: Sequence[Classifier], validation: Any) -> GreedySou
         raise ValueError("classifiers is empty: a soup needs at least one")
     _check_alike(classifiers)  # before the work
     scores = [_score(classifier, validation) for classifier in classifiers]
-    best_first = sorted(range(len(scores)), key=lambda i: (-scores[i][0], scores[i][1]))
+    best_first = sorted(range(len(scores)), key=lambda i: preference(*scores[i]))
     kept = best_first[:1]
     soup, accuracy = uniform_soup([classifiers[kept[0]]]), scores[kept[0]][0]
     for i in best_first[1:]:

@@ -20,7 +20,7 @@ from robustft.clip.outputs import Outputs
 from robustft.data.sources import stated_by
 from robustft.ops.kinds import checked
 from robustft.predictors.base import Classifier, Predictor, predict_each
-from robustft.predictors.logits import accuracy_and_nll
+from robustft.predictors.logits import accuracy_and_nll, preference
 
 ALPHAS = tuple(i / 10 for i in range(11))
 
@@ -185,7 +185,7 @@ def check_members(zero_shot: Any, fine_tuned: Any) -> None:
 
 def best_alpha(alphas: Sequence[float], accuracies: Sequence[float], nlls: Sequence[float]) -> float:
     """The alpha of highest accuracy; of equals the one of lower NLL, then the first."""
-    return min(zip(alphas, accuracies, nlls, strict=True), key=lambda row: (-row[1], row[2]))[0]
+    return min(zip(alphas, accuracies, nlls, strict=True), key=lambda row: preference(*row[1:]))[0]
 
 
 def _mix(alpha: float):

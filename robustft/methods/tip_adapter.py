@@ -28,7 +28,7 @@ from robustft.methods.frozen import FrozenModel, FrozenOptions
 from robustft.methods.options import check_weights
 from robustft.ops.kinds import checked
 from robustft.predictors.base import Classifier, FeaturePredictor
-from robustft.predictors.logits import accuracy_and_nll
+from robustft.predictors.logits import accuracy_and_nll, preference
 
 ALPHA, BETA = 1.17, 1.0  # the released configuration of most data sets
 ALPHAS = BETAS = tuple(i / 5 for i in range(1, 51))  # the widest of the released ranges, up to 10
@@ -259,7 +259,7 @@ def search_shape(
     rows = tuple(zip(*columns, strict=True))
     a, b = min(
         ((a, b) for a in range(len(alphas)) for b in range(len(betas))),
-        key=lambda place: (-rows[place[0]][place[1]][0], rows[place[0]][place[1]][1]),
+        key=lambda place: preference(*rows[place[0]][place[1]]),
     )
     accuracies, nlls = (tuple(tuple(cell[i] for cell in row) for row in rows) for i in (0, 1))
     return Search(alphas[a], betas[b], accuracies, nlls)

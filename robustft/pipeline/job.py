@@ -52,7 +52,7 @@ from robustft.pipeline.several import quiet
 from robustft.pipeline.side_by_side import pays, train_apart
 from robustft.pipeline.training import Materials, train_recipe
 from robustft.predictors.base import Classifier, ModelPredictor, Predictor, predict_each
-from robustft.predictors.logits import accuracy_and_nll
+from robustft.predictors.logits import accuracy_and_nll, preference
 from robustft.training.loop import History
 from robustft.training.progress import to_stderr
 from robustft.training.reporting import Record, Reporter, reporter
@@ -310,7 +310,7 @@ def choose(
     train: the training images without augmentation, from which a score may learn."""
     outputs = dict(zip(predictors, predict_each(tuple(predictors.values()), validation), strict=True))
     scores = {name: accuracy_and_nll(found.logits, found.labels) for name, found in outputs.items()}
-    name = min(scores, key=lambda key: (-scores[key][0], scores[key][1]))
+    name = min(scores, key=lambda key: preference(*scores[key]))
     tempering = Tempering(predictors[name])
     found = outputs[name]
     temperature = 1.0

@@ -28,8 +28,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import nn
 
+from robustft.clip.batching import is_small
 from robustft.clip.encoding import image_tower
-from robustft.clip.parts import is_small
 from robustft.ops.processes import Outcome, outcome, taken
 
 R = TypeVar("R")

@@ -30,3 +30,8 @@ def accuracy_and_nll(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     """Accuracy and mean negative log-likelihood of logits (N, K), in float64."""
     labels = labels.long()
     return (logits.argmax(-1) == labels).double().mean().item(), F.cross_entropy(logits.double(), labels).item()
+
+
+def preference(accuracy: float, nll: float) -> tuple[float, float]:
+    """The key by which `min` and `sorted` choose on validation data: the highest accuracy; of equals the lowest NLL."""
+    return -accuracy, nll

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from statistics import harmonic_mean
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -20,7 +21,7 @@ from robustft.methods import Method, Predictor, zero_shot_classifier
 from robustft.pipeline.recipes import Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Section, falls, higher
 from robustft.pipeline.study.recipes import PROMPTS
-from robustft.pipeline.study.world import Tensors, World
+from robustft.pipeline.study.world import Tensors, World, accuracy
 from robustft.pipeline.training import Materials, make_method
 
 ACCURACY, BASE, NEW = "accuracy on base and new classes", "ECE on base classes", "ECE on new classes"
@@ -71,8 +72,8 @@ def measure(world: World) -> Measured:
         on_base, on_new = (
             world.outputs(predictor, part.test) for predictor, part in zip(pair, (base, new), strict=True)
         )
-        found = [100 * float((p.logits.argmax(1) == p.labels).double().mean()) for p in (on_base, on_new)]
-        tables[ACCURACY][name] = {"base": found[0], "new": found[1], "H": harmonic_mean(*found)}
+        found = [accuracy(on_base), accuracy(on_new)]
+        tables[ACCURACY][name] = {"base": found[0], "new": found[1], "H": harmonic_mean(found)}
         held_out = world.outputs(pair[0], base.validation)
         temperature = fit_temperature(held_out.logits, held_out.labels)
         for table, predictor, outputs, before, part in (
@@ -131,10 +132,6 @@ def on_both(
 
 def method_of(world: World, recipe: Recipe, materials: Materials) -> Method:
     return make_method(world.benchmark.recipe(recipe), materials)
-
-
-def harmonic_mean(base: float, new: float) -> float:
-    return 2 * base * new / (base + new) if base + new else 0.0
 
 
 LEARNT = tuple(PROMPTS)

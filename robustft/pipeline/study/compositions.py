@@ -15,7 +15,7 @@ from robustft.pipeline.study.findings import Claim, Measured, Section, Table
 from robustft.pipeline.study.recipes import DRM
 from robustft.pipeline.study.world import World, of_kind
 from robustft.pipeline.worlds import Benchmark, benchmark
-from robustft.predictors.logits import accuracy_and_nll
+from robustft.predictors.logits import accuracy_and_nll, preference
 
 SINGLES, COMPOSED = "single methods", "compositions"
 HALF = 0.5  # WiSE-FT's recommendation where no data tell (arXiv 2109.01903, section 4)
@@ -89,8 +89,8 @@ def named(name: str, tables: Mapping[str, Table]) -> str:
     """A composition by its name, or the one of the highest ID validation accuracy; of equals that of the lowest NLL."""
     if name != CHOSEN:
         return name
-    accuracy, nll = VALIDATION
-    return min(tables[COMPOSED], key=lambda row: (-tables[COMPOSED][row][accuracy], tables[COMPOSED][row][nll]))
+    rows = tables[COMPOSED]
+    return min(rows, key=lambda row: preference(*(rows[row][column] for column in VALIDATION)))
 
 
 def dominates(name: str, slack: float = 0.0) -> Callable[[Mapping[str, Table]], float]:

@@ -16,7 +16,7 @@ from robustft.pipeline.study.findings import Claim, Measured, Plot, Section, Tab
 from robustft.pipeline.study.recipes import SINGLE, SPURIOUS
 from robustft.pipeline.study.world import Tensors, World, accuracy, of_kind
 from robustft.pipeline.worlds import Benchmark, benchmark
-from robustft.predictors.logits import accuracy_and_nll
+from robustft.predictors.logits import accuracy_and_nll, preference
 
 QUICK_LAMBDAS = (0.5, 2.0)
 BETAS = tuple(i / 10 for i in range(11))
@@ -130,8 +130,7 @@ class Spurious:
 
         def order(choice: Choice) -> tuple[float, float]:
             p = self.world.outputs(found[choice], self.validation)
-            right, nll = accuracy_and_nll(p.logits, p.labels)
-            return -right, nll
+            return preference(*accuracy_and_nll(p.logits, p.labels))
 
         return min(found, key=order)
 

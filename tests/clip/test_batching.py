@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from robustft import clip
-from robustft.clip import parts
+from robustft.clip import batching
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def seen(clip_model, monkeypatch):
 def with_threads(monkeypatch, count):
     monkeypatch.setattr(torch, "get_num_threads", lambda: count)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    parts._pool.cache_clear()
+    batching._pool.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_features_by_parts_are_those_of_all_images(clip_model, images, seen, mon
     assert sorted(size for size, _ in seen[1:]) == sizes
     torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-12)
     apart = {thread for _, thread in seen[1:]} - {threading.main_thread()}
-    assert bool(apart) == (1 < threads <= parts.FEW) and not found.requires_grad
+    assert bool(apart) == (1 < threads <= batching.FEW) and not found.requires_grad
     with torch.inference_mode():
         assert clip.encode_images(clip_model, images).is_inference()
 
@@ -70,7 +70,7 @@ def test_all_images_go_together_where_they_may_be_looked_at_together(clip_model,
 
 def test_a_large_tower_is_not_given_to_several_threads(clip_model, images, seen, monkeypatch):
     with_threads(monkeypatch, 2)
-    monkeypatch.setattr(parts, "SMALL", 100)
+    monkeypatch.setattr(batching, "SMALL", 100)
     with torch.no_grad():
         clip.encode_images(clip_model.eval(), images)
     assert seen == [(128, threading.main_thread()), (22, threading.main_thread())]
