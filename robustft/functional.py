@@ -8,9 +8,9 @@ coarse to average. Features of different dtypes are promoted to the wider one.
 The compiled operators compute an N x N or N x K matrix a tile at a time. What they keep of it for the backward is
 bounded by their `memory`, and is nothing at `memory=0`; the eager reference stores several such matrices. See
 `robustft.backend`. Products of float32 features follow `torch.set_float32_matmul_precision`: "highest" is IEEE float32;
-on processors with a matrix unit (AMX) "high" splits each factor into two bfloat16 (cosines of 512 dimensions within
-2e-6) and "medium" rounds them to bfloat16; on a GPU "high" is TF32 three times and "medium" TF32. Elsewhere all three
-are IEEE.
+on processors that multiply bfloat16 (AMX, AVX512_BF16) "medium" rounds factors to it, and with a matrix unit (AMX)
+"high" splits each into two (cosines of 512 dimensions within 2e-6); on a GPU "high" is TF32 three times and "medium"
+TF32. Elsewhere all three are IEEE.
 """
 
 from __future__ import annotations
@@ -734,8 +734,8 @@ def kth_neighbor_distance(
     filter of fast products cannot rule out is measured by direct differences in float64. To search the same points
     again use `robustft.NeighborIndex`, which prepares them once.
     No gradient: inputs that require one are detached. Half precision is widened to float32.
-    Memory: 4 N bytes, up to 80 MB a thread, and 2 N D bytes on processors with AMX, or with AVX2 where Q is at least
-    128 and D at least 32; no Q x N matrix. Time: 2 Q N D flops.
+    Memory: 4 N bytes, up to 80 MB a thread, and 2 N D bytes on processors with AMX or AVX512_BF16, or with AVX2 where Q
+    is at least 128 and D at least 32; no Q x N matrix. Time: 2 Q N D flops.
     On a GPU 4 N + 2 N D bytes and up to 256 MB, or 4 N where that is more; float64 there is not filtered, so slower.
     Of a group, N is a rank's own part, and beside it are the queries of one other rank and about 100 MB of what the
     ranks found.

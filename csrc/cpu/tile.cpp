@@ -1,4 +1,4 @@
-// The two bodies of a tile's products: aten's matrix product and the matrix unit. See tile.h.
+// The two bodies of a tile's products: aten's matrix product and bf16.h's. See tile.h.
 #include "tile.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -29,7 +29,7 @@ float* as_float(double*) { return nullptr; }
 
 // Room for `count` rows of `depth` packed, kept for the next tile.
 Packed& room(Scratch& scratch, int64_t count, int64_t depth, bool low) {
-  const int64_t stride = amx::depth_tiles(depth), size = (count + 15) / 16 * stride;
+  const int64_t stride = bf16::depth_tiles(depth), size = (count + 15) / 16 * stride;
   if (scratch.size < size) {
     scratch.tile = Packed(count, depth, low ? Arithmetic::bf16x3 : Arithmetic::bf16);
     scratch.size = size;
@@ -42,13 +42,14 @@ Packed& room(Scratch& scratch, int64_t count, int64_t depth, bool low) {
 
 Arithmetic arithmetic_of(ScalarType dtype, const std::string& precision) {
   // float16 has 11 bits: high * low products would be exact, but what bf16x3 leaves out is not within its accuracy.
-  if (dtype == ScalarType::Double || dtype == ScalarType::Half || !amx::available()) return Arithmetic::ieee;
+  if (dtype == ScalarType::Double || dtype == ScalarType::Half || !bf16::available()) return Arithmetic::ieee;
   if (dtype == ScalarType::BFloat16) return Arithmetic::bf16;
-  return precision == "highest" ? Arithmetic::ieee : precision == "high" ? Arithmetic::bf16x3 : Arithmetic::bf16;
+  if (precision == "medium") return Arithmetic::bf16;
+  return precision == "high" && bf16::unit() == bf16::Unit::tiles ? Arithmetic::bf16x3 : Arithmetic::ieee;
 }
 
-Packed::Packed(int64_t count, int64_t depth, Arithmetic arithmetic) : stride(amx::depth_tiles(depth)) {
-  const int64_t size = (count + 15) / 16 * stride * amx::kTile;
+Packed::Packed(int64_t count, int64_t depth, Arithmetic arithmetic) : stride(bf16::depth_tiles(depth)) {
+  const int64_t size = (count + 15) / 16 * stride * bf16::kTile;
   if (arithmetic != Arithmetic::ieee) high = Buffer<uint16_t>(size);
   if (arithmetic == Arithmetic::bf16x3) low = Buffer<uint16_t>(size);
 }
@@ -57,7 +58,7 @@ template <class T>
 LeftRows<T>::LeftRows(const T* rows, int64_t count, int64_t depth, Arithmetic arithmetic)
     : rows(rows), count(count), depth(depth), packed(count, depth, arithmetic) {
   if (arithmetic != Arithmetic::ieee)
-    amx::pack_rows(as_float(rows), depth, count, depth, 0, (count + 15) / 16, packed.high.get(), packed.low.get());
+    bf16::pack_rows(as_float(rows), depth, count, depth, 0, (count + 15) / 16, packed.high.get(), packed.low.get());
 }
 
 template <class T>
@@ -66,7 +67,7 @@ RightMatrix<T>::RightMatrix(const Tensor& matrix, int64_t begin, int64_t count, 
   if (arithmetic == Arithmetic::ieee) return;
   const int64_t blocks = ((use == kColumns ? count : depth) + 15) / 16;
   packed = use == kColumns ? Packed(count, depth, arithmetic) : Packed(depth, count, arithmetic);
-  const auto pack = use == kColumns ? amx::pack_rows_as_columns : amx::pack_columns;
+  const auto pack = use == kColumns ? bf16::pack_rows_as_columns : bf16::pack_columns;
   torch::stable::parallel_for(0, blocks, 8, [&](int64_t first, int64_t last) {
     pack(as_float(rows), depth, count, depth, first, last, packed.high.get(), packed.low.get());
   });
@@ -77,15 +78,15 @@ RightMatrix<T>::RightMatrix(const T* rows, int64_t count, int64_t depth, const u
     : rows(rows), count(count), depth(depth) {
   if (!packed_columns) return;
   packed.high = Buffer<uint16_t>::borrow(const_cast<uint16_t*>(packed_columns));
-  packed.stride = amx::depth_tiles(depth);
+  packed.stride = bf16::depth_tiles(depth);
 }
 
 template <class T>
 void multiply(const LeftRows<T>& left, int64_t i, int64_t rows, const RightMatrix<T>& right, int64_t j, int64_t cols,
               T* out, int64_t ld) {
   if (left.packed.high.get()) {
-    amx::multiply(left.packed.from(i, 0), rows, right.packed.from(j, 0), cols, left.packed.stride, as_float(out), ld,
-                  false);
+    bf16::multiply(left.packed.from(i, 0), rows, right.packed.from(j, 0), cols, left.packed.stride, as_float(out), ld,
+                   false);
     return;
   }
   const int64_t d = left.depth;
@@ -99,8 +100,8 @@ void add_product(const T* g, int64_t ld, int64_t rows, int64_t cols, const Right
   const int64_t d = right.depth;
   if (right.packed.high.get()) {
     Packed& left = room(scratch, rows, cols, right.packed.low.get());
-    amx::pack_rows(as_float(g), ld, rows, cols, 0, (rows + 15) / 16, left.high.get(), left.low.get());
-    amx::multiply(left.from(0, 0), rows, right.packed.from(0, j / 32), d, left.stride, as_float(out), d, !first);
+    bf16::pack_rows(as_float(g), ld, rows, cols, 0, (rows + 15) / 16, left.high.get(), left.low.get());
+    bf16::multiply(left.from(0, 0), rows, right.packed.from(0, j / 32), d, left.stride, as_float(out), d, !first);
     return;
   }
   Tensor sum = matrix_view(out, rows, d, d, 1);
@@ -113,8 +114,8 @@ void add_transposed_product(const T* g, int64_t ld, int64_t rows, int64_t cols, 
   const int64_t d = right.depth;
   if (right.packed.high.get()) {
     Packed& left = room(scratch, cols, rows, right.packed.low.get());
-    amx::pack_columns_as_rows(as_float(g), ld, rows, cols, 0, (cols + 15) / 16, left.high.get(), left.low.get());
-    amx::multiply(left.from(0, 0), cols, right.packed.from(0, i / 32), d, left.stride, as_float(out), d, !first);
+    bf16::pack_columns_as_rows(as_float(g), ld, rows, cols, 0, (cols + 15) / 16, left.high.get(), left.low.get());
+    bf16::multiply(left.from(0, 0), cols, right.packed.from(0, i / 32), d, left.stride, as_float(out), d, !first);
     return;
   }
   Tensor sum = matrix_view(out, cols, d, d, 1);

@@ -6,15 +6,15 @@
 //
 // A reduction is a loop over tiles: it asks for S, calls its kernels on it (one file *_kernels.cpp, compiled for every
 // instruction set) and forgets it. Each call here runs on the calling thread alone; reductions share out whole tiles,
-// so threads meet only where a step ends. Two bodies: aten's matrix product (any dtype, IEEE), and the matrix unit of
-// processors that have AMX (bfloat16 factors, float32 sums), which reads factors packed once.
+// so threads meet only where a step ends. Two bodies: aten's matrix product (any dtype, IEEE), and that of processors
+// with instructions for it (bf16.h: bfloat16 factors, float32 sums), which reads factors packed once.
 #pragma once
 #include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
-#include "amx.h"
+#include "bf16.h"
 #include "torch_api.h"
 
 namespace robustft {
@@ -51,7 +51,7 @@ class Buffer {
   std::unique_ptr<T, Free> data_;
 };
 
-// A factor in the form of the matrix unit (amx.h): blocks of 16, `stride` tiles apart.
+// A factor in the form of bf16.h: blocks of 16, `stride` tiles apart.
 struct Packed {
   Buffer<uint16_t> high, low;  // low is null for bf16, both for ieee
   int64_t stride = 0;
@@ -60,8 +60,8 @@ struct Packed {
   Packed(int64_t count, int64_t depth, Arithmetic arithmetic);
 
   // From block 16-`first` and depth tile `depth_tile` on.
-  amx::Operand from(int64_t first, int64_t depth_tile) const {
-    const int64_t offset = (first / 16 * stride + depth_tile) * amx::kTile;
+  bf16::Operand from(int64_t first, int64_t depth_tile) const {
+    const int64_t offset = (first / 16 * stride + depth_tile) * bf16::kTile;
     return {high.get() + offset, low.get() ? low.get() + offset : nullptr, stride};
   }
 };
@@ -90,7 +90,7 @@ class RightMatrix {
       : RightMatrix(matrix, 0, matrix.size(0), use, arithmetic) {}
   // Rows [begin, begin + count) only.
   RightMatrix(const Tensor& matrix, int64_t begin, int64_t count, Use use, Arithmetic arithmetic);
-  // A kColumns of `count` rows, packed for bf16 earlier (amx::pack_rows_as_columns) or, where null, not at all. Both
+  // A kColumns of `count` rows, packed for bf16 earlier (bf16::pack_rows_as_columns) or, where null, not at all. Both
   // must outlive this.
   RightMatrix(const T* rows, int64_t count, int64_t depth, const uint16_t* packed_columns);
 

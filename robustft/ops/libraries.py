@@ -10,7 +10,7 @@ import torch
 
 from robustft import machine
 
-ISA_NAMES = ("portable", "avx2", "avx512", "amx")
+ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def _of_another_cuda(compiler: str, wanted: str) -> str | None:

@@ -36,7 +36,7 @@ class PackedPoints(NamedTuple):
 
 
 FILTERED = 128
-"""A single search of fewer queries is faster without a filter on processors that have no AMX."""
+"""A single search of fewer queries is faster without a filter in fixed point."""
 
 
 def sample_size(n: int) -> int:
@@ -45,8 +45,8 @@ def sample_size(n: int) -> int:
 
 
 def pack(points: Tensor, filter: bool = True) -> PackedPoints:
-    """Reads the points once or twice; they are referred to, not copied. Without AMX a filter is made only if asked for:
-    it takes the time that it spares on `FILTERED` queries."""
+    """Reads the points once or twice; they are referred to, not copied. A filter in fixed point is made only if asked
+    for: it takes the time that it spares on `FILTERED` queries."""
     return PackedPoints(points, *torch.ops.robustft.neighbor_pack(points, sample_size(len(points)), filter))
 
 

@@ -1,4 +1,4 @@
-// Rows in 16-bit fixed point, and their products: the filter of float32 searches where there is no matrix unit.
+// Rows in 16-bit fixed point, and their products: the filter of float32 searches where bfloat16 is not multiplied.
 //
 //   xh = round(s x), whole numbers        q.x = qh.xh / (s_q s_x) but for the residuals |q - qh / s_q|, |x - xh / s_x|
 //
@@ -30,7 +30,7 @@ inline int64_t panel_size(int64_t d) { return pairs(d) * kPanel * 2; }
 
 // Whether products in fixed point are the faster ones: on processors with AVX2, where rows are not so short that the
 // bound, which for float32 shrinks with them, counts for more. With AVX-512 they take as many instructions as float32.
-inline bool pays(int64_t d) { return d >= 32 && !amx::available() && vector_isa() == Isa::avx2; }
+inline bool pays(int64_t d) { return d >= 32 && !bf16::available() && vector_isa() == Isa::avx2; }
 
 // The scale of points of which the longest is this long; 0 where there is none.
 inline float scale_of_points(double norm, int64_t d) {

@@ -45,7 +45,7 @@ inline Vec<double> widen(NarrowVec<float> v) { return __builtin_convertvector(v,
 #endif
 inline Vec<double> widen(Vec<double> v) { return v; }
 
-// v less v rounded to bfloat16, rounded as amx_kernels.cpp does.
+// v less v rounded to bfloat16, rounded as bf16_kernels.cpp does.
 inline NarrowVec<float> bf16_residual(NarrowVec<float> v) {
   typedef uint32_t Words __attribute__((vector_size(sizeof(v))));
   const Words bits = (Words)v;

@@ -10,8 +10,9 @@
 //
 // for every point, by Cauchy-Schwarz: the residual norms are measured (0 for ieee), gamma covers sums of d products in
 // any order, and the last term the rounding of centring, bias, score and distance (u the unit roundoff of T). Factors
-// are bfloat16 on the matrix unit, else in 16-bit fixed point (fixed.h), where sums are exact and gamma is the rounding
-// of three numbers; or the numbers themselves, where that is no gain or its bound leaves too much to be measured.
+// are bfloat16 where the processor multiplies it, else in 16-bit fixed point (fixed.h), where sums are exact and gamma
+// is the rounding of three numbers; or the numbers themselves, where that is no gain or its bound leaves too much to be
+// measured.
 //
 // Filter (filter.cpp). Points whose t reaches a threshold are kept: all that can matter, and few more.
 // Band (band.cpp). Only where t leaves open on which side of the k-th they are, within 2 eps, are points measured by
@@ -123,7 +124,7 @@ struct NeighborInputs {
     STD_TORCH_CHECK(centre.numel() == d && bias.numel() == n && bounds.numel() == neighbor_bound::kCount &&
                         sample.dim() == 2 && sample.size(1) == d,
                     op, ": not what neighbor_pack made of these points");
-    const FilterForm form = amx::available() ? FilterForm::bf16 : FilterForm::fixed;
+    const FilterForm form = bf16::available() ? FilterForm::bf16 : FilterForm::fixed;
     STD_TORCH_CHECK(!filter.numel() || (filter.numel() == filter_size(form, n, d) && dtype() == ScalarType::Float), op,
                     ": the filter is not what neighbor_pack makes of these points here");
   }

@@ -3,9 +3,8 @@
 //   centre (d)    c, the mean of a sample. Distances do not change when c is subtracted from everything, but the norms
 //                 shrink, and with them the error bounds of the search
 //   bias (n)      |x - c|^2 / 2
-//   filter        x - c in bfloat16, in the matrix unit's column form; or in fixed point, in panels (fixed.h), where
-//   that
-//                 is asked for and pays; or empty: the points serve themselves
+//   filter        x - c in bfloat16, in column form (bf16.h); or in fixed point, in panels (fixed.h), where that is
+//                 asked for and pays; or empty: the points serve themselves
 //   sample (m, d) m of the rows x - c, from which searches guess where to start
 //   bounds        neighbor_bound in set.h
 //
@@ -97,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack(const Tensor& input, int
   const int64_t n = points.size(0), d = points.size(1), m = std::min(samples, n);
   const T* x = points.const_data_ptr<T>();
   constexpr bool is_float = std::is_same_v<T, float>;
-  const bool bf16 = is_float && amx::available();
+  const bool bf16 = is_float && bf16::available();
   const bool fixed_point = is_float && filtering && fixed::pays(d);
   Tensor centre = torch::stable::new_empty(points, {d}), bias = torch::stable::new_empty(points, {n});
   Tensor filter = torch::stable::new_empty(points, {bf16 ? filter_size(FilterForm::bf16, n, d) : 0}, ScalarType::Short);
@@ -119,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack(const Tensor& input, int
       of_piece = larger(norms, of_piece);
     }
     if (bf16)
-      amx::pack_rows_as_columns(reinterpret_cast<const float*>(rows.get()), d, count, d, 0, (count + 15) / 16,
-                                packed + begin / 16 * amx::depth_tiles(d) * amx::kTile, nullptr);
+      bf16::pack_rows_as_columns(reinterpret_cast<const float*>(rows.get()), d, count, d, 0, (count + 15) / 16,
+                                 packed + begin / 16 * bf16::depth_tiles(d) * bf16::kTile, nullptr);
   });
   const double norm = std::sqrt(most.squared);
   if constexpr (is_float) {

@@ -7,7 +7,7 @@ namespace robustft {
 // What the filter multiplies. The search is exact under any, see neighbors.cpp.
 enum class FilterForm {
   points,  // the points themselves
-  bf16,    // bfloat16 on the matrix unit, where there is one
+  bf16,    // bfloat16, where the processor multiplies it
   fixed    // 16-bit fixed point
 };
 
@@ -15,7 +15,7 @@ enum class FilterForm {
 inline int64_t filter_size(FilterForm form, int64_t n, int64_t d) {
   const int64_t panels = (n + 15) / 16;
   switch (form) {
-    case FilterForm::bf16: return panels * amx::depth_tiles(d) * amx::kTile;
+    case FilterForm::bf16: return panels * bf16::depth_tiles(d) * bf16::kTile;
     case FilterForm::fixed: return panels * fixed::panel_size(d);
     default: return 0;
   }
@@ -62,9 +62,9 @@ struct PointSet {
         n(points.size(0)),
         d(points.size(1)),
         samples(sample.size(0)),
-        form(!filter.numel()    ? FilterForm::points
-             : amx::available() ? FilterForm::bf16
-                                : FilterForm::fixed),
+        form(!filter.numel()     ? FilterForm::points
+             : bf16::available() ? FilterForm::bf16
+                                 : FilterForm::fixed),
         arithmetic(form == FilterForm::bf16 ? Arithmetic::bf16 : Arithmetic::ieee),
         columns(this->points.template const_data_ptr<T>(), n, d, packed()) {
     const Tensor in_double = contiguous_as(bounds, ScalarType::Double);

@@ -1,15 +1,15 @@
-// Packing and products for the matrix unit. The only file compiled with AMX instructions: like the other kernel files
-// it must not call inline functions of the standard library, of which the linker keeps one copy for all.
-#include "amx.h"
+// Packing and products of bfloat16. The only file compiled with its instructions: like the other kernel files it must
+// not call inline functions of the standard library, of which the linker keeps one copy for all.
+#include "bf16.h"
 
-#ifndef ROBUSTFT_AMX_EMULATION
+#ifndef ROBUSTFT_BF16_EMULATION
 #include <immintrin.h>
 #elif defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the processor's are only passed between functions here
 #endif
 
 namespace robustft {
-namespace amx {
+namespace bf16 {
 namespace {
 
 typedef float Floats __attribute__((vector_size(64)));
@@ -17,7 +17,7 @@ typedef uint32_t Words __attribute__((vector_size(64)));
 typedef int32_t Indices __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
-#ifdef ROBUSTFT_AMX_EMULATION
+#ifdef ROBUSTFT_BF16_EMULATION
 
 struct Register {
   alignas(64) unsigned char bytes[16][64];
@@ -164,6 +164,46 @@ inline Floats load(const float* p, int64_t lanes) {
   return v;
 }
 
+// 16 sums of float32, plus a's two products by b's in each word.
+inline Floats dot(Floats sums, Words a, Words b) {
+#ifdef ROBUSTFT_BF16_EMULATION
+  constexpr uint32_t kUpper = 0xffff0000u;
+  return sums + (Floats)(a << 16) * (Floats)(b << 16) + (Floats)(a & kUpper) * (Floats)(b & kUpper);
+#else
+  return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#endif
+}
+
+constexpr int64_t kDotRows = 8, kDotBlocks = 3;  // 24 vectors of sums, of 32 registers
+
+// Rows [0, kDotRows) of a tile's block of 16, from `left` on, times kBlocks of 16 columns.
+template <int kBlocks>
+void multiply_rows(const uint16_t* left, const uint16_t* right, int64_t right_step, int64_t depth, int64_t rows,
+                   int64_t cols, float* out, int64_t ld, bool accumulate) {
+  Floats sums[kDotRows][kBlocks] = {};
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t p = 0; p < 16; ++p) {
+      Words b[kBlocks];
+      for (int c = 0; c < kBlocks; ++c) __builtin_memcpy(&b[c], right + c * right_step + k * kTile + p * 32, 64);
+      for (int r = 0; r < kDotRows; ++r) {
+        uint32_t two;
+        __builtin_memcpy(&two, left + k * kTile + r * 32 + p * 2, 4);
+        const Words a = two - Words{};
+        for (int c = 0; c < kBlocks; ++c) sums[r][c] = dot(sums[r][c], a, b[c]);
+      }
+    }
+  for (int r = 0; r < kDotRows && r < rows; ++r)
+    for (int c = 0; c < kBlocks; ++c) {
+      float* place = out + r * ld + c * 16;
+      const int64_t width = cols - c * 16 < 16 ? cols - c * 16 : 16;
+      if (accumulate) sums[r][c] += load(place, width);
+      if (width == 16)
+        __builtin_memcpy(place, &sums[r][c], 64);
+      else
+        __builtin_memcpy(place, &sums[r][c], width * sizeof(float));
+    }
+}
+
 // v rounded to bfloat16, in the upper halves of the words; the lower halves are zero.
 inline Words round_to_bf16(Floats v) {
   const Words bits = (Words)v;
@@ -284,8 +324,8 @@ void pack_columns_as_rows(const float* a, int64_t ld, int64_t depth, int64_t cou
   pack_along_columns<true>(a, ld, depth, count, first, last, high, low);
 }
 
-void multiply(Operand left, int64_t rows, Operand right, int64_t cols, int64_t depth, float* out, int64_t ld,
-              bool accumulate) {
+void multiply_tiles(Operand left, int64_t rows, Operand right, int64_t cols, int64_t depth, float* out, int64_t ld,
+                    bool accumulate) {
   configure();
   if (left.low)
     multiply_all<true>(left, rows, right, cols, depth, out, ld, accumulate);
@@ -294,5 +334,24 @@ void multiply(Operand left, int64_t rows, Operand right, int64_t cols, int64_t d
   release();
 }
 
-}  // namespace amx
+void multiply_dots(Operand left, int64_t rows, Operand right, int64_t cols, int64_t depth, float* out, int64_t ld,
+                   bool accumulate) {
+  const int64_t left_step = left.stride * kTile, right_step = right.stride * kTile;
+  for (int64_t i = 0; i < rows; i += kDotRows) {
+    const uint16_t* a = left.high + i / 16 * left_step + i % 16 * 32;
+    for (int64_t j = 0; j < cols; j += 16 * kDotBlocks) {
+      const uint16_t* b = right.high + j / 16 * right_step;
+      const int64_t height = rows - i, width = cols - j;
+      float* place = out + i * ld + j;
+      if (width > 32)
+        multiply_rows<3>(a, b, right_step, depth, height, width, place, ld, accumulate);
+      else if (width > 16)
+        multiply_rows<2>(a, b, right_step, depth, height, width, place, ld, accumulate);
+      else
+        multiply_rows<1>(a, b, right_step, depth, height, width, place, ld, accumulate);
+    }
+  }
+}
+
+}  // namespace bf16
 }  // namespace robustft

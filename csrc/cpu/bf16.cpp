@@ -1,5 +1,5 @@
-// Whether the matrix unit can be used: see amx.h. Compiled for any processor, unlike amx_kernels.cpp.
-#include "amx.h"
+// What can be used of bfloat16's instructions: see bf16.h. Compiled for any processor, unlike bf16_kernels.cpp.
+#include "bf16.h"
 
 #include <cstring>
 #include <vector>
@@ -7,12 +7,12 @@
 #include "isa.h"
 
 namespace robustft {
-namespace amx {
+namespace bf16 {
 namespace {
 
 // A product of small integers, whose sums are exact in any order. What multiplies wrongly here (an emulator, a virtual
 // machine that does not save the unit's state) must not be given anyone's features.
-bool multiplies_correctly() {
+bool multiplies_correctly(decltype(multiply)& product) {
   constexpr int64_t n = 21, m = 37, d = 45;
   std::vector<float> a(n * d), b(m * d), out(n * m, 1.0f);
   for (int64_t i = 0; i < n * d; ++i) a[i] = float(i % 17 - 8);
@@ -20,7 +20,7 @@ bool multiplies_correctly() {
   std::vector<uint16_t> left(2 * 2 * kTile), right(3 * 2 * kTile);
   pack_rows(a.data(), d, n, d, 0, 2, left.data(), nullptr);
   pack_rows_as_columns(b.data(), d, m, d, 0, 3, right.data(), nullptr);
-  multiply({left.data(), nullptr, 2}, n, {right.data(), nullptr, 2}, m, 2, out.data(), m, true);
+  product({left.data(), nullptr, 2}, n, {right.data(), nullptr, 2}, m, 2, out.data(), m, true);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < m; ++j) {
       float expected = 1.0f;
@@ -32,10 +32,20 @@ bool multiplies_correctly() {
 
 }  // namespace
 
-bool available() {
-  static const bool usable = select_isa() == Isa::amx && request_amx() && multiplies_correctly();
+Unit unit() {
+  static const Unit usable = [] {
+    const Isa isa = select_isa();
+    if (isa == Isa::amx && request_amx() && multiplies_correctly(multiply_tiles)) return Unit::tiles;
+    return isa >= Isa::avx512_bf16 && multiplies_correctly(multiply_dots) ? Unit::dots : Unit::none;
+  }();
   return usable;
 }
 
-}  // namespace amx
+void multiply(Operand left, int64_t rows, Operand right, int64_t cols, int64_t depth, float* out, int64_t ld,
+              bool accumulate) {
+  const auto product = unit() == Unit::tiles ? multiply_tiles : multiply_dots;
+  product(left, rows, right, cols, depth, out, ld, accumulate);
+}
+
+}  // namespace bf16
 }  // namespace robustft
