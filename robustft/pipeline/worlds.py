@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -19,8 +19,13 @@ if TYPE_CHECKING:
     from robustft.data.opening import Data
 
 
-TOWERS = ("FineTune", "FLYP", "CaRot", "DRM", "LPFT", "LipsumFT", "CARFT", "StarFT", "WorstCaseFineTune")
-"""Methods that train the image tower."""
+TOWERS: Mapping[str, str] = {
+    **{method: method for method in ("FineTune", "LPFT", "FLYP", "CaRot", "DRM")},
+    **dict.fromkeys(("LipsumFT", "CARFT", "WorstCaseFineTune"), "FineTune"),
+    "StarFT": "FLYP",
+}
+"""Methods that train the image tower, each with the one whose factor of the learning rate it takes: its own, or that of
+the method to which it adds a term or another risk."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,9 @@ class Benchmark:
     `superclasses` make negative texts (CSP), none of which names an OOD set. `concepts` says whether there is a task of
     many classes and few images. `tested` is the number of ID test images, `noise_floor` that of an ECE on them, in %.
 
-    Recipes are the digits'. Of them the image towers here have `rate` of the learning rates and `epochs` of the epochs,
-    which makes `steps` of a fine-tuning; few-shot recipes have as many steps as there, so `few_shot_epochs` of the
-    epochs. `chosen` says how rates were, `looked_at` at what the soups were found; `lambdas` are those of DRM that are
+    Recipes are the digits'. Of them the image towers here have `rates` of the learning rates, by method, and `epochs` of
+    the epochs, which makes `steps` of a fine-tuning; few-shot recipes have as many steps as there, so `few_shot_epochs`
+    of the epochs. `chosen` says how rates were, `looked_at` at what the soups were found; `lambdas` are those of DRM that are
     tried; `tells` says whether ID validation accuracy tells trained models apart.
     """
 
@@ -65,7 +70,7 @@ class Benchmark:
     pretrains: bool = False
     concepts: bool = False
     tells: bool = False
-    rate: float = 1.0
+    rates: Mapping[str, float] = field(default_factory=dict)
     epochs: float = 1.0
     steps: int = 70
 
@@ -86,9 +91,9 @@ class Benchmark:
 
     def recipe(self, recipe: Recipe, *, few_shot: bool = False) -> Recipe:
         """A recipe as it is for this benchmark's model and data."""
-        towers = recipe.method in TOWERS
+        towers = TOWERS.get(recipe.method, "")
         share = self.few_shot_epochs if few_shot else self.epochs if towers else 1.0
-        rate = self.rate if towers else 1.0
+        rate = self.rates.get(towers, 1.0)
         return replace(recipe, lr=recipe.lr * rate, epochs=max(1, round(recipe.epochs * share)))
 
     def load_clip(self, path: Path | None = None) -> Bundle:
@@ -150,7 +155,7 @@ _BENCHMARKS = (
         usual=lambda labels: labels % len(iconworld.FRAME_COLOURS),
         tested=690,
         noise_floor=4,
-        chosen="and so was the factor of the image towers' learning rates, once for all seeds (`python -m "
+        chosen="and so were the factors of the image towers' learning rates, once for all seeds (`python -m "
         "benchmarks.iconworld_selection`), which otherwise are the digits'",
         looked_at="GlyphWorld's test sets, and this benchmark is their test",
         lambdas=(0.5, 1.0, 2.0),
@@ -159,7 +164,7 @@ _BENCHMARKS = (
         superclasses=iconworld.SUPERCLASSES,
         concepts=True,
         tells=True,
-        rate=0.03,
+        rates={"FineTune": 0.1, "LPFT": 0.03, "FLYP": 0.03, "CaRot": 0.03, "DRM": 0.1},
         epochs=0.3,
         steps=24,
     ),

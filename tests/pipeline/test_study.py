@@ -226,10 +226,11 @@ def test_recipes_of_icons_are_shorter_by_what_the_benchmark_says():
     icons, digits = benchmark("icons"), benchmark("digits")
     assert all(digits.recipe(recipe, few_shot=True) == recipe for recipe in HOSTS.values())
     ft, coop = (icons.recipe(recipe) for recipe in (RECIPES["FT"], HOSTS["CoOp"]))
-    assert (ft.lr, ft.epochs) == (icons.rate * RECIPES["FT"].lr, icons.epochs * RECIPES["FT"].epochs)
+    rates = icons.rates
+    assert (ft.lr, ft.epochs) == (rates["FineTune"] * RECIPES["FT"].lr, icons.epochs * RECIPES["FT"].epochs)
     assert coop == HOSTS["CoOp"]
     few = icons.recipe(HOSTS["LP-FT"], few_shot=True)  # 46 classes, not 10
-    assert (few.lr, few.epochs) == (icons.rate * HOSTS["LP-FT"].lr, round(30 * 10 / 46))
+    assert (few.lr, few.epochs) == (rates["LPFT"] * HOSTS["LP-FT"].lr, round(30 * 10 / 46))
 
 
 @pytest.mark.exhaustive  # reads all drawings
