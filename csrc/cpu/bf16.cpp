@@ -36,7 +36,8 @@ Unit unit() {
   static const Unit usable = [] {
     const Isa isa = select_isa();
     if (isa == Isa::amx && request_amx() && multiplies_correctly(multiply_tiles)) return Unit::tiles;
-    return isa >= Isa::avx512_bf16 && multiplies_correctly(multiply_dots) ? Unit::dots : Unit::none;
+    if (isa >= Isa::avx512_bf16 && has_dot_products() && multiplies_correctly(multiply_dots)) return Unit::dots;
+    return Unit::none;
   }();
   return usable;
 }

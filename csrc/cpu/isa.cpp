@@ -83,4 +83,14 @@ bool request_amx() {
 #endif
 }
 
+bool has_dot_products() {
+#if defined(ROBUSTFT_BF16_EMULATION)
+  return true;
+#elif defined(__x86_64__)
+  return detect_dots();
+#else
+  return false;
+#endif
+}
+
 }  // namespace robustft

@@ -32,4 +32,7 @@ Isa vector_isa();
 // Asks the system to let this process use the matrix unit; once per process, before the first tile.
 bool request_amx();
 
+// Whether there are dot products of bfloat16: a virtual machine may show the matrix unit alone.
+bool has_dot_products();
+
 }  // namespace robustft
