@@ -34,8 +34,8 @@ class NeighborIndex:
     The points are kept in float32 (float64 if they are), on their device, by reference where they already are so:
     do not change them. Preparing reads them once or twice. float64 queries need a float64 index.
     Memory (`nbytes`): the points; beside them 4 N bytes (8 for float64), at most 8192 of the points again and, for
-    float32 on GPUs, on processors with AMX or AVX512_BF16 and (where D is 32 or more) on those with AVX2, 2 N D bytes. A
-    search takes up to 80 MB a thread, on a GPU 256 MB (or 4 N bytes).
+    float32 on GPUs, on processors with AMX or AVX512_BF16 and (where D is 32 or more) on those with AVX2, 2 N D bytes.
+    A search takes up to 80 MB a thread, on a GPU 256 MB (or 4 N bytes).
     Over a process group (`functional.kth_neighbor_distance`) each process makes one of its own points, maybe none, and
     all search together: `nearest` and `kth_distance` are called by every one. The set is that of all points in the
     order of ranks, and so are the indices; the length, `points`, `nbytes` and `save` are of this process's part.

