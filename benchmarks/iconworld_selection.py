@@ -1,11 +1,12 @@
 """What the image towers of IconWorld's model bear of the digits' learning rates, by ID validation data.
 
-    python -m benchmarks.iconworld_selection               # results/iconworld_selection.json; sixty short trainings
+    python -m benchmarks.iconworld_selection               # results/iconworld_selection.json; 114 short trainings
     python -m benchmarks.iconworld_selection --epochs 3 10 # also at other lengths: does a longer run change anything?
 
-Each method that has a factor of its own is trained with the study's seeds at each of `RATES` times its learning rate.
-The rate of the highest mean accuracy on ID validation data is chosen, of equals that of the lowest mean NLL there. No
-test image is looked at. `robustft.pipeline.worlds` holds what was chosen; the tests compare the two.
+Two tasks: the classes, and the classes in frames whose colours mislead, which the model does not know. Each method that
+has a factor of its own is trained with the study's seeds at several factors of its learning rate. The one of the
+highest mean accuracy on the task's ID validation data is chosen, of equals that of the lowest mean NLL there. No test
+image is looked at. `robustft.pipeline.worlds` holds what was chosen; the tests compare the two.
 """
 
 from __future__ import annotations
@@ -25,42 +26,61 @@ from typing import Any
 
 import torch
 
+from robustft.methods import CoreProxy
 from robustft.pipeline.recipes import RECIPES, SEEDS
+from robustft.pipeline.study.drm import WORST_CASE, Spurious
+from robustft.pipeline.study.recipes import SPURIOUS
 from robustft.pipeline.study.world import World
 from robustft.pipeline.worlds import benchmark
 from robustft.predictors.logits import accuracy_and_nll, preference
 
 from . import machine
 
-METHODS = {"FT": "FineTune", "LP-FT": "LPFT", "FLYP": "FLYP", "CaRot": "CaRot", "DRM": "DRM"}
-"""As the study calls them, and as a recipe does."""
-RATES = (0.01, 0.03, 0.1, 0.3)
+CLASSES, FRAMES = "classes", "frames"
+METHODS: Mapping[str, Mapping[str, str]] = {
+    CLASSES: {"FT": "FineTune", "LP-FT": "LPFT", "FLYP": "FLYP", "CaRot": "CaRot", "DRM": "DRM"},
+    FRAMES: {name: SPURIOUS[name].method for name in ("FT", *WORST_CASE, "FLYP", "DRM")},
+}
+"""Of each task, as the study calls them, and as a recipe does."""
+RATES = {CLASSES: (0.01, 0.03, 0.1, 0.3), FRAMES: (0.1, 0.3, 1.0)}
+Row = dict[str, Any]
 ICONS = benchmark("icons")
+HELD = {CLASSES: ICONS.rates, FRAMES: ICONS.misled_rates}
 EPOCHS = ICONS.recipe(RECIPES["FT"]).epochs
 
 
-def score(folder: str, method: str, rate: float, seed: int, epochs: int, model: Path | None) -> dict[str, Any]:
-    """A candidate's accuracy and NLL on ID validation data."""
+def score(folder: str, task: str, method: str, rate: float, seed: int, epochs: int, model: Path | None) -> Row:
+    """A candidate's accuracy and NLL on the task's ID validation data."""
     world = World(Path(folder) / f"{rate}-{epochs}-{seed}", seed, world="icons", log=lambda text: None)
     if model is not None:
         world.bundle = ICONS.load_clip(model)
-    share = epochs / RECIPES["FT"].epochs
-    world.benchmark = replace(ICONS, rates=dict.fromkeys(METHODS.values(), rate), epochs=share)
-    outputs = world.predictor(method).predict(world.data.validation)
+    share, rates = epochs / RECIPES["FT"].epochs, dict.fromkeys(METHODS[task].values(), rate)
+    world.benchmark = replace(ICONS, rates=rates, misled_rates=rates, epochs=share)
+    if task == CLASSES:
+        predictor, validation = world.predictor(method), world.data.validation
+    else:
+        sets = Spurious(world)
+        drm = method == "DRM"
+        predictor = sets.weighted(CoreProxy(), 1.0) if drm else sets.trained(SPURIOUS[method])
+        validation = sets.validation
+    outputs = predictor.predict(validation)
     accuracy, nll = accuracy_and_nll(outputs.logits, outputs.labels)
-    row = {"method": method, "rate": rate, "seed": seed, "epochs": epochs}
+    row = {"task": task, "method": method, "rate": rate, "seed": seed, "epochs": epochs}
     return row | {"validation_accuracy": accuracy, "validation_nll": nll}
 
 
-def best(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """For each method the rate of the highest mean accuracy over seeds, of equals that of the lowest mean NLL."""
+def best(rows: Sequence[Mapping[str, Any]], task: str) -> dict[str, float]:
+    """For each method of a task the rate of the highest mean accuracy over seeds, and over its risks if it has more
+    than one; of equals that of the lowest mean NLL."""
 
-    def order(method: str, rate: float) -> tuple[float, float]:
-        own = [row for row in rows if (row["method"], row["rate"]) == (method, rate)]
+    def order(recipe: str, rate: float) -> tuple[float, float]:
+        own = [
+            row for row in rows if (row["task"], row["rate"]) == (task, rate) and METHODS[task][row["method"]] == recipe
+        ]
         return preference(*(statistics.fmean(row[f"validation_{what}"] for row in own) for what in ("accuracy", "nll")))
 
-    rates = sorted({row["rate"] for row in rows})
-    return {recipe: min(rates, key=lambda rate: order(method, rate)) for method, recipe in METHODS.items()}
+    recipes = dict.fromkeys(METHODS[task].values())
+    return {recipe: min(RATES[task], key=lambda rate: order(recipe, rate)) for recipe in recipes}
 
 
 def main() -> None:
@@ -73,17 +93,18 @@ def main() -> None:
         ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), torch.set_num_threads, (1,)) as pool,
     ):
         waiting = [
-            pool.submit(score, folder, method, rate, seed, epochs, options.model)
-            for epochs, seed, rate, method in product(options.epochs, SEEDS, RATES, METHODS)
+            pool.submit(score, folder, task, method, rate, seed, epochs, options.model)
+            for epochs, seed, task in product(options.epochs, SEEDS, METHODS)
+            for rate, method in product(RATES[task], METHODS[task])
         ]
         rows = []
         for task in waiting:
             rows.append(task.result())
             print(json.dumps(rows[-1]), flush=True)
-    for epochs in options.epochs:
-        chosen = best([row for row in rows if row["epochs"] == epochs])
-        held = "" if chosen == ICONS.rates else f"; robustft.pipeline.worlds has {ICONS.rates}"
-        print(f"{epochs} epochs: {chosen} times the digits' rates{held}")
+    for epochs, task in product(options.epochs, METHODS):
+        chosen = best([row for row in rows if row["epochs"] == epochs], task)
+        held = "" if chosen == HELD[task] else f"; robustft.pipeline.worlds has {HELD[task]}"
+        print(f"{task}, {epochs} epochs: {chosen} times the digits' rates{held}")
     if options.model is None:
         command = " ".join(["python -m benchmarks.iconworld_selection", *_told(options.epochs)])
         print(machine.write("iconworld_selection", command, {"rows": rows}))

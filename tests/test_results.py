@@ -143,12 +143,13 @@ def test_claims_read_off_the_committed_tables_have_the_committed_verdicts(path):
     assert [c for c in recorded if f"| {c['claim']} | {c['verdict']} |" not in page] == []
 
 
-def test_the_rates_of_icons_are_those_chosen_on_id_validation():
-    from benchmarks.iconworld_selection import EPOCHS, ICONS, METHODS, RATES, SEEDS, best
+@pytest.mark.parametrize("task", ["classes", "frames"])
+def test_the_rates_of_icons_are_those_chosen_on_id_validation(task):
+    from benchmarks.iconworld_selection import EPOCHS, HELD, METHODS, RATES, SEEDS, best
 
     held = json.loads((RESULTS / "iconworld_selection.json").read_text())["results"]["rows"]
-    rows = [row for row in held if row["epochs"] == EPOCHS]
-    assert len(rows) == len(METHODS) * len(RATES) * len(SEEDS) and best(rows) == ICONS.rates
+    rows = [row for row in held if (row["task"], row["epochs"]) == (task, EPOCHS)]
+    assert len(rows) == len(METHODS[task]) * len(RATES[task]) * len(SEEDS) and best(rows, task) == HELD[task]
 
 
 def test_the_recipes_table_is_the_studys():

@@ -229,6 +229,7 @@ def test_recipes_of_icons_are_shorter_by_what_the_benchmark_says():
     rates = icons.rates
     assert (ft.lr, ft.epochs) == (rates["FineTune"] * RECIPES["FT"].lr, icons.epochs * RECIPES["FT"].epochs)
     assert coop == HOSTS["CoOp"]
+    assert icons.recipe(RECIPES["FT"], misled=True).lr == icons.misled_rates["FineTune"] * RECIPES["FT"].lr > ft.lr
     few = icons.recipe(HOSTS["LP-FT"], few_shot=True)  # 46 classes, not 10
     assert (few.lr, few.epochs) == (rates["LPFT"] * HOSTS["LP-FT"].lr, round(30 * 10 / 46))
 
@@ -313,7 +314,7 @@ def tiny_benchmark(model, prompts):
         module=module,
         descriptions=descriptions,
         by_chance=("red {}", "{} box"),
-        rate=1.0,
+        rates={},
         epochs=1.0,
     )
 

@@ -100,7 +100,7 @@ class Spurious:
         """FT or FLYP; a worst-case risk of two groups: grounds that go with the class, and grounds that do not."""
         grouped = recipe.method == "WorstCaseFineTune"
         data = self.batch(group=self.against) if grouped else self.train
-        return self.world.train(recipe, data, what="spurious")
+        return self.world.train(recipe, data, what="spurious", misled=True)
 
     def trained(self, recipe: Recipe) -> Predictor:
         return self.method(recipe).classifier()
@@ -118,7 +118,7 @@ class Spurious:
             )
         data = self.batch(core=self.proxies[proxy])
         arguments: dict[str, Any] = {"descriptions": self.world.benchmark.descriptions, "proxy": None}
-        method = self.world.train(recipe, data, what=f"spurious, {described(proxy)}", **arguments)
+        method = self.world.train(recipe, data, what=f"spurious, {described(proxy)}", misled=True, **arguments)
         return of_kind(DualClassifier, method)
 
     def weighted(self, proxy: CoreProxy, weight: float) -> DualClassifier:

@@ -102,16 +102,18 @@ class World:
         what: str = "all",
         run: int = 0,
         few_shot: bool = False,
+        misled: bool = False,
         materials: Materials | None = None,
         **arguments: Any,
     ) -> methods.Method:
         """The recipe's method trained on `data` (its training images, or what `what` names).
 
-        A further `run` of the same has another seed; `few_shot` tells the recipe of few images a class. `materials`
-        (the world's own by default) and `arguments` make the method; `what` must name all of theirs that matter.
+        A further `run` of the same has another seed; `few_shot` tells the recipe of few images a class, `misled` of
+        colours that mislead. `materials` (the world's own by default) and `arguments` make the method; `what` must name
+        all of theirs that matter.
         """
         data = self.data.train if data is None else data
-        recipe = self.benchmark.recipe(recipe, few_shot=few_shot)
+        recipe = self.benchmark.recipe(recipe, few_shot=few_shot, misled=misled)
         if self.quick:
             recipe = replace(recipe, epochs=max(1, recipe.epochs * QUICK_EPOCHS // RECIPES["FT"].epochs))
         seed = self.seed + RUNS * run
