@@ -132,6 +132,60 @@ def test_the_study_finds_what_its_page_says(verdict, claims):
     assert {claim: VERDICTS[claim] for claim in claims} == dict.fromkeys(claims, verdict)
 
 
+def test_the_study_on_icons_finds_what_its_page_says():
+    sections = json.loads((RESULTS / "study_icons.json").read_text())["sections"].values()
+    verdicts = {c["claim"]: c["verdict"] for section in sections for c in section["claims"]}
+    said = {
+        "appears": [
+            "CaRot is more accurate under shift than LP-FT",
+            "CaRot's ECE under shift is lower than FLYP's",
+            "Distillation alone lowers ECE under shift",
+            *(f"Model Stock of two FT is more accurate under shift than {name}" for name in ("FT", "WiSE FT")),
+            *(f"{name} + VRF is more accurate under shift than {name}" for name in ("FT", "LP")),
+            *(f"CMP lowers {name}'s ECE" for name in ("linear probe", "Tip-Adapter-F")),
+            "MaPLe is less accurate on new classes than zero-shot",
+            "A temperature of base classes lowers CoOp's ECE on new classes",
+            "DAC lowers CoOp's ECE on new classes",
+            "A temperature lowers zero-shot's ECE in distribution",
+            *(f"{when}, NegLabel beats MCM against far unknowns" for when in ("Zero-shot", "After CaRot")),
+            *(
+                f"{when}, AdaNeg beats NegLabel against {which} unknowns"
+                for when in ("Zero-shot", "After CaRot")
+                for which in ("near", "far")
+            ),
+        ],
+        "does not appear": [
+            "CaRot is more accurate under shift than FLYP",
+            "A lagged teacher beats a frozen one under shift",
+            "TRACER's further perspectives add accuracy under shift to that",
+            *(f"{name} is more accurate under shift than FT" for name in ("Lipsum-FT", "CAR-FT", "LiNeS FT")),
+            *(
+                f"{name} is more accurate on base classes than zero-shot"
+                for name in ("CoOp", "KgCoOp", "CoCoOp", "MaPLe")
+            ),
+        ],
+        "the opposite appears": [
+            "StarFT is more accurate under shift than FLYP",
+            "DRM, as ID validation chooses it, is more accurate than FLYP on conflicting frames",
+            *(f"CMP lowers {name}'s ECE" for name in ("CoOp", "KgCoOp", "ProDA", "LoCoOp")),
+            "A temperature lowers CaRot's ECE in distribution",
+            *(
+                f"{when}, MCM beats energy against {what}"
+                for when in ("Zero-shot", "After FT", "After CaRot")
+                for what in ("held-out kinds", "symbols")
+            ),
+            *(f"{when}, NegLabel beats MCM against near unknowns" for when in ("Zero-shot", "After CaRot")),
+            *(
+                f"{when}, AdaNeg beats NegLabel against near unknowns, full-spectrum"
+                for when in ("Zero-shot", "After CaRot")
+            ),
+        ],
+    }
+    assert {c: verdicts[c] for claims in said.values() for c in claims} == {
+        c: verdict for verdict, claims in said.items() for c in claims
+    }
+
+
 STUDY_PAGES = [path for path in site_pages() if path.startswith("measured/study") and path.endswith(".md")]
 
 
