@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustft.clip import batching, patches, spread
+from robustft.clip.class_token import for_class_token
+from robustft.clip.views import shared, with_given, with_part
 from robustft.ops.arguments import check_range
 from robustft.ops.kinds import checked, has_numbers
 from robustft.ops.precision import at_least_float32
@@ -70,6 +72,7 @@ def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -
 
     images: floating point, on the model's device; cast to the tower's dtype. normalize: unit rows, computed
     and returned in at least float32, also under autocast; otherwise the features as the tower gives them.
+    A ViT's last block is computed for the class token alone where only that is pooled (`robustft.clip.class_token`).
     Within `robustft.clip.spread.spread`, by parts, which may wait on the CPU for their turn, and of all processes.
     """
     if images.ndim != 4 or not images.is_floating_point():
@@ -82,9 +85,11 @@ def encode_images(model: nn.Module, images: Tensor, *, normalize: bool = True) -
     if images.device != parameter.device and spread.current() is None:
         raise ValueError(f"images are on {images.device}; expected {parameter.device}, as the model")
 
+    seeing = partial(_encoded, for_class_token(unwrap(model)), "encode_image", "images")
+
     def encoded(part: Tensor) -> tuple[Tensor]:
         part = part.to(parameter.device, parameter.dtype, non_blocking=True)
-        return (batching.by_parts(partial(_encoded, model, "encode_image", "images"), part, tower),)
+        return (batching.by_parts(seeing, part, tower),)
 
     (features,) = spread.of_images(encoded, images)
     return F.normalize(at_least_float32(features), dim=-1) if normalize else features
@@ -206,7 +211,7 @@ def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, 
     tower, tokens = text_tower(model), trim_padding(model, tokens)
     given = _Given(embeddings[:, : tokens.shape[1]].to(table.weight.dtype))
     with spread.spread(None):  # the embeddings are of all tokens
-        return encode_texts(_with_text_tower(model, _replaced(tower, table, given)), tokens, normalize=normalize)
+        return encode_texts(_with_text_tower(model, with_given(tower, table, given)), tokens, normalize=normalize)
 
 
 def image_tower(model: nn.Module) -> Any:
@@ -269,28 +274,10 @@ class _Given(nn.Module):
         return self.embeddings
 
 
-def _shared(module: nn.Module, **others: dict[str, Any]) -> Any:
-    """A module of the same class with the same parts but for some of its dictionaries. Hooks would be seen by other
-    threads that use the module; this is not."""
-    view = module.__new__(type(module))
-    view.__dict__ = module.__dict__ | others
-    return view
-
-
-def _replaced(module: nn.Module, part: nn.Module, given: nn.Module) -> Any:
-    """The module with another one in the place of a part of it."""
-    if module is part:
-        return given
-    children = {name: child for name, child in module._modules.items() if child is not None}
-    holding = {name: child for name, child in children.items() if any(one is part for one in child.modules())}
-    others = {name: _replaced(child, part, given) for name, child in holding.items()}
-    return _shared(module, _modules={**module._modules, **others})
-
-
 def _shortened(tower: Any, length: int) -> Any:
     """The tower for texts of that many tokens: its table of positions and its mask are cut."""
     positions, mask = tower.positional_embedding[:length], tower.attn_mask[:length, :length]
-    return _shared(
+    return shared(
         tower,
         _parameters={**tower._parameters, "positional_embedding": positions},
         _buffers={**tower._buffers, "attn_mask": mask},
@@ -300,7 +287,7 @@ def _shortened(tower: Any, length: int) -> Any:
 def _with_text_tower(model: nn.Module, tower: Any) -> Any:
     """The model with another tower in place of its `text_tower`."""
     model = unwrap(model)
-    return _shared(model, _modules={**model._modules, "text": tower}) if "text" in model._modules else tower
+    return with_part(model, text=tower) if "text" in model._modules else tower
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from robustft.clip.encoding import text_tower
+from robustft.clip.views import HOOKS
 from robustft.machine import CompileMode, compiler_found
 from robustft.methods.base import Method
 from robustft.methods.unsaved import Unsaved
@@ -38,7 +39,6 @@ from robustft.ops.kinds import checked
 GRAPHS = ("reduce-overhead", "max-autotune")  # the modes in which torch records CUDA graphs
 KINDS = 4  # of blocks in a tower, by their weights' shapes; one that has more is compiled whole
 LIMIT = 64  # shapes and states that code is compiled for, before torch runs it as it is: 8 by default
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class Unit(NamedTuple):
