@@ -9,7 +9,7 @@ c = u normalize(w)^T (N, K)     cosines
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -156,16 +156,8 @@ def outputs_of_each(
     equals: which encoder may stand for which, as `equal_encoders` finds.
     """
     passes: dict[nn.Module, Tensor] = {}
-    made: dict[int, Outputs] = {}
 
-    def of(predictor: Predictor) -> Outputs:
-        if id(predictor) not in made:
-            made[id(predictor)] = make(predictor)
-        return made[id(predictor)]
-
-    def make(predictor: Predictor) -> Outputs:
-        if joined := predictor.joined:
-            return predictor.combined([of(member) for member in joined])
+    def single(predictor: Predictor) -> Outputs:
         encoder = predictor.encoder
         if encoder is not None and equals is not None:
             encoder = equals.get(encoder, encoder)
@@ -175,6 +167,19 @@ def outputs_of_each(
         if encoder is not None:
             passes[encoder] = outputs.features
         return outputs
+
+    return joined_outputs(predictors, single)
+
+
+def joined_outputs(predictors: Sequence[Predictor], single: Callable[[Predictor], Outputs]) -> tuple[Outputs, ...]:
+    """What each predictor makes of the same images, where `single` tells, once each, what those make that join none."""
+    made: dict[int, Outputs] = {}
+
+    def of(predictor: Predictor) -> Outputs:
+        if id(predictor) not in made:
+            joined = predictor.joined
+            made[id(predictor)] = predictor.combined([of(member) for member in joined]) if joined else single(predictor)
+        return made[id(predictor)]
 
     return tuple(map(of, predictors))
 

@@ -33,6 +33,7 @@ from robustft.pipeline.recipes import QUICK_EPOCHS, RECIPES, STUDY_WORLD, Recipe
 from robustft.pipeline.study.recipes import DRM, HOSTS, LP_FT, PROBE
 from robustft.pipeline.training import Materials, fit_recipe, make_method
 from robustft.pipeline.worlds import benchmark
+from robustft.predictors.base import joined_outputs
 
 Tensors = tuple[Tensor, Tensor]
 RUNS = 1000  # between the seeds of two runs in one world
@@ -208,14 +209,15 @@ class World:
     def outputs(self, predictor: methods.Predictor, data: Tensors, *, labelled: bool = True) -> Outputs:
         """What a predictor makes of a set: a mixture out of its members' outputs, a head out of its tower's features,
         which are computed once."""
-        encoder = predictor.encoder
-        if predictor.joined:
-            found = predictor.combined([self.outputs(member, data) for member in predictor.joined])
-        elif encoder is None:
-            return predictor.predict(data, labelled=labelled)
-        else:
+
+        def single(member: methods.Predictor) -> Outputs:
+            encoder = member.encoder
+            if encoder is None:
+                return member.predict(data, labelled=labelled)
             with torch.no_grad(), evaluating(encoder):
-                found = predictor.head_outputs(self.features(encoder, data))
+                return member.head_outputs(self.features(encoder, data))
+
+        (found,) = joined_outputs((predictor,), single)
         return found.replace(labels=data[1] if labelled else None, classes=predictor.classes)
 
     def suite(self, predictor: methods.Predictor) -> Suite[Outputs]:
