@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -82,6 +83,11 @@ class Separation(NamedTuple):
     fpr: float
     sets: dict[str, OODMetrics]
 
+    @classmethod
+    def of(cls, sets: dict[str, OODMetrics]) -> Separation:
+        """Out of the measures of each set, at least one."""
+        return cls(fmean(m.auroc for m in sets.values()), fmean(m.fpr for m in sets.values()), sets)
+
 
 class SpectrumMetrics(NamedTuple):
     """Separation of the ID set from near and from far OOD sets; then with shifted ID images counted as ID. None where
@@ -119,10 +125,7 @@ def spectrum_metrics(
             name: ood_metrics(inside, _population(scores, f"{kind}[{name!r}]"), tpr, positive)
             for name, scores in (sets or {}).items()
         }
-        if not found:
-            return None
-        auroc, fpr = (float(np.mean([getattr(m, what) for m in found.values()])) for what in ("auroc", "fpr"))
-        return Separation(auroc, fpr, found)
+        return Separation.of(found) if found else None
 
     more = [_population(scores, f"shifts[{name!r}]") for name, scores in (shifts or {}).items()]
     full = np.concatenate([known, *more])

@@ -7,7 +7,6 @@ mixed streams; near, far and full-spectrum, which counts images of the classes b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -17,9 +16,8 @@ from robustft.clip.outputs import Outputs, evaluating, outputs_of
 from robustft.data.small_clip import words
 from robustft.detection.by_name import SCORES, label
 from robustft.detection.detector import Detector
-from robustft.detection.metrics import ood_metrics
+from robustft.detection.metrics import Separation, SpectrumMetrics, ood_metrics, spectrum_metrics
 from robustft.detection.negatives import conjugated_negatives, conjugated_phrases
-from robustft.evaluation.results import Suite
 from robustft.methods import Classifier, DualClassifier, Predictor, TipAdapter, WiSEFT, zero_shot_classifier
 from robustft.pipeline.recipes import STUDY_WORLD
 from robustft.pipeline.study.findings import Claim, Measured, Section, Table, falls, higher
@@ -100,30 +98,28 @@ def spectra(world: World, predictor: Predictor) -> dict[str, dict[str, float]]:
         CSP: Detector("neg_label", negative_embeddings=pool),
     }
     memory = Detector("ada_neg", class_embeddings=predictor.class_embeddings, negative_embeddings=nouns)
-
-    def known(scored: Suite[Tensor], full: bool) -> Tensor:
-        return torch.cat([scored.id, *scored.shifts.values()]) if full else scored.id
-
-    def apart(scored: Suite[Tensor]) -> Callable[[str, bool], tuple[Tensor, Tensor]]:
-        return lambda name, full: (known(scored, full), scored.ood[name])
-
-    def together(name: str, full: bool) -> tuple[Tensor, Tensor]:
-        return mixed(memory, [suite.id, *(suite.shifts.values() if full else ())], suite.ood[name], world.seed)
-
-    found = {name: separated(bundled, apart(suite.map(detector.scores))) for name, detector in detectors.items()}
-    return found | {ADA_NEG: separated(bundled, together)}
-
-
-def separated(bundled: Benchmark, scores: Callable[[str, bool], tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """AUROC and FPR95 in %, means over near and over far OOD sets, out of the scores of known and of unknown images.
-
-    scores: of an OOD set's name, and of whether images of the shifts are known, too."""
     near, far = (bundled.near,), (bundled.far, *bundled.further)
-    columns = {}
-    for what, names, full in ((NEAR, near, False), (FAR, far, False), (FULL_NEAR, near, True), (FULL_FAR, far, True)):
-        found = [ood_metrics(*scores(name, full)) for name in names]
-        columns[f"AUROC {what}"] = 100 * fmean(m.auroc for m in found)
-        columns[f"FPR {what}"] = 100 * fmean(m.fpr for m in found)
+
+    def apart(detector: Detector) -> SpectrumMetrics:
+        scored = suite.map(detector.scores)
+        unknown, farther = ({name: scored.ood[name] for name in names} for names in (near, far))
+        return spectrum_metrics(scored.id, near=unknown, far=farther, shifts=scored.shifts)
+
+    def together(names: Sequence[str], full: bool) -> Separation:
+        known = [suite.id, *(suite.shifts.values() if full else ())]
+        return Separation.of({name: ood_metrics(*mixed(memory, known, suite.ood[name], world.seed)) for name in names})
+
+    streamed = SpectrumMetrics(together(near, False), together(far, False), together(near, True), together(far, True))
+    found = {name: percent(apart(detector)) for name, detector in detectors.items()}
+    return found | {ADA_NEG: percent(streamed)}
+
+
+def percent(found: SpectrumMetrics) -> dict[str, float]:
+    """AUROC and FPR95 in %, means over near and over far OOD sets."""
+    columns: dict[str, float] = {}
+    for what, part in zip((NEAR, FAR, FULL_NEAR, FULL_FAR), found, strict=True):
+        if part is not None:
+            columns |= {f"AUROC {what}": 100 * part.auroc, f"FPR {what}": 100 * part.fpr}
     return columns
 
 
