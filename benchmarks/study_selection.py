@@ -4,7 +4,7 @@
     python -m benchmarks.study_selection --names CoOp "DRM, spurious"      # some of them, beside what is there
 
 A candidate is chosen for each method by its mean accuracy on the ID validation split over the seeds, of equals by its
-NLL there. No test image is looked at. `robustft/study/recipes.py` holds what was chosen; the tests compare the two.
+NLL there. No test image is looked at. `robustft/pipeline/study/recipes.py` holds what was chosen; tests compare both.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Setting:
 @cache
 def world_of(folder: str, seed: int) -> World:
     """A process's own, for all its candidates."""
-    return World(Path(folder) / str(seed), seed, log=lambda text: None)
+    return World(Path(folder) / str(seed), seed, world="digits", log=lambda text: None)
 
 
 @cache

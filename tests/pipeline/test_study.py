@@ -91,7 +91,7 @@ def toy(monkeypatch):
 
 
 def test_margins_follow_their_direction():
-    seeds = [measured(World(None, seed, log=lambda text: None)) for seed in (0, 1)]
+    seeds = [measured(SimpleNamespace(seed=seed, log=lambda text: None)) for seed in (0, 1)]
     assert [find(claim, seeds).margins for claim in TOY.claims] == [(10.0, 11.0), (-1.0, -1.0)]
 
 
@@ -129,10 +129,10 @@ def test_study_writes_its_pages_and_goes_on_where_it_was(toy, monkeypatch, tmp_p
 def test_a_run_is_trained_once_and_its_weights_survive_a_kill(tmp_path):
     recipe = replace(RECIPES["FT"], epochs=1, batch_size=500)
     lines = []
-    world = World(tmp_path, 0, quick=True, log=lines.append)
+    world = World(tmp_path, 0, world="digits", quick=True, log=lines.append)
     method = world.train(recipe)
     assert world.train(recipe) is method and len(lines) == 1
-    again = World(tmp_path, 0, quick=True, log=lines.append).train(recipe)
+    again = World(tmp_path, 0, world="digits", quick=True, log=lines.append).train(recipe)
     torch.testing.assert_close(again.state_dict(), method.state_dict(), rtol=0, atol=0)
     other = world.train(replace(recipe, lr=recipe.lr / 2))
     assert other is not method and len(list((tmp_path / "runs").iterdir())) == 2
@@ -216,7 +216,8 @@ def test_a_section_speaks_of_its_world_alone(world):
     others = {"digits": ("frame", "drawing", "studio"), "icons": ("digit", "background", "of 70 steps", "500 images")}
     names = study.sections_of(world)
     assert ("base_to_new" in names) == (world == "icons")
-    for section in (study.section_of(name, world) for name in names):
+    for name, section in ((name, study.section_of(name, world)) for name in names):
+        assert section.name == name
         plots = [f"{plot.title} {plot.caption}" for plot in section.plots]
         said = [section.title, section.question, *(claim.text for claim in section.claims), *plots]
         assert not [text for text in (*said, *section.notes.values()) for word in others[world] if word in text]

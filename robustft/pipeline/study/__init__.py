@@ -3,7 +3,8 @@
     seeds 0, 1, 2  ->  a section's tables and curves, results/<section>-<seed>.json  ->  verdicts  ->  study.{html,md}
 
 `robustft study` runs it. A section is one module here: what it measures in one seed's `World`, and the claims that the
-tables may or may not show. What a killed run has finished is kept, down to single trainings.
+tables may or may not show; `SECTION` where these are the same for every benchmark, `section` where they are made for
+one. What a killed run has finished is kept, down to single trainings.
 """
 
 from __future__ import annotations
@@ -27,18 +28,27 @@ from robustft.pipeline.study import base_to_new, calibration, carot, cmp, compos
 from robustft.pipeline.study.findings import Measured, Section
 from robustft.pipeline.study.page import Answer, markdown, page, summary
 from robustft.pipeline.study.world import World
-from robustft.pipeline.worlds import benchmark
+from robustft.pipeline.worlds import Benchmark, benchmark
 from robustft.training.run import configured
 
-MODULES = (carot, field, vrf, drm, cmp, base_to_new, calibration, detection, compositions)
-SECTIONS = {module.SECTION.name: module.SECTION for module in MODULES}
-_MADE_FOR = {module.SECTION.name: module.section for module in (carot, cmp, compositions, detection, drm)}
+SECTIONS: dict[str, Section | Callable[[Benchmark], Section]] = {
+    "carot": carot.section,
+    "field": field.SECTION,
+    "vrf": vrf.SECTION,
+    "drm": drm.section,
+    "cmp": cmp.section,
+    "base_to_new": base_to_new.SECTION,
+    "calibration": calibration.SECTION,
+    "detection": detection.section,
+    "compositions": compositions.section,
+}
+"""Of every benchmark, or made for one."""
 
 
 def section_of(name: str, world: str) -> Section:
     """A section as it is put for a benchmark."""
-    make = _MADE_FOR.get(name)
-    return SECTIONS[name] if make is None else make(benchmark(world))
+    found = SECTIONS[name]
+    return found if isinstance(found, Section) else found(benchmark(world))
 
 
 def sections_of(world: str) -> tuple[str, ...]:
@@ -124,10 +134,10 @@ def _measure_all(
 
 def _measure(folder: Path, name: str, world: World) -> None:
     """Measures a section in a seed's world; it is on disk as soon as it is done."""
-    started = time.monotonic()
-    measured = SECTIONS[name].measure(world)
+    started, section = time.monotonic(), section_of(name, world.benchmark.name)
+    measured = section.measure(world)
     write_json(_path(folder, name, world.seed), measured._asdict(), allow_nan=False)
-    world.log(f"seed {world.seed}: {SECTIONS[name].title} ({time.monotonic() - started:.0f} s)")
+    world.log(f"seed {world.seed}: {section.title} ({time.monotonic() - started:.0f} s)")
 
 
 def _measure_apart(folder: Path, world: str, name: str, seed: int, quick: bool) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from robustft.methods import OutputEnsemble, Predictor, WiSEFT, greedy_soup, uniform_soup
-from robustft.pipeline.recipes import RECIPES, STUDY_WORLD, Recipe
+from robustft.pipeline.recipes import RECIPES, Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Section, higher, lower
 from robustft.pipeline.study.world import World, tables
-from robustft.pipeline.worlds import Benchmark, benchmark
+from robustft.pipeline.worlds import Benchmark
 
 CAROT = RECIPES["CaRot"]
 METHODS, TERMS, TEACHERS = "methods", "terms", "teachers"
@@ -110,6 +110,3 @@ def section(bundled: Benchmark) -> Section:
             f"{500 / 25030 * bundled.steps:.1f} of {bundled.steps}.",
         },
     )
-
-
-SECTION = section(benchmark(STUDY_WORLD))

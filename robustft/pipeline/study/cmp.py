@@ -8,11 +8,11 @@ from typing import Any
 
 from robustft.calibration.measures import calibration_report, fit_temperature
 from robustft.methods import Predictor, TipAdapter
-from robustft.pipeline.recipes import STUDY_WORLD, Recipe
+from robustft.pipeline.recipes import Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Plot, Section, higher, lower
 from robustft.pipeline.study.recipes import HOST_SHOTS, HOSTS
 from robustft.pipeline.study.world import World
-from robustft.pipeline.worlds import Benchmark, benchmark
+from robustft.pipeline.worlds import Benchmark
 
 VARIANTS = ("neg_log_ratio", "neg_ratio", "softplus", "ratio")
 SWEPT = "CoOp"  # the host of variants and shots
@@ -135,6 +135,3 @@ def section(bundled: Benchmark) -> Section:
             OF_VARIANTS: "First CMP's variants, then other terms, of their usual weights.",
         },
     )
-
-
-SECTION = section(benchmark(STUDY_WORLD))

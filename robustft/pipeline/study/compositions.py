@@ -10,11 +10,11 @@ from robustft.detection.detector import Detector
 from robustft.detection.metrics import ood_metrics
 from robustft.evaluation.measure import evaluate_predictions
 from robustft.methods import VRF, Classifier, Predictor, Tempering, WiSEFT, uniform_soup
-from robustft.pipeline.recipes import RECIPES, STUDY_WORLD
+from robustft.pipeline.recipes import RECIPES
 from robustft.pipeline.study.findings import Claim, Measured, Section, Table
 from robustft.pipeline.study.recipes import DRM
 from robustft.pipeline.study.world import World, of_kind
-from robustft.pipeline.worlds import Benchmark, benchmark
+from robustft.pipeline.worlds import Benchmark
 from robustft.predictors.logits import accuracy_and_nll, preference
 
 SINGLES, COMPOSED = "single methods", "compositions"
@@ -168,6 +168,3 @@ def section(bundled: Benchmark) -> Section:
             "of the four leads over the best single method.",
         },
     )
-
-
-SECTION = section(benchmark(STUDY_WORLD))

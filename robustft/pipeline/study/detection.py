@@ -19,11 +19,10 @@ from robustft.detection.detector import Detector
 from robustft.detection.metrics import Separation, SpectrumMetrics, ood_metrics, spectrum_metrics
 from robustft.detection.negatives import conjugated_negatives, conjugated_phrases
 from robustft.methods import Classifier, DualClassifier, Predictor, TipAdapter, WiSEFT, zero_shot_classifier
-from robustft.pipeline.recipes import STUDY_WORLD
 from robustft.pipeline.study.findings import Claim, Measured, Section, Table, falls, higher
 from robustft.pipeline.study.recipes import HOSTS
 from robustft.pipeline.study.world import World
-from robustft.pipeline.worlds import Benchmark, benchmark
+from robustft.pipeline.worlds import Benchmark
 
 SHOTS = 16
 FEW_SHOT = ("CoOp", "LoCoOp", "CLIP-Adapter", "Tip-Adapter-F")
@@ -303,6 +302,3 @@ def section(bundled: Benchmark) -> Section:
             "with the known images, the memory emptied in between, as published.",
         },
     )
-
-
-SECTION = section(benchmark(STUDY_WORLD))

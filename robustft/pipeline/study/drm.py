@@ -11,11 +11,11 @@ from torch import Tensor
 from robustft.calibration.measures import calibration_report
 from robustft.evaluation.groups import worst_group_accuracy
 from robustft.methods import Classifier, CoreProxy, DualClassifier, Method, Predictor, WiSEFT, core_labels
-from robustft.pipeline.recipes import STUDY_WORLD, Recipe
+from robustft.pipeline.recipes import Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Plot, Section, Table, higher, lower
 from robustft.pipeline.study.recipes import SINGLE, SPURIOUS
 from robustft.pipeline.study.world import Tensors, World, accuracy, of_kind
-from robustft.pipeline.worlds import Benchmark, benchmark
+from robustft.pipeline.worlds import Benchmark
 from robustft.predictors.logits import accuracy_and_nll, preference
 
 QUICK_LAMBDAS = (0.5, 2.0)
@@ -228,6 +228,3 @@ def section(bundled: Benchmark) -> Section:
             "dropped. The default, half on the label and the rest spread, was set on GlyphWorld (docs/drm.md).",
         },
     )
-
-
-SECTION = section(benchmark(STUDY_WORLD))

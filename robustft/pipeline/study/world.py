@@ -29,7 +29,7 @@ from robustft.evaluation import measure
 from robustft.evaluation.results import Suite
 from robustft.files import locked, read_tensors, write_tensors
 from robustft.pipeline.job import suite_of
-from robustft.pipeline.recipes import QUICK_EPOCHS, RECIPES, STUDY_WORLD, Recipe
+from robustft.pipeline.recipes import QUICK_EPOCHS, RECIPES, Recipe
 from robustft.pipeline.study.recipes import DRM, HOSTS, LP_FT, PROBE
 from robustft.pipeline.training import Materials, fit_recipe, make_method
 from robustft.pipeline.worlds import benchmark
@@ -52,7 +52,7 @@ class World:
         folder: Path,
         seed: int,
         *,
-        world: str = STUDY_WORLD,
+        world: str,
         quick: bool = False,
         log: Callable[[str], None] = print,
     ) -> None:
