@@ -61,43 +61,47 @@ def results(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+STUDIES = "icons", "digits"
+"""The benchmarks of the committed studies."""
+
+
+def study_results(world: str) -> Any:
+    return results(f"study_{world}")
+
+
 @cache
-def answers(study: str) -> tuple[Any, str, str, Any]:
+def answers(world: str) -> tuple[Any, str, str, Any]:
     """What a committed study measured, its command, its machine and its benchmark."""
     from robustft.pipeline.study import section_of
     from robustft.pipeline.study.findings import Measured
     from robustft.pipeline.study.page import Answer
     from robustft.pipeline.worlds import benchmark
 
-    held = results(study)
-    world, sections = held["world"], held["sections"].items()
+    held = study_results(world)
     found = [
-        Answer(section_of(name, world), [Measured(**seed) for seed in section["seeds"]]) for name, section in sections
+        Answer(section_of(name, world), [Measured(**seed) for seed in section["seeds"]])
+        for name, section in held["sections"].items()
     ]
     return found, held["command"], held["machine"], benchmark(world)
 
 
-STUDIES = [name for name in ("study", "study_icons") if (RESULTS / f"{name}.json").is_file()]
-"""Those of the digits and of the icons."""
-
-
-def study_path(study: str) -> str:
+def study_path(world: str) -> str:
     """Of the page of its tables, without its ending."""
-    return f"measured/{study.replace('_', '-')}"
+    return f"measured/study-{world}"
 
 
-def study_tables(study: str) -> str:
+def study_tables(world: str) -> str:
     from robustft.pipeline.study.page import markdown
 
-    title, rest = markdown(*answers(study)).split("\n", 1)
-    pictures = f"{Path(study_path(study)).name}-pictures.html"
-    return f"{title}: every table\n\n[Findings](../study.md) · [the same with pictures]({pictures})\n{rest}"
+    title, rest = markdown(*answers(world)).split("\n", 1)
+    pictures = f"{Path(study_path(world)).name}-pictures.html"
+    return f"{title} of {world}: every table\n\n[Findings](../study.md) · [the same with pictures]({pictures})\n{rest}"
 
 
-def study_page(study: str) -> str:
+def study_page(world: str) -> str:
     from robustft.pipeline.study.page import page
 
-    return page(*answers(study))[0]
+    return page(*answers(world))[0]
 
 
 def speed() -> str:
@@ -173,8 +177,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "measured/memory.md": memory,
     "measured/kernels.md": kernels,
     "measured/emulated.md": emulated,
-    **{f"{study_path(study)}.md": partial(study_tables, study) for study in STUDIES},
-    **{f"{study_path(study)}-pictures.html": partial(study_page, study) for study in STUDIES},
+    **{f"{study_path(world)}.md": partial(study_tables, world) for world in STUDIES},
+    **{f"{study_path(world)}-pictures.html": partial(study_page, world) for world in STUDIES},
     "contributing.md": (ROOT / "CONTRIBUTING.md").read_text,
     "changelog.md": (ROOT / "CHANGELOG.md").read_text,
 }

@@ -1,4 +1,4 @@
-"""What README and docs say of GlyphWorld, held against the committed results of its measurements."""
+"""What README and docs say of the bundled benchmarks, held against the committed results of its measurements."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from test_docs import site_pages
+from test_docs import site
 
 from robustft.files import json_text
 
@@ -73,12 +73,12 @@ def test_readme_shows_the_committed_table():
     assert (RESULTS / "glyphworld.md").read_text() in README
 
 
-def measured(study: str) -> dict:
-    return json.loads((RESULTS / f"{study}.json").read_text())
+SITE = site()
 
 
-def verdicts(study: str) -> dict[str, str]:
-    return {c["claim"]: c["verdict"] for section in measured(study)["sections"].values() for c in section["claims"]}
+def verdicts(world: str) -> dict[str, str]:
+    sections = SITE.study_results(world)["sections"].values()
+    return {c["claim"]: c["verdict"] for section in sections for c in section["claims"]}
 
 
 SOUP = "soup of zero-shot, LP-FT, CaRot + CMP and DRM"
@@ -134,8 +134,8 @@ SOUP = "soup of zero-shot, LP-FT, CaRot + CMP and DRM"
         ),
     ],
 )
-def test_the_study_finds_what_its_page_says(verdict, claims):
-    found = verdicts("study")
+def test_the_study_of_digits_finds_what_its_page_says(verdict, claims):
+    found = verdicts("digits")
     assert {claim: found[claim] for claim in claims} == dict.fromkeys(claims, verdict)
 
 
@@ -194,19 +194,16 @@ ON_MODELS = ("Zero-shot", "After CaRot")
         ),
     ],
 )
-def test_the_study_on_icons_finds_what_its_page_says(verdict, claims):
-    found = verdicts("study_icons")
+def test_the_study_of_icons_finds_what_its_page_says(verdict, claims):
+    found = verdicts("icons")
     assert {claim: found[claim] for claim in claims} == dict.fromkeys(claims, verdict)
 
 
-STUDY_PAGES = [path for path in site_pages() if path.startswith("measured/study") and path.endswith(".md")]
-
-
-@pytest.mark.parametrize("path", STUDY_PAGES)
-def test_claims_read_off_the_committed_tables_have_the_committed_verdicts(path):
-    name = Path(path).stem.replace("-", "_")
-    page = site_pages()[path]()
-    assert [c for c, verdict in verdicts(name).items() if f"| {c} | {verdict} |" not in page] == []
+@pytest.mark.parametrize("world", SITE.STUDIES)
+def test_claims_read_off_the_committed_tables_have_the_committed_verdicts(world):
+    assert SITE.study_results(world)["world"] == world
+    page = SITE.study_tables(world)
+    assert [c for c, verdict in verdicts(world).items() if f"| {c} | {verdict} |" not in page] == []
 
 
 @pytest.mark.parametrize("task", ["classes", "frames"])
@@ -220,14 +217,14 @@ def test_the_rates_of_icons_are_those_chosen_on_id_validation(task):
 
 def test_the_recipes_table_is_the_studys():
     docs = RESULTS.parent.parent / "docs"
-    study = site_pages()["measured/study.md"]()
+    study = SITE.study_tables("digits")
     compositions = study[study.index("**single methods**") :]
     rows = [line.replace("**", "") for line in (docs / "recipe.md").read_text().splitlines() if line.startswith("|")]
     rows = rows[2:]
     assert len(rows) == 6
     for row in rows:
         assert row.replace("the mean", SOUP) in compositions
-    command = measured("study")["command"]
+    command = SITE.study_results("digits")["command"]
     assert command in study and command == "robustft study"
 
 
