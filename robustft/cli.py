@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
     study = commands.add_parser(
         "study",
-        help="run every method on the bundled benchmark and say which papers' findings appear there",
+        help="run every method on a bundled benchmark and say which papers' findings appear there",
         description="Runs every method on a bundled benchmark with several seeds, mixing weights chosen on ID "
         "validation, and writes study.html and study.md: tables, and for each claim of a paper whether it appears. "
         "Works offline.",

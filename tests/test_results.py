@@ -224,8 +224,14 @@ def test_the_recipes_table_is_the_studys():
     assert len(rows) == 6
     for row in rows:
         assert row.replace("the mean", SOUP) in compositions
-    command = SITE.study_results("digits")["command"]
-    assert command in study and command == "robustft study"
+
+
+@pytest.mark.parametrize("world", SITE.STUDIES)
+def test_a_study_shows_the_command_that_makes_it(world):
+    from robustft.pipeline import study
+
+    command = study._command(world, False, study.SEEDS, study.sections_of(world))
+    assert SITE.study_results(world)["command"] == command and f"`{command}`" in SITE.study_tables(world)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)

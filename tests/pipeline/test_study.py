@@ -150,7 +150,7 @@ few = replace(data, train=data.train.subset(range(300)))
 glyphworld.sets = lambda limit: few
 study.get_context = lambda _: get_context("fork")  # so that processes have few, too
 output = Path(sys.argv[1])
-answers = study.study(output, sections=["calibration"], seeds=(0,), quick=True, workers=2)
+answers = study.study(output, world="digits", sections=["calibration"], seeds=(0,), quick=True, workers=2)
 (measured,) = answers[0].seeds
 assert json.loads((output / "results" / "calibration-0.json").read_text())["tables"] == measured.tables
 assert not (output / "seed-0").exists()
@@ -206,9 +206,13 @@ def test_a_section_speaks_of_its_world_s_own_sets():
     assert not any("letters" in claim.text or "textures" in claim.text for claim in icons.claims)
     assert "frame" in " ".join(study.section_of("drm", "icons").notes.values())
     assert study.section_of("vrf", "icons") is study.SECTIONS["vrf"]
-    assert (
-        study._command("icons", True, (0, 1, 2), study.sections_of("icons")) == "robustft study --world icons --quick"
-    )
+
+
+def test_a_command_names_what_is_no_default():
+    every = {world: study.sections_of(world) for world in ("icons", "digits")}
+    assert study._command("icons", True, (0, 1, 2), every["icons"]) == "robustft study --quick"
+    assert study._command("digits", False, (3,), every["digits"]) == "robustft study --world digits --seeds 3"
+    assert study._command("icons", False, (0, 1, 2), ("drm",)) == "robustft study --sections drm"
 
 
 @pytest.mark.parametrize("world", ["digits", "icons"])

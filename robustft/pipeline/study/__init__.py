@@ -73,10 +73,10 @@ def study(
 
     Args:
         output: folder for everything; it must not hold another study, unless `resume`.
-        world: which bundled benchmark: digits (GlyphWorld) or icons (IconWorld).
+        world: which bundled benchmark: icons (IconWorld) or digits (GlyphWorld).
         seeds: of the fine-tuning.
         sections: some of `sections_of(world)`; none for all.
-        quick: fewer epochs and test images: minutes, for a look.
+        quick: fewer epochs and test images, for a look.
         resume: go on with the study in `output`, under the same configuration.
         workers: processes, each with a section of a seed at a time and its share of the cores; by default one a core.
             With one, everything runs in this process.
