@@ -148,13 +148,17 @@ ON_MODELS = ("Zero-shot", "After CaRot")
         (
             "appears",
             [
-                "CaRot is more accurate under shift than LP-FT",
-                "CaRot's ECE under shift is lower than FLYP's",
+                *(f"CaRot is more accurate under shift than {name}" for name in ("FT", "LP-FT")),
+                *(f"CaRot's ECE under shift is lower than {name}'s" for name in ("FLYP", "LP-FT", "WiSE FLYP")),
                 "Distillation alone lowers ECE under shift",
                 *(f"Model Stock of two FT is more accurate under shift than {name}" for name in ("FT", "WiSE FT")),
                 *(f"{name} + VRF is more accurate under shift than {name}" for name in ("FT", "LP")),
                 *(f"{name} is more accurate than FT on conflicting frames" for name in ("group DRO", "worst group")),
-                *(f"CMP lowers {name}'s ECE" for name in ("linear probe", "Tip-Adapter-F")),
+                *(
+                    f"CMP lowers {name}'s ECE{where}"
+                    for name in ("linear probe", "Tip-Adapter-F")
+                    for where in ("", " under shift")
+                ),
                 "MaPLe is less accurate on new classes than zero-shot",
                 "A temperature of base classes lowers CoOp's ECE on new classes",
                 "DAC lowers CoOp's ECE on new classes",
@@ -168,27 +172,45 @@ ON_MODELS = ("Zero-shot", "After CaRot")
             [
                 "CaRot is more accurate under shift than FLYP",
                 "A lagged teacher beats a frozen one under shift",
+                "The beta teacher makes CaRot more accurate under shift",
                 "TRACER's further perspectives add accuracy under shift to that",
                 *(f"{name} is more accurate under shift than FT" for name in ("Lipsum-FT", "CAR-FT", "LiNeS FT")),
                 *(
                     f"{name} is more accurate on base classes than zero-shot"
                     for name in ("CoOp", "KgCoOp", "CoCoOp", "MaPLe")
                 ),
+                *(f"{name} is less accurate on new classes than zero-shot" for name in ("CoOp", "KgCoOp", "CoCoOp")),
+                *(f"{name} + VRF is more accurate under shift than {name}" for name in ("FLYP", "CaRot")),
+                "A temperature lowers FT's ECE under shift",
             ],
         ),
         (
             "the opposite appears",
             [
                 "StarFT is more accurate under shift than FLYP",
+                "A teacher that moves every step is worse under shift",
+                "Zero-shot's ECE under shift is still lower than CaRot's",
                 "DRM, as ID validation chooses it, is more accurate than FLYP on conflicting frames",
-                *(f"CMP lowers {name}'s ECE" for name in ("CoOp", "KgCoOp", "ProDA", "LoCoOp")),
-                "A temperature lowers CaRot's ECE in distribution",
+                *(
+                    f"CMP lowers {name}'s ECE{where}"
+                    for name in ("CoOp", "KgCoOp", "ProDA", "LoCoOp")
+                    for where in ("", " under shift")
+                ),
+                *(f"A temperature lowers {name}'s ECE in distribution" for name in ("FT", "CaRot")),
+                *(f"A temperature lowers {name}'s ECE under shift" for name in ("zero-shot", "CaRot", "CoOp, 8 shots")),
                 *(
                     f"{when}, MCM beats energy against {what}"
                     for when in (*ON_MODELS, "After FT")
                     for what in ("held-out kinds", "symbols")
                 ),
                 *(f"{when}, NegLabel beats MCM against near unknowns" for when in ON_MODELS),
+                *(
+                    f"{when}, NegLabel beats MCM against {what} that it was not given"
+                    for when in ON_MODELS
+                    for what in ("other held-out kinds", "symbols")
+                ),
+                "By MCM, LoCoOp is better than CoOp against held-out kinds",
+                *(f"{SOUP}: beats every single method in {c}" for c in ("acc ID", "acc OOD", "ECE OOD", "AUROC, k-NN")),
                 *(f"{when}, AdaNeg beats NegLabel against near unknowns, full-spectrum" for when in ON_MODELS),
             ],
         ),
@@ -197,6 +219,86 @@ ON_MODELS = ("Zero-shot", "After CaRot")
 def test_the_study_of_icons_finds_what_its_page_says(verdict, claims):
     found = verdicts("icons")
     assert {claim: found[claim] for claim in claims} == dict.fromkeys(claims, verdict)
+
+
+def average(world: str, section: str, table: str, row: str, column: str) -> float:
+    seeds = SITE.study_results(world)["sections"][section]["seeds"]
+    return statistics.mean(seed["tables"][table][row][column] for seed in seeds)
+
+
+def test_on_icons_no_ratio_of_accuracies_falls_for_all_and_no_frontier_of_vrfs_is_above_another():
+    found = {claim: verdict for claim, verdict in verdicts("icons").items() if "VRF's frontier" in claim}
+    assert len(found) == 8 and "appears" not in found.values() and "leans that way" not in found.values()
+    near = [verdict for claim, verdict in verdicts("icons").items() if claim.startswith("Near the failure set")]
+    assert len(near) == 4 and "appears" not in near
+
+
+def test_on_icons_methods_gain_what_the_studys_page_says():
+    def points(column: str, row: str = "zero-shot") -> float:
+        return average("icons", "carot", "methods", row, column)
+
+    def gain(column: str, row: str) -> float:
+        return points(column, row) - points(column)
+
+    single = ("FT", "FLYP", "CaRot", "LP-FT", "LP")
+    assert (round(points("acc ID")), round(points("acc OOD"))) == (46, 49)
+    assert f"{gain('acc ID', 'FT'):.1f}" == "4.6" and -0.5 < gain("acc OOD", "FT") < 0
+    assert max(single, key=lambda row: points("AUROC", row)) == "FT" == max(single, key=lambda r: points("acc ID", r))
+    for row in ("FLYP", "CaRot"):
+        assert all(0.5 <= gain(column, row) <= 0.8 for column in ("acc ID", "acc OOD"))
+    assert all(round(gain("acc OOD", row)) == -13 for row in ("LP", "LP-FT"))
+    best = [average("icons", "compositions", "compositions", "CaRot + CMP", column) for column in ("acc OOD", "acc ID")]
+    assert [f"{value:.1f}" for value in best] == ["49.6", "49.2"]
+
+
+def test_in_misleading_frames_drm_falls_to_less_than_half_of_what_ft_and_flyp_do():
+    def points(row: str, column: str = "conflicting") -> float:
+        return average("icons", "drm", "aligned and conflicting frames", row, column)
+
+    for row in ("FT", "FLYP"):
+        assert points(row, "aligned") > 50 and 15.5 < points(row) < 17
+        assert all(points(drm) < points(row) / 2 for drm in ("DRM, affinity", "DRM, soft"))
+    assert all(28 < points(row) < 31 for row in ("group DRO", "worst group"))
+    behind = [
+        verdict for claim, verdict in verdicts("icons").items() if "lambda 1, is more accurate than FLYP" in claim
+    ]
+    assert behind == ["the opposite appears"] * 6
+
+
+def test_on_icons_negative_texts_are_ahead_of_mcm_against_far_unknowns_and_behind_it_against_near_ones():
+    def lead(name: str, row: str, what: str) -> float:
+        with_texts, mcm = (
+            average("icons", "detection", f"near, far and full-spectrum: {score}", row, f"AUROC {what}")
+            for score in (name, "MCM")
+        )
+        return with_texts - mcm
+
+    rows = ("zero-shot", "FT", "FLYP", "CaRot", "DRM", "CoOp", "LoCoOp")
+    for name in ("NegLabel", "CSP"):
+        assert all(7 < lead(name, row, "far") < 13.5 and -5.5 < lead(name, row, "near") < -3 for row in rows)
+        assert lead(name, "LP-FT", "far") < 0 and lead(name, "LP-FT", "near") < 0
+
+
+def test_the_mean_of_four_models_is_behind_on_icons_by_what_the_recipe_says():
+    columns = {"acc ID": 2.8, "acc OOD": 1.7, "ECE OOD": 0.5, "AUROC, k-NN": 2.5}
+    claims = {c["claim"]: c["margins"] for c in SITE.study_results("icons")["sections"]["compositions"]["claims"]}
+    for column, behind in columns.items():
+        margin = statistics.mean(claims[f"{SOUP}: beats every single method in {column}"])
+        assert f"{-margin:.1f}" == str(behind)
+    zero_shot, *members = (
+        average("icons", "compositions", "single methods", row, "acc OOD") for row in ("zero-shot", "LP-FT", "DRM")
+    )
+    assert all(member < zero_shot for member in members)
+
+
+@pytest.mark.parametrize("world", SITE.STUDIES)
+def test_the_studys_page_says_how_many_claims_are_decided(world):
+    found = list(verdicts(world).values())
+    decided = sum(verdict in ("appears", "the opposite appears") for verdict in found)
+    command = SITE.study_results(world)["command"]
+    page = (RESULTS.parent.parent / "docs" / "study.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| `{command}` |")]
+    assert line.endswith(f" | {decided} of {len(found)} |")
 
 
 @pytest.mark.parametrize("world", SITE.STUDIES)
