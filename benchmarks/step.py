@@ -289,6 +289,18 @@ def _graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+def table(measured: dict[str, Any]) -> str:
+    """results/step.json as a Markdown table, and the machine."""
+    parts = ("image tower", "text tower", "teacher", "backward", "update")
+    lines = [f"| step | the plain loop's time | bar | seconds | {' | '.join(parts)} |", "|---|" + "---:|" * 8]
+    for name, row in measured["results"].items():
+        bar = f"{row['must']:.2f}x" if "must" in row else ""
+        shares = " | ".join(f"{100 * row['shares'][part]:.0f} %" if part in row["shares"] else "" for part in parts)
+        lines.append(f"| {name} | {row['ratio']:.2f}x | {bar} | {row['seconds']:.3f} | {shares} |")
+    where = measured["machine"]
+    return "\n".join([*lines, "", f"{where['cpu']} ({where['isa']}), 1 thread, torch {where['torch']}.", ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="measure the rows that this pattern matches")

@@ -116,6 +116,24 @@ def speed() -> str:
     return "\n".join([*chapters, (RESULTS / "gpu.md").read_text()])
 
 
+def steps() -> str:
+    from benchmarks import step
+
+    held = results("step")
+    lines = (
+        "# Whole training steps",
+        "",
+        "From the images to the updated weights, beside the loop that released code has: open_clip's towers on all",
+        "positions of each image's caption, the eager loss, AdamW as torch makes it by default, and for CaRot a second",
+        "full pass of images and texts through the teacher. The same weights and batches, in turn; their losses agree.",
+        "Seconds are robustft's, and so are the parts: its towers' forward, the backward of all, the optimizer.",
+        "",
+        step.table(held),
+        f"`{held['command']}`",
+    )
+    return "\n".join(lines)
+
+
 def memory() -> str:
     from benchmarks.memory import table
 
@@ -174,6 +192,7 @@ def emulated() -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "measured/speed.md": speed,
+    "measured/steps.md": steps,
     "measured/memory.md": memory,
     "measured/kernels.md": kernels,
     "measured/emulated.md": emulated,
