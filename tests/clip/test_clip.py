@@ -493,7 +493,13 @@ def tiny_architectures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("architectures")
     for kind, model_cfg in MODELS.items():
         (folder / f"tiny-{kind}.json").write_text(json.dumps(model_cfg))
+    registry = open_clip.factory
+    paths, known = list(registry._MODEL_CONFIG_PATHS), dict(registry._MODEL_CONFIGS)
     open_clip.add_model_config(folder)
+    yield
+    registry._MODEL_CONFIG_PATHS[:] = paths
+    registry._MODEL_CONFIGS.clear()
+    registry._MODEL_CONFIGS.update(known)
 
 
 @pytest.fixture
