@@ -94,6 +94,12 @@ SOUP = "soup of zero-shot, LP-FT, CaRot + CMP and DRM"
                 *(f"CaRot's ECE under shift is lower than {name}'s" for name in ("FLYP", "FT", "WiSE FLYP")),
                 "A lagged teacher beats a frozen one under shift",
                 "A teacher that moves every step is worse under shift",
+                "The beta teacher makes CaRot more accurate under shift",
+                "The beta teacher lowers CaRot's ECE under shift",
+                "TRACER's further perspectives add accuracy under shift to that",
+                "Lipsum-FT is more accurate under shift than FT",
+                "StarFT is more accurate under shift than FLYP",
+                *(f"Model Stock of two FT is more accurate under shift than {name}" for name in ("FT", "WiSE FT")),
                 *(f"{name} + VRF is more accurate under shift than {name}" for name in ("FT", "FLYP", "CaRot")),
                 "FT: VRF's frontier is above that of OSE with temperatures",
                 *(
@@ -116,6 +122,8 @@ SOUP = "soup of zero-shot, LP-FT, CaRot + CMP and DRM"
             "does not appear",
             [
                 "CaRot is more accurate under shift than LP-FT",
+                "CAR-FT is more accurate under shift than FT",
+                *(f"LiNeS FT is more accurate under shift than {name}" for name in ("FT", "WiSE FT")),
                 "By MCM, LoCoOp is better than CoOp against textures",
                 "The mixture of both heads beats the default head on conflicting backgrounds",
                 "A temperature lowers FT's ECE in distribution",
@@ -226,6 +234,28 @@ def average(world: str, section: str, table: str, row: str, column: str) -> floa
     return statistics.mean(seed["tables"][table][row][column] for seed in seeds)
 
 
+def test_on_digits_what_came_since_carot_gains_what_the_studys_page_says():
+    margins = {
+        "Lipsum-FT is more accurate under shift than FT": "6.6",
+        "StarFT is more accurate under shift than FLYP": "10.9",
+        "Model Stock of two FT is more accurate under shift than FT": "7.6",
+        "Model Stock of two FT is more accurate under shift than WiSE FT": "6.8",
+    }
+    found = {c["claim"]: c["margins"] for c in SITE.study_results("digits")["sections"]["field"]["claims"]}
+    assert {claim: f"{statistics.mean(found[claim]):.1f}" for claim in margins} == margins
+
+    def points(row: str, column: str) -> float:
+        return average("digits", "field", "TRACER's parts", row, column)
+
+    tracer = "+ all perspectives (TRACER)"
+    assert [f"{points(row, 'acc OOD'):.1f}" for row in (tracer, "CaRot")] == ["87.2", "84.3"]
+    assert f"{points('CaRot', 'acc ID') - points(tracer, 'acc ID'):.1f}" == "0.8"
+    soup = [average("digits", "compositions", "compositions", SOUP, column) for column in ("acc OOD", "ECE OOD")]
+    assert f"{soup[0] - points(tracer, 'acc OOD'):.1f}" == "1.6"
+    assert f"{soup[1]:.1f}" == f"{points(tracer, 'ECE OOD'):.1f}" == "5.1"
+    assert f"| {tracer} | 98.8 ± 0.2 | 87.2 ± 0.4 | 2.6 ± 0.2 | 5.1 ± 0.1 |" in SITE.study_tables("digits")
+
+
 def test_on_icons_no_ratio_of_accuracies_falls_for_all_and_no_frontier_of_vrfs_is_above_another():
     found = {claim: verdict for claim, verdict in verdicts("icons").items() if "VRF's frontier" in claim}
     assert len(found) == 8 and "appears" not in found.values() and "leans that way" not in found.values()
@@ -333,6 +363,7 @@ def test_a_study_shows_the_command_that_makes_it(world):
     from robustft.pipeline import study
 
     command = study._command(world, False, study.SEEDS, study.sections_of(world))
+    assert tuple(SITE.study_results(world)["sections"]) == study.sections_of(world)
     assert SITE.study_results(world)["command"] == command and f"`{command}`" in SITE.study_tables(world)
 
 
