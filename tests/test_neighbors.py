@@ -282,6 +282,75 @@ def test_all_points_in_order_begin_with_the_nearest_few_bit_for_bit(d, dtype):
             assert torch.equal(few, distances[:count]) and torch.equal(some, indices[:count])
 
 
+def scaled(factor: float):
+    """Rows whose squares leave float32's range, above or below, or which are subnormal themselves."""
+    return lambda n, d: (factor * torch.rand(26, d), factor * torch.rand(n, d))
+
+
+def identical(n: int, d: int) -> tuple[Tensor, Tensor]:
+    points = torch.randn(n, d)[torch.arange(n) % 7]
+    return torch.cat((points[:13], torch.randn(13, d))), points
+
+
+def ever_nearer(n: int, d: int) -> tuple[Tensor, Tensor]:
+    """Each query is nearer to its point, down to the last bits."""
+    points = torch.randn(n, d)
+    return points[:26] + torch.logspace(-1, -9, 26)[:, None] * torch.randn(26, d), points
+
+
+def apart(distance: float):
+    """Two groups that no centre brings near the origin."""
+
+    def groups(n: int, d: int) -> tuple[Tensor, Tensor]:
+        queries, points = torch.randn(26, d), torch.randn(n, d)
+        queries[::2] += distance
+        points[::2] += distance
+        return queries, points
+
+    return groups
+
+
+def whole_numbers(n: int, d: int) -> tuple[Tensor, Tensor]:
+    return torch.randint(-3, 4, (26, d)).float(), torch.randint(-3, 4, (n, d)).float()
+
+
+def of_all_sizes(n: int, d: int) -> tuple[Tensor, Tensor]:
+    scale = torch.logspace(-22, 18, n)[torch.randperm(n), None]
+    return torch.randn(26, d) * scale[:26], torch.randn(n, d) * scale
+
+
+def not_finite(n: int, d: int) -> tuple[Tensor, Tensor]:
+    queries = torch.randn(26, d)
+    queries[3, 0], queries[7, -1], queries[8, 0] = torch.nan, torch.inf, -torch.inf
+    return queries, torch.randn(n, d)
+
+
+HARD = {
+    "plain": scaled(1),
+    "huge": scaled(3e38),
+    "tiny": scaled(3e-20),
+    "subnormal": scaled(1e-43),
+    **{f"{distance:g} apart": apart(distance) for distance in (1e2, 1e3, 1e4, 1e5, 1e6)},
+    **{case.__name__: case for case in (identical, ever_nearer, whole_numbers, of_all_sizes, not_finite)},
+}
+
+
+@compiled
+@pytest.mark.parametrize("d", [1, 37, 512, *exhaustive(2, 64, 1024)])
+@pytest.mark.parametrize("case", HARD)
+def test_distances_from_products_have_the_bits_of_differences(case, d):
+    queries, points = HARD[case](301, d)
+    packed = native.pack(points)
+    for squared in (True, False):
+        for k in (301, 290, 51, 50):  # sixths of the points and fewer are searched by the filter
+            together = torch.ops.robustft.nearest_neighbors(queries, *packed, k, squared)
+            # One query alone is measured by differences.
+            alone = [torch.ops.robustft.nearest_neighbors(q, *packed, k, squared) for q in queries.split(1)]
+            distances, indices = map(torch.cat, zip(*alone, strict=True))
+            assert torch.equal(together[1], indices)
+            assert torch.equal(together[0].view(torch.int32), distances.view(torch.int32))
+
+
 def with_sample(packed: native.PackedPoints, rows: Tensor) -> native.PackedPoints:
     """The same points, their sample replaced: what the search guesses its thresholds from."""
     return packed._replace(sample=rows[torch.arange(len(packed.sample)) % len(rows)].contiguous())
@@ -507,6 +576,8 @@ def computed():
                 distances = rf.kth_neighbor_distance(queries + offset, points + offset, 50)
                 assert torch.equal(distances, found.distances[:, -1])
                 yield from found
+                many, one = (rf.nearest_neighbors(queries[:m] + offset, points + offset, n) for m in (13, 1))
+                assert all(torch.equal(a[:1], b) for a, b in zip(many, one, strict=True))
 for threads in (1, 2):
     torch.set_num_threads(threads)
     torch.save(list(computed()), f"{sys.argv[2]}-{threads}")

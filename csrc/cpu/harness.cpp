@@ -410,16 +410,45 @@ void neighbors(const std::string& type) {
     isa::squared_distances<T>(query.data(), x.data(), d, nullptr, points, all.data());
     show("squared_distances/" + type + "," + of(d) + ".some", some);
     show("squared_distances/" + type + "," + of(d), all);
-    if (d % kBlockDepth) continue;
-    const std::vector<T> q = numbers<T>(kBlockQueries * d);
-    std::vector<double> queries(kBlockQueries * d), block(kBlockPoints * d), distances(kBlockQueries * kBlockPoints);
-    isa::pack_block<T>(q.data(), kBlockQueries, d, kBlockQueries, queries.data());
-    for (int64_t there = 1; there <= kBlockPoints; ++there) {  // where one is not there, it is zeros
-      isa::pack_block<T>(x.data(), there, d, kBlockPoints, block.data());
-      isa::block_distances(queries.data(), block.data(), d, distances.data(), kBlockPoints);
-      show("block_distances/" + type + "," + of(d) + "." + of(there), distances);
-    }
   }
+}
+
+// Blocks of exact distances: where a point is not there, it is zeros.
+void blocks() {
+  constexpr int64_t d = kBlockDepth;
+  const std::vector<double> x = numbers<double>(kBlockPoints * d), q = numbers<double>(kBlockQueries * d);
+  std::vector<double> queries(kBlockQueries * d), block(kBlockPoints * d), distances(kBlockQueries * kBlockPoints);
+  isa::pack_block(q.data(), kBlockQueries, d, kBlockQueries, queries.data());
+  for (int64_t there = 1; there <= kBlockPoints; ++there) {
+    isa::pack_block(x.data(), there, d, kBlockPoints, block.data());
+    isa::block_distances(queries.data(), block.data(), d, distances.data(), kBlockPoints);
+    show("block_distances/f64," + of(there), distances);
+  }
+}
+
+// Distances from products: every number of queries that is taken at once, panels that are not full, and one point that
+// is a query, whose distance is not certain.
+void panels() {
+  for (int64_t d : {1, 7, 64})
+    for (int64_t count : {1, 2, 3, 4, 9})
+      for (int64_t there : {1, 11, 24, 48})
+        for (bool squared : {false, true}) {
+          std::vector<float> x = numbers<float>(there * d), c = numbers<float>(d, 0.25);
+          std::vector<double> q = numbers<double>(count * d), norms(count), packed(kPanelPoints * d);
+          for (int64_t j = 0; j < d; ++j) q[j] = double(x[j]) - c[j];
+          for (int64_t i = 0; i < count * d; ++i) norms[i / d] += q[i] * q[i];
+          std::vector<double> of_points(kPanelPoints);
+          isa::pack_panel(x.data(), c.data(), there, d, packed.data(), of_points.data());
+          std::vector<float> distances(count * there);
+          std::vector<uint64_t> open(count);
+          isa::panel_distances({q.data(), norms.data(), count, d, 1e-14, squared},
+                               {packed.data(), of_points.data(), there}, distances.data(), there, open.data());
+          distances[0] = 0;  // rounding alone
+          const std::string name = "f32," + of(d) + "," + of(count) + "," + of(there) + (squared ? ",squared" : "");
+          show("pack_panel/" + name, of_points);
+          show("panel_distances/" + name, distances);
+          show("panel_distances/" + name + ".open", std::vector<int64_t>(open.begin(), open.end()));
+        }
 }
 
 // Products of queries and points in fixed point, and the rows from which they come: every number of queries that a
@@ -464,6 +493,8 @@ int main() {
   std::printf("kernels %s, vectors of %d bytes\n", ROBUSTFT_NAME(ROBUSTFT_ISA), ROBUSTFT_VECTOR_BYTES);
   robustft::all_of<float>("f32");
   robustft::all_of<double>("f64");
+  robustft::blocks();
+  robustft::panels();
   robustft::fixed_point();
   robustft::misalignment<robustft::Bf16>("bf16");
   robustft::misalignment<robustft::Fp16>("f16");

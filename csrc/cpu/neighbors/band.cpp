@@ -132,10 +132,7 @@ void Search<T>::write(int64_t id, std::vector<Neighbor<T>>& candidates, int64_t 
     } else {
       std::partial_sort(candidates.begin(), candidates.begin() + rank, candidates.end());
     }
-    for (int64_t i = 0; i < k_; ++i) {
-      out_[id * k_ + i] = candidates[i].distance;
-      indices_[id * k_ + i] = candidates[i].index;
-    }
+    put(id, candidates);
   } else {
     std::nth_element(candidates.begin(), candidates.begin() + (rank - 1), candidates.end());
     out_[id] = candidates[rank - 1].distance;

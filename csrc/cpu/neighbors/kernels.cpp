@@ -2,48 +2,11 @@
 // set.
 #include "../lanes.h"
 #include "neighbors.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "widen.h"
 
 namespace robustft {
 namespace ROBUSTFT_ISA {
 namespace {
-
-// One bit a lane. The vector extension has no such operation, and without it scores are tested at half the speed.
-#if defined(__AVX512DQ__)
-inline uint64_t lane_bits(Mask<float> m) { return _mm512_movepi32_mask((__m512i)m); }
-inline uint64_t lane_bits(Mask<double> m) { return _mm512_movepi64_mask((__m512i)m); }
-#elif defined(__AVX2__)
-inline uint64_t lane_bits(Mask<float> m) { return unsigned(_mm256_movemask_ps((__m256)m)); }
-inline uint64_t lane_bits(Mask<double> m) { return unsigned(_mm256_movemask_pd((__m256d)m)); }
-#else
-template <class M>
-inline uint64_t lane_bits(M m) {
-  uint64_t bits = 0;
-  for (unsigned l = 0; l < sizeof(M) / sizeof(m[0]); ++l) bits |= uint64_t(m[l] & 1) << l;
-  return bits;
-}
-#endif
-
-// As many numbers of T as there are lanes of double.
-template <class T>
-struct Narrow {
-  typedef T Vec __attribute__((vector_size(ROBUSTFT_VECTOR_BYTES / 8 * sizeof(T))));
-};
-template <class T>
-using NarrowVec = typename Narrow<T>::Vec;
-
-// gcc 12 converts vectors in halves and joins them.
-#if defined(__AVX512F__)
-inline Vec<double> widen(NarrowVec<float> v) { return (Vec<double>)_mm512_maskz_cvtps_pd(0xff, (__m256)v); }
-#elif defined(__AVX2__)
-inline Vec<double> widen(NarrowVec<float> v) { return (Vec<double>)_mm256_cvtps_pd((__m128)v); }
-#else
-inline Vec<double> widen(NarrowVec<float> v) { return __builtin_convertvector(v, Vec<double>); }
-#endif
-inline Vec<double> widen(Vec<double> v) { return v; }
 
 // v less v rounded to bfloat16, rounded as bf16_kernels.cpp does.
 inline NarrowVec<float> bf16_residual(NarrowVec<float> v) {
@@ -173,17 +136,15 @@ void squared_distances(const double* query, const T* points, int64_t d, const in
   }
 }
 
-// Up to `side` rows (rows, d), d a multiple of kBlockDepth, side by side in double: out [8][d / (8
-// lanes)][side][lanes]. Rows that are not there are zeros.
-template <class T>
-void pack_block(const T* x, int64_t rows, int64_t d, int64_t side, double* out) {
+// Up to `side` rows (rows, d), d a multiple of kBlockDepth, side by side: out [8][d / (8 lanes)][side][lanes]. Rows
+// that are not there are zeros.
+void pack_block(const double* x, int64_t rows, int64_t d, int64_t side, double* out) {
   const int64_t steps = d / (kSums * kWide);
   for (int64_t r = 0; r < side; ++r)
     for (int64_t i = 0; i < steps; ++i)
       for (int64_t u = 0; u < kSums; ++u) {
         const int64_t from = r * d + (i * kSums + u) * kWide;
-        store(out + ((u * steps + i) * side + r) * kWide,
-              r < rows ? widen(load<NarrowVec<T>>(x + from)) : Vec<double>{});
+        store(out + ((u * steps + i) * side + r) * kWide, r < rows ? load<Vec<double>>(x + from) : Vec<double>{});
       }
 }
 
@@ -212,12 +173,11 @@ void block_distances(const double* queries, const double* points, int64_t d, dou
   for (int64_t p = 0; p < kPairs; ++p) out[p / kBlockPoints * ld + p % kBlockPoints] = total(sums[p]);
 }
 
-#define ROBUSTFT_INSTANTIATE(T)                                                                           \
-  template void centre_row<T>(const T*, const T*, int64_t, bool, T*, RowNorms*);                          \
-  template void score_reached<T>(const T*, const T*, int64_t, int64_t, T*);                               \
-  template void collect<T>(const Scores<T>&, const T*, Hit<T>* const*, int64_t*);                         \
-  template void squared_distances<T>(const double*, const T*, int64_t, const int32_t*, int64_t, double*); \
-  template void pack_block<T>(const T*, int64_t, int64_t, int64_t, double*);
+#define ROBUSTFT_INSTANTIATE(T)                                                   \
+  template void centre_row<T>(const T*, const T*, int64_t, bool, T*, RowNorms*);  \
+  template void score_reached<T>(const T*, const T*, int64_t, int64_t, T*);       \
+  template void collect<T>(const Scores<T>&, const T*, Hit<T>* const*, int64_t*); \
+  template void squared_distances<T>(const double*, const T*, int64_t, const int32_t*, int64_t, double*);
 ROBUSTFT_INSTANTIATE(float)
 ROBUSTFT_INSTANTIATE(double)
 

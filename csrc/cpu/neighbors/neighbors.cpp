@@ -19,7 +19,7 @@
 // direct sums in double; there is no cancellation in these.
 // Searches for a large part of the points measure all (sorted.cpp).
 //
-// Distances are the same sums in the same order wherever they are computed, and eps leaves room for their
+// Distances have the bits of the same sums in the same order wherever they are computed, and eps leaves room for their
 // rounding: results have the same bits for any arithmetic of the filter, any batch of queries and any thread count.
 //
 // This file: the constants of the bound, how queries are shared among threads, and the operators.
@@ -79,7 +79,7 @@ void Search<T>::run(int64_t count) {
     sample_.emplace(set_.sample, RightMatrix<T>::kColumns, set_.arithmetic);
   std::vector<int64_t> all(count);
   std::iota(all.begin(), all.end(), 0);
-  if (indices_ && k_ > set_.n / kSortedShare) return set_.d % kBlockDepth ? direct(all) : sorted(all);
+  if (indices_ && k_ > set_.n / kSortedShare) return sorted(all);
   if (set_.form == FilterForm::points && count <= kDirectQueries) return direct(all);
   const int64_t threads = torch::stable::get_num_threads();
   const bool shared = count < kSharedRows * threads;

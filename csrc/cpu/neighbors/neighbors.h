@@ -37,6 +37,20 @@ constexpr int64_t kPanel = 16, kGroup = 6;  // points, and queries, packed side 
 // of, whatever the instruction set: the order of the sums of what is left over is the compiler's.
 constexpr int64_t kBlockQueries = 4, kBlockPoints = 2, kBlockDepth = 64;
 
+// For distances from products in double (sorted.cpp): queries, and points packed side by side, less a common centre;
+// norms are squared.
+struct PanelQueries {
+  const double *rows, *norms;  // (count, d), (count)
+  int64_t count, d;
+  double bound;  // of the error of |q|^2 + |x|^2 - 2 q.x, by the sum of the norms
+  bool squared;
+};
+struct Panel {
+  const double *points, *norms;  // of pack_panel
+  int64_t count;
+};
+constexpr int64_t kPanelPoints = 48;  // room of a panel: a multiple of what the kernels take at once
+
 #define ROBUSTFT_DECLARE_NEIGHBORS(isa)                                                                       \
   namespace isa {                                                                                             \
   template <class T>                                                                                          \
@@ -48,9 +62,10 @@ constexpr int64_t kBlockQueries = 4, kBlockPoints = 2, kBlockDepth = 64;
   template <class T>                                                                                          \
   void squared_distances(const double* query, const T* points, int64_t d, const int32_t* rows, int64_t count, \
                          double* out);                                                                        \
-  template <class T>                                                                                          \
-  void pack_block(const T* x, int64_t rows, int64_t d, int64_t side, double* out);                            \
+  void pack_block(const double* x, int64_t rows, int64_t d, int64_t side, double* out);                       \
   void block_distances(const double* queries, const double* points, int64_t d, double* out, int64_t ld);      \
+  void pack_panel(const float* x, const float* c, int64_t count, int64_t d, double* out, double* norms);      \
+  void panel_distances(const PanelQueries& in, const Panel& panel, float* out, int64_t ld, uint64_t* open);   \
   void to_fixed(const float* x, int64_t d, float scale, int16_t* out, double* residual);                      \
   void fixed_products(const FixedProducts& in, float* out, int64_t ld);                                       \
   }

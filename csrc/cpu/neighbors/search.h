@@ -61,12 +61,21 @@ class Search {
   void direct(const std::vector<int64_t>& ids);
   // The result of a query from candidates of which it needs the `rank` nearest; NaN if distances were.
   void write(int64_t id, std::vector<Neighbor<T>>& candidates, int64_t rank, SearchWorkspace<T>& w);
+  void put(int64_t id, const std::vector<Neighbor<T>>& nearest) {
+    for (int64_t i = 0; i < k_; ++i) {
+      out_[id * k_ + i] = nearest[i].distance;
+      indices_[id * k_ + i] = nearest[i].index;
+    }
+  }
   T distance(double squared) const { return T(squared_ ? squared : std::sqrt(squared)); }
 
   // In sorted.cpp:
 
   // The queries `ids`, of which each wants many of the points: all distances, sorted.
   void sorted(const std::vector<int64_t>& ids);
+  // out (count, n): the distances of all points from queries (count, d), one after another, and many together.
+  void measure_each(const double* queries, int64_t count, T* out) const;
+  void measure_many(const double* queries, int64_t count, T* out) const;
 
   const PointSet<T>& set_;
   const T* queries_;
