@@ -189,11 +189,14 @@ def work(launch: Launch, made: Made) -> Work:
         return Work(flops, arithmetic, read, 20.0 * a["n"], *(tiles * made.warps * w for w in ways))
     if name == "strips_kernel":
         entries = a["piece_rows"] * a["piece_cols"]
-        per_thread = a["BM"] * a["BN"] // (32 * made.warps)
-        narrow = [way for way in made.others if way[2] == per_thread][:heads] or [longest(made.others)]
-        ways = times((1, made.once), *((a["CHUNKS"], way) for way in narrow))
-        # A teacher's strip reads S once more: those that run at once have more of it than L2 holds.
-        memory = entries * (4 * (2 * heads - 1) + (heads * size(a["KEPT"]) if a["KEEP"] else 0))
+        in_chunk = heads * a["BM"] * a["BN"] // (32 * made.warps)
+        # The narrow strip's loop stands before those of a wide one, of which a teacher's take as many exponentials.
+        narrow = next((way for way in made.others if way[2] >= in_chunk), longest(made.others))
+        ways = times((1, made.once), (a["CHUNKS"], narrow))
+        kinds, targets = 3 * heads, (a["TARGETS"] != 0) + a["TOTALS"]
+        parts = 4 * (kinds + targets) * (1 / a["BM"] + 1 / (a["BN"] * a["CHUNKS"]))
+        read = heads + (targets > 0)  # what is summed by labels, or in all, is read once more
+        memory = entries * (4 * read + parts + (heads * size(a["KEPT"]) if a["KEEP"] else 0))
         return Work(memory=memory, **_issued(programs * made.warps, ways))
     if name == "weights_kernel":
         entries = a["rows"] * a["cols"]
@@ -409,7 +412,7 @@ def rows(held: Resources, architecture: str) -> dict[str, Predicted]:
 NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-REPLACED = ("weights_kernel",)
+REPLACED = ("strips_kernel", "weights_kernel")
 """Kernels that gpu_bodies.json measured as they were, and that have been written anew since."""
 
 

@@ -64,7 +64,8 @@ def test_panels_of_rows_add_up(request):
 def library(panels, monkeypatch):
     """Products by the library, in pieces of a few tiles of 32 x 32."""
     monkeypatch.setattr(configs, "by_library", lambda *_: True)
-    monkeypatch.setattr(configs, "STRIPS", dict.fromkeys(configs.STRIPS, configs.Strip(32, 32, 2, 1)))
+    strips = {load: configs.Strip(32, 32, 2, of.warps) for load, of in configs.STRIPS.items()}
+    monkeypatch.setattr(configs, "STRIPS", strips)
     monkeypatch.setattr(configs, "WEIGHTS", dict.fromkeys(configs.WEIGHTS, configs.Weights(32, 32, 2, 1)))
     monkeypatch.setattr(configs, "FORWARD_PIECE", configs.Sides(64, 64))
     monkeypatch.setattr(configs, "BACKWARD_PIECE", configs.Sides(64, 64))
@@ -77,6 +78,27 @@ def test_the_librarys_products_give_the_same_losses_and_gradients(s, memory, req
     request.getfixturevalue("library")
     for a, b in zip(losses(memory=memory, s=s), expected, strict=True):
         assert (a - b).abs().max() <= 1e-7 * s * (1 + b.abs().max())
+
+
+@pytest.mark.parametrize(("s", "st"), [(20.0, 30.0), (20.0, 400.0), (400.0, 20.0), (400.0, 300.0)])  # 400 is wide
+@pytest.mark.parametrize("memory", ["auto", 0])
+def test_a_teachers_strips_are_as_the_reference_whichever_of_both_is_wide(s, st, memory, library):
+    (x, t), (xt, tt) = pairs(70, 16), pairs(70, 9, 1)
+
+    def of_loss(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+        def function(x, t, s):
+            return rf.contrastive_distillation_loss(x, t, s, xt.to(dtype), tt.to(dtype), st, memory=memory)
+
+        with robustft.backend(backend):
+            return gradients(function, x.to(dtype), t.to(dtype), torch.tensor(s, dtype=dtype))
+
+    torch.use_deterministic_algorithms(True)  # new memory is full of NaN: that beside a piece of S, too
+    try:
+        ours = of_loss(torch.float32, "triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(ours, of_loss(torch.float64, "reference"), strict=True):
+        assert (a - b).abs().max() <= 1e-7 * max(s, st) * (1 + b.abs().max())
 
 
 def of_float16(function, times: float, n: int, length: float = 1.0):

@@ -149,15 +149,15 @@ class Weights(NamedTuple):
 
 
 LIBRARY_FROM = {
-    ("sm_80", torch.bfloat16): 8192,  # 8192: 1.58 ms for 2.85; 4096: .93 ms for .82
-    ("sm_80", torch.float16): 8192,  # 8192: 1.76 ms for 5.25; 4096: 1.71 ms for 1.38
+    ("sm_80", torch.bfloat16): 8192,  # 8192: 1.60 ms for 2.85; 4096: .93 ms for .82
+    ("sm_80", torch.float16): 8192,  # 8192: 1.74 ms for 5.25; 4096: 1.71 ms for 1.38
     ("sm_80", torch.float32): 4096,  # 4096: 3.80 ms for 6.76 (highest); 2048: .93 ms for .46 (medium)
     ("sm_90", torch.bfloat16): 8192,  # 8192: .93 ms for 1.44; 4096: .93 ms for .37
     ("sm_90", torch.float16): 8192,  # 8192: 1.71 ms for 3.01; 4096: 1.71 ms for .76
     ("sm_90", torch.float32): 4096,  # 4096: .93 ms for 1.01 (medium); 2048: .93 ms for .26 (medium)
     ("sm_100", torch.bfloat16): 8192,  # 8192: .93 ms for 1.07; 4096: .93 ms for .30
     ("sm_100", torch.float16): 8192,  # 8192: 1.71 ms for 1.85; 4096: 1.71 ms for .47
-    ("sm_100", torch.float32): 8192,  # 8192: 3.74 ms for 10.1 (highest); 4096: .93 ms for .63 (medium)
+    ("sm_100", torch.float32): 8192,  # 8192: 3.73 ms for 10.1 (highest); 4096: .93 ms for .63 (medium)
 }
 """Matrices with that many rows and columns have their products made by the device's library: the least power of two
 from which on benchmarks/gpu_model.py has it faster, with a teacher and without, at every precision of float32 (a
@@ -173,9 +173,8 @@ BACKWARD_PIECE = Sides(8192, 8192)
 WEIGHTS_BYTES = 2**29
 """Of G in the backward of a kept S, where a piece holds nothing else. The wider a piece, the less often dx is read and
 written again, and the fewer launches the host makes."""
-STRIPS = {"least": Strip(64, 128, 8, 4), "more": Strip(32, 128, 16, 4), "most": Strip(32, 128, 16, 8)}
-"""Divide both pieces. The least that a strip holds is one matrix of bfloat16 without labels or uniform targets, the
-most a teacher's with them; larger ones would spill."""
+STRIPS = {"less": Strip(32, 128, 16, 4), "most": Strip(32, 128, 16, 8)}
+"""Divide both pieces. The most is a teacher's with labels or uniform targets. Either would spill with more rows."""
 WEIGHTS = {"less": Weights(32, 128, 8, 4), "most": Weights(32, 128, 8, 8)}
 """Their tiles divide a strip. The most is a teacher's with labels, which would spill in 4 warps."""
 FACTORS = 256
@@ -185,10 +184,9 @@ SIGMOID = Tile(8, 128, 16, 4, 1)
 """Of the sigmoid losses: a program owns BM rows of a piece, and reads BN columns of them at a time."""
 
 
-def strip(architecture: str, dtype: torch.dtype, load: int) -> Strip:
-    """Of matrices of that dtype; the load is that of a tile."""
-    least = dtype == torch.bfloat16 and load == 1 and architecture != "sm_100"
-    return STRIPS["least" if least else "most" if load == 3 else "more"]
+def strip(load: int) -> Strip:
+    """The load is that of a tile."""
+    return STRIPS["most" if load == 3 else "less"]
 
 
 def weights(load: int) -> Weights:

@@ -88,12 +88,9 @@ class Matrices(NamedTuple):
         factors = [f for f in (self.x, self.t, self.x_teacher, self.t_teacher) if f is not None]
         return configs.by_library(self.x.shape[0], self.t.shape[0], factors, architecture(self.x.device))
 
-    def strip(self, load: int) -> configs.Strip:
-        return configs.strip(architecture(self.x.device), self.x.dtype, load)
-
     def tile(self, load: int) -> configs.Tile:
         if self.by_library:  # the tile of its records; no more than its sides is asked for
-            strip = self.strip(load)
+            strip = configs.strip(load)
             return configs.Tile(strip.bm, strip.width, 16, strip.warps, 1)
         return configs.tile(self.x.shape[1], *self.row(self.arithmetic, load))
 
@@ -152,14 +149,16 @@ def _strips(of: Matrices, strip: configs.Strip, panel_rows: int) -> Callable[[di
     """Likewise the library's products and strips_kernel, piece by piece of a panel."""
     m = of.t.shape[0]
     sides = [min(a, b) for a, b in zip(configs.FORWARD_PIECE, (panel_rows, m), strict=True)]
-    given = [of.x.new_empty(sides[0], layouts.pitch(sides[1]), dtype=torch.float32) for _ in range(of.heads)]
+    # Of whole strips, which the kernel reads, and of one width for all sizes, which it is compiled for.
+    rows, width = _cdiv(sides[0], strip.bm) * strip.bm, layouts.pitch(configs.FORWARD_PIECE.cols)
+    given = [of.x.new_empty(rows, width, dtype=torch.float32) for _ in range(of.heads)]
     pairs = of.targets != RECTANGLE.value
     bounds = products.bounds(of.x, of.t, pairs)
     more = {
-        "S": given[0], "S_TEACHER": given[-1], "stride": given[0].stride(0),
+        "S": given[0], "S_TEACHER": given[-1], "STRIDE": given[0].stride(0),
         **dict(zip(("X_NORM", "T_NORM", "PAIR_LEAST"), bounds, strict=True)),
         "X_TEACHER_NORM": None, "T_TEACHER_NORM": None, "TEACHER_LEAST": None,
-        "BM": strip.bm, "BN": strip.bn, "CHUNKS": strip.chunks,
+        "BM": strip.bm, "BN": strip.bn, "CHUNKS": strip.chunks, "WARPS": strip.warps,
     }  # fmt: skip
     if of.x_teacher is not None and of.t_teacher is not None:
         bounds = products.bounds(of.x_teacher, of.t_teacher, pairs)
@@ -190,7 +189,7 @@ def _forward(of: Matrices, totals: bool, smoothing: float, keep: bool) -> Result
     kinds = 3 * heads + (of.targets != PAIRS.value) + totals
     if of.by_library:
         panel = min(configs.strip_rows(m, kinds, tile.bm), n)
-        statistics = _strips(of, of.strip(of.load(totals)), panel)
+        statistics = _strips(of, configs.strip(of.load(totals)), panel)
     else:
         panel = min(configs.panel_rows(m, kept.element_size()), n)
         statistics = _tiles(of, tile)

@@ -5,7 +5,7 @@ weights_kernel    a piece of G of gradient.py in the features' dtype, one progra
                   columns, from what is kept or from S in float32; 0 on the diagonal
 finish_kernel     dx and dt from G t and G^T x in float32: the diagonal added as in gradient.py, scaled, rounded; ds
 
-Kept strips are narrow all together (strips.py), relative to one centre. So the factors f of
+Kept strips are narrow all together (strips.py), the teacher's with them, relative to one centre. So the factors f of
 
     G = e (f + f') - [same label](b + b') - (u + u') - e_t (f_t + f_t')
 
@@ -141,35 +141,33 @@ def weights_kernel(
                 S, ROW, COL, COUNTS, G, H, i, j, in_row, in_col, n, m, g_stride, h_stride, smoothing, scale,
                 TARGETS, TEACHER, SMOOTHED, False,
             )  # fmt: skip
-        else:
-            kept = tl.load(KEPT + kept_at, mask=valid, other=0.0)
-            offset, step = tl.load(tile_at), tl.load(tile_at + 1)
-            if step == 0.0:
-                own = tl.load(own_at, mask=in_row, other=0.0)
-                g = kept.to(tl.float32) * (own[:, None] + other)
-            else:
-                g = _of_statistics(
-                    kept_similarity(kept, offset, step), ROW, COL, COUNTS, G, H, i, j, in_row, in_col, n, m,
-                    g_stride, h_stride, smoothing, scale, TARGETS, TEACHER, SMOOTHED, False,
-                )  # fmt: skip
-        if TEACHER:
-            if GIVEN:
+            if TEACHER:
                 S = tl.load(S_TEACHER + given_at, mask=valid, other=0.0)
                 g -= _of_statistics(
                     S, ROW, COL, COUNTS, G, H, i, j, in_row, in_col, n, m, g_stride, h_stride, smoothing,
                     teacher_scale, TARGETS, TEACHER, SMOOTHED, True,
                 )  # fmt: skip
-            else:
-                kept = tl.load(KEPT + long(n) * pitch + kept_at, mask=valid, other=0.0)
-                tile_at += long(down) * across * 2
-                offset, step = tl.load(tile_at), tl.load(tile_at + 1)
-                if step == 0.0:
+        else:
+            kept = tl.load(KEPT + kept_at, mask=valid, other=0.0)
+            if TEACHER:
+                taught = tl.load(KEPT + long(n) * pitch + kept_at, mask=valid, other=0.0)
+            step = tl.load(tile_at + 1)
+            if step == 0.0:
+                g = kept.to(tl.float32) * (tl.load(own_at, mask=in_row, other=0.0)[:, None] + other)
+                if TEACHER:
                     own = tl.load(own_at + 3 * long(n), mask=in_row, other=0.0)
-                    g -= kept.to(tl.float32) * (own[:, None] + other_taught)
-                else:
+                    g -= taught.to(tl.float32) * (own[:, None] + other_taught)
+            else:
+                g = _of_statistics(
+                    kept_similarity(kept, tl.load(tile_at), step), ROW, COL, COUNTS, G, H, i, j, in_row, in_col, n, m,
+                    g_stride, h_stride, smoothing, scale, TARGETS, TEACHER, SMOOTHED, False,
+                )  # fmt: skip
+                if TEACHER:
+                    tile_at += long(down) * across * 2
+                    S = kept_similarity(taught, tl.load(tile_at), tl.load(tile_at + 1))
                     g -= _of_statistics(
-                        kept_similarity(kept, offset, step), ROW, COL, COUNTS, G, H, i, j, in_row, in_col, n, m,
-                        g_stride, h_stride, smoothing, teacher_scale, TARGETS, TEACHER, SMOOTHED, True,
+                        S, ROW, COL, COUNTS, G, H, i, j, in_row, in_col, n, m, g_stride, h_stride, smoothing,
+                        teacher_scale, TARGETS, TEACHER, SMOOTHED, True,
                     )  # fmt: skip
         if TARGETS != PAIRS:
             own_target = tl.load(own_at + n, mask=in_row, other=0.0)
