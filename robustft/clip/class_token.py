@@ -20,12 +20,17 @@ from robustft.clip.views import HOOKS, shared, with_part
 class _OfClassToken(nn.Module):
     """A view of open_clip's ResidualAttentionBlock that gives the first token alone, from all of them."""
 
-    batch_first: bool
+    attn: Any
+    ln_1: Any
+    ln_2: Any
+    ls_1: Any
+    ls_2: Any
+    mlp: Any
 
     def forward(self, q_x: Tensor, k_x: None = None, v_x: None = None, attn_mask: None = None) -> Tensor:
         normed = self.ln_1(q_x)
         first, query = (x[:, :1] if self.attn.batch_first else x[:1] for x in (q_x, normed))
-        x = first + self.ls_1(self.attn(query, normed, normed, need_weights=False)[0])
+        x: Tensor = first + self.ls_1(self.attn(query, normed, normed, need_weights=False)[0])
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
