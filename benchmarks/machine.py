@@ -50,6 +50,12 @@ def has_amx() -> bool:
     return cpuinfo.exists() and " amx_bf16" in cpuinfo.read_text()
 
 
+def line(where: dict[str, Any]) -> str:
+    """A machine, as `describe` has it, under a table."""
+    threads = f"{where['threads']} thread" + ("s" if where["threads"] > 1 else "")
+    return f"{where['cpu']} ({where['isa']}), {threads}, torch {where['torch']}."
+
+
 def write(name: str, command: str, results: Any) -> Path:
     """Writes results/<name>.json with its command and machine."""
     path = RESULTS / f"{name}.json"

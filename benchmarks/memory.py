@@ -100,9 +100,7 @@ def table(measured: dict[str, Any]) -> str:
         lines.append(
             f"| {n:,} | " + " | ".join(_megabytes(cells.get((n, name), {})) for name in IMPLEMENTATIONS) + " |"
         )
-    where = measured["machine"]
-    threads = f"{where['threads']} thread" + ("s" if where["threads"] > 1 else "")
-    return "\n".join([*lines, "", f"{where['cpu']} ({where['isa']}), {threads}, torch {where['torch']}.", ""])
+    return "\n".join([*lines, "", machine.line(measured["machine"]), ""])
 
 
 def main() -> None:

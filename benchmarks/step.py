@@ -292,13 +292,15 @@ def _graphs() -> int:
 def table(measured: dict[str, Any]) -> str:
     """results/step.json as a Markdown table, and the machine."""
     parts = ("image tower", "text tower", "teacher", "backward", "update")
-    lines = [f"| step | the plain loop's time | bar | seconds | {' | '.join(parts)} |", "|---|" + "---:|" * 8]
+    lines = [
+        f"| step | the plain loop's time | bar | seconds | {' | '.join(parts)} |",
+        "|---|" + "---:|" * (3 + len(parts)),
+    ]
     for name, row in measured["results"].items():
         bar = f"{row['must']:.2f}x" if "must" in row else ""
         shares = " | ".join(f"{100 * row['shares'][part]:.0f} %" if part in row["shares"] else "" for part in parts)
         lines.append(f"| {name} | {row['ratio']:.2f}x | {bar} | {row['seconds']:.3f} | {shares} |")
-    where = measured["machine"]
-    return "\n".join([*lines, "", f"{where['cpu']} ({where['isa']}), 1 thread, torch {where['torch']}.", ""])
+    return "\n".join([*lines, "", machine.line(measured["machine"]), ""])
 
 
 def main() -> None:

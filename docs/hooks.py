@@ -15,6 +15,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from robustft.pipeline.recipes import WORLDS
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -59,10 +61,6 @@ def api_page(path: str) -> str:
 
 def results(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-STUDIES = "icons", "digits"
-"""The benchmarks of the committed studies."""
 
 
 def study_results(world: str) -> Any:
@@ -196,8 +194,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "measured/memory.md": memory,
     "measured/kernels.md": kernels,
     "measured/emulated.md": emulated,
-    **{f"{study_path(world)}.md": partial(study_tables, world) for world in STUDIES},
-    **{f"{study_path(world)}-pictures.html": partial(study_page, world) for world in STUDIES},
+    **{f"{study_path(world)}.md": partial(study_tables, world) for world in WORLDS},
+    **{f"{study_path(world)}-pictures.html": partial(study_page, world) for world in WORLDS},
     "contributing.md": (ROOT / "CONTRIBUTING.md").read_text,
     "changelog.md": (ROOT / "CHANGELOG.md").read_text,
 }

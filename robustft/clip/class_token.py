@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustft.clip.views import HOOKS, shared, with_part
+from robustft.clip.views import hooks_of, view_of, with_part
 
 
 class _OfClassToken(nn.Module):
@@ -37,24 +37,32 @@ class _OfClassToken(nn.Module):
 def for_class_token(model: Any) -> Any:
     """The model with a last block of its image tower that gives the class token alone; itself where that would show.
 
-    It would where the pooling takes more, where a hook or another `forward` sees the tokens, where dropout draws for
-    them, and for a tower that is another's than open_clip's own, sharded, adapted, compiled or traced.
+    It would where the pooling takes more, where a hook or another `forward` sees the tokens, where dropout of the
+    attention draws for them, and for a tower that is another's than open_clip's own, or whose blocks or attention are
+    sharded, adapted, compiled or traced.
     """
     visual = model._modules.get("visual")
-    if visual is None or not _is(visual, "VisionTransformer") or hasattr(model, "reshard"):
+    if visual is None or hasattr(model, "reshard") or not _counts_alone(visual):
         return model
     stack = visual.transformer
-    block = stack.resblocks[-1]
-    if not _takes_class_token(visual) or not _is(stack, "Transformer") or not _is(block, "ResidualAttentionBlock"):
-        return model
-    attention = block.attn
-    if type(attention) is not nn.MultiheadAttention or attention.dropout or _is_followed(stack) or _is_traced():
-        return model
-    if any(_is_followed(module) for module in block.modules()) or "forward" in visual.__dict__:
-        return model
-    alone = shared(block, _OfClassToken)
+    alone = view_of(stack.resblocks[-1], _OfClassToken)
     blocks = with_part(stack.resblocks, **{str(len(stack.resblocks) - 1): alone})
     return with_part(model, visual=with_part(visual, transformer=with_part(stack, resblocks=blocks)))
+
+
+def _counts_alone(visual: Any) -> bool:
+    """Whether nothing but the class token counts of what the last block gives."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is(visual, "VisionTransformer"):
+        return False
+    if visual.pool_type != "tok" or visual.attn_pool is not None or "forward" in visual.__dict__:
+        return False
+    stack = visual.transformer
+    block = stack.resblocks[-1]
+    if not _is(stack, "Transformer") or not _is(block, "ResidualAttentionBlock"):
+        return False
+    if type(block.attn) is not nn.MultiheadAttention or block.attn.dropout:
+        return False
+    return not any(map(_is_followed, (stack, *block.modules())))
 
 
 def _is(module: nn.Module, name: str) -> bool:
@@ -63,13 +71,5 @@ def _is(module: nn.Module, name: str) -> bool:
     return kind.__name__ == name and kind.__module__ == "open_clip.transformer"
 
 
-def _takes_class_token(visual: Any) -> bool:
-    return visual.pool_type == "tok" and visual.attn_pool is None
-
-
 def _is_followed(module: nn.Module) -> bool:
-    return "forward" in module.__dict__ or any(module.__dict__[hooks] for hooks in HOOKS)
-
-
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return "forward" in module.__dict__ or any(hooks_of(module))

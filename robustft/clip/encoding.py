@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustft.clip import batching, patches, spread
 from robustft.clip.class_token import for_class_token
-from robustft.clip.views import shared, with_given, with_part
+from robustft.clip.views import view_of, with_part, with_replaced
 from robustft.ops.arguments import check_range
 from robustft.ops.kinds import checked, has_numbers
 from robustft.ops.precision import at_least_float32
@@ -211,7 +211,7 @@ def encode_embedded_texts(model: nn.Module, embeddings: Tensor, tokens: Tensor, 
     tower, tokens = text_tower(model), trim_padding(model, tokens)
     given = _Given(embeddings[:, : tokens.shape[1]].to(table.weight.dtype))
     with spread.spread(None):  # the embeddings are of all tokens
-        return encode_texts(_with_text_tower(model, with_given(tower, table, given)), tokens, normalize=normalize)
+        return encode_texts(_with_text_tower(model, with_replaced(tower, table, given)), tokens, normalize=normalize)
 
 
 def image_tower(model: nn.Module) -> Any:
@@ -277,7 +277,7 @@ class _Given(nn.Module):
 def _shortened(tower: Any, length: int) -> Any:
     """The tower for texts of that many tokens: its table of positions and its mask are cut."""
     positions, mask = tower.positional_embedding[:length], tower.attn_mask[:length, :length]
-    return shared(
+    return view_of(
         tower,
         _parameters={**tower._parameters, "positional_embedding": positions},
         _buffers={**tower._buffers, "attn_mask": mask},

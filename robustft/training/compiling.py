@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from robustft.clip.encoding import text_tower
-from robustft.clip.views import HOOKS
+from robustft.clip.views import hooks_of
 from robustft.machine import CompileMode, compiler_found
 from robustft.methods.base import Method
 from robustft.methods.unsaved import Unsaved
@@ -142,7 +142,7 @@ def _compiled(unit: Unit, options: dict[str, Any]) -> Callable[..., Any]:
     eager = unit.module.forward
     compiled = torch.compile(eager, dynamic=unit.of_texts, **options)
     inside = [module for module in unit.module.modules() if module is not unit.module]
-    hooks = [getattr(module, name) for module in inside for name in HOOKS]
+    hooks = [kind for module in inside for kind in hooks_of(module)]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return eager(*args, **kwargs) if any(hooks) else compiled(*args, **kwargs)
