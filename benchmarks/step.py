@@ -2,17 +2,20 @@
 
     python -m benchmarks.step [--only PATTERN] [--steps N]      # results/step.json
     python -m benchmarks.step --compile [--only PATTERN]        # robustft with compiled towers beside itself without
+    python -m benchmarks.step --adamw [--only PATTERN]          # with its AdamW beside torch's: results/adamw.json
 
 The plain loop has the same weights and batches: open_clip's towers on all positions of each image's caption, the eager
 loss, AdamW as torch makes it by default, and for CaRot a second full pass of images and texts through the teacher and a
-loop over parameters for its average. robustft has its own methods and `AdamW(fused=True)`. Both train from the same
-start, step by step in turn, so that whatever else the machine does meets both; their losses have to agree all along.
-One thread.
+loop over parameters for its average. robustft has its own methods and `robustft.training.AdamW`. Both train from the
+same start, step by step in turn, so that whatever else the machine does meets both; their losses have to agree all
+along. One thread.
 
     captions    "distinct": a text of its own for each image, as tokens; a number: of so many classes, one template
-    ratio       median over steps of (the plain loop's time / robustft's); with --compile, (without / with)
+    ratio       median over steps of (the plain loop's time / robustft's); with --compile, (without / with); with
+                --adamw, (torch's `AdamW(fused=True)` / robustft's)
     shares      of robustft's step: image tower, text tower and teacher forward, backward, update
     compiling   seconds that the first steps took longer than the others, and how many graphs were compiled
+    bytes       of gradients and moments after the last step, robustft's and torch's
 """
 
 from __future__ import annotations
@@ -33,14 +36,16 @@ from torch import Tensor, nn
 
 from robustft import clip, methods
 from robustft.losses import CROSS_WEIGHT, DISTILLATION_WEIGHT, ORTHOGONALITY_WEIGHT
-from robustft.training import CompiledTowers
+from robustft.training import AdamW, CompiledTowers, whole_tables
 
 from . import machine
 from .__main__ import check_compiled
+from .small_architectures import letters
 
 AGREE = 2e-3
 """Relative difference of the losses: two loops whose sums have another order, after several steps of training."""
 LR, TOTAL_STEPS = 1e-5, 1000
+WEIGHT_DECAY = 0.01  # what torch has by default
 
 
 class Case(NamedTuple):
@@ -70,6 +75,13 @@ BAR = {
     Case("FLYP", "bundled", 16, 10): 2.0,
     Case("CaRot", "bundled", 16, 10): 2.0,
 }
+OF_OPTIMIZERS = (
+    Case("FLYP", "bundled", 16, 10),
+    Case("FLYP", "bundled", 128, 10),
+    Case("FLYP", "ViT-B-32", 8, None),
+    Case("FLYP", "ViT-B-16-SigLIP2", 4, 4),
+)
+"""The table of embeddings is four fifths of the bundled model, a sixth of ViT-B-32 and half of SigLIP 2's."""
 TEMPLATE = "a photo of a {}."
 
 
@@ -93,6 +105,9 @@ def bundle_of(name: str) -> tuple[nn.Module, Any, tuple[str, ...]]:
 
     torch.manual_seed(0)
     names = ("cat", "dog", "horse", "ship", "car", "plane", "frog", "deer", "bird", "truck")
+    config = open_clip.get_model_config(name)
+    if "hf_tokenizer_name" in config["text_cfg"]:  # which would have to be fetched: letters are as good for times
+        return open_clip.create_model(name), letters({"model_cfg": config}), names
     return open_clip.create_model(name), open_clip.get_tokenizer(name), names
 
 
@@ -135,7 +150,7 @@ class Plain:
             self.head = nn.Parameter(clip.logit_scale(self.model).detach() * head)
             parameters = [*self.model.visual.parameters(), self.head]
             self.model.train()
-        self.optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=LR)
+        self.optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=LR, weight_decay=WEIGHT_DECAY)
 
     def encode(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         images, texts = model.encode_image(batch.images), model.encode_text(batch.tokens)
@@ -186,10 +201,16 @@ def descriptions(names: tuple[str, ...]) -> list[str]:
 
 
 class Ours:
-    """robustft's method, and the loop of its README."""
+    """robustft's method, and the loop of its docs."""
 
     def __init__(
-        self, case: Case, model: nn.Module, tokenizer: Any, names: tuple[str, ...], compiled: bool = False
+        self,
+        case: Case,
+        model: nn.Module,
+        tokenizer: Any,
+        names: tuple[str, ...],
+        compiled: bool = False,
+        torchs: bool = False,
     ) -> None:
         options: dict[str, Any] = {"tokenizer": tokenizer, "class_names": names, "templates": (template_of(case),)}
         if case.method == "CaRot":
@@ -199,8 +220,10 @@ class Ours:
         self.distinct = case.classes is None
         self.method = getattr(methods, case.method)(model, **options).train()
         self.towers: Any = CompiledTowers(self.method) if compiled else nullcontext()
-        trained = [p for p in self.method.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=LR, fused=True)
+        self.optimizer: torch.optim.Optimizer = AdamW(self.method, LR, weight_decay=WEIGHT_DECAY)
+        if torchs:
+            whole_tables(self.method)
+            self.optimizer = torch.optim.AdamW(self.optimizer.param_groups, fused=True)
 
     def step(self, batch: Batch) -> float:
         given: Any = (batch.images, batch.tokens if self.distinct else batch.labels)
@@ -213,6 +236,13 @@ class Ours:
         self.optimizer.step()
         self.method.after_step()
         return loss.item()
+
+    def bytes(self) -> int:
+        """Of gradients and moments."""
+        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        return sum(tensor.nbytes for tensor in values + moments)
 
 
 @contextmanager
@@ -243,13 +273,15 @@ def watched(seconds: dict[str, float], ours: Ours) -> Iterator[None]:
         yield
 
 
-def measure(case: Case, steps: int, compiled: bool = False) -> dict[str, Any]:
+def measure(case: Case, steps: int, compiled: bool = False, optimizers: bool = False) -> dict[str, Any]:
     model, tokenizer, names = bundle_of(case.model)
     visual: Any = model.visual
     side = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
     given = batches(case, tokenizer, names, side, steps + 2)
     start = (case, model, tokenizer, names)
-    ours, plain = (Ours(*start, compiled=True), Ours(*start)) if compiled else (Ours(*start), Plain(*start))
+    ours = Ours(*start, compiled=compiled)
+    plain = Ours(*start, torchs=True) if optimizers else Ours(*start) if compiled else Plain(*start)
+    del model, start
     times: dict[str, list[float]] = {"robustft": [], "plain": []}
     curves: dict[str, list[float]] = {"robustft": [], "plain": []}
     parts: dict[str, float] = {}
@@ -273,6 +305,8 @@ def measure(case: Case, steps: int, compiled: bool = False) -> dict[str, Any]:
     compiling: dict[str, Any] = {}
     if compiled:
         compiling["compiling"] = {"seconds": round(first - 2 * seconds, 1), "graphs": _graphs() - graphs}
+    if isinstance(plain, Ours) and optimizers:
+        compiling["bytes"] = {"robustft": ours.bytes(), "torch": plain.bytes()}
     return {
         "ratio": round(ratio, 2),
         "seconds": round(seconds, 4),
@@ -280,6 +314,18 @@ def measure(case: Case, steps: int, compiled: bool = False) -> dict[str, Any]:
         "losses_differ": float(f"{apart:.1e}"),
         "shares": {name: round(spent / total, 3) for name, spent in parts.items()},
     }
+
+
+def adamw_table(measured: dict[str, Any]) -> str:
+    """results/adamw.json as a Markdown table, and the machine."""
+    lines = [
+        "| step | torch's time | seconds | gradients and moments | torch's |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, row in measured["results"].items():
+        ours, torchs = (f"{row['bytes'][whose] / 1e6:,.0f} MB" for whose in ("robustft", "torch"))
+        lines.append(f"| {name} | {row['ratio']:.2f}x | {row['seconds']:.3f} | {ours} | {torchs} |")
+    return "\n".join([*lines, "", machine.line(measured["machine"]), ""])
 
 
 def _graphs() -> int:
@@ -307,15 +353,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="measure the rows that this pattern matches")
     parser.add_argument("--steps", type=int, default=9)
-    parser.add_argument("--compile", action="store_true", help="measure what compiled towers gain over others")
+    beside = parser.add_mutually_exclusive_group()
+    beside.add_argument("--compile", action="store_true", help="measure what compiled towers gain over others")
+    beside.add_argument("--adamw", action="store_true", help="measure what robustft's AdamW gains over torch's")
     chosen = parser.parse_args()
     check_compiled()
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
-    for case in CASES:
+    alone = not (chosen.compile or chosen.adamw)
+    for case in OF_OPTIMIZERS if chosen.adamw else CASES:
         if re.search(chosen.only, str(case)):
-            found[str(case)] = row = measure(case, chosen.steps, chosen.compile)
-            if case in BAR and not chosen.compile:
+            found[str(case)] = row = measure(case, chosen.steps, chosen.compile, chosen.adamw)
+            if case in BAR and alone:
                 row["must"] = BAR[case]
             print(f"{case}: {row}", flush=True)
     for model, batch, classes in dict.fromkeys(case[1:] for case in CASES):
@@ -324,7 +373,8 @@ def main() -> None:
             flyp, carot = (row["seconds"] for row in of if row)
             print(f"CaRot over FLYP, {model} batch {batch}: {carot / flyp:.2f} (at most 1.4)")
     if not (chosen.only or chosen.compile):
-        print(machine.write("step", "python -m benchmarks.step", found))
+        command = "python -m benchmarks.step" + " --adamw" * chosen.adamw
+        print(machine.write("adamw" if chosen.adamw else "step", command, found))
 
 
 if __name__ == "__main__":

@@ -128,6 +128,13 @@ def steps() -> str:
         "",
         step.table(held),
         f"`{held['command']}`",
+        "",
+        "## AdamW beside torch's",
+        "",
+        "The same method and batches, once with `robustft.training.AdamW` and once with torch's, fused.",
+        "",
+        step.adamw_table(results("adamw")),
+        f"`{results('adamw')['command']}`",
     )
     return "\n".join(lines)
 

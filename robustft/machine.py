@@ -34,6 +34,8 @@ Graph = Literal["torch-export", "onnx", "aot-inductor"]
 """What a model is exported to as one graph (`robustft.pipeline.deploying`)."""
 Bits = Literal["fp32", "fp16"]
 """Of the towers in it."""
+WEIGHT_DECAY = 0.1
+"""Of matrices and embeddings, unless a training is told otherwise."""
 PROCESS_TIMEOUT = 50.0
 """Seconds after which a process of several that does not answer ends the others, unless they are told otherwise."""
 

@@ -354,6 +354,11 @@ def test_whole_steps_have_the_losses_of_the_plain_loops():
     assert found["losses_differ"] < 1e-4 and found["shares"]["teacher"] > 0
 
 
+def test_a_step_beside_torchs_adamw_has_its_losses_and_fewer_bytes():
+    found = step.measure(step.Case("FLYP", "bundled", 4, 3), steps=1, optimizers=True)
+    assert found["losses_differ"] == 0 and found["bytes"]["robustft"] < found["bytes"]["torch"] / 4
+
+
 def test_a_step_that_learns_something_else_is_an_error(monkeypatch):
     monkeypatch.setattr(step, "CROSS_WEIGHT", 0.0)
     with pytest.raises(AssertionError, match="the losses differ by"):

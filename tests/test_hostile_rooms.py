@@ -354,6 +354,8 @@ def cases(folder):
                 Call((probe, PAIR), {"epochs": 1, "batch_size": 6, "lr": 1e-3, "progress": False, "limit_batches": 1}),
             ),
             "Method.step": (probe.step, Call((PAIR,))),
+            "AdamW": (training.AdamW, Call((torch.nn.Linear(2, 2), 1e-3), {"betas": (0.9, 0.99), "weight_decay": 0.1})),
+            "whole_tables": (training.whole_tables, Call((torch.nn.Linear(2, 2),))),
             "CompiledTowers": (training.CompiledTowers, Call((probe,), {"mode": "default"})),
         },
     }

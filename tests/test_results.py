@@ -59,6 +59,13 @@ def test_recipes_are_those_chosen_on_id_validation():
         assert min(own, key=lambda row: (-row["validation_accuracy"], row["validation_nll"]))["lr"] == recipe.lr
 
 
+def test_the_page_of_training_says_what_adamw_saves():
+    row = json.loads((RESULTS / "adamw.json").read_text())["results"]["FLYP ViT-B-16-SigLIP2 batch 4, 4 classes"]
+    page = " ".join((RESULTS.parent.parent / "docs" / "training.md").read_text().split())
+    ours, torchs = (f"{row['bytes'][whose] / 1e9:.1f}" for whose in ("robustft", "torch"))
+    assert f"take {ours} GB in place of {torchs}, and a step of four images {1 / row['ratio']:.2f} of the time" in page
+
+
 def test_the_studys_recipes_are_those_chosen_on_id_validation():
     from benchmarks.study_selection import SETTINGS, best
 

@@ -1,7 +1,7 @@
 """Methods of one shape. A whole fine-tuning, in your own loop:
 
     method = CaRot(model, tokenizer=tokenizer, class_names=names, templates=templates, total_steps=steps)
-    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-5)
+    optimizer = robustft.training.AdamW(method, lr=1e-5)
     for epoch in range(epochs):
         for batch in loader:                 # (images, labels), (images, texts) or a dictionary of them
             out = method.step(batch)         # out.loss to differentiate, out.terms to log

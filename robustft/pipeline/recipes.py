@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from robustft.machine import WEIGHT_DECAY
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -16,7 +18,7 @@ class Recipe:
     lr: float
     epochs: int = 10
     batch_size: int = 128
-    weight_decay: float = 0.1
+    weight_decay: float = WEIGHT_DECAY
     warmup: float = 0.1
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -25,10 +25,11 @@ from robustft.clip.loading import move
 from robustft.clip.spread import Spread
 from robustft.data.images import Skipped
 from robustft.data.sources import Source, check_workers
-from robustft.machine import PROCESS_TIMEOUT, CompileMode, Decay, Precision
+from robustft.machine import PROCESS_TIMEOUT, WEIGHT_DECAY, CompileMode, Decay, Precision
 from robustft.methods.base import Method
 from robustft.ops.kinds import checked
 from robustft.ops.processes import Processes, joined
+from robustft.training.adamw import tables_as_before
 from robustft.training.compiling import CompiledTowers
 from robustft.training.guards import recomputing, restored
 from robustft.training.optimization import Optimization
@@ -68,7 +69,7 @@ def fit(
     batch_size: int,
     lr: float,
     accumulate: int = 1,
-    weight_decay: float = 0.1,
+    weight_decay: float = WEIGHT_DECAY,
     warmup: float = 0.1,
     schedule: Decay = "cosine",
     clip: float | None = 1.0,
@@ -197,6 +198,7 @@ def fit(
             brief=dry_run,
         )
         _begin(method, planned.total, dry_run)
+        held.enter_context(tables_as_before(method))
         optimization = Optimization(method, settings, Spread(accumulate, processes.group))
         config = {"method": method.config, "data": described}
         _check_processes(processes, planned, {**config, "settings": asdict(settings), "output": output is not None})

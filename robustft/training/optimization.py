@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from robustft.clip.encoding import unwrap
 from robustft.clip.spread import Spread
 from robustft.methods.base import Method, Step
+from robustft.training.adamw import AdamW, values_of
 from robustft.training.schedule import DTYPES, Settings
 
 ONE_PASS = Spread()
@@ -23,7 +24,7 @@ SKIPS_BEFORE_ERROR = 20  # fp16 halves its loss scale at each: 65536 has come do
 
 
 class Optimization:
-    """The optimiser of a method's trainable parameters. Matrices and embeddings decay, all else does not.
+    """The optimiser of a method's trainable parameters, `AdamW`.
 
     `logit_scale` is the model's parameter ln s where it is trained, held at or below `settings.max_logit_scale`, or at
     its first value where that is higher: otherwise it grows as long as that lowers the loss, and confidence with it.
@@ -37,17 +38,8 @@ class Optimization:
     def __init__(self, method: Method, settings: Settings, how: Spread = ONE_PASS) -> None:
         self.method, self.settings, self.how = method, settings, how
         self.device = method.steps.device
+        self.adamw = AdamW(method, settings.lr, weight_decay=settings.weight_decay)
         self.parameters = [p for p in method.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise ValueError(f"{type(method).__name__} has no parameter that requires a gradient")
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-                {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
-            ],
-            lr=settings.lr,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.skipped = 0
         self.waits = self.device.type != "cuda"
@@ -86,7 +78,13 @@ class Optimization:
     def norm(self) -> Tensor:
         """Norm () of the whole gradient, with the loss scale taken out; once an update, before `apply`."""
         self.scaler.unscale_(self.adamw)
-        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        for p in self.parameters:
+            if p.grad is not None and p.grad.is_sparse:
+                p.grad = p.grad.coalesce()
+        return torch.nn.utils.get_total_norm(self._gradients())
+
+    def _gradients(self) -> list[Tensor]:
+        return [values_of(p.grad) for p in self.parameters if p.grad is not None]
 
     def accepts(self, loss: float, norm: float) -> bool:
         """Whether the update would leave the weights finite; call once an update.
@@ -105,7 +103,7 @@ class Optimization:
         for group in self.adamw.param_groups:
             group["lr"] = rate
         if self.settings.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, norm)
+            torch._foreach_mul_(self._gradients(), (self.settings.clip / (norm + 1e-6)).clamp(max=1.0))
         if self.waits or self.scaler.is_enabled():  # seen before, or by the loss scale
             self.scaler.step(self.adamw)
             self.scaler.update()

@@ -17,6 +17,7 @@ from robustft.data.seeds import stateless_seed
 from robustft.data.sources import Source, to_device
 from robustft.methods.base import Method, Step
 from robustft.ops.processes import Processes, together
+from robustft.training.adamw import values_of
 from robustft.training.guards import deferred_interrupt, own_generators
 from robustft.training.optimization import Optimization
 from robustft.training.progress import Clock, Progress
@@ -201,7 +202,7 @@ def _non_finite(
         terms, what = ["loss"], "the loss"
     else:
         named = method.named_parameters()
-        terms = [name for name, p in named if there and p.grad is not None and not p.grad.isfinite().all()]
+        terms = [name for name, p in named if there and p.grad is not None and not values_of(p.grad).isfinite().all()]
         what = f"the gradient of {terms[0]} and {len(terms) - 1} other parameters" if terms else "the gradient's norm"
     values = ", ".join(f"{name} {value.item():.4g}" for name, value in out.terms.items())
     kept = "no checkpoint was written" if checkpoint is None else f"the last good checkpoint is {checkpoint}"

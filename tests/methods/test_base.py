@@ -20,7 +20,7 @@ def all_methods(model, prompts):
 def test_the_loop_in_the_documentation_runs(clip_model, prompts, batches, validation):
     code = "\n".join(line[4:] for line in robustft.methods.__doc__.splitlines() if line.startswith("    "))
     space = {name: getattr(robustft.methods, name) for name in dir(robustft.methods)} | {
-        "torch": torch,
+        "robustft": robustft,
         "model": clip_model,
         "tokenizer": prompts["tokenizer"],
         "names": prompts["class_names"],
