@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from robustft.data.iconworld import corpus, model, pretrain
+from robustft.data.iconworld import corpus, model, pretrain, world
 from robustft.data.iconworld.corpus import Words
 from robustft.data.iconworld.pretrain import Said
 from robustft.data.iconworld.rendering import on_white
@@ -52,6 +52,15 @@ def run(folder, path, *, steps=4, kill_after=None):
             raise Killed
 
     return pretrain.pretrain(folder, path, pairs=6 * steps, progress=progress, save_every=6)
+
+
+def test_unknowns_within_a_corpus_are_counted():
+    bundled = world.drawings()
+    letters = [bundled.rows[row.drawing] for row in world.rows("kinds") if row.split == "ood:letters"]
+    names = [(drawn.concept, "a letter") for drawn in letters[:3]]
+    found = corpus.unknowns_within({letters[0].studio: ({}, [*names, ("no letter", "")])})
+    assert found["letters"] == (3, len(letters)) and found["flags"][0] == found["symbols"][0] == 0
+    assert sum(within for within, _ in corpus.unknowns_within({"another": ({}, names)}).values()) == 0
 
 
 def test_a_killed_run_resumes_bit_for_bit_and_so_does_a_longer_one(short, folder, tmp_path):

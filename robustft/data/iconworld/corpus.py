@@ -1,6 +1,7 @@
 """The pre-training corpus: drawings of emoji by some studios and icons of free sets, as pixels with their words.
 
     python -m robustft.data.iconworld.corpus --packages FOLDER --output CORPUS [--download]
+    python -m robustft.data.iconworld.corpus --packages FOLDER --unknowns    # of the benchmark's, how many are in it?
 
 A set becomes one file, CORPUS/<set>.safetensors, rendered once: a killed run goes on with the sets that are missing.
 Drawings have 48 x 48 pixels; of sets without colours of their own only the opacity is kept. Icons are taken when their
@@ -27,14 +28,13 @@ from torch.nn import functional as F
 from robustft.data.iconworld import packages
 from robustft.data.iconworld.emoji import Emoji, Names, read_names, read_set
 from robustft.data.iconworld.model import CONFIG
-from robustft.data.iconworld.packages import ICONS, STUDIOS, UNBUNDLED
+from robustft.data.iconworld.packages import ICONS, SEEN, STUDIOS, UNBUNDLED
 from robustft.data.iconworld.rendering import rendered, svg
 from robustft.data.iconworld.taxonomy import SUBGROUPS, place
+from robustft.data.iconworld.world import drawings, rows
 from robustft.files import write_tensors
 
 SIZE = 48
-SEEN = ("noto-v1", "openmoji", "emojione", "emojione-v1", "emojione-monotone", "fxemoji")
-"""Studios of which pre-training sees every emoji. It sees none of the others."""
 PER_NAME = 10
 FREE = ("MIT", "Apache-2.0", "CC0-1.0", "CC-BY-4.0", "CC-BY-3.0", "ISC", "BSD-3-Clause", "OFL-1.1", "Unlicense")
 LEFT_OUT = ("Logos", "Emoji", "Programming")  # categories; the 3D set of emoji stands in none
@@ -104,6 +104,22 @@ def chosen_icons(folder: Path, known: frozenset[str]) -> dict[str, tuple[dict[st
     return {prefix: (sets[prefix], sorted(names)) for prefix, names in sorted(taken.items())}
 
 
+def unknowns_within(
+    chosen: Mapping[str, tuple[Mapping[str, Any], Sequence[tuple[str, str]]]],
+) -> dict[str, tuple[int, int]]:
+    """For each set of unknowns of the bundled benchmark, how many of its drawings are among those chosen, and how many
+    it has. Where they are, the model has seen them with their names."""
+    bundled, found = drawings(), dict[str, tuple[int, int]]()
+    named = {prefix: {name for name, _ in icons} for prefix, (_, icons) in chosen.items()}
+    for row in rows("kinds"):
+        if row.split.startswith("ood:"):
+            drawn = bundled.rows[row.drawing]
+            within, count = found.get(row.split.removeprefix("ood:"), (0, 0))
+            within += drawn.concept in named.get(drawn.studio, ())
+            found[row.split.removeprefix("ood:")] = within, count + 1
+    return found
+
+
 def _drawn(icons: Mapping[str, Any], chosen: Iterable[tuple[str, Words]]) -> tuple[Tensor, list[Words]]:
     """Pixels and words of the drawings that are neither broken nor blank nor one full square."""
     colour = bool(icons.get("info", {"palette": True}).get("palette"))
@@ -118,6 +134,10 @@ def _drawn(icons: Mapping[str, Any], chosen: Iterable[tuple[str, Words]]) -> tup
             words.append(said)
     shape = (0, SIZE, SIZE, 4) if colour else (0, SIZE, SIZE)
     return torch.from_numpy(np.stack(pixels) if pixels else np.zeros(shape, np.uint8)), words
+
+
+def _chosen(folder: Path) -> dict[str, tuple[dict[str, Any], list[tuple[str, str]]]]:
+    return chosen_icons(folder, known_words(read_names(folder)))
 
 
 def build(folder: Path, output: Path, log: Callable[[str], None] = print) -> None:
@@ -140,7 +160,7 @@ def build(folder: Path, output: Path, log: Callable[[str], None] = print) -> Non
             icons | palette,
             [(name, words_of(names.emoji[code])) for code, name in sorted(drawn.items())],
         )
-    for prefix, (icons, chosen) in chosen_icons(folder, known_words(names)).items():
+    for prefix, (icons, chosen) in _chosen(folder).items():
         write(f"icons-{prefix}", icons, [(name, Words(words)) for name, words in chosen])
 
 
@@ -212,11 +232,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python -m robustft.data.iconworld.corpus",
         "Render the pre-training corpus of IconWorld's model. A killed run goes on where it was.",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the corpus")
+    made = parser.add_mutually_exclusive_group(required=True)
+    made.add_argument("--output", type=Path, help="folder for the corpus")
+    made.add_argument("--unknowns", action="store_true", help="only tell how many of the benchmark's unknowns it has")
     parser.add_argument("--teacher", type=Path, help="folder of a sentence model whose embeddings texts start from")
     options = parser.parse_args(arguments)
     if options.download:
         packages.download(options.packages, packages.bundled_packages() + packages.corpus_packages())
+    if options.unknowns:
+        for name, (within, count) in unknowns_within(_chosen(options.packages)).items():
+            print(f"{name}: {within} of {count}")
+        return
     build(options.packages, options.output)
     if options.teacher is not None and not (options.output / WORDS).exists():
         embed(options.output, options.teacher)
