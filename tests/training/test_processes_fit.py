@@ -8,6 +8,7 @@ import pytest
 import torch
 from targets import exhaustive
 
+from robustft.training import optimization
 from robustft.training.loop import fit
 
 by_process = processes.by_process  # a fixture of this file's tests
@@ -18,9 +19,9 @@ AMPLIFIED = {"rtol": 1e-12, "atol": 1e-11}
 is computed for it is rounding, about 1e-17. AdamW divides that by 1e-8, and goes 1e-3 of it in each of 4 or 6 steps."""
 
 
-def sgd(groups, lr, fused):
+def sgd(method, lr, weight_decay):
     """Instead of AdamW: a step is as long as its gradient, however small that is."""
-    return torch.optim.SGD(groups, lr=lr)
+    return torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=lr)
 
 
 def fitted(name, output=None, epochs="2", **options):
@@ -36,7 +37,7 @@ def fitted(name, output=None, epochs="2", **options):
 def on_a_process(rank, name, output, accumulate="1", epochs="2", resume="", optimizer="AdamW"):
     torch.manual_seed(rank)
     if optimizer == "SGD":
-        torch.optim.AdamW = sgd
+        optimization.AdamW = sgd
     return fitted(name, output or None, epochs, accumulate=int(accumulate), resume=bool(resume))
 
 
@@ -68,7 +69,7 @@ def test_a_fit_is_the_same_on_any_number(world, name, by_process, tmp_path):
 
 @pytest.mark.exhaustive
 def test_without_adam_every_weight_is_the_same_to_rounding(by_process, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.optim, "AdamW", sgd)
+    monkeypatch.setattr(optimization, "AdamW", sgd)
     expected = fitted("CaRot", tmp_path / "one")
     for found in by_process(2, on_a_process, "CaRot", tmp_path / "run", 2, 2, "", "SGD"):
         same(found, expected, EXACT)
