@@ -31,11 +31,12 @@ class AdamW(torch.optim.Optimizer):
 
         theta <- (1 - lr weight_decay) theta - lr m^ / (sqrt(v^) + eps),   m^, v^ with their bias taken out
 
-    On a CPU and a CUDA device it is one fused pass over weights, gradient and moments. On a CPU, in one process, the
-    gradients of large tables of embeddings are sparse tensors, of the tokens in the batch: update and memory are then
-    those of the tokens that the captions have. Elsewhere tables stay in one piece: an accelerator would have to be
-    waited for at each step to find the rows, and gradients of several processes are averaged in one piece. A gradient
-    that comes in one piece (L2-SP's) or reaches a quarter of a table's rows is taken like that of any matrix.
+    On a CPU and a CUDA device it is one fused pass over weights, gradient and moments. On a CPU, without a process
+    group of torch.distributed, the gradients of large tables of embeddings are sparse tensors, of the tokens in the
+    batch: update and memory are then those of the tokens that the captions have, and all rows decay in one pass.
+    Elsewhere tables stay in one piece: an accelerator would have to be waited for at each step to find the rows, and
+    gradients of several processes are averaged in one piece. A gradient that comes in one piece (L2-SP's) or reaches a
+    quarter of a table's rows is taken like that of any matrix.
 
     Args:
         module: a method or a model. Its large tables (`torch.nn.Embedding`) are set to `sparse`, which lasts:
@@ -74,7 +75,7 @@ class AdamW(torch.optim.Optimizer):
         fused = all(p.device.type in ("cpu", "cuda") for p in trained)
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused})
         self._step_supports_amp_scaling = fused  # how torch.amp.GradScaler asks
-        if all(p.device.type == "cpu" for p in trained) and not _several_processes():
+        if all(p.device.type == "cpu" for p in trained) and not _distributed():
             for table in _large_tables(module):
                 table.sparse = table.weight.requires_grad
 
@@ -202,8 +203,9 @@ def _large_tables(module: nn.Module) -> list[nn.Embedding]:
     return [table for table in large if table.max_norm is None and not table.scale_grad_by_freq]
 
 
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _distributed() -> bool:
+    """Also in a group of one: a DistributedDataParallel that is there already keeps to the flags it has found."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def _fresh(p: Tensor, like: Tensor) -> dict[str, Tensor]:

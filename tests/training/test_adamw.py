@@ -6,7 +6,9 @@ from functools import partial
 import open_clip
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import robustft
 from robustft.methods import FLYP, CaRot
@@ -199,6 +201,23 @@ def test_tables_that_stay_in_one_piece(table):
     module.table.weight.requires_grad_(table != "frozen")
     AdamW(module, 0.1)
     assert not module.table.sparse
+
+
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_an_optimiser_made_after_the_wrapper_of_a_group_of_one(group_of_one):
+    ours, (theirs, other) = Reader(), both()[1]
+    wrapped = DistributedDataParallel(ours)
+    mine = AdamW(wrapped, 0.05, betas=BETAS, eps=EPS, weight_decay=0.3)
+    train(wrapped, mine, 3)
+    train(theirs, other, 3)
+    assert_equal(ours, theirs)
+    assert not ours.table.sparse
 
 
 def test_a_table_is_taken_back():
