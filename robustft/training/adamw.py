@@ -163,6 +163,8 @@ class AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What `state_dict` gave, here or of a `torch.optim.AdamW` with the same groups."""
         super().load_state_dict(state_dict)
+        if _distributed():  # gradients come in one piece, and FSDP's moments cannot be searched for rows
+            return
         for p, state in self.state.items():
             if p.ndim == 2 and len(p) >= SMALLEST_TABLE and p.device.type == "cpu":
                 _by_row(state)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import robustft
@@ -218,6 +219,23 @@ def test_an_optimiser_made_after_the_wrapper_of_a_group_of_one(group_of_one):
     train(theirs, other, 3)
     assert_equal(ours, theirs)
     assert not ours.table.sparse
+
+
+def test_the_state_of_weights_that_fsdp_has_divided(group_of_one):
+    def begun():
+        module = fully_shard(Reader())
+        return module, AdamW(module, 0.05, betas=BETAS, eps=EPS, weight_decay=0.3)
+
+    (ours, mine), (theirs, other) = begun(), both()[1]
+    train(ours, mine, 2)
+    weights, moments = copy.deepcopy((ours.state_dict(), mine.state_dict()))
+    ours, mine = begun()
+    ours.load_state_dict(weights)
+    mine.load_state_dict(moments)
+    train(ours, mine, 2, start=2)
+    train(theirs, other, 4)
+    for p, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), expected)
 
 
 def test_a_table_is_taken_back():
