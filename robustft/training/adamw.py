@@ -161,8 +161,15 @@ class AdamW(torch.optim.Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What `state_dict` gave, here or of a `torch.optim.AdamW` with the same groups."""
-        super().load_state_dict(state_dict)
+        """What `state_dict` gave, here or of a `torch.optim.AdamW` with the same groups.
+
+        How it is computed, fused or not, stays as it is here. ValueError for AMSGrad and `maximize`.
+        """
+        groups = [{**group, "fused": self.defaults["fused"]} for group in state_dict["param_groups"]]
+        for name in ("amsgrad", "maximize"):
+            if any(group.get(name) for group in groups):
+                raise ValueError(f"state_dict is of an AdamW with {name}=True; expected one without")
+        super().load_state_dict({**state_dict, "param_groups": groups})
         if _distributed():  # gradients come in one piece, and FSDP's moments cannot be searched for rows
             return
         for p, state in self.state.items():

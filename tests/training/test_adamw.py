@@ -145,6 +145,32 @@ def test_states_are_exchanged_with_torch():
     assert_equal(ours, theirs)
 
 
+def test_the_state_of_an_adamw_that_is_not_fused():
+    (ours, mine), (theirs, other) = both()
+    for group in other.param_groups:
+        group["fused"] = False
+    train(theirs, other, 2)
+    ours.load_state_dict(theirs.state_dict())
+    mine.load_state_dict(copy.deepcopy(other.state_dict()))
+    assert all(group["fused"] for group in mine.param_groups)
+    for group in other.param_groups:
+        group["fused"] = True
+    for module, optimizer in ((ours, mine), (theirs, other)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # a scale that a fused update alone takes out
+        optimizer.zero_grad()
+        scaler.scale(module(tokens(2))).backward()
+        scaler.step(optimizer)
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_the_state_of_another_adamw_is_refused(option):
+    (_, mine), (theirs, _) = both()
+    given = torch.optim.AdamW(theirs.parameters(), **{option: True})
+    with pytest.raises(ValueError, match=f"state_dict is of an AdamW with {option}=True; expected one without"):
+        mine.load_state_dict(given.state_dict())
+
+
 def test_a_closure_and_a_schedule():
     (ours, mine), (theirs, other) = both()
     for module, optimizer in ((ours, mine), (theirs, other)):
