@@ -22,6 +22,7 @@ from torch.optim.adamw import adamw
 from robustft.machine import WEIGHT_DECAY
 from robustft.ops.kinds import checked
 
+FUSED = ("cpu", "cuda")  # devices
 SMALLEST_TABLE = 4096  # rows: a table with fewer costs little in one piece
 LARGEST_PART = 1 / 4  # of a table's rows: where more of them move, one pass over all is faster than to collect them
 
@@ -72,7 +73,7 @@ class AdamW(torch.optim.Optimizer):
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        fused = all(p.device.type in ("cpu", "cuda") for p in trained)
+        fused = all(p.device.type in FUSED for p in trained)
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused})
         self._step_supports_amp_scaling = fused  # how torch.amp.GradScaler asks
         if all(p.device.type == "cpu" for p in trained) and not _distributed():
@@ -219,7 +220,8 @@ def _distributed() -> bool:
 
 def _fresh(p: Tensor, like: Tensor) -> dict[str, Tensor]:
     """Moments of a parameter before its first step."""
-    step = torch.zeros((), dtype=torch.float32, device=p.device)
+    device = p.device if p.device.type in FUSED else "cpu"  # an update that is not fused reads it on the host
+    step = torch.zeros((), dtype=torch.float32, device=device)
     moments = {name: torch.zeros_like(like, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
     return {"step": step, **moments}
 

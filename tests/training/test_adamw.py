@@ -264,6 +264,15 @@ def test_the_state_of_weights_that_fsdp_has_divided(group_of_one):
         torch.testing.assert_close(p.full_tensor(), expected)
 
 
+def test_a_device_without_a_fused_update_is_not_waited_for():
+    module = Reader().to("meta")
+    optimizer = AdamW(module, 0.1)
+    for _ in range(2):
+        module(torch.zeros(3, dtype=torch.int64, device="meta")).backward()
+        optimizer.step()  # "meta" has no numbers to wait for
+    assert {state["step"].item() for state in optimizer.state.values()} == {2}
+
+
 def test_a_table_is_taken_back():
     module = Reader()
     AdamW(module, 0.1)
