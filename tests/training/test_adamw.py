@@ -359,6 +359,22 @@ def test_the_gradient_of_a_training_is_by_row(monkeypatch):
     assert seen == [True] * 6
 
 
+class Late(FLYP):
+    """Begins to learn after its first step."""
+
+    def step(self, batch):
+        out = super().step(batch)
+        return out if self.steps_done else out._replace(loss=out.loss.detach())
+
+
+def test_a_step_whose_loss_depends_on_no_weight():
+    trained = method(Late)
+    start = copy.deepcopy(trained.state_dict())
+    history = fit(trained, images(), log_every=1)
+    assert history.records[0]["gradient_norm"] == 0 < history.records[1]["gradient_norm"]
+    assert not torch.equal(trained.model.token_embedding.weight, start["model.token_embedding.weight"])
+
+
 def test_a_teachers_table_is_left_as_any():
     trained = method(CaRot, total_steps=6, ema_interval=1)
     fit(trained, images())
