@@ -185,21 +185,21 @@ def whole_tables(module: nn.Module) -> None:
     TypeError for what is no module.
     """
     for table in _large_tables(module):
-        table.sparse = False
-        if table.weight.grad is not None and table.weight.grad.is_sparse:
-            table.weight.grad = None
+        _made_whole(table)
 
 
 @contextmanager
 def tables_as_before(module: nn.Module) -> Iterator[None]:
-    """What an `AdamW` that is made inside has set of the module's tables is taken back."""
-    if any(table.sparse for table in _large_tables(module)):
-        yield
-        return
+    """Each table is `sparse` afterwards if it was before, whatever an `AdamW` that is made inside has set."""
+    before = {id(table) for table in _large_tables(module) if table.sparse}
     try:
         yield
     finally:
-        whole_tables(module)
+        for table in _large_tables(module):
+            if id(table) in before:
+                table.sparse = True
+            else:
+                _made_whole(table)
 
 
 def values_of(gradient: Tensor) -> Tensor:
@@ -211,6 +211,13 @@ def _large_tables(module: nn.Module) -> list[nn.Embedding]:
     """Those that are looked up as they are, teachers' too: they may be copies that were made meanwhile."""
     large = [part for part in module.modules() if type(part) is nn.Embedding and part.num_embeddings >= SMALLEST_TABLE]
     return [table for table in large if table.max_norm is None and not table.scale_grad_by_freq]
+
+
+def _made_whole(table: nn.Embedding) -> None:
+    """Gradients of the table come in one piece; a sparse one is dropped."""
+    table.sparse = False
+    if table.weight.grad is not None and table.weight.grad.is_sparse:
+        table.weight.grad = None
 
 
 def _distributed() -> bool:

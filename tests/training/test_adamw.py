@@ -393,11 +393,20 @@ def test_a_batch_without_tokens():
     assert_equal(ours, theirs)
 
 
-def test_a_table_that_was_sparse_before_stays_so():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_table_that_was_sparse_before_stays_so(frozen):
     trained = method()
     trained.model.token_embedding.sparse = True
+    trained.model.token_embedding.requires_grad_(not frozen)
     fit(trained, images())
     assert trained.model.token_embedding.sparse
+
+
+def test_a_table_beside_one_that_was_sparse_before_is_not_left_so():
+    trained = method()
+    trained.other = nn.Embedding(ROWS, 2, sparse=True)
+    fit(trained, images())
+    assert trained.other.sparse and not trained.model.token_embedding.sparse
 
 
 def test_a_broken_gradient_of_the_table_is_named():
