@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from robustft.clip.encoding import unwrap
 from robustft.clip.spread import Spread
 from robustft.methods.base import Method, Step
-from robustft.training.adamw import AdamW, values_of
+from robustft.training.adamw import AdamW, values_of, whole_tables
 from robustft.training.schedule import DTYPES, Settings
 
 ONE_PASS = Spread()
@@ -39,6 +39,8 @@ class Optimization:
         self.method, self.settings, self.how = method, settings, how
         self.device = method.steps.device
         self.adamw = AdamW(method, settings.lr, weight_decay=settings.weight_decay)
+        if how.processes.count > 1:
+            whole_tables(method)  # averaging needs it; an AdamW from before the processes met may have set them
         self.parameters = [p for p in method.parameters() if p.requires_grad]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.skipped = 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from targets import exhaustive
 
-from robustft.training import optimization
+from robustft.training import adamw, optimization
 from robustft.training.loop import fit
 
 by_process = processes.by_process  # a fixture of this file's tests
@@ -24,10 +24,12 @@ def sgd(method, lr, weight_decay):
     return torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=lr)
 
 
-def fitted(name, output=None, epochs="2", **options):
+def fitted(name, output=None, epochs="2", sparse=False, **options):
     batch = every_loss.data()
     held_out = batch["image"].flip(0)[:7], batch["label"].flip(0)[:7]
     method = every_loss.make(name)
+    if sparse:
+        method.model.token_embedding.sparse = True
     settings = {"batch_size": 6, "lr": 1e-3, "schedule": "constant", "warmup": 0.0, "progress": False, "log_every": 1}
     settings["restore_best"] = False
     history = fit(method, batch, epochs=int(epochs), output=output, validation=held_out, **(settings | options))
@@ -93,6 +95,18 @@ def test_a_run_goes_on_with_another_number(by_process, tmp_path):
     for found in by_process(2, on_a_process, "CaRot", tmp_path / "run", 1, 2, "resume"):
         assert found["weights"]["steps"] == 5
     same(fitted("CaRot", tmp_path / "run", "3", resume=True), expected)
+
+
+def with_a_sparse_table(rank):
+    """As an AdamW leaves it that was made before the processes met; it counts as a large one here."""
+    adamw.SMALLEST_TABLE = 1
+    return fitted("FLYP, labels", sparse=True)
+
+
+def test_a_table_that_was_sparse_before_is_averaged_too(by_process):
+    expected = fitted("FLYP, labels")
+    for found in by_process(2, with_a_sparse_table):
+        same(found, expected)
 
 
 def refused(rank):
