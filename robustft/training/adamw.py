@@ -78,7 +78,7 @@ class AdamW(torch.optim.Optimizer):
         self._step_supports_amp_scaling = fused  # how torch.amp.GradScaler asks
         if all(p.device.type == "cpu" for p in trained) and not _distributed():
             for table in _large_tables(module):
-                table.sparse = table.weight.requires_grad
+                table.sparse = table.weight.requires_grad and table.weight.is_leaf  # weight_norm's is none
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

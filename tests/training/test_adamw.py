@@ -264,6 +264,16 @@ def test_the_state_of_weights_that_fsdp_has_divided(group_of_one):
         torch.testing.assert_close(p.full_tensor(), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_table_that_is_computed_stays_in_one_piece():
+    ours, theirs = Reader(), Reader()
+    for module in (ours, theirs):
+        torch.nn.utils.weight_norm(module.table)
+    train(ours, AdamW(ours, 0.05, betas=BETAS, eps=EPS, weight_decay=0.3), 3)
+    train(theirs, torchs(theirs, 0.05, 0.3), 3)
+    assert_equal(ours, theirs)
+
+
 def test_a_device_without_a_fused_update_is_not_waited_for():
     module = Reader().to("meta")
     optimizer = AdamW(module, 0.1)
