@@ -1,6 +1,7 @@
 """What the image towers of IconWorld's model bear of the digits' learning rates, by ID validation data.
 
-    python -m benchmarks.iconworld_selection               # results/iconworld_selection.json; 114 short trainings
+    python -m benchmarks.iconworld_selection               # results/iconworld_selection.json; 150 short trainings
+    python -m benchmarks.iconworld_selection --resume      # those of them that the file has not
     python -m benchmarks.iconworld_selection --epochs 3 10 # also at other lengths: does a longer run change anything?
 
 Two tasks: the classes, and the classes in frames whose colours mislead, which the model does not know. Each method that
@@ -31,7 +32,7 @@ from robustft.pipeline.recipes import RECIPES, SEEDS
 from robustft.pipeline.study.drm import WORST_CASE, Spurious
 from robustft.pipeline.study.recipes import SPURIOUS
 from robustft.pipeline.study.world import World
-from robustft.pipeline.worlds import benchmark
+from robustft.pipeline.worlds import benchmark, rate_of
 from robustft.predictors.logits import accuracy_and_nll, preference
 
 from . import machine
@@ -39,10 +40,10 @@ from . import machine
 CLASSES, FRAMES = "classes", "frames"
 METHODS: Mapping[str, Mapping[str, str]] = {
     CLASSES: {"FT": "FineTune", "LP-FT": "LPFT", "FLYP": "FLYP", "CaRot": "CaRot", "DRM": "DRM"},
-    FRAMES: {name: SPURIOUS[name].method for name in ("FT", *WORST_CASE, "FLYP", "DRM")},
+    FRAMES: {name: rate_of(SPURIOUS[name]) for name in ("FT", *WORST_CASE, "FLYP", "DRM")},
 }
-"""Of each task, as the study calls them, and as a recipe does."""
-RATES = {CLASSES: (0.01, 0.03, 0.1, 0.3), FRAMES: (0.1, 0.3, 1.0)}
+"""Of each task, as the study calls them, and as their factors are called."""
+RATES = {CLASSES: (0.01, 0.03, 0.1, 0.3), FRAMES: (0.03, 0.1, 0.3, 1.0, 3.0)}
 Row = dict[str, Any]
 ICONS = benchmark("icons")
 HELD = {CLASSES: ICONS.rates, FRAMES: ICONS.misled_rates}
@@ -70,24 +71,25 @@ def score(folder: str, task: str, method: str, rate: float, seed: int, epochs: i
 
 
 def best(rows: Sequence[Mapping[str, Any]], task: str) -> dict[str, float]:
-    """For each method of a task the rate of the highest mean accuracy over seeds, and over its risks if it has more
-    than one; of equals that of the lowest mean NLL."""
+    """For each method of a task the rate of the highest mean accuracy over seeds; of equals that of the lowest mean
+    NLL."""
 
-    def order(recipe: str, rate: float) -> tuple[float, float]:
-        own = [
-            row for row in rows if (row["task"], row["rate"]) == (task, rate) and METHODS[task][row["method"]] == recipe
-        ]
+    def order(method: str, rate: float) -> tuple[float, float]:
+        own = [row for row in rows if (row["task"], row["method"], row["rate"]) == (task, method, rate)]
         return preference(*(statistics.fmean(row[f"validation_{what}"] for row in own) for what in ("accuracy", "nll")))
 
-    recipes = dict.fromkeys(METHODS[task].values())
-    return {recipe: min(RATES[task], key=lambda rate: order(recipe, rate)) for recipe in recipes}
+    return {name: min(RATES[task], key=lambda rate: order(method, rate)) for method, name in METHODS[task].items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, nargs="+", default=[EPOCHS], help="lengths of the runs (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="keep what the file of results has")
     parser.add_argument("--model", type=Path, help="a file of robustft.data.iconworld.pretrain, not the bundled one")
     options = parser.parse_args()
+    path = machine.RESULTS / "iconworld_selection.json"
+    rows = json.loads(path.read_text())["results"]["rows"] if options.resume else []
+    known = {tuple(row[name] for name in ("epochs", "seed", "task", "rate", "method")) for row in rows}
     with (
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), torch.set_num_threads, (1,)) as pool,
@@ -96,8 +98,8 @@ def main() -> None:
             pool.submit(score, folder, task, method, rate, seed, epochs, options.model)
             for epochs, seed, task in product(options.epochs, SEEDS, METHODS)
             for rate, method in product(RATES[task], METHODS[task])
+            if (epochs, seed, task, rate, method) not in known
         ]
-        rows = []
         for task in waiting:
             rows.append(task.result())
             print(json.dumps(rows[-1]), flush=True)

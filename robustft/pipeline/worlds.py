@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from robustft.data import glyphworld, iconworld
+from robustft.data.iconworld.packages import SEEN
 from robustft.pipeline.recipes import WORLDS, Recipe
 
 if TYPE_CHECKING:
@@ -28,18 +29,27 @@ TOWERS: Mapping[str, str] = {
 the method to which it adds a term."""
 
 
+def rate_of(recipe: Recipe) -> str:
+    """The name under which a benchmark has a factor of the recipe's learning rate: a worst-case risk has its own. Empty
+    where no image tower is trained."""
+    risk: str = recipe.options.get("risk", {}).get("risk", "")
+    return risk or TOWERS.get(recipe.method, "")
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """A bundled benchmark: a module with `load_clip`, `sets`, `spurious`, CLASS_NAMES, TEMPLATES, and words about it.
 
     `descriptions` of the classes are DRM's; the templates `by_chance`, which put a class where it is by chance, are
-    StarFT's; `near` and `far` are OOD sets, and `further` those beside `far` that are far, too; `usual` gives the
-    group, of `spurious`, that goes with each label, and `misleading` says what the group is. `adjectives` and
+    StarFT's, and `contexts` that the model tells apart CAR-FT's, or none where it tells `templates` apart; `near` and
+    `far` are OOD sets, and `further` those beside `far` that are far, too; `usual` gives the
+    group, of `spurious`, that goes with each label, and `misleading` says what the group is. `seen` are the shifts that
+    the model knows from its pre-training, of which it has not seen the others. `adjectives` and
     `superclasses` make negative texts (CSP), none of which names an OOD set. `concepts` says whether there is a task of
     many classes and few images. `tested` is the number of ID test images, `noise_floor` that of an ECE on them, in %.
 
-    Recipes are the digits'. Of them the image towers here have `rates` of the learning rates, by method, and `epochs`
-    of the epochs, which makes `steps` of a fine-tuning; few-shot recipes have as many steps as there, so
+    Recipes are the digits'. Of them the image towers here have `rates` of the learning rates, by `rate_of`, and
+    `epochs` of the epochs, which makes `steps` of a fine-tuning; few-shot recipes have as many steps as there, so
     `few_shot_epochs` of the epochs. Where colours mislead, image towers have `misled_rates`: a model that does not know
     the frames has more to learn. `chosen` says how rates were, `looked_at` at what the soups were found; `lambdas`
     are those of DRM that are tried; `tells` says whether ID validation accuracy tells trained models apart.
@@ -65,6 +75,8 @@ class Benchmark:
     chosen: str
     looked_at: str
     lambdas: tuple[float, ...]
+    contexts: tuple[str, ...] = ()
+    seen: tuple[str, ...] = ()
     further: tuple[str, ...] = ()
     adjectives: tuple[str, ...] = ()
     superclasses: tuple[str, ...] = ()
@@ -93,9 +105,9 @@ class Benchmark:
 
     def recipe(self, recipe: Recipe, *, few_shot: bool = False, misled: bool = False) -> Recipe:
         """A recipe as it is for this benchmark's model and data, or those of few images or of misleading colours."""
-        towers = TOWERS.get(recipe.method, "")
-        share = self.few_shot_epochs if few_shot else self.epochs if towers else 1.0
-        rate = (self.misled_rates if misled else self.rates).get(towers, 1.0)
+        name = rate_of(recipe)
+        share = self.few_shot_epochs if few_shot else self.epochs if name else 1.0
+        rate = (self.misled_rates if misled else self.rates).get(name, 1.0)
         return replace(recipe, lr=recipe.lr * rate, epochs=max(1, round(recipe.epochs * share)))
 
     def load_clip(self, path: Path | None = None) -> Bundle:
@@ -111,6 +123,7 @@ class Benchmark:
         return data
 
 
+_DRAWN = ("a black {}", "a white {}", "a red {}", "a blue {}", "a {} in a circle", "a {} in a square")
 _BENCHMARKS = (
     Benchmark(
         name="digits",
@@ -147,7 +160,8 @@ _BENCHMARKS = (
         measured="OOD columns are means over the eight other studios, AUROC is MCM's mean over the four OOD sets; of "
         "classes with fewer images than shots, all are taken",
         descriptions=iconworld.DESCRIPTIONS,
-        by_chance=("a black {}", "a white {}", "a red {}", "a blue {}", "a {} in a circle", "a {} in a square"),
+        by_chance=_DRAWN,
+        contexts=_DRAWN,  # its templates' captions have cosines above .999
         near="held-out kinds",
         far="symbols",
         near_is="Emoji of held-out kinds by the ID studios: near.",
@@ -161,13 +175,14 @@ _BENCHMARKS = (
         "benchmarks.iconworld_selection`), which otherwise are the digits'",
         looked_at="GlyphWorld's test sets, and this benchmark is their test",
         lambdas=(0.5, 1.0, 2.0),
+        seen=tuple(studio for studio in iconworld.SHIFTS if studio in SEEN),
         further=("letters", "flags"),
         adjectives=iconworld.ADJECTIVES,
         superclasses=iconworld.SUPERCLASSES,
         concepts=True,
         tells=True,
         rates={"FineTune": 0.1, "LPFT": 0.03, "FLYP": 0.03, "CaRot": 0.03, "DRM": 0.1},
-        misled_rates={"FineTune": 1.0, "WorstCaseFineTune": 1.0, "FLYP": 1.0, "DRM": 1.0},
+        misled_rates={"FineTune": 1.0, "GroupDRO": 1.0, "WorstGroup": 1.0, "CVaR": 0.1, "FLYP": 3.0, "DRM": 1.0},
         epochs=0.3,
         steps=24,
     ),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import fmean
 
 from robustft.methods import OutputEnsemble, Predictor, WiSEFT, greedy_soup, uniform_soup
 from robustft.pipeline.recipes import RECIPES, Recipe
 from robustft.pipeline.study.findings import Claim, Measured, Section, higher, lower
-from robustft.pipeline.study.world import World, tables
+from robustft.pipeline.study.world import World, accuracy, tables
 from robustft.pipeline.worlds import Benchmark
 
 CAROT = RECIPES["CaRot"]
-METHODS, TERMS, TEACHERS = "methods", "terms", "teachers"
+METHODS, TERMS, TEACHERS, SHIFTS = "methods", "terms", "teachers", "accuracy by shift"
 
 
 def _ft(**options: float) -> Recipe:
@@ -61,7 +62,18 @@ def measure(world: World) -> Measured:
     for name, interval in intervals.items():
         teachers[name] = world.train(_with(ema_interval=interval)).classifier()
     groups = {METHODS: predictors, TERMS: terms, TEACHERS: teachers}
-    return Measured(tables(world, groups), {})
+    of_shifts = {name: by_shift(world, predictors[name]) for name in ("zero-shot", *plain, "WiSE CaRot")}
+    return Measured(tables(world, groups) | {SHIFTS: of_shifts}, {})
+
+
+def by_shift(world: World, predictor: Predictor) -> dict[str, float]:
+    """Accuracy in % on each shift, and its means over those that pre-training saw and did not see, if it saw some."""
+    found = {name: accuracy(outputs) for name, outputs in world.suite(predictor).shifts.items()}
+    seen = world.benchmark.seen
+    if not seen:
+        return found
+    parts = {"mean, seen": seen, "mean, unseen": [name for name in found if name not in seen]}
+    return {what: fmean(found[name] for name in names) for what, names in parts.items()} | found
 
 
 def section(bundled: Benchmark) -> Section:
@@ -108,5 +120,7 @@ def section(bundled: Benchmark) -> Section:
             "ID validation. The four: FT, LP-FT, FLYP and CaRot.",
             TEACHERS: "A frozen teacher follows the first step only. The paper's 500 of 25,030 steps are "
             f"{500 / 25030 * bundled.steps:.1f} of {bundled.steps}.",
+            SHIFTS: "In %. "
+            + (f"Pre-training saw {', '.join(bundled.seen)}, and none of the others." if bundled.seen else ""),
         },
     )

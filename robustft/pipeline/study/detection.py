@@ -19,6 +19,7 @@ from robustft.detection.detector import Detector
 from robustft.detection.metrics import Separation, SpectrumMetrics, ood_metrics, spectrum_metrics
 from robustft.detection.negatives import conjugated_negatives, conjugated_phrases
 from robustft.methods import Classifier, DualClassifier, Predictor, TipAdapter, WiSEFT, zero_shot_classifier
+from robustft.pipeline.study import field
 from robustft.pipeline.study.findings import Claim, Measured, Section, Table, falls, higher
 from robustft.pipeline.study.recipes import HOSTS
 from robustft.pipeline.study.world import World
@@ -27,7 +28,7 @@ from robustft.pipeline.worlds import Benchmark
 SHOTS = 16
 FEW_SHOT = ("CoOp", "LoCoOp", "CLIP-Adapter", "Tip-Adapter-F")
 NEG_LABEL, CSP, ADA_NEG = "NegLabel", "CSP", "AdaNeg"
-SPECTRA = ("MCM", "k-NN", NEG_LABEL, CSP, ADA_NEG)
+SPECTRA = ("MCM", "energy", "max cosine", "k-NN", NEG_LABEL, CSP, ADA_NEG)
 NEAR, FAR, FULL_NEAR, FULL_FAR = "near", "far", "full near", "full far"
 
 
@@ -47,6 +48,7 @@ def measure(world: World) -> Measured:
     wise = WiSEFT(world.zero_shot, world.classifier("CaRot")).fit(world.data.validation)
     predictors["WiSE CaRot"] = wise.classifier()
     negatives = {name: negative_labels(world, p) for name, p in predictors.items() if isinstance(p, Classifier)}
+    predictors |= field.further(world)
     for name in FEW_SHOT:
         predictors[name] = world.few_shot(HOSTS[name], SHOTS).classifier()
     predictors["Tip-Adapter"] = TipAdapter(world.zero_shot).fit(world.shots(SHOTS), world.data.validation).classifier()
@@ -91,7 +93,7 @@ def spectra(world: World, predictor: Predictor) -> dict[str, dict[str, float]]:
     ]
     nouns, pool = chosen[0], torch.cat(chosen)
     detectors = {
-        "MCM": Detector("mcm"),
+        **{label(score): Detector(score) for score in ("mcm", "energy", "max_cosine")},
         "k-NN": Detector("knn").fit(world.training(predictor), validation=world.validation(predictor)),
         NEG_LABEL: Detector("neg_label", negative_embeddings=nouns),
         CSP: Detector("neg_label", negative_embeddings=pool),
