@@ -41,12 +41,13 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         module: a method or a model. Its large tables (`torch.nn.Embedding`) are set to `sparse`, which lasts:
-            `whole_tables(module)` takes it back, for an optimiser that takes no sparse gradient.
+            `whole_tables(module)` takes it back, for what takes no sparse gradient: torch's AdamW, `clip_grad_value_`.
         lr: rate; `param_groups` have it, so that schedules of torch work.
-        betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        betas, eps: as in `torch.optim.AdamW`.
+        weight_decay: as there, but 0.1 unless you say otherwise, as in `fit`; torch has 0.01.
 
     `state_dict()` is that of a `torch.optim.AdamW` with the same two groups, moments in one piece, and either may load
-    the other's. Memory: 8 bytes for each trained weight, of a table for each row that had a gradient.
+    the other's. Memory: 8 bytes for each trained weight; of a table, for those in rows that had a gradient.
 
     Raises: ValueError for numbers out of range and a module that trains nothing; TypeError for what is no module.
     """
