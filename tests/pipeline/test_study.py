@@ -319,17 +319,20 @@ def tiny_benchmark(model, prompts):
         module=module,
         descriptions=descriptions,
         by_chance=("red {}", "{} box"),
+        contexts=("red {}", "{} box"),
         rates={},
         epochs=1.0,
     )
 
 
-@pytest.mark.exhaustive  # ten trainings
+@pytest.mark.exhaustive  # twelve trainings
 def test_what_is_asked_of_the_field_is_measured(tiny_world):
     lines = []
     tiny_world.log = lines.append
     tables = field.measure(tiny_world).tables
-    assert len(lines) == 10 and len(list((tiny_world.folder / "runs").iterdir())) == 10  # FT twice, with two seeds
+    assert len(lines) == 12 and len(list((tiny_world.folder / "runs").iterdir())) == 12  # FT twice, with two seeds
+    further = field.further(tiny_world)
+    assert list(further) == ["TRACER", "Lipsum-FT", "CAR-FT", "StarFT", "Model Stock of two FT"] and len(lines) == 12
     margins = [claim.margin(tables) for claim in field.SECTION.claims]
     assert len(margins) == 12 and all(math.isfinite(margin) for margin in margins)
 
