@@ -84,8 +84,9 @@ def best(rows: Sequence[Mapping[str, Any]], task: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, nargs="+", default=[EPOCHS], help="lengths of the runs (%(default)s)")
-    parser.add_argument("--resume", action="store_true", help="keep what the file of results has")
-    parser.add_argument("--model", type=Path, help="a file of robustft.data.iconworld.pretrain, not the bundled one")
+    rows_of = parser.add_mutually_exclusive_group()
+    rows_of.add_argument("--resume", action="store_true", help="keep what the file of results has")
+    rows_of.add_argument("--model", type=Path, help="a file of robustft.data.iconworld.pretrain, not the bundled one")
     options = parser.parse_args()
     path = machine.RESULTS / "iconworld_selection.json"
     rows = json.loads(path.read_text())["results"]["rows"] if options.resume else []

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from robustft import clip, methods
 from robustft.losses import CROSS_WEIGHT, DISTILLATION_WEIGHT, ORTHOGONALITY_WEIGHT
 from robustft.training import AdamW, CompiledTowers, whole_tables
+from robustft.training.adamw import values_of
 
 from . import machine
 from .__main__ import check_compiled
@@ -239,8 +240,7 @@ class Ours:
 
     def bytes(self) -> int:
         """Of gradients and moments."""
-        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
-        values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+        values = [values_of(p.grad) for p in self.method.parameters() if p.grad is not None]
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
         return sum(tensor.nbytes for tensor in values + moments)
 
@@ -302,15 +302,15 @@ def measure(case: Case, steps: int, compiled: bool = False, optimizers: bool = F
     ratio = statistics.median(b / a for a, b in zip(times["robustft"], times["plain"], strict=True))
     total = sum(times["robustft"])
     seconds = statistics.median(times["robustft"])
-    compiling: dict[str, Any] = {}
+    further: dict[str, Any] = {}
     if compiled:
-        compiling["compiling"] = {"seconds": round(first - 2 * seconds, 1), "graphs": _graphs() - graphs}
+        further["compiling"] = {"seconds": round(first - 2 * seconds, 1), "graphs": _graphs() - graphs}
     if isinstance(plain, Ours) and optimizers:
-        compiling["bytes"] = {"robustft": ours.bytes(), "torch": plain.bytes()}
+        further["bytes"] = {"robustft": ours.bytes(), "torch": plain.bytes()}
     return {
         "ratio": round(ratio, 2),
         "seconds": round(seconds, 4),
-        **compiling,
+        **further,
         "losses_differ": float(f"{apart:.1e}"),
         "shares": {name: round(spent / total, 3) for name, spent in parts.items()},
     }

@@ -42,11 +42,11 @@ class Benchmark:
 
     `descriptions` of the classes are DRM's; the templates `by_chance`, which put a class where it is by chance, are
     StarFT's, and `contexts` that the model tells apart CAR-FT's, or none where it tells `templates` apart; `near` and
-    `far` are OOD sets, and `further` those beside `far` that are far, too; `usual` gives the
-    group, of `spurious`, that goes with each label, and `misleading` says what the group is. `seen` are the shifts that
-    the model knows from its pre-training, of which it has not seen the others. `adjectives` and
-    `superclasses` make negative texts (CSP), none of which names an OOD set. `concepts` says whether there is a task of
-    many classes and few images. `tested` is the number of ID test images, `noise_floor` that of an ECE on them, in %.
+    `far` are OOD sets, and `further` those beside `far` that are far, too; `usual` gives the group, of `spurious`, that
+    goes with each label, and `misleading` says what the group is. `seen` are the shifts that the model knows from its
+    pre-training, which has not seen the others. `adjectives` and `superclasses` make negative texts (CSP), none of
+    which names an OOD set. `concepts` says whether there is a task of many classes and few images. `tested` is the
+    number of ID test images, `noise_floor` that of an ECE on them, in %.
 
     Recipes are the digits'. Of them the image towers here have `rates` of the learning rates, by `rate_of`, and
     `epochs` of the epochs, which makes `steps` of a fine-tuning; few-shot recipes have as many steps as there, so

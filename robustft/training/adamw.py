@@ -204,8 +204,8 @@ def tables_as_before(module: nn.Module) -> Iterator[None]:
 
 
 def values_of(gradient: Tensor) -> Tensor:
-    """The numbers of a gradient, all but zeros; a sparse one has to be coalesced."""
-    return gradient.values() if gradient.is_sparse else gradient
+    """The numbers of a gradient, of a sparse one without the rows that have none; of a coalesced one no copies."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _large_tables(module: nn.Module) -> list[nn.Embedding]:

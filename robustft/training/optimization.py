@@ -105,6 +105,7 @@ class Optimization:
         for group in self.adamw.param_groups:
             group["lr"] = rate
         if self.settings.clip is not None and (gradients := self._gradients()):
+            # As torch's clip_grads_with_norm_, which would leave sparse gradients to be coalesced again.
             torch._foreach_mul_(gradients, (self.settings.clip / (norm + 1e-6)).clamp(max=1.0))
         if self.waits or self.scaler.is_enabled():  # seen before, or by the loss scale
             self.scaler.step(self.adamw)

@@ -120,7 +120,7 @@ def section(bundled: Benchmark) -> Section:
             "ID validation. The four: FT, LP-FT, FLYP and CaRot.",
             TEACHERS: "A frozen teacher follows the first step only. The paper's 500 of 25,030 steps are "
             f"{500 / 25030 * bundled.steps:.1f} of {bundled.steps}.",
-            SHIFTS: "In %. "
-            + (f"Pre-training saw {', '.join(bundled.seen)}, and none of the others." if bundled.seen else ""),
+            SHIFTS: "In %."
+            + (f" Pre-training saw {', '.join(bundled.seen)}, and none of the others." if bundled.seen else ""),
         },
     )

@@ -28,7 +28,8 @@ from robustft.pipeline.worlds import Benchmark
 SHOTS = 16
 FEW_SHOT = ("CoOp", "LoCoOp", "CLIP-Adapter", "Tip-Adapter-F")
 NEG_LABEL, CSP, ADA_NEG = "NegLabel", "CSP", "AdaNeg"
-SPECTRA = ("MCM", "energy", "max cosine", "k-NN", NEG_LABEL, CSP, ADA_NEG)
+UNFITTED = ("mcm", "energy", "max_cosine")
+SPECTRA = (*map(label, UNFITTED), "k-NN", NEG_LABEL, CSP, ADA_NEG)
 NEAR, FAR, FULL_NEAR, FULL_FAR = "near", "far", "full near", "full far"
 
 
@@ -93,7 +94,7 @@ def spectra(world: World, predictor: Predictor) -> dict[str, dict[str, float]]:
     ]
     nouns, pool = chosen[0], torch.cat(chosen)
     detectors = {
-        **{label(score): Detector(score) for score in ("mcm", "energy", "max_cosine")},
+        **{label(score): Detector(score) for score in UNFITTED},
         "k-NN": Detector("knn").fit(world.training(predictor), validation=world.validation(predictor)),
         NEG_LABEL: Detector("neg_label", negative_embeddings=nouns),
         CSP: Detector("neg_label", negative_embeddings=pool),
